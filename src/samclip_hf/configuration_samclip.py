@@ -1,0 +1,102 @@
+"""Configuration of SAM-CLIP: SAM's configuration plus a CLIP head, CLIP's text tower and, optionally, a vocabulary."""
+
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import CLIPTextConfig, PreTrainedConfig, SamConfig
+
+
+@strict
+class SamClipHeadConfig(PreTrainedConfig):
+    r"""
+    The CLIP head: transformer layers like the image encoder's last one, pooling, LayerNorm and an MLP with two hidden
+    layers (SAM-CLIP, arXiv 2310.15308, section 3 and appendix A).
+
+    num_hidden_layers (`int`, *optional*, defaults to 3):
+        Transformer layers between the image encoder and the pooling (appendix A).
+    pooling (`"max"` or `"mean"`, *optional*, defaults to `"max"`):
+        How patch tokens become one token. The paper chose max for zero-shot classification and segmentation.
+    mlp_hidden_size (`int`, *optional*):
+        Width of the MLP's two hidden layers. Not stated in the paper; defaults to the image encoder's width.
+    projection_dim (`int`, *optional*, defaults to 768):
+        Size of the text-aligned space: that of the CLIP teacher (768 for ViT-L/14).
+    """
+
+    model_type = "samclip_head"
+    base_config_key = "clip_head_config"
+
+    num_hidden_layers: int = 3
+    pooling: Literal["max", "mean"] = "max"
+    mlp_hidden_size: int | None = None
+    projection_dim: int = 768
+
+    def validate_architecture(self):
+        """Part of `@strict`-powered validation."""
+        if self.num_hidden_layers < 0:
+            raise ValueError(f"num_hidden_layers must be 0 or more, got {self.num_hidden_layers}.")
+        if self.projection_dim < 1:
+            raise ValueError(f"projection_dim must be positive, got {self.projection_dim}.")
+
+
+@strict
+class SamClipConfig(SamConfig):
+    r"""
+    text_config (`dict` or [`CLIPTextConfig`], *optional*):
+        CLIP's text tower.
+    clip_head_config (`dict` or [`SamClipHeadConfig`], *optional*):
+        The CLIP head.
+    logit_scale_init_value (`float`, *optional*, defaults to 2.6592):
+        Logarithm of the factor between cosine similarities and logits, before a teacher's is copied (as in CLIP).
+    vocabulary_label_ids (`list[int]`, *optional*, defaults to `[]`):
+        For each class embedding stored in the checkpoint, the label (key of `id2label`) that it stands for; several
+        embeddings may share a label. Empty: the checkpoint has no vocabulary. Written by
+        [`SamClipForImageSegmentation.set_vocabulary`].
+    background_label_id (`int`, *optional*):
+        The label that stands for "none of the classes", or `None` where every pixel belongs to a class.
+
+    Example:
+
+    ```python
+    >>> from samclip_hf import SamClipConfig, SamClipModel
+
+    >>> model = SamClipModel(SamClipConfig())  # SAM ViT-B's and CLIP ViT-L/14's sizes, random weights
+    ```"""
+
+    model_type = "samclip"
+    # transformers 5.17 reads the first name, newer versions the second one.
+    sub_configs = {**SamConfig.sub_configs, "text_config": CLIPTextConfig, "clip_head_config": SamClipHeadConfig}
+    sub_configs_defaults = dict(sub_configs)
+
+    text_config: dict | PreTrainedConfig | None = None
+    clip_head_config: dict | PreTrainedConfig | None = None
+    logit_scale_init_value: float = 2.6592
+    vocabulary_label_ids: list[int] | None = None
+    background_label_id: int | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.text_config is None:
+            # The paper's text tower, that of CLIP ViT-L/14; CLIPTextConfig's own defaults are ViT-B/32's.
+            self.text_config = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
+        if isinstance(self.text_config, dict):
+            self.text_config = CLIPTextConfig(**self.text_config)
+        if self.clip_head_config is None:
+            self.clip_head_config = {}
+        if isinstance(self.clip_head_config, dict):
+            self.clip_head_config = SamClipHeadConfig(**self.clip_head_config)
+        if self.vocabulary_label_ids is None:
+            self.vocabulary_label_ids = []
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Part of `@strict`-powered validation."""
+        vision, prompt_encoder = self.vision_config, self.prompt_encoder_config
+        if not isinstance(vision, PreTrainedConfig) or not isinstance(prompt_encoder, PreTrainedConfig):
+            return
+        if vision.patch_size != prompt_encoder.patch_size or vision.image_size != prompt_encoder.image_size:
+            raise ValueError(
+                "vision_config and prompt_encoder_config must share image_size and patch_size, got "
+                f"{vision.image_size}/{vision.patch_size} and {prompt_encoder.image_size}/{prompt_encoder.patch_size}."
+            )
+
+
+__all__ = ["SamClipConfig", "SamClipHeadConfig"]

@@ -1,0 +1,620 @@
+"""
+SAM-CLIP: one image encoder, SAM's mask decoder and a text-aligned CLIP head (Wang et al., arXiv 2310.15308).
+
+The model is SAM plus three parts. The image encoder is SAM's, at any input size; the CLIP head reads its patch tokens
+before SAM's neck; the text tower, its projection and the logit scale are CLIP's.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import CLIPModel, CLIPTextModel, SamModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
+from transformers.models.sam.modeling_sam import (
+    SamImageSegmentationOutput,
+    SamMaskDecoder,
+    SamPositionalEmbedding,
+    SamPreTrainedModel,
+    SamPromptEncoder,
+    SamVisionAttention,
+    SamVisionEncoder,
+    SamVisionEncoderOutput,
+    SamVisionLayer,
+)
+from transformers.utils import logging
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_samclip import SamClipConfig, SamClipHeadConfig
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class SamClipVisionEncoderOutput(SamVisionEncoderOutput):
+    r"""
+    last_hidden_state (`torch.Tensor` of shape `(batch_size, output_channels, grid_height, grid_width)`):
+        Image embeddings for SAM's mask decoder, after the neck.
+    patch_tokens (`torch.Tensor` of shape `(batch_size, grid_height, grid_width, hidden_size)`):
+        The last layer's tokens, before the neck: what the CLIP head reads.
+    """
+
+    patch_tokens: torch.Tensor | None = None
+
+
+@dataclass
+class SamClipOutput(SamImageSegmentationOutput):
+    r"""
+    Fields are `None` unless the inputs ask for them: prompts ask for masks, text asks for similarities, an image
+    without prompts or with text asks for the CLIP head's embeddings.
+
+    pred_masks (`torch.Tensor` of shape `(batch_size, num_prompts, num_masks, 4 * grid_height, 4 * grid_width)`):
+        Mask logits; above 0 is inside. `num_masks` is 3 with `multimask_output`, else 1.
+    iou_scores (`torch.Tensor` of shape `(batch_size, num_prompts, num_masks)`):
+        The IoU that the mask decoder predicts for each mask.
+    image_embeddings (`torch.Tensor` of shape `(batch_size, output_channels, grid_height, grid_width)`):
+        What the mask decoder reads; pass it as `image_embeddings` to prompt the same image again.
+    image_embeds (`torch.Tensor` of shape `(batch_size, projection_dim)`):
+        The image in the text space, of length 1.
+    dense_embeds (`torch.Tensor` of shape `(batch_size, projection_dim, grid_height, grid_width)`):
+        Every patch in the text space, of length 1.
+    text_embeds (`torch.Tensor` of shape `(num_texts, projection_dim)`):
+        The texts, of length 1.
+    logits_per_image (`torch.Tensor` of shape `(batch_size, num_texts)`):
+        Scaled cosine similarities.
+    logits_per_text (`torch.Tensor` of shape `(num_texts, batch_size)`):
+        The same, transposed.
+    loss (`torch.Tensor` of shape `()`):
+        CLIP's contrastive loss, with `return_loss=True`.
+    """
+
+    loss: torch.Tensor | None = None
+    logits_per_image: torch.Tensor | None = None
+    logits_per_text: torch.Tensor | None = None
+    text_embeds: torch.Tensor | None = None
+    image_embeds: torch.Tensor | None = None
+    dense_embeds: torch.Tensor | None = None
+    image_embeddings: torch.Tensor | None = None
+
+
+@dataclass
+class SamClipSegmentationOutput(ModelOutput):
+    r"""
+    logits (`torch.Tensor` of shape `(batch_size, num_labels, height, width)`):
+        Per label and cell; the softmax over labels is the label's probability. The grid is the patch grid, four times
+        finer where both heads are composed.
+    content_sizes (`torch.Tensor` of shape `(batch_size, 2)`):
+        Height and width, in cells of `logits`, of the part that shows the picture; the rest is padding.
+    dense_embeds (`torch.Tensor` of shape `(batch_size, projection_dim, grid_height, grid_width)`):
+        Every patch in the text space, of length 1.
+    """
+
+    logits: torch.Tensor | None = None
+    content_sizes: torch.Tensor | None = None
+    dense_embeds: torch.Tensor | None = None
+
+
+class SamClipVisionAttention(SamVisionAttention):
+    """
+    SAM's attention with relative positions, without the `(length, length)` bias.
+
+    SAM's bias between patch `(i, j)` and patch `(k, l)` is a row term `(i, k)` plus a column term `(j, l)`. Appending
+    the terms of a query to that query, and one-hot rows and columns to the keys, moves the sum into the dot product:
+    the result is the same to rounding, nothing quadratic is stored, and PyTorch's fused kernels apply. Fused kernels
+    want queries, keys and values of one width, hence the padded values.
+    """
+
+    def get_rel_pos(self, q_size: int, k_size: int, rel_pos: torch.Tensor) -> torch.Tensor:
+        """
+        Relative position embeddings `(size, size, head_dim)` for a side of `q_size == k_size` patches, interpolated
+        from the table `(2 * trained_size - 1, head_dim)`. Differs from SAM's in staying on the table's device.
+        """
+        length = 2 * q_size - 1
+        if rel_pos.shape[0] != length:
+            rel_pos = F.interpolate(rel_pos.T[None].float(), size=length, mode="linear")[0].T.to(rel_pos.dtype)
+        position = torch.arange(q_size, device=rel_pos.device)
+        return rel_pos[position[:, None] - position[None, :] + q_size - 1]
+
+    def forward(self, hidden_states: torch.Tensor, output_attentions=None) -> tuple[torch.Tensor, None]:
+        """`(batch_size, height, width, hidden_size)` -> the same shape; attention weights are never formed."""
+        batch_size, height, width, _ = hidden_states.shape
+        qkv = self.qkv(hidden_states).reshape(batch_size, height * width, 3, self.num_attention_heads, -1)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (batch_size, heads, height * width, head_dim)
+        head_dim = query.shape[-1]
+        scaled_query = query * self.scale
+
+        if self.use_rel_pos:
+            grid = query.unflatten(2, (height, width))
+            row_bias = torch.einsum("bnhwc,hkc->bnhwk", grid, self.get_rel_pos(height, height, self.rel_pos_h))
+            column_bias = torch.einsum("bnhwc,wkc->bnhwk", grid, self.get_rel_pos(width, width, self.rel_pos_w))
+            row = torch.eye(height, dtype=key.dtype, device=key.device).repeat_interleave(width, dim=0)
+            column = torch.eye(width, dtype=key.dtype, device=key.device).repeat(height, 1)
+            one_hot = torch.cat([row, column], dim=-1).expand(batch_size, self.num_attention_heads, -1, -1)
+            scaled_query = torch.cat([scaled_query, row_bias.flatten(2, 3), column_bias.flatten(2, 3)], dim=-1)
+            key = torch.cat([key, one_hot], dim=-1)
+            value = F.pad(value, (0, height + width))
+
+        dropout = self.dropout if self.training else 0.0
+        attended = F.scaled_dot_product_attention(scaled_query, key, value, dropout_p=dropout, scale=1.0)
+        attended = attended[..., :head_dim].transpose(1, 2).reshape(batch_size, height, width, -1)
+        return self.proj(attended), None
+
+
+class SamClipVisionLayer(SamVisionLayer):
+    """SAM's layer around [`SamClipVisionAttention`]; `attn_implementation="eager"` keeps SAM's own, which forms the
+    attention weights for those who ask to see them."""
+
+    def __init__(self, config, window_size: int):
+        super().__init__(config, window_size)
+        if config._attn_implementation != "eager":
+            self.attn = SamClipVisionAttention(config, window_size)
+
+
+class SamClipPreTrainedModel(SamPreTrainedModel):
+    config: SamClipConfig
+    base_model_prefix = "samclip"
+    input_modalities = ("image", "text")
+    _no_split_modules = ["SamClipVisionLayer"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, SamClipModel):
+            init.normal_(module.text_projection.weight, std=self.config.text_config.hidden_size**-0.5)
+            init.constant_(module.logit_scale, self.config.logit_scale_init_value)
+            if getattr(module, "class_embeds", None) is not None:
+                init.zeros_(module.class_embeds)
+
+
+class SamClipVisionEncoder(SamVisionEncoder):
+    """SAM's image encoder, with its weights under its keys, for images of any height and width."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.layers = nn.ModuleList(SamClipVisionLayer(config, layer.window_size) for layer in self.layers)
+        self.post_init()
+
+    def interpolate_pos_embed(self, grid_height: int, grid_width: int) -> torch.Tensor:
+        """The position table `(1, trained_size, trained_size, hidden_size)`, bicubically resized to the grid."""
+        if self.pos_embed.shape[1:3] == (grid_height, grid_width):
+            return self.pos_embed
+        table = self.pos_embed.permute(0, 3, 1, 2).float()
+        table = F.interpolate(table, size=(grid_height, grid_width), mode="bicubic", align_corners=False)
+        return table.permute(0, 2, 3, 1).to(self.pos_embed.dtype)
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(self, pixel_values: torch.Tensor | None = None, **kwargs) -> SamClipVisionEncoderOutput:
+        r"""
+        pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`):
+            Height and width are multiples of the patch size.
+        """
+        if pixel_values is None:
+            raise ValueError("You have to specify pixel_values")
+        patch_size = self.config.patch_size
+        _, channels, height, width = pixel_values.shape
+        if channels != self.config.num_channels:
+            raise ValueError(f"pixel_values have {channels} channels, the model takes {self.config.num_channels}.")
+        if height % patch_size or width % patch_size or 0 in (height, width):
+            raise ValueError(
+                f"pixel_values are {height} x {width}; height and width must be positive multiples of the patch size, "
+                f"{patch_size}. SamClipImageProcessor pads images so."
+            )
+        hidden_states = self.patch_embed.projection(pixel_values).permute(0, 2, 3, 1)
+        if self.pos_embed is not None:
+            hidden_states = hidden_states + self.interpolate_pos_embed(*hidden_states.shape[1:3])
+        for layer in self.layers:
+            hidden_states = layer(hidden_states)
+        return SamClipVisionEncoderOutput(last_hidden_state=self.neck(hidden_states), patch_tokens=hidden_states)
+
+
+class SamClipHeadMLP(nn.Module):
+    """Two hidden layers: `(..., input_size)` -> `(..., output_size)`."""
+
+    def __init__(self, input_size: int, hidden_size: int, output_size: int, activation: nn.Module):
+        super().__init__()
+        self.fc1 = nn.Linear(input_size, hidden_size)
+        self.fc2 = nn.Linear(hidden_size, hidden_size)
+        self.fc3 = nn.Linear(hidden_size, output_size)
+        self.activation = activation
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.activation(self.fc1(hidden_states))
+        hidden_states = self.activation(self.fc2(hidden_states))
+        return self.fc3(hidden_states)
+
+
+class SamClipHead(nn.Module):
+    """
+    Patch tokens -> transformer layers -> pooling -> LayerNorm -> MLP -> text space; without the pooling, every patch in
+    text space.
+    """
+
+    def __init__(self, config: SamClipConfig):
+        super().__init__()
+        vision_config, head_config = config.vision_config, config.clip_head_config
+        last_is_global = vision_config.num_hidden_layers - 1 in vision_config.global_attn_indexes
+        window_size = 0 if last_is_global else vision_config.window_size
+        hidden_size = vision_config.hidden_size
+        mlp_hidden_size = hidden_size if head_config.mlp_hidden_size is None else head_config.mlp_hidden_size
+        self.pooling = head_config.pooling
+        self.layers = nn.ModuleList(
+            SamClipVisionLayer(vision_config, window_size) for _ in range(head_config.num_hidden_layers)
+        )
+        self.layer_norm = nn.LayerNorm(hidden_size, eps=vision_config.layer_norm_eps)
+        self.mlp = SamClipHeadMLP(
+            hidden_size, mlp_hidden_size, head_config.projection_dim, ACT2FN[vision_config.hidden_act]
+        )
+
+    def forward(self, patch_tokens: torch.Tensor) -> torch.Tensor:
+        """Head tokens `(batch_size, grid_height, grid_width, hidden_size)` from patch tokens of the same shape."""
+        for layer in self.layers:
+            patch_tokens = layer(patch_tokens)
+        return patch_tokens
+
+    def pool(self, head_tokens: torch.Tensor, content_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        Image features `(batch_size, projection_dim)` from head tokens; cells where `content_mask`
+        `(batch_size, grid_height, grid_width)` is `False` are padding and do not count.
+        """
+        tokens = head_tokens.flatten(1, 2)
+        inside = None if content_mask is None else content_mask.flatten(1)[..., None]
+        if self.pooling == "max":
+            if inside is not None:
+                tokens = tokens.masked_fill(~inside, torch.finfo(tokens.dtype).min)
+            pooled = tokens.amax(dim=1)
+        elif inside is None:
+            pooled = tokens.mean(dim=1)
+        else:
+            pooled = (tokens * inside).sum(dim=1) / inside.sum(dim=1)
+        return self.mlp(self.layer_norm(pooled))
+
+    def project_patches(self, head_tokens: torch.Tensor) -> torch.Tensor:
+        """Dense features `(batch_size, projection_dim, grid_height, grid_width)` from head tokens."""
+        return self.mlp(self.layer_norm(head_tokens)).permute(0, 3, 1, 2)
+
+
+class SamClipModel(SamClipPreTrainedModel, SamModel):
+    """
+    SAM-CLIP. `forward` takes what [`SamModel`] and [`CLIPModel`] take and does what the inputs ask for, in one pass of
+    the image encoder.
+
+    Example:
+
+    ```python
+    >>> from samclip_hf import SamClipModel, SamClipProcessor, miniature
+
+    >>> model = SamClipModel.from_pretrained(miniature.checkpoint())
+    >>> processor = SamClipProcessor.from_pretrained(miniature.checkpoint())
+    ```"""
+
+    def __init__(self, config: SamClipConfig):
+        # Past SamModel's own constructor, which would first build and initialise an encoder to be thrown away.
+        super(SamModel, self).__init__(config)
+        self.shared_image_embedding = SamPositionalEmbedding(config.vision_config)
+        self.vision_encoder = SamClipVisionEncoder(config.vision_config)
+        self.prompt_encoder = SamPromptEncoder(config)
+        # The mask decoder is no PreTrainedModel and does not learn it by itself (as in SamModel).
+        config.mask_decoder_config._attn_implementation = config._attn_implementation
+        self.mask_decoder = SamMaskDecoder(config.mask_decoder_config)
+        self.clip_head = SamClipHead(config)
+        self.text_model = CLIPTextModel._from_config(config.text_config)
+        projection_dim = config.clip_head_config.projection_dim
+        self.text_projection = nn.Linear(config.text_config.hidden_size, projection_dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
+        self.post_init()
+
+    @classmethod
+    def from_teachers(
+        cls,
+        sam: str | os.PathLike | SamModel,
+        clip: str | os.PathLike | CLIPModel,
+        clip_head_config: dict | SamClipHeadConfig | None = None,
+    ) -> "SamClipModel":
+        r"""
+        A SAM-CLIP at the start of its training: SAM's weights, CLIP's text tower, and a CLIP head whose layers are
+        copies of SAM's last one (appendix A). Only the head's LayerNorm and MLP are new, so it knows no class yet.
+
+        sam (`str`, `os.PathLike` or [`SamModel`]):
+            Name, folder or model; any size (ViT-B, -L, -H, ...).
+        clip (`str`, `os.PathLike` or [`CLIPModel`]):
+            Name, folder or model; any size.
+        clip_head_config (`dict` or [`SamClipHeadConfig`], *optional*):
+            Number of layers, pooling and MLP width. The projection size is always the CLIP teacher's.
+
+        Raises `TypeError` where a teacher is of another kind, `ValueError` where sizes do not fit.
+        """
+        sam = _load_teacher(SamModel, sam, "sam")
+        clip = _load_teacher(CLIPModel, clip, "clip")
+        if isinstance(clip_head_config, SamClipHeadConfig):
+            clip_head_config = clip_head_config.to_dict()
+        projection_dim = clip.config.projection_dim
+        head = dict(clip_head_config or {})
+        if head.setdefault("projection_dim", projection_dim) != projection_dim:
+            raise ValueError(
+                f"clip_head_config asks for projection_dim {head['projection_dim']}, but the CLIP teacher's text space "
+                f"has {projection_dim} dimensions. Leave projection_dim out."
+            )
+        config = SamClipConfig(
+            vision_config=sam.config.vision_config.to_dict(),
+            prompt_encoder_config=sam.config.prompt_encoder_config.to_dict(),
+            mask_decoder_config=sam.config.mask_decoder_config.to_dict(),
+            text_config=clip.config.text_config.to_dict(),
+            clip_head_config=head,
+            initializer_range=sam.config.initializer_range,
+        )
+        model = cls(config)
+        for name in ("shared_image_embedding", "vision_encoder", "prompt_encoder", "mask_decoder"):
+            getattr(model, name).load_state_dict(getattr(sam, name).state_dict())
+        model.text_model.load_state_dict(clip.text_model.state_dict())
+        model.text_projection.load_state_dict(clip.text_projection.state_dict())
+        model.logit_scale.data.copy_(clip.logit_scale.data)
+        for layer in model.clip_head.layers:
+            layer.load_state_dict(model.vision_encoder.layers[-1].state_dict())
+
+        size = {name: sum(p.numel() for p in module.parameters()) / 1e6 for name, module in model.named_children()}
+        logger.warning(
+            "SAM-CLIP built from its teachers. Copied from SAM: image encoder "
+            f"({size['vision_encoder']:.1f} M parameters), prompt encoder and mask decoder "
+            f"({size['prompt_encoder'] + size['mask_decoder']:.1f} M). Copied from CLIP: text tower, its projection "
+            f"and logit scale ({size['text_model'] + size['text_projection']:.1f} M). CLIP head "
+            f"({size['clip_head']:.1f} M): {len(model.clip_head.layers)} copies of the image encoder's last layer; "
+            "its LayerNorm and MLP are new, so train it before asking it about text."
+        )
+        return model
+
+    def get_image_wide_positional_embeddings(self, size: Sequence[int] | None = None) -> torch.Tensor:
+        """SAM's encoding of each cell's position `(1, hidden_size, grid_height, grid_width)`; by default for the
+        grid of the trained image size."""
+        trained_size = self.config.prompt_encoder_config.image_embedding_size
+        height, width = size if size is not None else (trained_size, trained_size)
+        table = self.shared_image_embedding.positional_embedding
+        y = (torch.arange(height, device=table.device, dtype=table.dtype) + 0.5) / height
+        x = (torch.arange(width, device=table.device, dtype=table.dtype) + 0.5) / width
+        grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)
+        return self.shared_image_embedding(grid).permute(2, 0, 1).unsqueeze(0)
+
+    def predict_masks(
+        self,
+        image_embeddings: torch.Tensor,
+        input_points: torch.Tensor | None = None,
+        input_labels: torch.Tensor | None = None,
+        input_boxes: torch.Tensor | None = None,
+        input_masks: torch.Tensor | None = None,
+        multimask_output: bool = True,
+        attention_similarity: torch.Tensor | None = None,
+        target_embedding: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        r"""
+        SAM's prompt encoder and mask decoder on an image embedding of any grid. Arguments as in `forward`.
+
+        Returns mask logits `(batch_size, num_prompts, num_masks, 4 * grid_height, 4 * grid_width)` and predicted IoUs
+        `(batch_size, num_prompts, num_masks)`.
+        """
+        batch_size, _, grid_height, grid_width = image_embeddings.shape
+        if input_points is not None and input_points.ndim != 4:
+            raise ValueError(
+                f"input_points must be (batch_size, num_prompts, num_points, 2), got {tuple(input_points.shape)}."
+            )
+        if input_boxes is not None and input_boxes.ndim != 3:
+            raise ValueError(f"input_boxes must be (batch_size, num_boxes, 4), got {tuple(input_boxes.shape)}.")
+        for name, prompt in (("input_points", input_points), ("input_boxes", input_boxes)):
+            if prompt is not None and prompt.shape[0] != batch_size:
+                raise ValueError(f"{name} are for {prompt.shape[0]} images, but there are {batch_size}.")
+        if input_points is not None and input_boxes is not None and input_points.shape[1] != input_boxes.shape[1]:
+            raise ValueError(
+                "Points and boxes given together describe the same objects, so there must be as many of each: got "
+                f"{input_points.shape[1]} and {input_boxes.shape[1]} prompts."
+            )
+        if input_points is not None and input_labels is None:
+            input_labels = torch.ones_like(input_points[..., 0], dtype=torch.int)
+        if input_masks is not None and input_masks.shape[-2:] != (4 * grid_height, 4 * grid_width):
+            raise ValueError(
+                f"input_masks are {tuple(input_masks.shape[-2:])} but must be {4 * grid_height} x {4 * grid_width}, "
+                "four times the patch grid, like the pred_masks of an earlier call."
+            )
+
+        # SAM's prompt encoder knows one input size: bring coordinates of this one into it. Its pixel centres are at
+        # +0.5, which it adds itself.
+        trained_size, patch_size = self.prompt_encoder.input_image_size, self.config.vision_config.patch_size
+        scale = trained_size / (torch.tensor([grid_width, grid_height], device=image_embeddings.device) * patch_size)
+        if input_points is not None:
+            input_points = (input_points + 0.5) * scale - 0.5
+        if input_boxes is not None:
+            input_boxes = (input_boxes + 0.5) * scale.repeat(2) - 0.5
+        sparse_embeddings, dense_embeddings = self.prompt_encoder(
+            input_points=input_points, input_labels=input_labels, input_boxes=input_boxes, input_masks=input_masks
+        )
+        if input_masks is None:  # "no mask" is one vector, repeated over the trained grid
+            dense_embeddings = dense_embeddings[..., :1, :1].expand(-1, -1, grid_height, grid_width)
+        positional_embeddings = self.get_image_wide_positional_embeddings((grid_height, grid_width))
+        return self.mask_decoder(
+            image_embeddings=image_embeddings,
+            image_positional_embeddings=positional_embeddings.expand(batch_size, -1, -1, -1),
+            sparse_prompt_embeddings=sparse_embeddings,
+            dense_prompt_embeddings=dense_embeddings,
+            multimask_output=multimask_output,
+            attention_similarity=attention_similarity,
+            target_embedding=target_embedding,
+        )
+
+    def _content_mask(self, patch_tokens: torch.Tensor, reshaped_input_sizes) -> torch.Tensor | None:
+        """Which cells `(batch_size, grid_height, grid_width)` show any of the picture rather than padding."""
+        if reshaped_input_sizes is None:
+            return None
+        sizes = torch.as_tensor(reshaped_input_sizes, device=patch_tokens.device)
+        if sizes.shape != (patch_tokens.shape[0], 2):
+            raise ValueError(
+                f"reshaped_input_sizes must be a height and a width for each of {patch_tokens.shape[0]} images, got "
+                f"shape {tuple(sizes.shape)}."
+            )
+        rows, columns = (torch.arange(n, device=sizes.device) for n in patch_tokens.shape[1:3])
+        cells = sizes / self.config.vision_config.patch_size
+        return (rows < cells[:, :1])[:, :, None] & (columns < cells[:, 1:])[:, None, :]
+
+    def _text_aligned(self, patch_tokens: torch.Tensor, reshaped_input_sizes) -> tuple[torch.Tensor, torch.Tensor]:
+        """Image embeddings `(batch_size, projection_dim)` and dense ones `(batch_size, projection_dim, grid_height,
+        grid_width)`, both of length 1."""
+        head_tokens = self.clip_head(patch_tokens)
+        pooled = self.clip_head.pool(head_tokens, self._content_mask(patch_tokens, reshaped_input_sizes))
+        return F.normalize(pooled, dim=-1), F.normalize(self.clip_head.project_patches(head_tokens), dim=1)
+
+    @can_return_tuple
+    def get_image_features(
+        self, pixel_values: torch.Tensor, reshaped_input_sizes=None, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        r"""
+        The image in the text space, as [`CLIPModel.get_image_features`] gives it.
+
+        pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`):
+            From the image processor.
+        reshaped_input_sizes (`torch.Tensor` of shape `(batch_size, 2)`, *optional*):
+            From the image processor: height and width of each picture without its padding, which then does not count.
+
+        Returns `pooler_output` `(batch_size, projection_dim)`, not normalised, and `last_hidden_state`
+        `(batch_size, grid_height * grid_width, hidden_size)`, the head's tokens.
+        """
+        patch_tokens = self.vision_encoder(pixel_values, **kwargs).patch_tokens
+        head_tokens = self.clip_head(patch_tokens)
+        pooled = self.clip_head.pool(head_tokens, self._content_mask(patch_tokens, reshaped_input_sizes))
+        return BaseModelOutputWithPooling(last_hidden_state=head_tokens.flatten(1, 2), pooler_output=pooled)
+
+    @can_return_tuple
+    def get_text_features(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPooling:
+        """The texts in the text space, exactly as [`CLIPModel.get_text_features`]: `pooler_output`
+        `(num_texts, projection_dim)`, not normalised."""
+        outputs = self.text_model(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs
+        )
+        outputs.pooler_output = self.text_projection(outputs.pooler_output)
+        return outputs
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        input_points: torch.Tensor | None = None,
+        input_labels: torch.LongTensor | None = None,
+        input_boxes: torch.Tensor | None = None,
+        input_masks: torch.Tensor | None = None,
+        image_embeddings: torch.Tensor | None = None,
+        multimask_output: bool = True,
+        attention_similarity: torch.Tensor | None = None,
+        target_embedding: torch.Tensor | None = None,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        reshaped_input_sizes: torch.Tensor | None = None,
+        original_sizes: torch.Tensor | None = None,
+        return_loss: bool | None = None,
+        **kwargs,
+    ) -> SamClipOutput:
+        r"""
+        pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`):
+            Any height and width that are multiples of the patch size.
+        input_points (`torch.Tensor` of shape `(batch_size, num_prompts, num_points, 2)`):
+            x and y in pixels of `pixel_values`; all points of a prompt describe one object.
+        input_labels (`torch.Tensor` of shape `(batch_size, num_prompts, num_points)`, *optional*):
+            1 inside, 0 outside, -1 none, -10 padding. All inside by default.
+        input_boxes (`torch.Tensor` of shape `(batch_size, num_prompts, 4)`):
+            x1, y1, x2, y2 in pixels of `pixel_values`.
+        input_masks (`torch.Tensor` of shape `(batch_size, 1, 4 * grid_height, 4 * grid_width)`):
+            Mask logits of an earlier call, for all prompts of an image.
+        image_embeddings (`torch.Tensor` of shape `(batch_size, output_channels, grid_height, grid_width)`):
+            From `get_image_embeddings`, instead of `pixel_values`, to prompt an image again.
+        multimask_output (`bool`, defaults to `True`):
+            Three masks a prompt rather than one.
+        attention_similarity, target_embedding (`torch.Tensor`):
+            As in [`SamModel`].
+        input_ids, attention_mask, position_ids (`torch.Tensor` of shape `(num_texts, sequence_length)`):
+            Texts to compare every image with.
+        reshaped_input_sizes (`torch.Tensor` of shape `(batch_size, 2)`, *optional*):
+            Height and width of each picture without its padding, which then does not count in `image_embeds`.
+        original_sizes (`torch.Tensor` of shape `(batch_size, 2)`, *optional*):
+            Not used; the processor returns it for post-processing, so that `model(**inputs)` works.
+        return_loss (`bool`, *optional*):
+            Whether to return CLIP's contrastive loss.
+        """
+        if (pixel_values is None) == (image_embeddings is None):
+            raise ValueError("Give either pixel_values or image_embeddings, and not both.")
+        has_prompts = any(prompt is not None for prompt in (input_points, input_boxes, input_masks))
+        asks_clip_head = input_ids is not None or not has_prompts
+        if asks_clip_head and pixel_values is None:
+            raise ValueError(
+                "image_embeddings hold what the mask decoder reads, not what the CLIP head reads: give pixel_values "
+                "for text, or prompts for masks."
+            )
+
+        fields = {}
+        if pixel_values is not None:
+            vision_outputs = self.vision_encoder(pixel_values, **kwargs)
+            image_embeddings = vision_outputs.last_hidden_state
+            fields["vision_hidden_states"] = vision_outputs.hidden_states
+            fields["vision_attentions"] = vision_outputs.attentions
+
+        if has_prompts:
+            fields["pred_masks"], fields["iou_scores"] = self.predict_masks(
+                image_embeddings,
+                input_points=input_points,
+                input_labels=input_labels,
+                input_boxes=input_boxes,
+                input_masks=input_masks,
+                multimask_output=multimask_output,
+                attention_similarity=attention_similarity,
+                target_embedding=target_embedding,
+            )
+
+        if asks_clip_head:
+            image_embeds, fields["dense_embeds"] = self._text_aligned(vision_outputs.patch_tokens, reshaped_input_sizes)
+            fields["image_embeds"] = image_embeds
+
+        if input_ids is not None:
+            text_features = self.get_text_features(input_ids, attention_mask, position_ids).pooler_output
+            text_embeds = F.normalize(text_features, dim=-1)
+            logits_per_text = text_embeds @ image_embeds.T * self.logit_scale.exp()
+            fields |= {
+                "text_embeds": text_embeds,
+                "logits_per_text": logits_per_text,
+                "logits_per_image": logits_per_text.T,
+                "loss": _contrastive_loss(logits_per_text) if return_loss else None,
+            }
+        return SamClipOutput(image_embeddings=image_embeddings, **fields)
+
+
+def _contrastive_loss(logits_per_text: torch.Tensor) -> torch.Tensor:
+    """CLIP's loss of texts `(batch_size, batch_size)` against images, in which text i belongs to image i."""
+    if logits_per_text.shape[0] != logits_per_text.shape[1]:
+        raise ValueError(f"return_loss needs one text per image, got {tuple(logits_per_text.shape)} texts x images.")
+    target = torch.arange(len(logits_per_text), device=logits_per_text.device)
+    return (F.cross_entropy(logits_per_text, target) + F.cross_entropy(logits_per_text.T, target)) / 2
+
+
+def _load_teacher(cls: type, teacher, argument: str):
+    """`teacher` itself, or the model of class `cls` that it names; safetensors only."""
+    if isinstance(teacher, cls):
+        return teacher
+    if not isinstance(teacher, str | os.PathLike):
+        raise TypeError(f"{argument} must be a name, a folder or a {cls.__name__}, got {type(teacher).__name__}.")
+    config, _ = cls.config_class.get_config_dict(teacher)
+    if config.get("model_type") != cls.config_class.model_type:
+        raise TypeError(
+            f"{argument} must be a {cls.__name__}, but {str(teacher)!r} holds a model of type "
+            f"{config.get('model_type')!r}."
+        )
+    return cls.from_pretrained(teacher, use_safetensors=True)
+
+
+__all__ = ["SamClipModel", "SamClipOutput", "SamClipPreTrainedModel", "SamClipSegmentationOutput"]
