@@ -1,6 +1,6 @@
 """Configuration of SAM-CLIP: SAM's configuration plus a CLIP head, CLIP's text tower and, optionally, a vocabulary."""
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import CLIPTextConfig, PreTrainedConfig, SamConfig
@@ -53,6 +53,8 @@ class SamClipConfig(SamConfig):
         [`SamClipForImageSegmentation.set_vocabulary`].
     background_label_id (`int`, *optional*):
         The label that stands for "none of the classes", or `None` where every pixel belongs to a class.
+    composition_threshold (`float`, *optional*, defaults to 0.3):
+        The probability that the CLIP head must give a label somewhere for the SAM head to draw it.
 
     Example:
 
@@ -67,11 +69,17 @@ class SamClipConfig(SamConfig):
     sub_configs = {**SamConfig.sub_configs, "text_config": CLIPTextConfig, "clip_head_config": SamClipHeadConfig}
     sub_configs_defaults = dict(sub_configs)
 
-    text_config: dict | PreTrainedConfig | None = None
-    clip_head_config: dict | PreTrainedConfig | None = None
+    if TYPE_CHECKING:  # what __post_init__ leaves
+        text_config: CLIPTextConfig
+        clip_head_config: SamClipHeadConfig
+        vocabulary_label_ids: list[int]
+    else:
+        text_config: dict | PreTrainedConfig | None = None
+        clip_head_config: dict | PreTrainedConfig | None = None
+        vocabulary_label_ids: list[int] | None = None
     logit_scale_init_value: float = 2.6592
-    vocabulary_label_ids: list[int] | None = None
     background_label_id: int | None = None
+    composition_threshold: float = 0.3
 
     def __post_init__(self, **kwargs):
         if self.text_config is None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import CLIPModel, CLIPTextModel, SamModel
+from transformers import AutoTokenizer, CLIPModel, CLIPTextModel, PreTrainedModel, PreTrainedTokenizerBase, SamModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
@@ -161,6 +161,7 @@ class SamClipPreTrainedModel(SamPreTrainedModel):
     base_model_prefix = "samclip"
     input_modalities = ("image", "text")
     _no_split_modules = ["SamClipVisionLayer"]
+    _keys_to_ignore_on_load_unexpected = ["^class_embeds$"]  # a vocabulary means nothing to the model without its head
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -232,8 +233,8 @@ class SamClipHeadMLP(nn.Module):
 
 class SamClipHead(nn.Module):
     """
-    Patch tokens -> transformer layers -> pooling -> LayerNorm -> MLP -> text space; without the pooling, every patch in
-    text space.
+    Patch tokens -> transformer layers -> pooling -> LayerNorm -> MLP -> text space; without the pooling, every patch
+    in text space.
     """
 
     def __init__(self, config: SamClipConfig):
@@ -338,8 +339,8 @@ class SamClipModel(SamClipPreTrainedModel, SamModel):
         head = dict(clip_head_config or {})
         if head.setdefault("projection_dim", projection_dim) != projection_dim:
             raise ValueError(
-                f"clip_head_config asks for projection_dim {head['projection_dim']}, but the CLIP teacher's text space "
-                f"has {projection_dim} dimensions. Leave projection_dim out."
+                f"clip_head_config asks for projection_dim {head['projection_dim']}, but the CLIP teacher's text "
+                f"space has {projection_dim} dimensions. Leave projection_dim out."
             )
         config = SamClipConfig(
             vision_config=sam.config.vision_config.to_dict(),
@@ -566,6 +567,7 @@ class SamClipModel(SamClipPreTrainedModel, SamModel):
             fields["vision_attentions"] = vision_outputs.attentions
 
         if has_prompts:
+            assert image_embeddings is not None  # given, or just computed
             fields["pred_masks"], fields["iou_scores"] = self.predict_masks(
                 image_embeddings,
                 input_points=input_points,
@@ -578,8 +580,8 @@ class SamClipModel(SamClipPreTrainedModel, SamModel):
             )
 
         if asks_clip_head:
-            image_embeds, fields["dense_embeds"] = self._text_aligned(vision_outputs.patch_tokens, reshaped_input_sizes)
-            fields["image_embeds"] = image_embeds
+            image_embeds, dense_embeds = self._text_aligned(vision_outputs.patch_tokens, reshaped_input_sizes)
+            fields |= {"image_embeds": image_embeds, "dense_embeds": dense_embeds}
 
         if input_ids is not None:
             text_features = self.get_text_features(input_ids, attention_mask, position_ids).pooler_output
@@ -594,6 +596,179 @@ class SamClipModel(SamClipPreTrainedModel, SamModel):
         return SamClipOutput(image_embeddings=image_embeddings, **fields)
 
 
+class SamClipForImageSegmentation(SamClipModel):
+    """
+    SAM-CLIP with a vocabulary: labels (`config.id2label`) and their text embeddings (`class_embeds`) live in the
+    checkpoint, so that an image alone gives labelled segments. Loads any SAM-CLIP checkpoint; give one without a
+    vocabulary its own by `set_vocabulary`.
+    """
+
+    def __init__(self, config: SamClipConfig):
+        super().__init__(config)
+        num_embeds = len(config.vocabulary_label_ids)
+        shape = (num_embeds, config.clip_head_config.projection_dim)
+        self.register_buffer("class_embeds", torch.zeros(shape) if num_embeds else None)
+
+    @torch.no_grad()
+    def set_vocabulary(
+        self,
+        labels: Sequence[str | Sequence[str]],
+        background: Sequence[str] = (),
+        templates: Sequence[str] = ("a photo of a {}",),
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> "SamClipForImageSegmentation":
+        r"""
+        Replaces the vocabulary; texts are embedded once, here.
+
+        labels (`Sequence`):
+            Names of the classes. A list in place of a name holds synonyms: the first names the label, the most similar
+            one counts.
+        background (`Sequence[str]`, *optional*):
+            Texts of what belongs to no class ("a wall", "an empty scene"), used as they are. If any, label 0 becomes
+            "background" and the classes follow.
+        templates (`Sequence[str]`, *optional*):
+            Sentences with a `{}` for the name; a name's embedding is the mean over them.
+        tokenizer ([`PreTrainedTokenizerBase`], *optional*):
+            By default the one saved beside this model's checkpoint.
+
+        Returns the model. Raises `ValueError` for no labels, an empty or doubled name, or a template without `{}`.
+        """
+        if isinstance(labels, str) or len(labels) == 0:
+            raise ValueError(f'A vocabulary is a list of at least one name, such as ["cat", "sofa"]; got {labels!r}.')
+        if isinstance(templates, str) or not templates or not all("{}" in template for template in templates):
+            raise ValueError(f"templates must be a list of sentences that contain {{}}, got {templates!r}.")
+        synonyms = [[label] if isinstance(label, str) else list(label) for label in labels]
+        names = [name for group in synonyms for name in group]
+        if not all(synonyms) or not all(isinstance(name, str) and name.strip() for name in names):
+            raise ValueError(f"Every label must be a name or a list of names, and no name empty; got {labels!r}.")
+        if doubled := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"These names appear more than once in the vocabulary: {doubled}.")
+
+        first_class = 1 if background else 0
+        id2label = {label_id: group[0] for label_id, group in enumerate(synonyms, start=first_class)}
+        label_ids = [label_id for label_id, group in enumerate(synonyms, start=first_class) for _ in group]
+        texts = [[template.format(name) for template in templates] for name in names]
+        if background:
+            id2label = {0: "background"} | id2label
+            label_ids = [0] * len(background) + label_ids
+            texts = [[text] for text in background] + texts
+
+        if tokenizer is None:
+            tokenizer = AutoTokenizer.from_pretrained(self.config.name_or_path)
+        inputs = tokenizer(
+            [text for group in texts for text in group], padding=True, truncation=True, return_tensors="pt"
+        ).to(self.device)
+        features = F.normalize(self.get_text_features(**inputs).pooler_output, dim=-1)
+        groups = features.split([len(group) for group in texts])
+        self.class_embeds = F.normalize(torch.stack([group.mean(dim=0) for group in groups]), dim=-1)
+        self.config.vocabulary_label_ids = label_ids
+        self.config.background_label_id = 0 if background else None
+        self.config.id2label = id2label
+        self.config.label2id = {name: label_id for label_id, name in id2label.items()}
+        return self
+
+    def classify_patches(self, dense_embeds: torch.Tensor) -> torch.Tensor:
+        """
+        Logits `(batch_size, num_labels, grid_height, grid_width)` of dense embeddings `(batch_size, projection_dim,
+        grid_height, grid_width)`: scaled cosine similarity to the label's most similar text.
+        """
+        similarity = torch.einsum("bdhw,nd->bnhw", dense_embeds, self.class_embeds.to(dense_embeds.dtype))
+        label_ids = torch.tensor(self.config.vocabulary_label_ids, device=similarity.device)
+        logits = similarity.new_full((similarity.shape[0], len(self.config.id2label), *similarity.shape[2:]), -1.0)
+        index = label_ids[None, :, None, None].expand_as(similarity)
+        return logits.scatter_reduce(1, index, similarity, "amax") * self.logit_scale.exp()
+
+    def forward(  # type: ignore[override]  # another head, other inputs
+        self,
+        pixel_values: torch.Tensor,
+        reshaped_input_sizes: torch.Tensor | None = None,
+        original_sizes: torch.Tensor | None = None,
+        both_heads: bool = True,
+        **kwargs,
+    ) -> SamClipSegmentationOutput:
+        r"""
+        pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`):
+            From the image processor.
+        reshaped_input_sizes (`torch.Tensor` of shape `(batch_size, 2)`, *optional*):
+            From the image processor: height and width of each picture without its padding.
+        original_sizes (`torch.Tensor` of shape `(batch_size, 2)`, *optional*):
+            Not used; post-processing takes them as `target_sizes`.
+        both_heads (`bool`, defaults to `True`):
+            Whether the SAM head refines what the CLIP head found (paper, section 5: "composing both CLIP and SAM
+            heads"), rather than the CLIP head alone.
+        """
+        if self.class_embeds is None:
+            raise ValueError(
+                'No vocabulary in this checkpoint: call model.set_vocabulary(["cat", "sofa", ...]) first.'
+            )
+        vision_outputs = self.vision_encoder(pixel_values, **kwargs)
+        head_tokens = self.clip_head(vision_outputs.patch_tokens)
+        dense_embeds = F.normalize(self.clip_head.project_patches(head_tokens), dim=1)
+        logits = self.classify_patches(dense_embeds)
+        if both_heads:
+            content_mask = self._content_mask(vision_outputs.patch_tokens, reshaped_input_sizes)
+            logits = self.compose_heads(vision_outputs.last_hidden_state, logits, content_mask)
+
+        input_size = torch.tensor(pixel_values.shape[-2:], device=pixel_values.device)
+        grid_size = torch.tensor(logits.shape[-2:], device=pixel_values.device)
+        if reshaped_input_sizes is None:
+            reshaped_input_sizes = input_size.expand(len(pixel_values), 2)
+        content_sizes = torch.as_tensor(reshaped_input_sizes, device=pixel_values.device) * grid_size / input_size
+        return SamClipSegmentationOutput(logits=logits, content_sizes=content_sizes, dense_embeds=dense_embeds)
+
+    def compose_heads(
+        self, image_embeddings: torch.Tensor, logits: torch.Tensor, content_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        r"""
+        Lets the SAM head redraw every class that the CLIP head sees.
+
+        image_embeddings (`torch.Tensor` of shape `(batch_size, output_channels, grid_height, grid_width)`):
+            What the mask decoder reads.
+        logits (`torch.Tensor` of shape `(batch_size, num_labels, grid_height, grid_width)`):
+            The CLIP head's.
+        content_mask (`torch.Tensor` of shape `(batch_size, grid_height, grid_width)`, *optional*):
+            `False` on padding.
+
+        Returns log-probabilities `(batch_size, num_labels, 4 * grid_height, 4 * grid_width)`.
+        """
+        grid_height, grid_width = logits.shape[-2:]
+        probabilities = logits.softmax(dim=1)
+        seen = probabilities if content_mask is None else probabilities * content_mask[:, None]
+        peak, peak_cell = seen.flatten(2).max(dim=-1)  # each (batch_size, num_labels)
+        if self.config.background_label_id is not None:
+            peak[:, self.config.background_label_id] = 0
+        present = peak > self.config.composition_threshold
+        coarse = F.interpolate(probabilities, size=(4 * grid_height, 4 * grid_width), mode="bilinear")
+        num_prompts = int(present.sum(dim=1).max())
+        if num_prompts == 0:
+            return coarse.clamp_min(1e-6).log()
+
+        # The labels that any image shows, as one batch of point prompts; fewer in an image leave padding.
+        label_ids = peak.masked_fill(~present, 0).topk(num_prompts, dim=1).indices
+        valid = present.gather(1, label_ids)
+        cell = peak_cell.gather(1, label_ids)
+        patch_size = self.config.vision_config.patch_size
+        points = (torch.stack([cell % grid_width, cell // grid_width], dim=-1) + 0.5) * patch_size - 0.5
+        masks, iou_scores = self.predict_masks(
+            image_embeddings,
+            input_points=points[:, :, None].to(image_embeddings.dtype),
+            input_labels=torch.where(valid, 1, -10)[:, :, None],
+        )
+        best = iou_scores.argmax(dim=-1)[:, :, None, None, None].expand(-1, -1, 1, *masks.shape[-2:])
+        masks = masks.gather(2, best).squeeze(2).sigmoid() * valid[:, :, None, None]
+
+        # A mask counts by the probability of its label inside it.
+        own = probabilities.gather(1, label_ids[:, :, None, None].expand(-1, -1, grid_height, grid_width))
+        weight = F.avg_pool2d(masks, 4)
+        confidence = (own * weight).sum(dim=(2, 3)) / weight.sum(dim=(2, 3)).clamp_min(1e-6)
+        masks = masks * confidence[:, :, None, None]
+        index = label_ids[:, :, None, None].expand_as(masks)
+        composed = torch.zeros_like(coarse).scatter(1, index, masks)
+        if self.config.background_label_id is not None:
+            composed[:, self.config.background_label_id] = 1 - masks.amax(dim=1)
+        return composed.clamp_min(1e-6).log()
+
+
 def _contrastive_loss(logits_per_text: torch.Tensor) -> torch.Tensor:
     """CLIP's loss of texts `(batch_size, batch_size)` against images, in which text i belongs to image i."""
     if logits_per_text.shape[0] != logits_per_text.shape[1]:
@@ -602,7 +777,7 @@ def _contrastive_loss(logits_per_text: torch.Tensor) -> torch.Tensor:
     return (F.cross_entropy(logits_per_text, target) + F.cross_entropy(logits_per_text.T, target)) / 2
 
 
-def _load_teacher(cls: type, teacher, argument: str):
+def _load_teacher(cls: type[PreTrainedModel], teacher, argument: str):
     """`teacher` itself, or the model of class `cls` that it names; safetensors only."""
     if isinstance(teacher, cls):
         return teacher
@@ -617,4 +792,10 @@ def _load_teacher(cls: type, teacher, argument: str):
     return cls.from_pretrained(teacher, use_safetensors=True)
 
 
-__all__ = ["SamClipModel", "SamClipOutput", "SamClipPreTrainedModel", "SamClipSegmentationOutput"]
+__all__ = [
+    "SamClipForImageSegmentation",
+    "SamClipModel",
+    "SamClipOutput",
+    "SamClipPreTrainedModel",
+    "SamClipSegmentationOutput",
+]

@@ -1,0 +1,136 @@
+"""SAM-CLIP's processor: images, prompts in the images' own pixels, and text."""
+
+import numpy as np
+import torch
+from transformers import BatchFeature, ProcessorMixin
+
+# The label by which SAM's prompt encoder skips a point that only fills up a batch.
+POINT_PADDING = -10
+
+
+class SamClipProcessor(ProcessorMixin):
+    r"""
+    image_processor ([`SamClipImageProcessor`]):
+        SAM's preprocessing.
+    tokenizer ([`CLIPTokenizer`]):
+        The CLIP teacher's.
+    """
+
+    def __init__(self, image_processor=None, tokenizer=None):
+        super().__init__(image_processor, tokenizer)
+
+    def __call__(
+        self,
+        images=None,
+        text=None,
+        segmentation_maps=None,
+        input_points=None,
+        input_labels=None,
+        input_boxes=None,
+        **kwargs,
+    ) -> BatchFeature:
+        r"""
+        images (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of them, *optional*):
+            Passed to the image processor.
+        text (`str` or `list[str]`, *optional*):
+            Passed to the tokenizer, padded to the longest.
+        segmentation_maps (*optional*):
+            Label maps, passed to the image processor; returned as `labels`.
+        input_points (nested lists or array of shape `(num_images, num_prompts, num_points, 2)`, *optional*):
+            x and y in pixels of the original image. Images may have different numbers of prompts and prompts different
+            numbers of points; they are padded.
+        input_labels (nested lists or array of shape `(num_images, num_prompts, num_points)`, *optional*):
+            1 inside the object, 0 outside; all 1 by default.
+        input_boxes (nested lists or array of shape `(num_images, num_boxes, 4)`, *optional*):
+            x1, y1, x2, y2 in pixels of the original image; equally many for every image.
+
+        Returns torch tensors: what the image processor gives (`pixel_values`, `original_sizes`,
+        `reshaped_input_sizes`), `input_ids` and `attention_mask`, and the prompts in pixels of `pixel_values`. Raises
+        `ValueError` where prompts and images do not match or a prompt lies outside its image.
+        """
+        if images is None and text is None:
+            raise ValueError("Give images, text or both.")
+        if images is None and any(p is not None for p in (input_points, input_labels, input_boxes)):
+            raise ValueError("Prompts need the images that they point into.")
+        kwargs.setdefault("return_tensors", "pt")
+        kwargs.setdefault("padding", True)
+        merged = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        inputs = BatchFeature()
+        if images is not None:
+            inputs.update(self.image_processor(images, segmentation_maps, **merged["images_kwargs"]))
+        if text is not None:
+            inputs.update(self.tokenizer(text, **merged["text_kwargs"]))
+        if input_points is not None:
+            inputs.update(self._prepare_points(input_points, input_labels, inputs))
+        elif input_labels is not None:
+            raise ValueError("input_labels say which of the input_points are inside: give input_points too.")
+        if input_boxes is not None:
+            inputs["input_boxes"] = self._prepare_boxes(input_boxes, inputs)
+        return inputs
+
+    def _prepare_points(self, input_points, input_labels, inputs) -> dict[str, torch.Tensor]:
+        """Padded points `(num_images, num_prompts, num_points, 2)` and their labels."""
+        points = [[np.asarray(p, dtype=np.float32).reshape(-1, 2) for p in prompts] for prompts in input_points]
+        if input_labels is None:
+            labels = [[np.ones(len(p), dtype=np.int64) for p in prompts] for prompts in points]
+        else:
+            labels = [[np.asarray(p, dtype=np.int64).reshape(-1) for p in prompts] for prompts in input_labels]
+        if [[len(p) for p in prompts] for prompts in points] != [[len(p) for p in prompts] for prompts in labels]:
+            raise ValueError("input_labels must hold exactly one label for each of the input_points.")
+        self._check_counts("input_points", points, inputs)
+
+        num_prompts = max(map(len, points))
+        num_points = max(len(p) for prompts in points for p in prompts)
+        padded_points = np.zeros((len(points), num_prompts, num_points, 2), dtype=np.float32)
+        padded_labels = np.full((len(points), num_prompts, num_points), POINT_PADDING, dtype=np.int64)
+        for i, prompts in enumerate(points):
+            for j, prompt in enumerate(prompts):
+                padded_points[i, j, : len(prompt)] = self._rescale("input_points", prompt, i, inputs)
+                padded_labels[i, j, : len(prompt)] = labels[i][j]
+        return {"input_points": torch.from_numpy(padded_points), "input_labels": torch.from_numpy(padded_labels)}
+
+    def _prepare_boxes(self, input_boxes, inputs) -> torch.Tensor:
+        """Boxes `(num_images, num_boxes, 4)`."""
+        boxes = [np.asarray(b, dtype=np.float32).reshape(-1, 4) for b in input_boxes]
+        self._check_counts("input_boxes", boxes, inputs)
+        if len({len(b) for b in boxes}) != 1:
+            raise ValueError(f"Every image needs the same number of boxes, got {[len(b) for b in boxes]}.")
+        corners = [self._rescale("input_boxes", b.reshape(-1, 2), i, inputs) for i, b in enumerate(boxes)]
+        stacked = np.stack(corners).reshape(len(boxes), -1, 4)
+        if (stacked[..., 2:] < stacked[..., :2]).any():
+            raise ValueError("A box is x1, y1, x2, y2 with x1 <= x2 and y1 <= y2.")
+        return torch.from_numpy(stacked)
+
+    def _check_counts(self, name: str, prompts, inputs) -> None:
+        num_images = len(inputs["original_sizes"])
+        if len(prompts) != num_images:
+            raise ValueError(f"{name} are for {len(prompts)} images, but there are {num_images}.")
+        if any(len(p) == 0 for p in prompts):
+            raise ValueError(f"Every image needs at least one prompt in {name}.")
+
+    def _rescale(self, name: str, points: np.ndarray, image_index: int, inputs) -> np.ndarray:
+        """Points `(num_points, 2)` from pixels of the original image to pixels of the model's input."""
+        height, width = (int(side) for side in inputs["original_sizes"][image_index])
+        if not np.isfinite(points).all() or (points < 0).any() or (points > (width, height)).any():
+            raise ValueError(
+                f"{name} of image {image_index} leave the image, which is {width} wide and {height} high: "
+                f"{points.tolist()} (x first, then y, in pixels of the original image)."
+            )
+        new_height, new_width = (int(side) for side in inputs["reshaped_input_sizes"][image_index])
+        return points * np.array([new_width / width, new_height / height], dtype=np.float32)
+
+    def post_process_masks(self, masks, original_sizes, reshaped_input_sizes, **kwargs):
+        """Mask logits to binary masks of the original images' sizes; see [`SamImageProcessor.post_process_masks`]."""
+        return self.image_processor.post_process_masks(masks, original_sizes, reshaped_input_sizes, **kwargs)
+
+    def post_process_semantic_segmentation(self, outputs, target_sizes=None):
+        """See [`SamClipImageProcessor.post_process_semantic_segmentation`]."""
+        return self.image_processor.post_process_semantic_segmentation(outputs, target_sizes)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        prompt_names = ["input_points", "input_labels", "input_boxes"]
+        return [*super().model_input_names, "original_sizes", "reshaped_input_sizes", *prompt_names]
+
+
+__all__ = ["SamClipProcessor"]
