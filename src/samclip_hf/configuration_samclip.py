@@ -95,6 +95,17 @@ class SamClipConfig(SamConfig):
             self.vocabulary_label_ids = []
         super().__post_init__(**kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """As in [`PreTrainedConfig`]; refuses other models' configurations, but for SAM's, which lack the CLIP side."""
+        model_type = config_dict.get("model_type", cls.model_type)
+        if model_type not in (cls.model_type, "sam"):
+            raise ValueError(
+                f"This checkpoint holds a model of type {model_type!r}, not a SAM-CLIP. "
+                "SamClipModel.from_teachers(sam, clip) builds a SAM-CLIP from a SAM and a CLIP."
+            )
+        return super().from_dict(config_dict, **kwargs)
+
     def validate_architecture(self):
         """Part of `@strict`-powered validation."""
         vision, prompt_encoder = self.vision_config, self.prompt_encoder_config

@@ -1,0 +1,415 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import randomise, tiny_clip, tiny_sam
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageSegmentation,
+    AutoModelForMaskGeneration,
+    AutoModelForZeroShotImageClassification,
+    BatchEncoding,
+    CLIPModel,
+    SamModel,
+)
+from transformers.models.sam.configuration_sam import SamVisionConfig
+
+from samclip_hf import SamClipConfig, SamClipForImageSegmentation, SamClipModel
+from samclip_hf.modeling_samclip import SamClipVisionAttention
+
+
+def random_images(batch_size=2, height=64, width=64):
+    return torch.randn(batch_size, 3, height, width, generator=torch.Generator().manual_seed(1))
+
+
+def random_points(batch_size=2, num_prompts=3, num_points=2):
+    return torch.rand(batch_size, num_prompts, num_points, 2, generator=torch.Generator().manual_seed(2)) * 64
+
+
+INPUT_IDS = torch.tensor([[48, 5, 7, 49], [48, 9, 49, 0], [48, 3, 49, 0]])
+ATTENTION_MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 0]])
+
+
+def assert_same(actual, expected, tolerance=1e-5):
+    """Equal to `tolerance` of the largest value."""
+    scale = expected.abs().max().item()
+    assert scale > 1e-3, "a comparison of near-zero values would prove nothing"
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * scale)
+
+
+class TestAttention:
+    @pytest.mark.parametrize("grid", [(5, 5), (4, 7), (9, 3)])
+    @pytest.mark.parametrize("backend", [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION])
+    def test_equals_brute_force_with_the_explicit_bias(self, grid, backend):
+        torch.manual_seed(0)
+        config = SamVisionConfig(hidden_size=16, num_attention_heads=2, image_size=40, patch_size=8)
+        attention = randomise(SamClipVisionAttention(config, window_size=0), std=0.5)
+        height, width = grid
+        hidden_states = torch.randn(2, height, width, 16)
+
+        query, key, value = attention.qkv(hidden_states).view(2, height * width, 3, 2, 8).unbind(2)
+        rel_pos_h = F.interpolate(attention.rel_pos_h.T[None], size=2 * height - 1, mode="linear")[0].T
+        rel_pos_w = F.interpolate(attention.rel_pos_w.T[None], size=2 * width - 1, mode="linear")[0].T
+        bias = torch.empty(2, 2, height * width, height * width)
+        for q in range(height * width):
+            for k in range(height * width):
+                row, column = q // width - k // width, q % width - k % width
+                relative = rel_pos_h[row + height - 1] + rel_pos_w[column + width - 1]
+                bias[:, :, q, k] = query[:, q] @ relative
+        weights = (torch.einsum("bqnc,bknc->bnqk", query, key) * 8**-0.5 + bias).softmax(dim=-1)
+        expected = attention.proj(torch.einsum("bnqk,bknc->bqnc", weights, value).reshape(2, height, width, 16))
+
+        with sdpa_kernel(backend):
+            assert_same(attention(hidden_states)[0], expected)
+
+    def test_stores_nothing_of_the_size_of_the_bias(self):
+        config = SamVisionConfig(hidden_size=16, num_attention_heads=2, image_size=320, patch_size=8)
+        attention = SamClipVisionAttention(config, window_size=0)
+        length = 40 * 40
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+            attention(torch.randn(1, 40, 40, 16))
+        assert max(saved) < length * length / 5  # the bias of one head alone has length * length values
+
+
+class TestAgainstSam:
+    @pytest.mark.parametrize("size", [(64, 8, 3), (128, 16, 4)])
+    @pytest.mark.parametrize("attention", ["sdpa", "eager"])
+    def test_same_masks_scores_and_embeddings(self, clip, size, attention):
+        image_size, patch_size, window_size = size
+        sam = tiny_sam(image_size, patch_size, window_size=window_size)
+        sam.set_attn_implementation(attention)
+        model = SamClipModel.from_teachers(sam, clip).eval()
+        pixel_values = random_images(height=image_size, width=image_size)
+        boxes = torch.tensor([[[3.0, 4, 40, 50], [0, 0, 9, 60]], [[1, 2, 30, 20], [5, 5, 6, 6]]])
+        masks = torch.randn(2, 1, 4 * image_size // patch_size, 4 * image_size // patch_size)
+        with torch.no_grad():
+            for prompts in (
+                {"input_points": random_points()},
+                {"input_points": random_points(), "input_labels": torch.randint(-1, 2, (2, 3, 2))},
+                {"input_boxes": boxes, "multimask_output": False},
+                {"input_boxes": boxes, "input_points": random_points(num_prompts=2)},
+                {"input_points": random_points(), "input_masks": masks},
+            ):
+                expected, actual = sam(pixel_values, **prompts), model(pixel_values, **prompts)
+                assert_same(actual.pred_masks, expected.pred_masks)
+                assert_same(actual.iou_scores, expected.iou_scores)
+            embeddings = sam.get_image_embeddings(pixel_values)
+            assert_same(model.get_image_embeddings(pixel_values), embeddings)
+            again = model(image_embeddings=embeddings, input_points=random_points())
+            assert_same(again.pred_masks, sam(pixel_values, input_points=random_points()).pred_masks)
+        assert_same(model.get_image_wide_positional_embeddings(), sam.get_image_wide_positional_embeddings())
+
+    @pytest.mark.parametrize("backend", [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION])
+    def test_same_encoder_at_1024_with_vit_b_attention(self, clip, backend):
+        # ViT-B's grid, windows and head width; two layers and two heads are enough to tell.
+        sam = tiny_sam(1024, 16, hidden_size=128, num_hidden_layers=2, window_size=14, global_attn_indexes=[1])
+        model = SamClipModel.from_teachers(sam, clip, {"num_hidden_layers": 1}).eval()
+        pixel_values = random_images(1, 1024, 1024)
+        with torch.no_grad(), sdpa_kernel(backend):
+            assert_same(model.get_image_embeddings(pixel_values), sam.get_image_embeddings(pixel_values), 2e-5)
+
+    def test_a_sam_checkpoint_lacks_only_the_clip_side(self, sam, model, tmp_path):
+        sam.save_pretrained(tmp_path)
+        loaded, info = SamClipModel.from_pretrained(tmp_path, config=model.config, output_loading_info=True)
+        assert not info["unexpected_keys"]
+        assert {key.split(".")[0] for key in info["missing_keys"]} == {
+            "clip_head",
+            "text_model",
+            "text_projection",
+            "logit_scale",
+        }
+        pixel_values, points = random_images(), random_points()
+        with torch.no_grad():
+            masks = loaded.eval()(pixel_values, input_points=points).pred_masks
+            assert_same(masks, sam(pixel_values, input_points=points).pred_masks)
+
+
+class TestAnySize:
+    @pytest.mark.parametrize("size", [(24, 24), (40, 96), (120, 64)])
+    def test_grid_follows_the_image(self, model, size):
+        height, width = size
+        with torch.no_grad():
+            outputs = model(random_images(1, *size), input_points=random_points(1), input_ids=INPUT_IDS)
+        assert outputs.dense_embeds.shape == (1, 20, height // 8, width // 8)
+        assert outputs.image_embeddings.shape == (1, 16, height // 8, width // 8)
+        assert outputs.pred_masks.shape == (1, 3, 3, height // 2, width // 2)
+
+    def test_prompts_stay_at_their_place_when_the_canvas_is_not_the_trained_one(self, sam, clip):
+        """A model whose nominal size is another, but whose tables are the same, must see the same prompts."""
+        small = SamClipModel.from_teachers(sam, clip).eval()
+        state = small.state_dict()
+        config = SamClipConfig.from_dict(small.config.to_dict())
+        config.vision_config.image_size = config.prompt_encoder_config.image_size = 32
+        config.prompt_encoder_config.image_embedding_size = 4
+        nominal = SamClipModel(config).eval()
+        nominal.load_state_dict(
+            {k: v for k, v in state.items() if nominal.state_dict()[k].shape == v.shape}, strict=False
+        )
+        embeddings = torch.randn(1, 16, 8, 8)  # both decode the embedding of a 64 x 64 image
+        prompts = {"input_points": random_points(1), "input_boxes": torch.tensor([[[3.0, 4, 40, 50]] * 3])}
+        with torch.no_grad():
+            expected, actual = small.predict_masks(embeddings, **prompts), nominal.predict_masks(embeddings, **prompts)
+        assert_same(actual[0], expected[0])
+
+    def test_uneven_sizes_and_channels_are_refused(self, model):
+        with pytest.raises(ValueError, match=r"63 x 64.*multiples of the patch size, 8"):
+            model(random_images(1, 63, 64))
+        with pytest.raises(ValueError, match="4 channels"):
+            model(torch.zeros(1, 4, 64, 64))
+
+
+class TestAgainstClip:
+    def test_same_text_features(self, model, clip):
+        inputs = {"input_ids": INPUT_IDS, "attention_mask": ATTENTION_MASK}
+        with torch.no_grad():
+            expected = clip.get_text_features(**inputs).pooler_output
+            assert_same(model.get_text_features(**inputs).pooler_output, expected, 1e-6)
+
+    def test_logits_and_loss_are_clips_for_the_same_embeddings(self, model, clip):
+        inputs = {"input_ids": INPUT_IDS, "attention_mask": ATTENTION_MASK, "return_loss": True}
+        pixel_values = random_images(3)
+        with torch.no_grad():
+            outputs = model(pixel_values, **inputs)
+            image_features = model.get_image_features(pixel_values)
+            clip.get_image_features = lambda **_: image_features  # CLIP with our eyes
+            expected = clip(pixel_values=pixel_values, **inputs)
+            del clip.get_image_features
+        for name in ("logits_per_image", "logits_per_text", "image_embeds", "text_embeds", "loss"):
+            assert_same(outputs[name], expected[name])
+
+
+class TestClipHead:
+    def test_layers_start_as_the_encoders_last(self, sam, clip):
+        model = SamClipModel.from_teachers(sam, clip)
+        last = sam.vision_encoder.layers[-1].state_dict()
+        assert len(model.clip_head.layers) == 3
+        for layer in model.clip_head.layers:
+            for name, weight in layer.state_dict().items():
+                torch.testing.assert_close(weight, last[name], rtol=0, atol=0)
+
+    @pytest.mark.parametrize("pooling", ["max", "mean"])
+    def test_image_and_patch_embeddings_share_norm_and_mlp(self, sam, clip, pooling):
+        model = randomise(SamClipModel.from_teachers(sam, clip, {"pooling": pooling}))
+        with torch.no_grad():
+            tokens = model.vision_encoder(random_images()).patch_tokens
+            for layer in model.clip_head.layers:
+                tokens = layer(tokens)
+            flat = tokens.flatten(1, 2)
+            pooled = flat.max(dim=1).values if pooling == "max" else flat.mean(dim=1)
+            head = model.clip_head
+            outputs = model(random_images())
+            assert_same(outputs.image_embeds, F.normalize(head.mlp(head.layer_norm(pooled)), dim=-1))
+            patch = F.normalize(head.mlp(head.layer_norm(tokens[:, 2, 5])), dim=-1)
+            assert_same(outputs.dense_embeds[:, :, 2, 5], patch)
+
+    @pytest.mark.parametrize("pooling", ["max", "mean"])
+    def test_padding_does_not_count_in_the_pooling(self, sam, clip, pooling):
+        head = randomise(SamClipModel.from_teachers(sam, clip, {"pooling": pooling})).clip_head
+        tokens = torch.randn(2, 4, 5, 32)
+        inside = torch.zeros(2, 4, 5, dtype=torch.bool)
+        inside[0, :3, :4] = inside[1, :2] = True
+        with torch.no_grad():
+            pooled = head.pool(tokens, inside)
+            assert_same(pooled[:1], head.pool(tokens[:1, :3, :4]))
+            assert_same(pooled[1:], head.pool(tokens[1:, :2]))
+
+    def test_content_mask_holds_every_cell_that_shows_the_picture(self, model):
+        mask = model._content_mask(torch.zeros(2, 8, 8, 32), [[64, 17], [33, 64]])
+        assert mask[0].all(dim=0).tolist() == [True] * 3 + [False] * 5
+        assert mask[1].all(dim=1).tolist() == [True] * 5 + [False] * 3
+
+
+class TestOnePass:
+    @pytest.mark.parametrize("inputs", [{}, {"input_ids": INPUT_IDS}, {"input_points": random_points()}])
+    def test_outputs_are_what_the_inputs_ask_for_and_the_encoder_runs_once(self, model, inputs):
+        calls = []
+        model.vision_encoder.register_forward_hook(lambda *_: calls.append("encoder"))
+        model.clip_head.register_forward_hook(lambda *_: calls.append("clip head"))
+        with torch.no_grad():
+            outputs = model(random_images(), **inputs)
+        assert calls == ["encoder"] + ["clip head"] * ("input_points" not in inputs)
+        assert ("pred_masks" in outputs) == ("input_points" in inputs)
+        assert ("logits_per_image" in outputs) == ("input_ids" in inputs)
+        assert ("dense_embeds" in outputs) == ("input_points" not in inputs)
+
+    def test_prompts_and_text_together_give_both(self, model):
+        with torch.no_grad():
+            both = model(random_images(), input_points=random_points(), input_ids=INPUT_IDS)
+            assert_same(both.pred_masks, model(random_images(), input_points=random_points()).pred_masks)
+            assert_same(both.logits_per_image, model(random_images(), input_ids=INPUT_IDS).logits_per_image)
+
+    def test_hidden_states_and_tuples(self, model):
+        with torch.no_grad():
+            outputs = model(random_images(), output_hidden_states=True)
+            as_tuple = model(random_images(), return_dict=False)
+        assert [tuple(h.shape) for h in outputs.vision_hidden_states] == [(2, 8, 8, 32)] * 4
+        assert isinstance(as_tuple, tuple)
+
+    def test_contradictory_inputs_are_refused(self, model):
+        embeddings = torch.zeros(2, 16, 8, 8)
+        with pytest.raises(ValueError, match="either pixel_values or image_embeddings"):
+            model()
+        with pytest.raises(ValueError, match="give pixel_values for text"):
+            model(image_embeddings=embeddings, input_ids=INPUT_IDS)
+        with pytest.raises(ValueError, match="are for 3 images"):
+            model(image_embeddings=embeddings, input_points=random_points(3))
+        with pytest.raises(ValueError, match="as many of each"):
+            model(image_embeddings=embeddings, input_points=random_points(), input_boxes=torch.zeros(2, 1, 4))
+        with pytest.raises(ValueError, match="must be 32 x 32"):
+            model(image_embeddings=embeddings, input_masks=torch.zeros(2, 1, 8, 8))
+        with pytest.raises(ValueError, match="one text per image"):
+            model(random_images(2), input_ids=INPUT_IDS, return_loss=True)
+
+
+class TestFromTeachers:
+    def test_takes_folders_as_well_as_models(self, sam, clip, tmp_path):
+        sam.save_pretrained(tmp_path / "sam")
+        clip.save_pretrained(tmp_path / "clip")
+        model = SamClipModel.from_teachers(tmp_path / "sam", str(tmp_path / "clip"))
+        for name, weight in sam.state_dict().items():
+            torch.testing.assert_close(model.state_dict()[name], weight, rtol=0, atol=0)
+        for name, weight in clip.state_dict().items():
+            if name.startswith("text_") or name == "logit_scale":
+                torch.testing.assert_close(model.state_dict()[name], weight, rtol=0, atol=0)
+
+    def test_says_what_it_copied(self, sam, clip, caplog):
+        SamClipModel.from_teachers(sam, clip)
+        said = caplog.text
+        assert "Copied from SAM: image encoder" in said and "Copied from CLIP: text tower" in said
+        assert "LayerNorm and MLP are new" in said
+
+    def test_wrong_teachers_are_refused(self, sam, clip, tmp_path):
+        with pytest.raises(TypeError, match="sam must be a name, a folder or a SamModel, got CLIPModel"):
+            SamClipModel.from_teachers(clip, sam)
+        clip.save_pretrained(tmp_path)
+        with pytest.raises(TypeError, match="sam must be a SamModel, but .* holds a model of type 'clip'"):
+            SamClipModel.from_teachers(tmp_path, clip)
+        with pytest.raises(ValueError, match="projection_dim 7, but the CLIP teacher's text space has 20"):
+            SamClipModel.from_teachers(sam, clip, {"projection_dim": 7})
+
+
+class TestSaving:
+    def test_load_gives_the_same_numbers_through_every_auto_class(self, model, tmp_path):
+        model.save_pretrained(tmp_path)
+        assert [path.name for path in tmp_path.glob("*.safetensors")] == ["model.safetensors"]
+        assert isinstance(AutoConfig.from_pretrained(tmp_path), SamClipConfig)
+        inputs = {"pixel_values": random_images(), "input_points": random_points(), "input_ids": INPUT_IDS}
+        with torch.no_grad():
+            expected = model(**inputs)
+            for auto in (AutoModel, AutoModelForMaskGeneration, AutoModelForZeroShotImageClassification):
+                actual = auto.from_pretrained(tmp_path).eval()(**inputs)
+                for name, value in expected.items():
+                    torch.testing.assert_close(actual[name], value, rtol=0, atol=0)
+
+    def test_a_model_built_from_its_config_is_initialised(self, model):
+        fresh = SamClipModel(model.config)
+        for name, parameter in fresh.named_parameters():
+            assert parameter.isfinite().all(), name
+        assert fresh.clip_head.mlp.fc1.weight.std().item() == pytest.approx(0.02, rel=0.2)
+
+    def test_unfit_configs_are_refused(self):
+        with pytest.raises(Exception, match="pooling"):
+            SamClipConfig(clip_head_config={"pooling": "median"})
+        with pytest.raises(Exception, match="must share image_size and patch_size"):
+            SamClipConfig(vision_config=SamVisionConfig(image_size=512))
+
+    def test_another_kind_of_checkpoint_is_refused(self, clip, tmp_path):
+        clip.save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=r"holds a model of type 'clip', not a SAM-CLIP.*from_teachers"):
+            SamClipModel.from_pretrained(tmp_path)
+
+
+class WordTokenizer:
+    """Numbers words by their order of appearance."""
+
+    def __init__(self):
+        self.ids = {}
+
+    def __call__(self, texts, **_):
+        rows = [[48, *(self.ids.setdefault(word, len(self.ids) + 1) for word in text.split()), 49] for text in texts]
+        length = max(map(len, rows))
+        return BatchEncoding(
+            {
+                "input_ids": torch.tensor([row + [0] * (length - len(row)) for row in rows]),
+                "attention_mask": torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows]),
+            }
+        )
+
+
+class TestImageSegmentation:
+    @pytest.fixture
+    def segmenter(self, model, tmp_path):
+        model.save_pretrained(tmp_path)
+        segmenter = SamClipForImageSegmentation.from_pretrained(tmp_path).eval()
+        tokenizer = WordTokenizer()
+        return segmenter.set_vocabulary(
+            ["cat", ["sofa", "couch"], "tree"], ["a wall", "sky"], ["a {}", "one {}"], tokenizer
+        )
+
+    def test_vocabulary_is_the_mean_over_templates_and_the_best_synonym(self, segmenter, model):
+        assert segmenter.config.id2label == {0: "background", 1: "cat", 2: "sofa", 3: "tree"}
+        tokenizer = WordTokenizer()
+        names = [["a wall"], ["sky"], *([f"a {n}", f"one {n}"] for n in ("cat", "sofa", "couch", "tree"))]
+        ordered = [f"{t} {n}" for n in ("cat", "sofa", "couch", "tree") for t in ("a", "one")]
+        tokenizer(["a wall", "sky", *ordered])  # the same order of appearance
+        embeds = []
+        with torch.no_grad():
+            for texts in names:
+                features = [model.get_text_features(tokenizer([t]).input_ids).pooler_output[0] for t in texts]
+                embeds.append(F.normalize(torch.stack([F.normalize(f, dim=0) for f in features]).mean(0), dim=0))
+            dense = model(random_images()).dense_embeds
+            similarity = torch.einsum("bdhw,nd->bnhw", dense, torch.stack(embeds)) * model.logit_scale.exp()
+            best = [similarity[:, :2].amax(1), similarity[:, 2], similarity[:, 3:5].amax(1), similarity[:, 5]]
+            logits = segmenter(random_images(), both_heads=False).logits
+        assert_same(logits, torch.stack(best, dim=1))
+
+    def test_vocabulary_survives_saving(self, segmenter, tmp_path):
+        segmenter.save_pretrained(tmp_path / "saved")
+        loaded = AutoModelForImageSegmentation.from_pretrained(tmp_path / "saved").eval()
+        assert loaded.config.id2label == segmenter.config.id2label
+        with torch.no_grad():
+            expected = segmenter(random_images()).logits
+            torch.testing.assert_close(loaded(random_images()).logits, expected, rtol=0, atol=0)
+
+    def test_both_heads_take_one_encoder_pass(self, segmenter):
+        calls = []
+        segmenter.vision_encoder.register_forward_hook(lambda *_: calls.append("encoder"))
+        with torch.no_grad():
+            outputs = segmenter(random_images(2, 48, 64), reshaped_input_sizes=[[48, 32], [20, 64]])
+        assert calls == ["encoder"]
+        assert outputs.logits.shape == (2, 4, 24, 32)
+        assert outputs.content_sizes.tolist() == [[24, 16], [10, 32]]
+
+    def test_unusable_vocabularies_are_refused(self, segmenter, model, tmp_path):
+        tokenizer = WordTokenizer()
+        for labels, message in (
+            ([], "at least one name"),
+            ("cat", "at least one name"),
+            (["cat", " "], "no name empty"),
+            ([[]], "no name empty"),
+            (["cat", ["dog", "cat"]], "more than once"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                segmenter.set_vocabulary(labels, tokenizer=tokenizer)
+        with pytest.raises(ValueError, match="contain {}"):
+            segmenter.set_vocabulary(["cat"], templates=["a photo"], tokenizer=tokenizer)
+        model.save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="call model.set_vocabulary"):
+            SamClipForImageSegmentation.from_pretrained(tmp_path)(random_images())
+
+
+def test_gradients_reach_every_part_that_the_losses_touch(sam, clip):
+    model = randomise(SamClipModel.from_teachers(sam, clip)).train()
+    outputs = model(random_images(), input_points=random_points(), input_ids=INPUT_IDS)
+    (outputs.pred_masks.mean() + outputs.iou_scores.mean() + outputs.logits_per_image.mean()).backward()
+    without = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is None}
+    assert without <= {"prompt_encoder"}  # its mask branch and box corners were not asked
+
+
+def test_other_teachers_build_too():
+    assert isinstance(tiny_clip(12), CLIPModel) and isinstance(tiny_sam(96, 16), SamModel)
+    model = SamClipModel.from_teachers(tiny_sam(96, 16), tiny_clip(12), {"num_hidden_layers": 1, "mlp_hidden_size": 8})
+    with torch.no_grad():
+        assert model(random_images(1, 96, 96)).image_embeds.shape == (1, 12)
