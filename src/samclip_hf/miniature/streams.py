@@ -1,0 +1,121 @@
+"""The miniature world as sharded `datasets` streams, column for column what the real data give.
+
+`images()` stands for a folder of webdataset tars with photographs (no captions), `masks()` for SA-1B's tars: both yield
+what `load_dataset("webdataset", data_files=..., streaming=True)` yields there, so that nothing downstream knows which
+one it reads. Scenes are drawn on the fly, about a millisecond each.
+"""
+
+import io
+from collections.abc import Iterator
+
+import numpy as np
+from datasets import Features, Image, IterableDataset, List, Value
+from PIL import Image as PILImage
+from pycocotools import mask as coco_mask
+
+from .scenes import IMAGE_SIZE, Scene, render
+
+
+IMAGE_FEATURES = Features({"jpg": Image(), "__key__": Value("string"), "__url__": Value("string")})
+MASK_FEATURES = Features(
+    {
+        "jpg": Image(),
+        "json": {
+            "image": {
+                "image_id": Value("int64"),
+                "width": Value("int64"),
+                "height": Value("int64"),
+                "file_name": Value("string"),
+            },
+            "annotations": List(
+                {
+                    "id": Value("int64"),
+                    "segmentation": {"size": List(Value("int64")), "counts": Value("string")},
+                    "bbox": List(Value("float64")),
+                    "area": Value("int64"),
+                    "predicted_iou": Value("float64"),
+                    "stability_score": Value("float64"),
+                    "crop_box": List(Value("float64")),
+                    "point_coords": List(List(Value("float64"))),
+                }
+            ),
+        },
+        "__key__": Value("string"),
+        "__url__": Value("string"),
+    }
+)
+
+
+def images(seed: int = 0, num_shards: int = 16, num_images: int = 131_072) -> IterableDataset:
+    """Images without captions for the CLIP loss: `jpg`, `__key__`, `__url__`.
+
+    Half of them show a single object, half are scenes of none to four; held-out pairs are among them.
+    """
+    return IterableDataset.from_generator(
+        _images, features=IMAGE_FEATURES, gen_kwargs={"shards": _shards(seed, num_shards, num_images)}
+    )
+
+
+def masks(seed: int = 0, num_shards: int = 16, num_images: int = 32_768) -> IterableDataset:
+    """Images with SA-1B's annotations for the SAM loss: `jpg`, `json`, `__key__`, `__url__`; one to four masks each."""
+    return IterableDataset.from_generator(
+        _masks, features=MASK_FEATURES, gen_kwargs={"shards": _shards(seed, num_shards, num_images)}
+    )
+
+
+def _shards(seed: int, num_shards: int, num_images: int) -> list[tuple[int, int, int]]:
+    """`(seed, first index, end index)` of every shard; `datasets` splits lists among its workers and ranks."""
+    edges = np.linspace(0, num_images, num_shards + 1).astype(int).tolist()
+    return [(seed, first, end) for first, end in zip(edges[:-1], edges[1:], strict=True)]
+
+
+def _images(shards: list[tuple[int, int, int]]) -> Iterator[dict]:
+    for seed, first, end in shards:
+        for index in range(first, end):
+            scene = render(seed, index, num_objects=1 if index % 2 else None)
+            yield {"jpg": _encode_image(scene.image), **_identity(seed, first, index)}
+
+
+def _masks(shards: list[tuple[int, int, int]]) -> Iterator[dict]:
+    for seed, first, end in shards:
+        for index in range(first, end):
+            scene = render(seed, index, num_objects=1 + index % 4)
+            yield {
+                "jpg": _encode_image(scene.image),
+                "json": annotations(scene, index),
+                **_identity(seed, first, index),
+            }
+
+
+def _identity(seed: int, first: int, index: int) -> dict[str, str]:
+    return {"__key__": f"sa_{index}", "__url__": f"miniature://{seed}/{first:06d}.tar"}
+
+
+def _encode_image(image: np.ndarray) -> dict[str, bytes | None]:
+    # `datasets` stores images encoded. BMP because it is lossless and costs next to nothing to write and read.
+    buffer = io.BytesIO()
+    PILImage.fromarray(image).save(buffer, format="BMP")
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def annotations(scene: Scene, image_id: int) -> dict:
+    """A scene's masks as one SA-1B json: COCO run-length encoding, boxes as `x, y, width, height`."""
+    objects = []
+    for number, mask in enumerate(scene.masks):
+        encoded = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+        rows, columns = np.nonzero(mask)
+        middle = len(rows) // 2
+        objects.append(
+            {
+                "id": image_id * 8 + number,
+                "segmentation": {"size": list(mask.shape), "counts": encoded["counts"].decode("ascii")},
+                "bbox": coco_mask.toBbox(encoded).tolist(),
+                "area": len(rows),
+                "predicted_iou": 1.0,
+                "stability_score": 1.0,
+                "crop_box": [0.0, 0.0, float(IMAGE_SIZE), float(IMAGE_SIZE)],
+                "point_coords": [[float(columns[middle]), float(rows[middle])]],
+            }
+        )
+    image = {"image_id": image_id, "width": IMAGE_SIZE, "height": IMAGE_SIZE, "file_name": f"sa_{image_id}.jpg"}
+    return {"image": image, "annotations": objects}
