@@ -1,0 +1,92 @@
+"""Everything that a training run can be told; see `training/configs/` for the recipes."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from transformers import TrainingArguments
+
+
+@dataclass
+class SamClipTrainingArguments(TrainingArguments):
+    r"""
+    transformers' [`TrainingArguments`] and the paper's recipe (section 4, "Implementation details"). Batch sizes are
+    those below, by task; `per_device_train_batch_size` is not used. A stage lasts `max_steps` optimizer steps.
+    """
+
+    stage: Literal[1, 2, 3] = field(
+        default=1,
+        metadata={
+            "help": "1: CLIP head on a frozen encoder. 2: encoder and both heads, both losses in every optimizer step. "
+            "3: CLIP head at all resolutions (paper, section 4)."
+        },
+    )
+    model: str | None = field(
+        default=None,
+        metadata={"help": "A SAM-CLIP checkpoint to go on from. Without it, one is built from the two teachers."},
+    )
+    sam_teacher: str = field(
+        default="miniature", metadata={"help": "A SamModel on the Hub or in a folder, or 'miniature'."}
+    )
+    clip_teacher: str = field(
+        default="miniature", metadata={"help": "A CLIPModel on the Hub or in a folder, or 'miniature'."}
+    )
+    clip_head_layers: int = field(
+        default=3, metadata={"help": "Transformer layers of a new model's CLIP head (paper, appendix A: 3)."}
+    )
+    clip_head_pooling: Literal["max", "mean"] = field(
+        default="max", metadata={"help": "How a new model's CLIP head pools its patches (paper: max)."}
+    )
+    clip_data: list[str] = field(
+        default_factory=lambda: ["miniature"],
+        metadata={"help": "Images for the CLIP loss: 'miniature', folders, globs, hf:// names or data sets on the Hub."},
+    )
+    sam_data: list[str] = field(
+        default_factory=lambda: ["miniature"],
+        metadata={"help": "Images with SA-1B's annotations for the SAM loss, named as clip_data."},
+    )
+    clip_sizes: list[int] = field(
+        default_factory=lambda: [224, 448],
+        metadata={"help": "Resolutions of the CLIP loss in pixels; one is drawn for each step (paper: 224, 448)."},
+    )
+    clip_batch_size: int = field(
+        default=32,
+        metadata={"help": "Images for the CLIP loss a process and micro-batch at the smallest resolution; fewer at larger ones."},
+    )
+    sam_batch_size: int = field(
+        default=4, metadata={"help": "Images for the SAM loss a process and micro-batch (paper: 32 in all)."}
+    )
+    masks_per_image: int = field(default=32, metadata={"help": "Prompts an image for the SAM loss (paper: 32)."})
+    min_crop: float = field(
+        default=0.5, metadata={"help": "Smallest share of an image that a random crop for the CLIP loss shows."}
+    )
+    shuffle_buffer: int = field(default=1000, metadata={"help": "Samples from which a stream draws the next one."})
+    sam_loss_weight: float = field(
+        default=10.0, metadata={"help": "Lambda in L_CLIP + lambda * L_SAM (paper, section 3: 10)."}
+    )
+    focal_weight: float = field(default=20.0, metadata={"help": "Of the focal part in L_SAM (SAM: 20)."})
+    dice_weight: float = field(default=1.0, metadata={"help": "Of the dice part in L_SAM (SAM: 1)."})
+    iou_head_weight: float = field(default=1.0, metadata={"help": "Of the IoU head's part in L_SAM (SAM: 1)."})
+    encoder_learning_rate_scale: float = field(
+        default=0.1,
+        metadata={"help": "Learning rate of image encoder and SAM head, relative to the CLIP head's (paper: 0.1)."},
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Steps are built by this package: keep it."})
+    dataloader_drop_last: bool = field(default=False, metadata={"help": "Streams are endless: no effect."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.max_steps <= 0:
+            raise ValueError("Streams are endless: say with max_steps how many optimizer steps this stage lasts.")
+        for name in ("clip_batch_size", "sam_batch_size", "masks_per_image", "shuffle_buffer"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}.")
+        if not 0 < self.min_crop <= 1:
+            raise ValueError(f"min_crop is a share of the image, above 0 and up to 1, got {self.min_crop}.")
+        if not self.clip_sizes or min(self.clip_sizes) < 1:
+            raise ValueError(f"clip_sizes must be one or more sizes in pixels, got {self.clip_sizes}.")
+        if self.stage not in (1, 2, 3):
+            raise ValueError(f"stage must be 1, 2 or 3, got {self.stage}.")
+        # DDP must expect that a micro-batch of one teacher leaves the other head alone.
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = True

@@ -1,0 +1,71 @@
+"""
+The two distillation losses (paper, section 3) as functions of tensors that return named parts.
+
+Every part is a mean over the batch, and is smallest, with zero gradient, exactly where the student equals the teacher.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def cosine_distillation_loss(student_embeds: Tensor, teacher_embeds: Tensor) -> dict[str, Tensor]:
+    r"""
+    L_CLIP = 1 - cos(student, teacher).
+
+    student_embeds, teacher_embeds (`torch.Tensor` of shape `(batch_size, projection_dim)`):
+        Of any length.
+
+    Returns `cosine`, between 0 and 2.
+    """
+    return {"cosine": 1 - F.cosine_similarity(student_embeds.float(), teacher_embeds.float(), dim=-1).mean()}
+
+
+def mask_distillation_loss(
+    student_logits: Tensor, teacher_logits: Tensor, student_iou: Tensor, teacher_iou: Tensor
+) -> dict[str, Tensor]:
+    r"""
+    L_SAM: focal and dice between the student's mask logits and the frozen teacher's mask scores for the same prompts,
+    and the squared error of the IoU head.
+
+    SAM trains against hard masks, back-propagates the best of three, and regresses the true IoU. Here the target is a
+    teacher's answer, so three things differ:
+
+    - *Soft targets* t = sigmoid(teacher logit). SAM's focal weight (1 - p_t)^2 and its dice denominator sum(p) + sum(t)
+      would pull p away from a soft t; |t - p|^2 and sum(p^2) + sum(t^2), which agree with them for hard targets, have
+      their minimum at p = t.
+    - *Every mask counts*, mask i of the student against mask i of the teacher: the student's mask tokens start as
+      copies of the teacher's, so that they mean the same (whole, part, subpart), and choosing the best one would leave
+      the others to drift.
+    - The *IoU head* learns the teacher's prediction: the same prompt has no true mask here.
+
+    student_logits, teacher_logits (`torch.Tensor` of shape `(batch_size, num_prompts, num_masks, height, width)`):
+        Mask logits.
+    student_iou, teacher_iou (`torch.Tensor` of shape `(batch_size, num_prompts, num_masks)`):
+        Predicted IoUs.
+
+    Returns `focal`, `dice` and `iou_head`, not weighted.
+    """
+    student_logits, target = student_logits.float(), teacher_logits.float().sigmoid()
+    probability = student_logits.sigmoid()
+    cross_entropy = F.binary_cross_entropy_with_logits(student_logits, target, reduction="none")
+    focal = (target - probability).square() * cross_entropy
+    overlap = (probability * target).sum(dim=(-2, -1))
+    total = (probability.square() + target.square()).sum(dim=(-2, -1))
+    # The 1 that SAM adds too keeps empty masks from dividing by zero; they then agree perfectly.
+    dice = 1 - (2 * overlap + 1) / (total + 1)
+    return {
+        "focal": focal.mean(),
+        "dice": dice.mean(),
+        "iou_head": F.mse_loss(student_iou.float(), teacher_iou.float()),
+    }
+
+
+@torch.no_grad()
+def mask_iou(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Mean IoU between binarised masks of any equal shape `(..., height, width)`; two empty masks agree. A figure to
+    watch, not to train on."""
+    student, teacher = student_logits > 0, teacher_logits > 0
+    intersection = (student & teacher).sum(dim=(-2, -1))
+    union = (student | teacher).sum(dim=(-2, -1))
+    return torch.where(union > 0, intersection / union.clamp_min(1), 1.0).mean()

@@ -1,0 +1,43 @@
+"""Points and boxes from masks, as SAM was trained with them (Kirillov et al. 2023, appendix A)."""
+
+import numpy as np
+
+BOX_NOISE = 0.1  # standard deviation, as a share of the box's side
+MAX_BOX_NOISE = 20.0  # pixels
+
+
+def point_from_mask(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    r"""
+    A uniformly random foreground pixel.
+
+    mask (`np.ndarray` of type bool and shape `(height, width)`):
+        With one pixel at least.
+
+    Returns x and y `(2,)`.
+    """
+    pixels = np.flatnonzero(mask)
+    if len(pixels) == 0:
+        raise ValueError("An empty mask has no point.")
+    y, x = divmod(int(pixels[rng.integers(len(pixels))]), mask.shape[1])
+    return np.array([x, y], dtype=np.float32)
+
+
+def box_from_mask(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    r"""
+    The mask's bounding box with noise: normal with a standard deviation of 10 % of the side, at most 20 pixels, cut at
+    the image's border.
+
+    mask (`np.ndarray` of type bool and shape `(height, width)`):
+        With one pixel at least.
+
+    Returns x1, y1, x2, y2 `(4,)` with x1 <= x2 and y1 <= y2.
+    """
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if len(rows) == 0:
+        raise ValueError("An empty mask has no box.")
+    box = np.array([columns[0], rows[0], columns[-1], rows[-1]], dtype=np.float32)
+    sides = np.tile(box[2:] - box[:2], 2)
+    noise = np.clip(rng.standard_normal(4) * BOX_NOISE * sides, -MAX_BOX_NOISE, MAX_BOX_NOISE)
+    height, width = mask.shape
+    noisy = np.clip(box + noise, 0, np.array([width - 1, height - 1] * 2)).astype(np.float32)
+    return np.concatenate([np.minimum(noisy[:2], noisy[2:]), np.maximum(noisy[:2], noisy[2:])])
