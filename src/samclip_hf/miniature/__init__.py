@@ -6,7 +6,6 @@ Importing it costs nothing: `scenes` needs numpy alone, `streams` needs the extr
 
 from pathlib import Path
 
-
 _WEIGHTS = Path(__file__).parent / "weights"
 
 

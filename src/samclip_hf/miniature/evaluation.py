@@ -32,7 +32,9 @@ def segmentation_scenes(num_scenes: int = 200, seed: int = 102) -> list[Scene]:
     return [render(seed, index, num_objects=1 + index % 4) for index in range(num_scenes)]
 
 
-def class_embeddings(model, processor, names: Sequence[str] = CLASS_NAMES, templates: Sequence[str] = TEMPLATES) -> Tensor:
+def class_embeddings(
+    model, processor, names: Sequence[str] = CLASS_NAMES, templates: Sequence[str] = TEMPLATES
+) -> Tensor:
     """One unit vector per name, the mean over templates of unit text embeddings: `(len(names), projection_dim)`."""
     texts = [template.format(name) for name in names for template in templates]
     inputs = processor(text=texts, padding=True, return_tensors="pt").to(model.device)
@@ -103,10 +105,13 @@ def prompted_miou(model, processor, scenes: Sequence[Scene], prompt: str) -> flo
             inputs = processor(images=scene.image, input_boxes=boxes, return_tensors="pt")
         else:
             raise ValueError(f'`prompt` is "point" or "box", not {prompt!r}')
-        keywords = {name: inputs[name].float() for name in ("pixel_values", "input_points", "input_boxes") if name in inputs}
+        keywords = {
+            name: inputs[name].float() for name in ("pixel_values", "input_points", "input_boxes") if name in inputs
+        }
         with torch.inference_mode():
             outputs = model(
-                **{name: value.to(model.device) for name, value in keywords.items()}, multimask_output=prompt == "point"
+                **{name: value.to(model.device) for name, value in keywords.items()},
+                multimask_output=prompt == "point",
             )
         best = outputs.iou_scores[0].argmax(dim=-1)
         logits = outputs.pred_masks[0][torch.arange(len(best), device=best.device), best]
@@ -123,7 +128,7 @@ def semantic_miou(
     """Mean IoU over background and all classes that occur in truth or prediction, from one confusion matrix.
 
     Args:
-        predict: images of one size to label maps `(num_images, height, width)`; 0 background, `class_id + 1` elsewhere.
+        predict: images of one size to label maps `(num_images, height, width)`; 0 background, else `class_id + 1`.
     """
     num_labels = len(CLASS_NAMES) + 1
     confusion = np.zeros((num_labels, num_labels), dtype=np.int64)

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-
 IMAGE_SIZE = 128
 PATTERNS = ("solid", "lined", "dotted", "tiled", "meshed", "fuzzy", "zigzag", "marbled")
 COLOURS = ("red", "green", "blue", "yellow", "purple", "cyan")
@@ -39,10 +38,12 @@ _PERIODS = (0.0, 9.0, 11.5, 12.0, 11.0, 0.0, 10.0, 0.0)  # pixels; halved by a C
 _NUM_ANGLES = 720
 _ANGLES = np.arange(_NUM_ANGLES) * (2 * np.pi / _NUM_ANGLES)
 
-# Polar coordinates of every offset from an object's centre, so that a silhouette is one comparison with a table r(angle).
+# Polar coordinates of every offset from a centre, so that a silhouette is one comparison with a table r(angle).
 _offsets = np.arange(-IMAGE_SIZE, IMAGE_SIZE, dtype=np.float32)
 _RADIUS = np.hypot(_offsets[:, None], _offsets[None, :])
-_ANGLE = (np.arctan2(_offsets[:, None], _offsets[None, :]) * (_NUM_ANGLES / (2 * np.pi))).astype(np.int16) % _NUM_ANGLES
+_ANGLE = (np.arctan2(_offsets[:, None], _offsets[None, :]) * (_NUM_ANGLES / (2 * np.pi))).astype(
+    np.int16
+) % _NUM_ANGLES
 _COORDINATES = np.arange(IMAGE_SIZE, dtype=np.float32)
 
 
@@ -156,7 +157,9 @@ def _silhouette(rng: np.random.Generator, radius: float) -> tuple[np.ndarray, fl
         table = 1.15 * ratio / np.hypot(ratio * np.cos(angles), np.sin(angles))
     elif kind == 4:  # bar or box
         ratio = rng.uniform(0.4, 1.0)
-        table = np.minimum(1.2 / np.maximum(np.abs(np.cos(angles)), 1e-3), 1.2 * ratio / np.maximum(np.abs(np.sin(angles)), 1e-3))
+        table = np.minimum(
+            1.2 / np.maximum(np.abs(np.cos(angles)), 1e-3), 1.2 * ratio / np.maximum(np.abs(np.sin(angles)), 1e-3)
+        )
     else:  # ring
         table = np.full(_NUM_ANGLES, 1.1)
         hole = rng.uniform(0.3, 0.5)
@@ -205,7 +208,9 @@ def _object_colours(rng: np.random.Generator, colour: int) -> tuple[np.ndarray, 
     return base, base * (1 - amount) + np.float32(neutral) * amount
 
 
-def _weights(rng: np.random.Generator, pattern: str, period: float, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+def _weights(
+    rng: np.random.Generator, pattern: str, period: float, rows: np.ndarray, columns: np.ndarray
+) -> np.ndarray:
     """How much of the second tone each pixel takes, `(len(rows), len(columns))` in [0, 1]."""
     if pattern == "solid":
         return np.zeros((len(rows), len(columns)), dtype=np.float32)
@@ -251,9 +256,14 @@ def _draw_object(rng: np.random.Generator, canvas: np.ndarray, mask: np.ndarray,
 
 
 def _draw_background(rng: np.random.Generator, background: str) -> np.ndarray:
-    """`(3, 128, 128)` float32 in [0, 1] (planes are faster to paint than pixels): dull colours, and structure coarser than that of any object pattern."""
+    """Dull colours, and structure coarser than that of any object pattern.
+
+    `(3, 128, 128)` float32 in [0, 1]: planes are faster to paint than pixels.
+    """
     first, second = (
-        np.array(colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.0, 0.3), rng.uniform(0.2, 0.95)), np.float32)[:, None, None]
+        np.array(colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.0, 0.3), rng.uniform(0.2, 0.95)), np.float32)[
+            :, None, None
+        ]
         for _ in range(2)
     )
     if background == "plain":

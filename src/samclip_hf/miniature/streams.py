@@ -1,11 +1,12 @@
 """The miniature world as sharded `datasets` streams, column for column what the real data give.
 
-`images()` stands for a folder of webdataset tars with photographs (no captions), `masks()` for SA-1B's tars: both yield
-what `load_dataset("webdataset", data_files=..., streaming=True)` yields there, so that nothing downstream knows which
-one it reads. Scenes are drawn on the fly, about a millisecond each.
+`images()` stands for a folder of webdataset tars with photographs (no captions), `masks()` for SA-1B's tars: both
+yield what `load_dataset("webdataset", data_files=..., streaming=True)` yields there, so that nothing downstream knows
+which one it reads. Scenes are drawn on the fly, about a millisecond each.
 """
 
 import io
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -14,7 +15,6 @@ from PIL import Image as PILImage
 from pycocotools import mask as coco_mask
 
 from .scenes import IMAGE_SIZE, Scene, render
-
 
 IMAGE_FEATURES = Features({"jpg": Image(), "__key__": Value("string"), "__url__": Value("string")})
 MASK_FEATURES = Features(
@@ -57,7 +57,7 @@ def images(seed: int = 0, num_shards: int = 16, num_images: int = 131_072) -> It
 
 
 def masks(seed: int = 0, num_shards: int = 16, num_images: int = 32_768) -> IterableDataset:
-    """Images with SA-1B's annotations for the SAM loss: `jpg`, `json`, `__key__`, `__url__`; one to four masks each."""
+    """Images with SA-1B's annotations for the SAM loss: `jpg`, `json`, `__key__`, `__url__`; one to four objects."""
     return IterableDataset.from_generator(
         _masks, features=MASK_FEATURES, gen_kwargs={"shards": _shards(seed, num_shards, num_images)}
     )
@@ -66,7 +66,7 @@ def masks(seed: int = 0, num_shards: int = 16, num_images: int = 32_768) -> Iter
 def _shards(seed: int, num_shards: int, num_images: int) -> list[tuple[int, int, int]]:
     """`(seed, first index, end index)` of every shard; `datasets` splits lists among its workers and ranks."""
     edges = np.linspace(0, num_images, num_shards + 1).astype(int).tolist()
-    return [(seed, first, end) for first, end in zip(edges[:-1], edges[1:], strict=True)]
+    return [(seed, first, end) for first, end in itertools.pairwise(edges)]
 
 
 def _images(shards: list[tuple[int, int, int]]) -> Iterator[dict]:

@@ -3,13 +3,14 @@
     python -m samclip_hf.miniature.teachers sam  --output_dir runs/sam
     python -m samclip_hf.miniature.teachers clip --output_dir runs/clip
 
-About an hour each on one CPU core. The results are an ordinary `SamModel` and an ordinary `CLIPModel`, saved with their
-processors.
+About an hour each on one CPU core. The results are an ordinary `SamModel` and an ordinary `CLIPModel`, saved with
+their processors.
 """
 
 import argparse
 import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
@@ -44,7 +45,6 @@ from .scenes import (
     evaluation_scene,
     render,
 )
-
 
 # Scenes are (seed, index): a training run owns the seeds from 1,000,000 up, so that no evaluation seed is trained on.
 TRAINING_SEED = 1_000_000
@@ -80,12 +80,23 @@ def build_sam() -> tuple[SamModel, SamProcessor]:
     )
     model = SamModel(config)
     with torch.no_grad():
-        # The random Fourier features' scale, hidden_size / 2 in transformers, is noise at 16 x 16 tokens; 1 is SAM's own.
-        model.shared_image_embedding.positional_embedding.normal_()
-        model.vision_encoder.pos_embed.normal_(std=0.02)
+        for module in (*model.prompt_encoder.modules(), *model.mask_decoder.modules()):
+            # SAM's own initialisation is torch's: unit-variance tokens beside positions of unit variance. With
+            # transformers' 0.02 the decoder takes a thousand steps to tell a box corner from a click.
+            if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d | nn.Embedding):
+                module.reset_parameters()
         for layer in model.vision_encoder.layers:
+            for linear in (layer.attn.qkv, layer.attn.proj, layer.mlp.lin1, layer.mlp.lin2):
+                nn.init.xavier_uniform_(linear.weight)
             layer.attn.rel_pos_h.normal_(std=0.02)
             layer.attn.rel_pos_w.normal_(std=0.02)
+        for convolution in (model.vision_encoder.patch_embed.projection, *model.vision_encoder.neck.children()):
+            if isinstance(convolution, nn.Conv2d):
+                convolution.reset_parameters()
+        model.vision_encoder.pos_embed.normal_(std=0.02)
+        # The random Fourier features' scale is hidden_size / 2 in transformers, which is noise at 16 x 16 tokens; 1 is
+        # SAM's own.
+        model.shared_image_embedding.positional_embedding.normal_()
     model.shared_image_embedding.positional_embedding.requires_grad_(False)
     image_processor = SamImageProcessor(
         size={"longest_edge": IMAGE_SIZE},
@@ -141,7 +152,8 @@ def mask_loss(logits: Tensor, iou_scores: Tensor, target: Tensor) -> Tensor:
     straddles an edge; the focal weight |target - p|^2 is the usual one for hard targets.
 
     Args:
-        logits: `(num_prompts, num_masks, 64, 64)`. iou_scores: `(num_prompts, num_masks)`. target: `(num_prompts, 64, 64)`.
+        logits: `(num_prompts, num_masks, 64, 64)`. iou_scores: `(num_prompts, num_masks)`.
+        target: `(num_prompts, 64, 64)` in [0, 1].
     """
     target = target[:, None].expand_as(logits)
     probability = logits.sigmoid()
@@ -172,26 +184,72 @@ def noisy_mask_prompt(target: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def error_point(logits: Tensor, target: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A random wrong pixel, `(num_prompts, 1, 2)` in image pixels, labelled 1 if it was missed and 0 if it was invented."""
+    """A random wrong pixel, `(num_prompts, 1, 2)` in image pixels; label 1 if it was missed, 0 if it was invented."""
     truth = target > 0.5
     wrong = (logits > 0) ^ truth
     weights = wrong.flatten(1).float() + 1e-6 * truth.flatten(1)
     chosen = torch.multinomial(weights + 1e-12, 1, generator=generator)
     labels = truth.flatten(1).gather(1, chosen).long()
     scale = IMAGE_SIZE / target.shape[-1]
-    return torch.cat([chosen % target.shape[-1], chosen // target.shape[-1]], dim=1)[:, None] * scale + scale / 2 - 0.5, labels
+    return torch.cat([chosen % target.shape[-1], chosen // target.shape[-1]], dim=1)[
+        :, None
+    ] * scale + scale / 2 - 0.5, labels
 
 
-def sam_step(model: SamModel, pixel_values: Tensor, scenes: list[Scene], rng: np.random.Generator) -> Tensor:
-    """The loss of one batch: every image is encoded once and prompted by point, by box and by a noisy mask.
+class DenseAuxiliary(nn.Module):
+    """Dense, class-agnostic questions to the image embeddings, which start the encoder long before prompts could.
 
-    Args:
-        pixel_values: `(batch_size, 3, 128, 128)`. scenes: those images, each with an object at least.
+    Which pixels are foreground, which lie on an outline, and which tokens belong to the same object. Used in training
+    only and thrown away; no class enters, so that the encoder learns of classes no more than SAM's masks tell.
     """
-    generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
-    embeddings = model.vision_encoder(pixel_values)[0]
-    owners, masks, points, boxes = [], [], [], []
-    kinds = []
+
+    def __init__(self, channels: int, cells: int):
+        super().__init__()
+        self.cells = cells  # per token side
+        self.pixels = nn.Linear(channels, 2 * cells**2)
+        self.affinity = nn.Linear(channels, 32)
+        self.scale = nn.Parameter(torch.tensor([5.0, -2.0]))
+
+    def forward(self, image_embeddings: Tensor, instance_maps: Tensor) -> Tensor:
+        """Args: `(batch_size, channels, 16, 16)` and `(batch_size, 128, 128)` with 0 for background."""
+        side = image_embeddings.shape[-1]
+        tokens = image_embeddings.flatten(2).transpose(1, 2)
+        logits = F.pixel_shuffle(self.pixels(tokens).transpose(1, 2).unflatten(2, (side, side)), self.cells)
+        smaller = instance_maps[:, ::2, ::2]
+        # An outline runs where a pixel differs from its upper or its left neighbour.
+        edges = F.pad(
+            (smaller[:, 1:] != smaller[:, :-1])[:, :, 1:] | (smaller[:, :, 1:] != smaller[:, :, :-1])[:, 1:],
+            (1, 0, 1, 0),
+        )
+        truth = torch.stack([smaller > 0, edges], dim=1).float()
+        step = instance_maps.shape[-1] // side
+        owners = instance_maps[:, step // 2 :: step, step // 2 :: step].flatten(1)
+        same = (owners[:, :, None] == owners[:, None, :]).float()
+        directions = F.normalize(self.affinity(tokens), dim=-1)
+        similarity = self.scale[0] * directions @ directions.transpose(1, 2) + self.scale[1]
+        return F.binary_cross_entropy_with_logits(logits, truth) + F.binary_cross_entropy_with_logits(similarity, same)
+
+
+@dataclass
+class Prompts:
+    """Prompts of one kind: image numbers, two clicks, a box with SAM's noise and the truth of each.
+
+    images (`(num_prompts,)`), points (`(num_prompts, 2, 2)`), boxes (`(num_prompts, 4)`),
+    target (`(num_prompts, 64, 64)`).
+    """
+
+    images: Tensor
+    points: Tensor
+    boxes: Tensor
+    target: Tensor
+
+    def labels(self, num_points: int) -> Tensor:
+        return torch.ones(len(self.images), num_points, dtype=torch.long)
+
+
+def draw_prompts(scenes: list[Scene], rng: np.random.Generator) -> dict[str, Prompts]:
+    """Two prompts by point, two by box and one by mask for every scene."""
+    drawn: dict[str, list[tuple]] = {"point": [], "box": [], "mask": []}
     for number, scene in enumerate(scenes):
         for kind in ("point", "point", "box", "box", "mask"):
             chosen = [int(rng.integers(len(scene.masks)))]
@@ -202,73 +260,99 @@ def sam_step(model: SamModel, pixel_values: Tensor, scenes: list[Scene], rng: np
             pixels = np.flatnonzero(mask)
             clicks = pixels[rng.integers(len(pixels), size=2)]
             box = np.array(bounding_box(mask), dtype=np.float32)
-            sides = np.tile(box[2:] - box[:2], 2)
-            # SAM's box noise: a tenth of the side.
-            box += np.clip(rng.normal(size=4) * 0.1 * sides, -6, 6) * (rng.random() < 0.7)
-            owners.append(number)
-            kinds.append(kind)
-            masks.append(mask)
-            points.append(np.stack([clicks % IMAGE_SIZE, clicks // IMAGE_SIZE], axis=1))
-            boxes.append(box.clip(0, IMAGE_SIZE - 1))
-    target = F.avg_pool2d(torch.from_numpy(np.stack(masks)).float(), 2)
-    points, boxes = torch.from_numpy(np.stack(points)).float(), torch.from_numpy(np.stack(boxes)).float()
-    kind, owner = np.array(kinds), torch.tensor(owners)
-    losses = []
-    for name in ("point", "box"):
-        rows = torch.from_numpy(np.flatnonzero(kind == name))
-        embedding, truth = embeddings[owner[rows]], target[rows]
-        first = {"points": points[rows, :1], "labels": torch.ones(len(rows), 1, dtype=torch.long)}
-        prompt = first if name == "point" else {"boxes": boxes[rows]}
-        logits, iou_scores = predict_masks(model, embedding, **prompt, multimask_output=name == "point")
-        loss = mask_loss(logits, iou_scores, truth)
+            # SAM's box noise, a tenth of the side; no more than 6 px, and three boxes in ten stay tight.
+            noise = np.clip(rng.normal(size=4) * 0.1 * np.tile(box[2:] - box[:2], 2), -6, 6)
+            box = (box + noise * (rng.random() < 0.7)).clip(0, IMAGE_SIZE - 1)
+            drawn[kind].append((number, np.stack([clicks % IMAGE_SIZE, clicks // IMAGE_SIZE], axis=1), box, mask))
+    prompts = {}
+    for kind, rows in drawn.items():
+        images, points, boxes, masks = (torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True))
+        prompts[kind] = Prompts(images, points.float(), boxes.float(), F.avg_pool2d(masks.float(), 2))
+    return prompts
+
+
+def sam_step(
+    model: SamModel, auxiliary: DenseAuxiliary, pixel_values: Tensor, scenes: list[Scene], rng: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """One batch's prompted and auxiliary loss: each image is encoded once, then prompted by points, boxes and masks.
+
+    Args:
+        pixel_values: `(batch_size, 3, 128, 128)`. scenes: those images, each with an object at least.
+    """
+    generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
+    image_embeddings = model.vision_encoder(pixel_values)[0]
+    prompts = draw_prompts(scenes, rng)
+    losses = {}
+    for kind in ("point", "box"):
+        drawn = prompts[kind]
+        embeddings = image_embeddings[drawn.images]
+        if kind == "point":
+            points, labels, boxes = drawn.points[:, :1], drawn.labels(1), None
+        else:
+            points, labels, boxes = None, None, drawn.boxes
+        logits, iou_scores = predict_masks(model, embeddings, points, labels, boxes, multimask_output=kind == "point")
+        losses[kind] = mask_loss(logits, iou_scores, drawn.target)
         if rng.random() < 0.5:  # the second iteration of SAM's interactive training: a correction
             with torch.no_grad():
-                best = logits[torch.arange(len(rows)), iou_scores.argmax(dim=1)]
-                point, label = error_point(best, truth, generator)
-            if name == "point":
-                prompt = {"points": torch.cat([points[rows, :1], point], 1), "labels": torch.cat([first["labels"], label], 1)}
-            else:
-                prompt = {"points": point, "labels": label, "boxes": boxes[rows]}
-            again = predict_masks(model, embedding, **prompt, masks=best[:, None].detach())
-            loss = (loss + mask_loss(*again, truth)) / 2
-        losses.append(loss)
-    rows = torch.from_numpy(np.flatnonzero(kind == "mask"))
-    prompt = {"masks": noisy_mask_prompt(target[rows], generator)}
+                best = logits[torch.arange(len(logits)), iou_scores.argmax(dim=1)]
+                wrong, wrong_labels = error_point(best, drawn.target, generator)
+            points = wrong if points is None else torch.cat([points, wrong], dim=1)
+            labels = wrong_labels if labels is None else torch.cat([labels, wrong_labels], dim=1)
+            logits, iou_scores = predict_masks(model, embeddings, points, labels, boxes, masks=best[:, None])
+            losses[kind] = (losses[kind] + mask_loss(logits, iou_scores, drawn.target)) / 2
+    drawn = prompts["mask"]
+    masks = noisy_mask_prompt(drawn.target, generator)
     num_points = int(rng.integers(3))
-    if num_points:
-        prompt |= {"points": points[rows, :num_points], "labels": torch.ones(len(rows), num_points, dtype=torch.long)}
-    losses.append(mask_loss(*predict_masks(model, embeddings[owner[rows]], **prompt), target[rows]))
-    return 0.4 * losses[0] + 0.4 * losses[1] + 0.2 * losses[2]
+    points, labels = (drawn.points[:, :num_points], drawn.labels(num_points)) if num_points else (None, None)
+    logits, iou_scores = predict_masks(model, image_embeddings[drawn.images], points, labels, masks=masks)
+    losses["mask"] = mask_loss(logits, iou_scores, drawn.target)
+    instances = torch.from_numpy(np.stack([instance_map(scene) for scene in scenes]))
+    return 0.4 * losses["point"] + 0.4 * losses["box"] + 0.2 * losses["mask"], auxiliary(image_embeddings, instances)
 
 
-def train_sam(output_dir: Path, seed: int, steps: int, batch_size: int = 8, learning_rate: float = 1e-3) -> dict[str, float]:
+def instance_map(scene: Scene) -> np.ndarray:
+    """`(128, 128)` int64: 0 is background, `n` the scene's n-th object."""
+    return (scene.masks * np.arange(1, len(scene.masks) + 1)[:, None, None]).sum(axis=0)
+
+
+def train_sam(
+    output_dir: Path, seed: int, steps: int, batch_size: int = 8, learning_rate: float = 1e-3
+) -> dict[str, float]:
     """Trains and saves the miniature SAM; returns its figures on 200 fixed scenes."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     model, processor = build_sam()
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) * 255 for v in (processor.image_processor.image_mean, processor.image_processor.image_std))
+    mean, std = (
+        torch.tensor(v).view(1, 3, 1, 1) * 255
+        for v in (processor.image_processor.image_mean, processor.image_processor.image_std)
+    )
     held = [render(seed=11, index=index) for index in range(200)]
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], learning_rate, weight_decay=0.05)
+    auxiliary = DenseAuxiliary(model.config.vision_config.output_channels, cells=4)
+    parameters = [p for p in (*model.parameters(), *auxiliary.parameters()) if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, learning_rate, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, steps))
-    start, figures, running = time.perf_counter(), {}, 0.0
+    start, figures, running = time.perf_counter(), {}, np.zeros(2)
     index = 0
     for step in range(1, steps + 1):
-        scenes = []
+        scenes: list[Scene] = []
         while len(scenes) < batch_size:
             scene = render(TRAINING_SEED + seed, index)
             index += 1
             if len(scene.masks):
                 scenes.append(scene)
         pixels = torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2)
-        loss = sam_step(model, (pixels - mean) / std, scenes, rng)
+        loss, dense = sam_step(model, auxiliary, (pixels - mean) / std, scenes, rng)
         optimizer.zero_grad()
-        loss.backward()
+        (loss + (1 - step / steps) * dense).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        running = 0.98 * running + 0.02 * loss.item()
+        running = 0.98 * running + 0.02 * np.array([loss.item(), dense.item()])
         if step % 50 == 0:
-            print(f"step {step} loss {running / (1 - 0.98**step):.4f} {time.perf_counter() - start:.0f} s", flush=True)
+            print(
+                f"step {step} loss, auxiliary {running / (1 - 0.98**step)} {time.perf_counter() - start:.0f} s",
+                flush=True,
+            )
         if step % 500 == 0 or step == steps:
             model.eval()
             figures = {f"{prompt}_miou": prompted_miou(model, processor, held, prompt) for prompt in ("point", "box")}
@@ -302,7 +386,9 @@ def build_tokenizer() -> CLIPTokenizer:
             merges.append((pieces[0], pieces[1]))
             pieces = _merge(pieces, merges[-1])
     vocabulary += ["".join(pair) for pair in merges]
-    return CLIPTokenizer(vocab={piece: index for index, piece in enumerate(vocabulary)}, merges=merges, model_max_length=32)
+    return CLIPTokenizer(
+        vocab={piece: index for index, piece in enumerate(vocabulary)}, merges=merges, model_max_length=32
+    )
 
 
 def _merge(pieces: list[str], pair: tuple[str, str]) -> list[str]:
@@ -374,14 +460,15 @@ def contrastive_loss(logits: Tensor, positives: Tensor) -> Tensor:
 def clip_step(model: CLIPModel, processor: CLIPProcessor, scenes: list[Scene], views: list, rng) -> dict[str, Tensor]:
     """Multi-positive contrastive loss of one batch: every text that is true of an image is a positive.
 
-    Beside the batch's captions, two kinds of hard texts take part: every captioned class in a random template (the same
-    colour with every other pattern among them), and each colour and each pattern alone ("a red shape", "a dotted
+    Beside the batch's captions, two kinds of hard texts take part: every captioned class in a random template (the
+    same colour with every other pattern among them), and each colour and each pattern alone ("a red shape", "a dotted
     shape"), which teaches the text tower to compose and is what held-out pairs live on.
     """
     images = processor.image_processor(images=views, return_tensors="pt")["pixel_values"]
     contents = [(frozenset(scene.class_ids), scene.background) for scene in scenes]
     texts: dict[str, tuple[frozenset[int], str | None]] = {}
     for scene, (classes, background) in zip(scenes, contents, strict=True):
+        assert scene.caption is not None, "a held-out pair among the captioned scenes"
         texts[scene.caption] = (classes, background if "background" in scene.caption else None)
     for class_id in SEEN:
         number = int(rng.integers(len(TEMPLATES)))
@@ -401,8 +488,12 @@ def clip_step(model: CLIPModel, processor: CLIPProcessor, scenes: list[Scene], v
             for classes, background in contents
         ]
     )
-    colours = torch.tensor([[any(i % len(COLOURS) == c for i in ids) for c in range(len(COLOURS))] for ids, _ in contents])
-    patterns = torch.tensor([[any(i // len(COLOURS) == p for i in ids) for p in range(len(PATTERNS))] for ids, _ in contents])
+    colours = torch.tensor(
+        [[any(i % len(COLOURS) == c for i in ids) for c in range(len(COLOURS))] for ids, _ in contents]
+    )
+    patterns = torch.tensor(
+        [[any(i // len(COLOURS) == p for i in ids) for p in range(len(PATTERNS))] for ids, _ in contents]
+    )
     whole, colour_logits, pattern_logits = logits.split([len(texts), len(COLOURS), len(PATTERNS)], dim=1)
     return {
         "image_to_text": contrastive_loss(whole, positives),
@@ -412,7 +503,9 @@ def clip_step(model: CLIPModel, processor: CLIPProcessor, scenes: list[Scene], v
     }
 
 
-def train_clip(output_dir: Path, seed: int, steps: int, batch_size: int = 128, learning_rate: float = 1e-3) -> dict[str, float]:
+def train_clip(
+    output_dir: Path, seed: int, steps: int, batch_size: int = 128, learning_rate: float = 1e-3
+) -> dict[str, float]:
     """Trains and saves the miniature CLIP; returns its zero-shot figures on 960 fixed single-object scenes.
 
     Held-out pairs appear neither in the captions nor in the images.
@@ -427,7 +520,8 @@ def train_clip(output_dir: Path, seed: int, steps: int, batch_size: int = 128, l
     start, figures, running = time.perf_counter(), {}, None
     for step in range(1, steps + 1):
         progress = step / steps
-        scenes, views = [], []
+        scenes: list[Scene] = []
+        views = []
         for number in range(batch_size):
             single = number < batch_size * (0.8 - 0.3 * progress)
             index = step * batch_size + number
@@ -456,7 +550,9 @@ def train_clip(output_dir: Path, seed: int, steps: int, batch_size: int = 128, l
     return figures
 
 
-def save(model, processor, output_dir: Path, teacher: str, seed: int, steps: int, seconds: float, figures: dict) -> None:
+def save(
+    model, processor, output_dir: Path, teacher: str, seed: int, steps: int, seconds: float, figures: dict
+) -> None:
     """Weights, processor and a note of how they came about."""
     model.save_pretrained(output_dir)
     processor.save_pretrained(output_dir)
@@ -484,7 +580,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=None)
     arguments = parser.parse_args()
-    train, steps = {"sam": (train_sam, 7500), "clip": (train_clip, 4000)}[arguments.teacher]
+    train, steps = {"sam": (train_sam, 5500), "clip": (train_clip, 4000)}[arguments.teacher]
     train(arguments.output_dir, arguments.seed, arguments.steps or steps)
 
 
