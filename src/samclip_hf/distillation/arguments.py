@@ -56,6 +56,9 @@ class SamClipTrainingArguments(TrainingArguments):
         default=4, metadata={"help": "Images for the SAM loss a process and micro-batch (paper: 32 in all)."}
     )
     masks_per_image: int = field(default=32, metadata={"help": "Prompts an image for the SAM loss (paper: 32)."})
+    max_box_noise: float = field(
+        default=20.0, metadata={"help": "Largest noise of a box prompt, in pixels of the model's input (SAM: 20)."}
+    )
     min_crop: float = field(
         default=0.5, metadata={"help": "Smallest share of an image that a random crop for the CLIP loss shows."}
     )

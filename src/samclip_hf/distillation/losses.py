@@ -1,7 +1,8 @@
 """
 The two distillation losses (paper, section 3) as functions of tensors that return named parts.
 
-Every part is a mean over the batch, and is smallest, with zero gradient, exactly where the student equals the teacher.
+Every part is a mean over the batch, so that micro-batches of equal size add up, and is smallest, with zero gradient,
+exactly where the student equals the teacher.
 """
 
 import torch
@@ -29,15 +30,15 @@ def mask_distillation_loss(
     and the squared error of the IoU head.
 
     SAM trains against hard masks, back-propagates the best of three, and regresses the true IoU. Here the target is a
-    teacher's answer, so three things differ:
+    teacher's answer ("as in SAM, adapted for distillation", section 3), so three things differ:
 
     - *Soft targets* t = sigmoid(teacher logit). SAM's focal weight (1 - p_t)^2 and its dice denominator sum(p) + sum(t)
-      would pull p away from a soft t; |t - p|^2 and sum(p^2) + sum(t^2), which agree with them for hard targets, have
-      their minimum at p = t.
+      would pull p away from a soft t. |t - p|^2 (the quality focal loss of Li et al., arXiv 2006.04388) and sum(p^2) +
+      sum(t^2) (V-Net, arXiv 1606.04797) agree with them in kind for hard targets and have their minimum at p = t.
     - *Every mask counts*, mask i of the student against mask i of the teacher: the student's mask tokens start as
-      copies of the teacher's, so that they mean the same (whole, part, subpart), and choosing the best one would leave
-      the others to drift.
-    - The *IoU head* learns the teacher's prediction: the same prompt has no true mask here.
+      copies of the teacher's, so they mean the same (whole, part, subpart), and choosing the best one would leave the
+      others to drift.
+    - The *IoU head* learns the teacher's prediction: no true mask takes part.
 
     student_logits, teacher_logits (`torch.Tensor` of shape `(batch_size, num_prompts, num_masks, height, width)`):
         Mask logits.
@@ -48,14 +49,14 @@ def mask_distillation_loss(
     """
     student_logits, target = student_logits.float(), teacher_logits.float().sigmoid()
     probability = student_logits.sigmoid()
+    error = (target - probability).square()
     cross_entropy = F.binary_cross_entropy_with_logits(student_logits, target, reduction="none")
-    focal = (target - probability).square() * cross_entropy
-    overlap = (probability * target).sum(dim=(-2, -1))
-    total = (probability.square() + target.square()).sum(dim=(-2, -1))
-    # The 1 that SAM adds too keeps empty masks from dividing by zero; they then agree perfectly.
-    dice = 1 - (2 * overlap + 1) / (total + 1)
+    # 1 - (2 sum(pt) + 1) / (sum(p^2) + sum(t^2) + 1), written so that it is exactly 0 at p = t. The 1 is SAM's too: it
+    # keeps empty masks from dividing by zero.
+    squares = (probability.square() + target.square()).sum(dim=(-2, -1))
+    dice = error.sum(dim=(-2, -1)) / (squares + 1)
     return {
-        "focal": focal.mean(),
+        "focal": (error * cross_entropy).mean(),
         "dice": dice.mean(),
         "iou_head": F.mse_loss(student_iou.float(), teacher_iou.float()),
     }

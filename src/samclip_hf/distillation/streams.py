@@ -7,8 +7,9 @@ Nothing is loaded whole and nothing is decoded before its turn.
 import glob
 import io
 import os
-from collections import Counter
+import re
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,10 @@ IMAGE_COLUMNS = ("jpg", "jpeg", "png", "webp", "image", "img")
 # Formats that load_dataset streams, by file ending.
 BUILDERS = {".tar": "webdataset", ".parquet": "parquet", ".arrow": "arrow"}
 MAX_MASK_SHARE = 0.9  # of the image; SA-1B's larger masks are background
+WHAT_A_NAME_IS = (
+    "Give a folder, a glob such as 'photos/*.tar', 'hf://datasets/owner/name/*.tar', a data set's name on the Hub, or "
+    "'miniature'."
+)
 
 
 class SkippedSampleError(ValueError):
@@ -31,11 +36,13 @@ class SkippedSampleError(ValueError):
 
 def open_stream(name: str, split: str = "train", with_masks: bool = False) -> IterableDataset:
     r"""
-    A sharded stream with undecoded images, in the columns `__key__` (if there is one), `image` and, with masks, `json`.
+    A sharded stream of undecoded pictures, in the columns `__key__` (if there is one), `image` and, with masks, `json`.
 
     name (`str`):
         "miniature"; a folder of `.tar` (webdataset, SA-1B's layout), `.parquet` or image files; a glob of such files,
         on this machine or on the Hub (`hf://datasets/owner/name/*.tar`); or the name of a data set on the Hub.
+    split (`str`):
+        Of a data set on the Hub.
     with_masks (`bool`):
         Whether a `json` column with SA-1B's `annotations` is needed.
 
@@ -60,62 +67,52 @@ def open_stream(name: str, split: str = "train", with_masks: bool = False) -> It
 
 
 def _load(name: str, split: str) -> IterableDataset:
-    if "://" in name:
-        return load_dataset(BUILDERS.get(Path(name).suffix, "webdataset"), data_files=name, split="train", streaming=True)
     if os.path.isdir(name):
         for ending, builder in BUILDERS.items():
             if files := sorted(glob.glob(os.path.join(glob.escape(name), f"*{ending}"))):
                 return load_dataset(builder, data_files=files, split="train", streaming=True)
-        return load_dataset("imagefolder", data_dir=name, split=split, streaming=True, drop_labels=True)
+        return load_dataset("imagefolder", data_dir=name, split="train", streaming=True, drop_labels=True)
     if files := sorted(glob.glob(name, recursive=True)):
         endings = {Path(file).suffix for file in files}
         if len(endings) > 1:
             raise ValueError(f"{name!r} matches files of several kinds, {sorted(endings)}: name one kind.")
         builder = BUILDERS.get(endings.pop(), "imagefolder")
         return load_dataset(builder, data_files=files, split="train", streaming=True)
-    looks_like_hub_name = name.count("/") <= 1 and not name.startswith((".", "/", "~")) and "*" not in name
-    if not looks_like_hub_name:
-        raise FileNotFoundError(
-            f"No data at {name!r}: it is no folder and matches no file. Give a folder, a glob such as "
-            "'photos/*.tar', 'hf://datasets/owner/name/*.tar', a data set's name on the Hub, or 'miniature'."
-        )
+
+    ending = Path(name).suffix
+    is_remote_file = "://" in name and ending in BUILDERS
+    is_hub_name = name.startswith("hf://datasets/") or re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and ending not in BUILDERS
+    if not is_remote_file and not is_hub_name:
+        raise FileNotFoundError(f"No data at {name!r}: it is no folder and matches no file. {WHAT_A_NAME_IS}")
     try:
-        return load_dataset(name, split=split, streaming=True)
-    except (datasets.exceptions.DatasetNotFoundError, ConnectionError, OSError) as error:
+        if is_remote_file:
+            return load_dataset(BUILDERS[ending], data_files=name, split="train", streaming=True)
+        return load_dataset(name.removeprefix("hf://datasets/"), split=split, streaming=True)
+    except (OSError, ValueError) as error:  # not found, no permission, no network, no such split
         raise FileNotFoundError(
-            f"No data at {name!r}: it is no folder here, matches no file, and could not be opened as a data set on the "
-            f"Hub ({type(error).__name__}: {error})."
+            f"No data at {name!r}: it is no folder, matches no file, and could not be opened on the Hub "
+            f"({type(error).__name__}: {error}). {WHAT_A_NAME_IS}"
         ) from error
 
 
-def endless(streams: list[IterableDataset], seed: int, shuffle_buffer: int) -> Iterator[tuple[int, dict[str, Any]]]:
+def endless(stream: IterableDataset, seed: int, shuffle_buffer: int) -> Iterator[tuple[int, dict[str, Any]]]:
     r"""
-    Samples of all streams, one after another in turn, each stream shuffled anew in every pass: `(epoch, sample)` pairs.
-    A pass over a stream holds each of its samples once. Inside a worker of a torch data loader, that worker's share.
+    Pass after pass over a stream, each holding every sample once in an order of its own that follows from (seed,
+    epoch): `(epoch, sample)` pairs. Inside a worker of a torch data loader, that worker's shards only.
+
+    This is `stream.repeat(None).shuffle(seed)`, but the sample's epoch is known, and no pass leaks into the next.
 
     seed (`int`), shuffle_buffer (`int`):
-        Shards are permuted; samples are drawn from a buffer of that many.
+        Shards are permuted, and samples drawn from a buffer of that many.
     """
-    shuffled = [stream.shuffle(seed=seed, buffer_size=shuffle_buffer) for stream in streams]
-
-    def passes(stream: IterableDataset) -> Iterator[tuple[int, dict[str, Any]]]:
-        epoch, empty = 0, False
-        while not empty:
-            stream.set_epoch(epoch)
-            empty = True
-            for sample in stream:
-                empty = False
-                yield epoch, sample
-            epoch += 1
-
-    turns = [passes(stream) for stream in shuffled]
-    while turns:
-        for turn in list(turns):
-            item = next(turn, None)
-            if item is None:  # a worker beyond this stream's shards
-                turns.remove(turn)
-            else:
-                yield item
+    for epoch in count():
+        # Not stream.set_epoch: data loader workers share that number, and are not in the same pass at the same time.
+        order = np.random.default_rng((seed, epoch))
+        sample = None
+        for sample in stream.shuffle(generator=order, buffer_size=shuffle_buffer):
+            yield epoch, sample
+        if sample is None:
+            raise ValueError("A stream holds no samples.")
 
 
 def decode_image(sample: dict[str, Any]) -> Image.Image:
@@ -162,13 +159,3 @@ def draw_masks(sample: dict[str, Any], num_masks: int, rng: np.random.Generator)
         if not decoded[index].any():
             raise SkippedSampleError("broken mask")
     return [decoded[index] for index in chosen.tolist()]
-
-
-class SkipCounter(Counter):
-    """Causes of skipped samples, and how many of each."""
-
-    def take(self) -> dict[str, int]:
-        """What was counted since the last call."""
-        counted = dict(self)
-        self.clear()
-        return counted

@@ -5,85 +5,109 @@ checkpoint; each sees images at its own size and with its own normalisation.
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, CLIPModel, SamModel
+from transformers import AutoImageProcessor, CLIPModel, PreTrainedModel, SamModel
 
 from ..modeling_samclip import SamClipModel, load_teacher
-from .collation import ImageFormat
 
 
-class ClipTeacher(nn.Module):
+def normalize(images: Tensor, mean: list[float], std: list[float], content_sizes: Tensor | None = None) -> Tensor:
+    r"""
+    What a model's image processor does after resizing, on the device.
+
+    images (`torch.Tensor` of type uint8 and shape `(batch_size, 3, height, width)`):
+        Already of the model's size.
+    mean, std (`list[float]`):
+        Of each channel, in [0, 1].
+    content_sizes (`torch.Tensor` of shape `(batch_size, 2)`, *optional*):
+        Height and width of each picture in the upper left corner; the rest becomes 0, as SAM pads after normalising.
+
+    Returns `pixel_values` of the same shape.
+    """
+    mean_, std_ = (torch.tensor(values, device=images.device)[:, None, None] * 255 for values in (mean, std))
+    pixel_values = (images - mean_) / std_
+    if content_sizes is not None:
+        rows, columns = (torch.arange(side, device=images.device) for side in images.shape[-2:])
+        inside = (rows < content_sizes[:, :1])[:, :, None] & (columns < content_sizes[:, 1:])[:, None, :]
+        pixel_values = pixel_values * inside[:, None]
+    return pixel_values
+
+
+class Teacher(nn.Module):
+    """A frozen `model` that stays in evaluation mode, with what its own image processor says about normalisation."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model.requires_grad_(False).eval()
+        image_processor = AutoImageProcessor.from_pretrained(model.name_or_path)
+        self.image_mean: list[float] = image_processor.image_mean
+        self.image_std: list[float] = image_processor.image_std
+        self.image_size: int = model.config.vision_config.image_size
+
+    def train(self, mode: bool = True) -> "Teacher":
+        return super().train(False)
+
+
+class ClipTeacher(Teacher):
     r"""
     name_or_path (`str`):
         Any `CLIPModel` on the Hub or in a folder.
     """
 
     def __init__(self, name_or_path: str):
-        super().__init__()
-        self.model = load_teacher(CLIPModel, name_or_path, "clip_teacher").requires_grad_(False).eval()
-        image_processor = AutoImageProcessor.from_pretrained(name_or_path)
-        self.mean, self.std = image_processor.image_mean, image_processor.image_std
-        self.image_size: int = self.model.config.vision_config.image_size
-        self.projection_dim: int = self.model.config.projection_dim
-
-    def train(self, mode: bool = True) -> "ClipTeacher":
-        """Stays in evaluation mode."""
-        return super().train(False)
+        super().__init__(load_teacher(CLIPModel, name_or_path, "clip_teacher"))
 
     def check(self, student: SamClipModel) -> None:
         """Raises `ValueError` where the student's text space is not this teacher's."""
-        projection_dim = student.config.clip_head_config.projection_dim
-        if projection_dim != self.projection_dim:
+        student_dim, own_dim = student.config.clip_head_config.projection_dim, self.model.config.projection_dim
+        if student_dim != own_dim:
             raise ValueError(
-                f"The student's text space has {projection_dim} dimensions, the CLIP teacher's {self.projection_dim}: "
-                "the student was built from another CLIP. Name that one as clip_teacher, or build a new student."
+                f"The student's text space has {student_dim} dimensions, the CLIP teacher's {own_dim}: the student was "
+                "built from another CLIP. Name that one as clip_teacher, or build a new student."
+            )
+        student_weight = student.text_projection.weight.detach().float().cpu()
+        own_weight = self.model.text_projection.weight.float().cpu()
+        if student_weight.shape != own_weight.shape or not torch.allclose(student_weight, own_weight, atol=1e-2):
+            raise ValueError(
+                "The student's text tower is not this CLIP teacher's, so that images would be taught another text "
+                "space than the student's texts. Name the CLIP that the student was built from as clip_teacher."
             )
 
     @torch.no_grad()
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """Embeddings `(batch_size, projection_dim)` of images `(batch_size, 3, image_size, image_size)` under this
-        teacher's normalisation."""
+    def forward(self, images: Tensor) -> Tensor:
+        """Embeddings `(batch_size, projection_dim)` of uint8 images `(batch_size, 3, image_size, image_size)`."""
+        pixel_values = normalize(images, self.image_mean, self.image_std)
         return self.model.get_image_features(pixel_values=pixel_values).pooler_output
 
 
-class SamTeacher(nn.Module):
+class SamTeacher(Teacher):
     r"""
     name_or_path (`str`):
         Any `SamModel` on the Hub or in a folder.
     """
 
     def __init__(self, name_or_path: str):
-        super().__init__()
-        self.model = load_teacher(SamModel, name_or_path, "sam_teacher").requires_grad_(False).eval()
-        image_processor = AutoImageProcessor.from_pretrained(name_or_path)
-        self.mean, self.std = image_processor.image_mean, image_processor.image_std
-        self.image_size: int = self.model.config.vision_config.image_size
+        super().__init__(load_teacher(SamModel, name_or_path, "sam_teacher"))
 
-    def train(self, mode: bool = True) -> "SamTeacher":
-        """Stays in evaluation mode."""
-        return super().train(False)
-
-    def check(self, student: SamClipModel, image_format: ImageFormat) -> None:
-        """Raises `ValueError` where this teacher cannot answer the student's prompts on the student's images."""
-        own, other = self.model.config.vision_config, student.config.vision_config
-        if (own.patch_size, own.image_size) != (other.patch_size, other.image_size):
+    def check(self, student: SamClipModel) -> None:
+        """Raises `ValueError` where the student's masks cannot be compared with this teacher's."""
+        own_patch, student_patch = self.model.config.vision_config.patch_size, student.config.vision_config.patch_size
+        if own_patch != student_patch:
             raise ValueError(
-                f"The SAM teacher sees {own.image_size} px in patches of {own.patch_size}, the student "
-                f"{other.image_size} px in patches of {other.patch_size}, so that their masks differ in size. Name a "
-                "sam_teacher with the student's sizes."
+                f"The SAM teacher's patches are {own_patch} px wide and the student's {student_patch} px, so their masks "
+                "differ in size. Name a sam_teacher with the student's patch size."
             )
-        if (self.mean, self.std) != (image_format.mean, image_format.std):
-            # Both see the same padded batch, in which zeros are the padding.
+        own_masks = self.model.config.mask_decoder_config.num_multimask_outputs
+        student_masks = student.config.mask_decoder_config.num_multimask_outputs
+        if own_masks != student_masks:
             raise ValueError(
-                f"The SAM teacher normalises images with mean {self.mean} and std {self.std}, the student with mean "
-                f"{image_format.mean} and std {image_format.std}. Give the student the teacher's image processor."
+                f"The SAM teacher answers a point with {own_masks} masks and the student with {student_masks}. Name the "
+                "SAM that the student was built from as sam_teacher."
             )
-        tokens, own_tokens = student.mask_decoder.num_mask_tokens, self.model.mask_decoder.num_mask_tokens
-        if tokens != own_tokens:
-            raise ValueError(f"The SAM teacher predicts {own_tokens - 1} masks a point, the student {tokens - 1}.")
 
     @torch.no_grad()
-    def forward(self, pixel_values: Tensor, **prompts) -> tuple[Tensor, Tensor]:
-        """Mask logits `(batch_size, num_prompts, num_masks, height, width)` and predicted IoUs of images
-        `(batch_size, 3, image_size, image_size)` under this teacher's normalisation; prompts as in `SamModel`."""
+    def forward(self, images: Tensor, content_sizes: Tensor, **prompts) -> tuple[Tensor, Tensor]:
+        """Mask logits `(batch_size, num_prompts, num_masks, height, width)` and predicted IoUs `(batch_size,
+        num_prompts, num_masks)` of uint8 images `(batch_size, 3, image_size, image_size)`; prompts as in `SamModel`."""
+        pixel_values = normalize(images, self.image_mean, self.image_std, content_sizes)
         outputs = self.model(pixel_values=pixel_values, **prompts)
         return outputs.pred_masks, outputs.iou_scores

@@ -13,10 +13,10 @@ from transformers.utils import logging
 from ..modeling_samclip import SamClipModel
 from ..processing_samclip import SamClipProcessor
 from .arguments import SamClipTrainingArguments
-from .collation import ClipBatches, ImageFormat, SamBatches, StepStream
+from .collation import ClipBatches, SamBatches, StepStream
 from .losses import cosine_distillation_loss, mask_distillation_loss, mask_iou
 from .streams import open_stream
-from .teachers import ClipTeacher, SamTeacher
+from .teachers import ClipTeacher, SamTeacher, normalize
 
 logger = logging.get_logger(__name__)
 
@@ -41,7 +41,6 @@ class SamClipTrainer(Trainer):
         Saved with the student; its size and normalisation are the student's.
     """
 
-    # compute_loss is not used: training_step divides by the number of accumulation steps itself.
     args: SamClipTrainingArguments
 
     def __init__(
@@ -64,12 +63,11 @@ class SamClipTrainer(Trainer):
         if bad := [size for size in args.clip_sizes if size % patch_size]:
             raise ValueError(f"clip_sizes {bad} are not multiples of the student's patch size, {patch_size}.")
         image_processor = processing_class.image_processor
-        size = model.config.vision_config.image_size
-        student = ImageFormat(size, image_processor.image_mean, image_processor.image_std)
+        self.image_mean, self.image_std = image_processor.image_mean, image_processor.image_std
         if self.sam_teacher is not None:
-            self.sam_teacher.check(model, student)
+            self.sam_teacher.check(model)
         freeze(model, args.stage)
-        train_dataset = self._open_streams(args, student)
+        train_dataset = self._open_streams(args)
         super().__init__(
             model=model, args=args, processing_class=processing_class, train_dataset=train_dataset, **kwargs
         )
@@ -82,26 +80,32 @@ class SamClipTrainer(Trainer):
             if teacher is not None:
                 teacher.to(args.device)
 
-    def _open_streams(self, args: SamClipTrainingArguments, student: ImageFormat) -> StepStream:
-        teacher = ImageFormat(self.clip_teacher.image_size, self.clip_teacher.mean, self.clip_teacher.std)
+    def _open_streams(self, args: SamClipTrainingArguments) -> StepStream:
         tasks: dict[str, ClipBatches | SamBatches] = {
             "clip": ClipBatches(
                 [open_stream(name) for name in args.clip_data],
-                student,
-                teacher,
-                args.clip_sizes,
-                args.clip_batch_size,
-                args.min_crop,
+                image_sizes=args.clip_sizes,
+                teacher_image_size=self.clip_teacher.image_size,
+                batch_size=args.clip_batch_size,
+                min_crop=args.min_crop,
             )
         }
         if self.sam_teacher is not None:
             tasks["sam"] = SamBatches(
                 [open_stream(name, with_masks=True) for name in args.sam_data],
-                student,
-                args.sam_batch_size,
-                args.masks_per_image,
+                image_size=self.sam_teacher.image_size,
+                batch_size=args.sam_batch_size,
+                masks_per_image=args.masks_per_image,
+                max_box_noise=args.max_box_noise,
             )
-        return StepStream(tasks, args.seed, args.shuffle_buffer, args.process_index, args.world_size)
+        return StepStream(
+            tasks,
+            seed=args.seed,
+            shuffle_buffer=args.shuffle_buffer,
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            rank=args.process_index,
+            world_size=args.world_size,
+        )
 
     def get_train_dataloader(self) -> DataLoader:
         """Whole steps, already this process's own: nothing for accelerate to shard."""
@@ -144,48 +148,44 @@ class SamClipTrainer(Trainer):
         return self.optimizer
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch=None) -> Tensor:
-        """Forward and backward of every micro-batch in `inputs`; returns the sum of their losses."""
+        """Forward and backward of every micro-batch in `inputs`, one after the other; returns the sum of their
+        losses."""
         model.train()
+        inputs = self._prepare_inputs(inputs)
         for cause, number in inputs.pop("skipped").items():
             self._skipped[cause] += number
-            logger.warning(f"Skipped samples, cause {cause!r}: {number} more, {self._skipped[cause]} in all.")
-        inputs = self._prepare_inputs(inputs)
         total = torch.zeros((), device=self.args.device)
         for task, batch in inputs.items():
+            self._images += len(batch["images"])
             with self.compute_loss_context_manager():
-                loss = self.clip_loss(model, batch) if task == "clip" else self.sam_loss(model, batch)
-                loss = loss / self.current_gradient_accumulation_steps
+                loss = self.clip_loss(model, **batch) if task == "clip" else self.sam_loss(model, **batch)
+            loss = loss / self.current_gradient_accumulation_steps
             self.accelerator.backward(loss)
             total += loss.detach()
-            self._images += len(batch["pixel_values"])
         return total
 
-    def clip_loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    def clip_loss(self, model: nn.Module, images: Tensor, teacher_images: Tensor) -> Tensor:
         """L_CLIP of one micro-batch from [`ClipBatches`]."""
-        target = self.clip_teacher(batch["teacher_pixel_values"])
-        parts = cosine_distillation_loss(model(pixel_values=batch["pixel_values"]).image_embeds, target)
-        size = batch["pixel_values"].shape[-1]
-        self._record({"clip_loss": parts["cosine"], f"clip_cosine_{size}px": 1 - parts["cosine"]})
-        return parts["cosine"]
+        target = self.clip_teacher(teacher_images)
+        outputs = model(pixel_values=normalize(images, self.image_mean, self.image_std))
+        loss = cosine_distillation_loss(outputs.image_embeds, target)["cosine"]
+        self._record({"clip_loss": loss, f"cosine_{images.shape[-1]}px": 1 - loss})
+        return loss
 
-    def sam_loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    def sam_loss(self, model: nn.Module, images: Tensor, content_sizes: Tensor, **prompts) -> Tensor:
         """lambda * L_SAM of one micro-batch from [`SamBatches`]."""
-        assert self.sam_teacher is not None
-        multimask = "input_points" in batch
-        teacher_masks, teacher_iou = self.sam_teacher(**batch, multimask_output=multimask)
-        outputs = model(**batch, multimask_output=multimask)
+        prompt = "point" if "input_points" in prompts else "box"
+        prompts["multimask_output"] = prompt == "point"
+        teacher_masks, teacher_iou = self.sam_teacher(images, content_sizes, **prompts)
+        outputs = model(pixel_values=normalize(images, self.image_mean, self.image_std, content_sizes), **prompts)
         parts = mask_distillation_loss(outputs.pred_masks, teacher_masks, outputs.iou_scores, teacher_iou)
-        weights = {
-            "focal": self.args.focal_weight,
-            "dice": self.args.dice_weight,
-            "iou_head": self.args.iou_head_weight,
-        }
-        loss = sum((weights[name] * part for name, part in parts.items()), torch.zeros_like(teacher_iou[0, 0, 0]))
-        prompt = "point" if multimask else "box"
-        self._record(
-            {f"sam_{name}": part for name, part in parts.items()}
-            | {"sam_loss": loss, f"sam_mask_iou_{prompt}": mask_iou(outputs.pred_masks, teacher_masks)}
+        loss = (
+            self.args.focal_weight * parts["focal"]
+            + self.args.dice_weight * parts["dice"]
+            + self.args.iou_head_weight * parts["iou_head"]
         )
+        self._record({f"sam_{name}": part for name, part in parts.items()})
+        self._record({"sam_loss": loss, f"mask_iou_{prompt}": mask_iou(outputs.pred_masks, teacher_masks)})
         return self.args.sam_loss_weight * loss
 
     def _record(self, values: dict[str, Tensor]) -> None:

@@ -1,0 +1,84 @@
+"""
+Trains one stage of SAM-CLIP.
+
+    accelerate launch training/train.py training/configs/miniature_stage1.yaml --output_dir runs/stage1
+
+The recipe's YAML sets the arguments and the command line wins; `--help` lists them all. `--resume_from_checkpoint true`
+goes on from the last checkpoint in the output folder.
+"""
+
+import difflib
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import yaml
+from transformers import AutoImageProcessor, AutoTokenizer, HfArgumentParser
+from transformers.trainer_utils import get_last_checkpoint
+
+from samclip_hf import SamClipImageProcessor, SamClipModel, SamClipProcessor, miniature
+from samclip_hf.distillation import ClipTeacher, SamClipTrainer, SamClipTrainingArguments, SamTeacher
+
+
+def parse_arguments(argv: list[str]) -> SamClipTrainingArguments:
+    """The recipe's arguments, overridden by the command line's. Exits with a sentence where one is unknown or wrong."""
+    parser = HfArgumentParser(
+        SamClipTrainingArguments, usage="train.py [RECIPE.yaml] [--argument value ...]", description=__doc__
+    )
+    known = [field.name for field in fields(SamClipTrainingArguments) if field.init]
+    recipe: list[str] = []
+    if argv and argv[0].endswith((".yaml", ".yml")):
+        path, argv = Path(argv[0]), argv[1:]
+        if not path.is_file():
+            parser.exit(2, f"There is no recipe {path}.\n")
+        settings = yaml.safe_load(path.read_text()) or {}
+        if not isinstance(settings, dict):
+            parser.exit(2, f"{path} must hold lines of the form 'argument: value'.\n")
+        for name, value in settings.items():
+            if name not in known:
+                parser.exit(2, f"{path}: {unknown(name, known)}\n")
+            values = value if isinstance(value, list) else [value]
+            recipe += [f"--{name}", *map(str, values)]
+    for argument in argv:
+        name = argument.removeprefix("--").split("=")[0].replace("-", "_")
+        if argument.startswith("--") and name not in [*known, "help"]:
+            parser.exit(2, f"Command line: {unknown(name, known)}\n")
+    try:
+        return parser.parse_args_into_dataclasses(recipe + argv)[0]
+    except ValueError as error:
+        parser.exit(2, f"{error}\n")
+
+
+def unknown(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"unknown argument {name!r}." + (f" Did you mean {close[0]!r}?" if close else " See --help.")
+
+
+def main(argv: list[str]) -> None:
+    args = parse_arguments(argv)
+    sam = miniature.sam_teacher() if args.sam_teacher == "miniature" else args.sam_teacher
+    clip = miniature.clip_teacher() if args.clip_teacher == "miniature" else args.clip_teacher
+
+    clip_teacher = ClipTeacher(clip)
+    sam_teacher = SamTeacher(sam) if args.stage == 2 else None
+    if args.model is None:
+        head = {"num_hidden_layers": args.clip_head_layers, "pooling": args.clip_head_pooling}
+        model = SamClipModel.from_teachers(sam, clip_teacher.model, head)
+        image_processor = SamClipImageProcessor.from_dict(AutoImageProcessor.from_pretrained(sam).to_dict())
+        processor = SamClipProcessor(image_processor, AutoTokenizer.from_pretrained(clip))
+    else:
+        model = SamClipModel.from_pretrained(args.model, use_safetensors=True)
+        processor = SamClipProcessor.from_pretrained(args.model)
+
+    trainer = SamClipTrainer(model, args, clip_teacher, sam_teacher, processing_class=processor)
+    resume = args.resume_from_checkpoint
+    if resume in ("true", "True"):
+        resume = get_last_checkpoint(args.output_dir)
+    result = trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model()
+    trainer.save_state()
+    trainer.save_metrics("train", result.metrics)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
