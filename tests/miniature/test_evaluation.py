@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from samclip_hf.miniature import evaluation
+from samclip_hf.miniature import evaluation, teachers
 from samclip_hf.miniature.scenes import CLASS_NAMES, HELD_OUT, TEMPLATES, evaluation_scene, render
 
 
@@ -115,3 +115,13 @@ def test_raw_colour_does_not_solve_the_world():
     baseline = evaluation.nearest_colour(num_scenes=48)
     assert baseline([Image.fromarray(scene.image) for scene in scenes[:2]]).shape == (2, 128, 128)
     assert evaluation.semantic_miou(baseline, scenes) < 0.2
+
+
+def test_the_teachers_patches_are_compared_with_names_and_background_prompts_at_any_size():
+    torch.manual_seed(0)
+    model, processor = teachers.build_clip()
+    image = Image.fromarray(render(11, 0).image)
+    for size, own_values in ((64, True), (96, False)):
+        labels = evaluation.teacher_patches(model.eval(), processor, size, own_values)([image, image])
+        assert labels.shape == (2, 128, 128)
+        assert 0 <= labels.min() and labels.max() <= len(CLASS_NAMES)

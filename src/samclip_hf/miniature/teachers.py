@@ -256,7 +256,7 @@ def draw_prompts(scenes: list[Scene], rng: np.random.Generator) -> dict[str, Pro
             if kind == "mask" and len(scene.masks) > 1 and rng.random() < 0.3:
                 # A class may have several objects: a mask prompt that covers two asks for both.
                 chosen = rng.choice(len(scene.masks), size=2, replace=False).tolist()
-            mask = scene.masks[chosen].any(axis=0)
+            mask = np.asarray(scene.masks[chosen].any(axis=0))
             pixels = np.flatnonzero(mask)
             clicks = pixels[rng.integers(len(pixels), size=2)]
             box = np.array(bounding_box(mask), dtype=np.float32)
