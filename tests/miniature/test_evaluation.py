@@ -124,4 +124,4 @@ def test_the_teachers_patches_are_compared_with_names_and_background_prompts_at_
     for size, own_values in ((64, True), (96, False)):
         labels = evaluation.teacher_patches(model.eval(), processor, size, own_values)([image, image])
         assert labels.shape == (2, 128, 128)
-        assert 0 <= labels.min() and labels.max() <= len(CLASS_NAMES)
+        assert labels.min() >= 0 and labels.max() <= len(CLASS_NAMES)
