@@ -331,8 +331,8 @@ class SamClipModel(SamClipPreTrainedModel, SamModel):
 
         Raises `TypeError` where a teacher is of another kind, `ValueError` where sizes do not fit.
         """
-        sam = _load_teacher(SamModel, sam, "sam")
-        clip = _load_teacher(CLIPModel, clip, "clip")
+        sam = load_teacher(SamModel, sam, "sam")
+        clip = load_teacher(CLIPModel, clip, "clip")
         if isinstance(clip_head_config, SamClipHeadConfig):
             clip_head_config = clip_head_config.to_dict()
         projection_dim = clip.config.projection_dim
@@ -777,7 +777,7 @@ def _contrastive_loss(logits_per_text: torch.Tensor) -> torch.Tensor:
     return (F.cross_entropy(logits_per_text, target) + F.cross_entropy(logits_per_text.T, target)) / 2
 
 
-def _load_teacher(cls: type[PreTrainedModel], teacher, argument: str):
+def load_teacher(cls: type[PreTrainedModel], teacher, argument: str):
     """`teacher` itself, or the model of class `cls` that it names; safetensors only."""
     if isinstance(teacher, cls):
         return teacher

@@ -1,0 +1,93 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoProcessor, CLIPTokenizer, SamProcessor
+
+from samclip_hf import SamClipImageProcessor, SamClipProcessor
+
+SIZES = {"size": {"longest_edge": 64}, "pad_size": {"height": 64, "width": 64}}
+
+
+@pytest.fixture
+def tokenizer():
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    pieces = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
+    return CLIPTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], model_max_length=16)
+
+
+@pytest.fixture
+def processor(tokenizer):
+    return SamClipProcessor(SamClipImageProcessor(**SIZES), tokenizer)
+
+
+@pytest.fixture
+def image():
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 100, 3), dtype=np.uint8))
+
+
+def test_prompts_are_sams(processor, image):
+    prompts = {
+        "input_points": [[[[10, 20], [99, 49]], [[0, 0], [50, 25]]]],
+        "input_labels": [[[1, 0], [1, 1]]],
+        "input_boxes": [[[10, 20, 30, 40], [0, 0, 100, 50]]],
+    }
+    expected = SamProcessor(SamClipImageProcessor(**SIZES))(image, **prompts, return_tensors="pt")
+    actual = processor(image, **prompts)
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, check_dtype=False)
+
+
+def test_images_may_have_different_numbers_of_prompts_and_points(processor, image):
+    points = [[[[10, 20]]], [[[10, 20], [30, 40]], [[50, 25]]]]
+    inputs = processor([image, image], input_points=points)
+    assert inputs["input_points"].shape == (2, 2, 2, 2)
+    assert inputs["input_labels"].tolist() == [[[1, -10], [-10, -10]], [[1, 1], [1, -10]]]
+    scale = 64 / 100
+    torch.testing.assert_close(inputs["input_points"][1, 0, 1], torch.tensor([30 * scale, 40 * scale]))
+
+
+def test_prompts_follow_a_size_for_one_call(processor, image):
+    inputs = processor(image, input_points=[[[[100, 50]]]], size={"longest_edge": 32})
+    assert inputs["input_points"].flatten().tolist() == [32.0, 16.0]
+
+
+def test_text_is_tokenised_and_padded(processor, tokenizer, image):
+    inputs = processor(image, text=["a cat", "dog"])
+    expected = tokenizer(["a cat", "dog"], padding=True, return_tensors="pt")
+    assert inputs["input_ids"].equal(expected["input_ids"])
+    assert inputs["attention_mask"].equal(expected["attention_mask"])
+    assert set(processor(text="a cat")) == {"input_ids", "attention_mask"}
+
+
+def test_saves_and_loads(processor, image, tmp_path, model):
+    processor.save_pretrained(tmp_path)
+    model.config.save_pretrained(tmp_path)
+    loaded = AutoProcessor.from_pretrained(tmp_path)
+    assert type(loaded) is SamClipProcessor
+    for name, value in processor(image, text="a cat", input_points=[[[[3, 4]]]]).items():
+        torch.testing.assert_close(loaded(image, text="a cat", input_points=[[[[3, 4]]]])[name], value)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({}, "Give images, text or both"),
+        ({"text": "a", "input_points": [[[[1, 1]]]]}, "need the images"),
+        ({"images": 1, "input_points": [[[[1, 51]]]]}, "leave the image, which is 100 wide and 50 high"),
+        ({"images": 1, "input_points": [[[[-1, 1]]]]}, "leave the image"),
+        ({"images": 1, "input_points": [[[[float("nan"), 1]]]]}, "leave the image"),
+        ({"images": 1, "input_boxes": [[[0, 0, 200, 10]]]}, "leave the image"),
+        ({"images": 1, "input_boxes": [[[30, 0, 20, 10]]]}, "x1 <= x2"),
+        ({"images": 2, "input_points": [[[[1, 1]]]]}, "are for 1 images, but there are 2"),
+        ({"images": 2, "input_boxes": [[[0, 0, 1, 1]], [[0, 0, 1, 1], [0, 0, 1, 1]]]}, "same number of boxes"),
+        ({"images": 1, "input_points": [[]]}, "at least one prompt"),
+        ({"images": 1, "input_points": [[[[1, 1]]]], "input_labels": [[[1, 0]]]}, "exactly one label"),
+        ({"images": 1, "input_labels": [[[1]]]}, "give input_points too"),
+    ],
+)
+def test_wrong_input_is_refused_with_a_sentence(processor, image, inputs, message):
+    if "images" in inputs:
+        inputs = inputs | {"images": [image] * inputs["images"]}
+    with pytest.raises(ValueError, match=message):
+        processor(**inputs)
