@@ -31,7 +31,6 @@ TEMPLATES = ("a {}", *(f"a {{}} on a {background} background" for background in 
 BACKGROUND_PROMPTS = ("an empty scene", *(f"a {background} background" for background in BACKGROUNDS))
 
 MIN_VISIBLE = 0.035  # of the image: an object that shows less is not placed
-MIN_VISIBLE_SHARE = 0.45  # of the object's own silhouette
 
 _HUES = (0.0, 0.36, 0.63, 0.145, 0.79, 0.5)
 _PERIODS = (0.0, 9.0, 11.5, 12.0, 11.0, 0.0, 10.0, 0.0)  # pixels; halved by a CLIP that looks at 64 px
@@ -77,6 +76,7 @@ def render(
     num_objects: int | None = None,
     class_id: int | None = None,
     held_out: bool = True,
+    visible_share: float = 0.65,
 ) -> Scene:
     """Draws scene `index` of world `seed`.
 
@@ -85,6 +85,7 @@ def render(
             Objects that would hide others or be hidden are left out, so that fewer may be seen.
         class_id (`int`, *optional*): class of the first object; the others are random.
         held_out (`bool`): whether held-out pairs may appear. False for everything that is captioned.
+        visible_share (`float`): of an object's silhouette that later objects leave visible, at least. Less is harder.
     """
     rng = np.random.default_rng((seed, index))
     if num_objects is None:
@@ -102,7 +103,7 @@ def render(
             drawn = allowed[rng.integers(len(allowed))]
             while drawn % len(COLOURS) != colour:
                 drawn = allowed[rng.integers(len(allowed))]
-        mask = _place(rng, masks, single=num_objects == 1)
+        mask = _place(rng, masks, num_objects == 1, visible_share)
         if mask is None:
             continue
         for earlier in masks:
@@ -166,7 +167,7 @@ def _silhouette(rng: np.random.Generator, radius: float) -> tuple[np.ndarray, fl
     return np.clip(table, 0.3, 1.7).astype(np.float32) * radius, hole
 
 
-def _place(rng: np.random.Generator, masks: list[np.ndarray], single: bool) -> np.ndarray | None:
+def _place(rng: np.random.Generator, masks: list[np.ndarray], single: bool, visible_share: float) -> np.ndarray | None:
     """A silhouette that leaves itself and every earlier object sensibly visible, or None after a few attempts."""
     smallest = MIN_VISIBLE * IMAGE_SIZE**2
     for _ in range(6):
@@ -186,7 +187,7 @@ def _place(rng: np.random.Generator, masks: list[np.ndarray], single: bool) -> n
         for earlier in masks:
             area = np.count_nonzero(earlier)
             left = area - np.count_nonzero(earlier & mask)
-            if left < smallest or left < MIN_VISIBLE_SHARE * area:
+            if left < smallest or left < visible_share * area:
                 break
         else:
             return mask

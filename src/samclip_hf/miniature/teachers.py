@@ -48,6 +48,7 @@ from .scenes import (
 
 # Scenes are (seed, index): a training run owns the seeds from 1,000,000 up, so that no evaluation seed is trained on.
 TRAINING_SEED = 1_000_000
+VISIBLE_SHARE = 0.45  # the teachers train on more crowded scenes than anybody is measured on
 MASK_SIZE = IMAGE_SIZE // 2  # SAM's decoder answers, and reads mask prompts, at four times the 8 px token grid
 
 
@@ -336,7 +337,7 @@ def train_sam(
     for step in range(1, steps + 1):
         scenes: list[Scene] = []
         while len(scenes) < batch_size:
-            scene = render(TRAINING_SEED + seed, index)
+            scene = render(TRAINING_SEED + seed, index, visible_share=VISIBLE_SHARE)
             index += 1
             if len(scene.masks):
                 scenes.append(scene)
@@ -525,7 +526,10 @@ def train_clip(
         for number in range(batch_size):
             single = number < batch_size * (0.8 - 0.3 * progress)
             index = step * batch_size + number
-            scenes.append(render(TRAINING_SEED + seed, index, num_objects=1 if single else None, held_out=False))
+            num_objects = 1 if single else None
+            scenes.append(
+                render(TRAINING_SEED + seed, index, num_objects, held_out=False, visible_share=VISIBLE_SHARE)
+            )
             views.append(clip_view(scenes[-1], rng, crop=single and rng.random() < 0.6 - 0.4 * progress))
         losses = clip_step(model, processor, scenes, views, rng)
         loss = losses["image_to_text"] + losses["text_to_image"] + losses["colour"] + losses["pattern"]
