@@ -8,6 +8,7 @@ goes on from the last checkpoint in the output folder.
 """
 
 import difflib
+import json
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -37,8 +38,9 @@ def parse_arguments(argv: list[str]) -> SamClipTrainingArguments:
         for name, value in settings.items():
             if name not in known:
                 parser.exit(2, f"{path}: {unknown(name, known)}\n")
-            values = value if isinstance(value, list) else [value]
-            recipe += [f"--{name}", *map(str, values)]
+            if value is not None:
+                values = value if isinstance(value, list) else [value]
+                recipe += [f"--{name}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in values)]
     for argument in argv:
         name = argument.removeprefix("--").split("=")[0].replace("-", "_")
         if argument.startswith("--") and name not in [*known, "help"]:
@@ -50,31 +52,39 @@ def parse_arguments(argv: list[str]) -> SamClipTrainingArguments:
 
 
 def unknown(name: str, known: list[str]) -> str:
+    """What to say about an argument that does not exist."""
     close = difflib.get_close_matches(name, known, n=1)
     return f"unknown argument {name!r}." + (f" Did you mean {close[0]!r}?" if close else " See --help.")
 
 
-def main(argv: list[str]) -> None:
-    args = parse_arguments(argv)
+def build_trainer(args: SamClipTrainingArguments) -> SamClipTrainer:
+    """Teachers, student and streams by the names in `args`."""
     sam = miniature.sam_teacher() if args.sam_teacher == "miniature" else args.sam_teacher
     clip = miniature.clip_teacher() if args.clip_teacher == "miniature" else args.clip_teacher
-
     clip_teacher = ClipTeacher(clip)
     sam_teacher = SamTeacher(sam) if args.stage == 2 else None
     if args.model is None:
         head = {"num_hidden_layers": args.clip_head_layers, "pooling": args.clip_head_pooling}
-        model = SamClipModel.from_teachers(sam, clip_teacher.model, head)
+        model = SamClipModel.from_teachers(sam_teacher.model if sam_teacher else sam, clip_teacher.model, head)
         image_processor = SamClipImageProcessor.from_dict(AutoImageProcessor.from_pretrained(sam).to_dict())
         processor = SamClipProcessor(image_processor, AutoTokenizer.from_pretrained(clip))
     else:
         model = SamClipModel.from_pretrained(args.model, use_safetensors=True)
         processor = SamClipProcessor.from_pretrained(args.model)
+    return SamClipTrainer(model, args, clip_teacher, sam_teacher, processing_class=processor)
 
-    trainer = SamClipTrainer(model, args, clip_teacher, sam_teacher, processing_class=processor)
-    resume = args.resume_from_checkpoint
-    if resume in ("true", "True"):
-        resume = get_last_checkpoint(args.output_dir)
-    result = trainer.train(resume_from_checkpoint=resume)
+
+def main(argv: list[str]) -> None:
+    args = parse_arguments(argv)
+    try:
+        trainer = build_trainer(args)
+    except (OSError, TypeError, ValueError) as error:  # a name that leads nowhere, sizes that do not fit
+        sys.exit(f"Training did not start. {error}")
+
+    checkpoint = args.resume_from_checkpoint
+    if checkpoint in ("true", "True"):
+        checkpoint = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()
     trainer.save_metrics("train", result.metrics)

@@ -38,7 +38,9 @@ class SamClipTrainingArguments(TrainingArguments):
     )
     clip_data: list[str] = field(
         default_factory=lambda: ["miniature"],
-        metadata={"help": "Images for the CLIP loss: 'miniature', folders, globs, hf:// names or data sets on the Hub."},
+        metadata={
+            "help": "Images for the CLIP loss: 'miniature', folders, globs, hf:// names or data sets on the Hub."
+        },
     )
     sam_data: list[str] = field(
         default_factory=lambda: ["miniature"],
@@ -50,7 +52,9 @@ class SamClipTrainingArguments(TrainingArguments):
     )
     clip_batch_size: int = field(
         default=32,
-        metadata={"help": "Images for the CLIP loss a process and micro-batch at the smallest resolution; fewer at larger ones."},
+        metadata={
+            "help": "Images for the CLIP loss a process and micro-batch at the smallest resolution; fewer at larger ones."
+        },
     )
     sam_batch_size: int = field(
         default=4, metadata={"help": "Images for the SAM loss a process and micro-batch (paper: 32 in all)."}
@@ -88,6 +92,10 @@ class SamClipTrainingArguments(TrainingArguments):
             raise ValueError(f"min_crop is a share of the image, above 0 and up to 1, got {self.min_crop}.")
         if not self.clip_sizes or min(self.clip_sizes) < 1:
             raise ValueError(f"clip_sizes must be one or more sizes in pixels, got {self.clip_sizes}.")
+        if min(self.sam_loss_weight, self.focal_weight, self.dice_weight, self.iou_head_weight) < 0:
+            raise ValueError("Loss weights must be 0 or more.")
+        if self.max_box_noise < 0:
+            raise ValueError(f"max_box_noise must be 0 or more pixels, got {self.max_box_noise}.")
         if self.stage not in (1, 2, 3):
             raise ValueError(f"stage must be 1, 2 or 3, got {self.stage}.")
         # DDP must expect that a micro-batch of one teacher leaves the other head alone.

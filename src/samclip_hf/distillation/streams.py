@@ -81,7 +81,9 @@ def _load(name: str, split: str) -> IterableDataset:
 
     ending = Path(name).suffix
     is_remote_file = "://" in name and ending in BUILDERS
-    is_hub_name = name.startswith("hf://datasets/") or re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and ending not in BUILDERS
+    is_hub_name = (
+        name.startswith("hf://datasets/") or re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and ending not in BUILDERS
+    )
     if not is_remote_file and not is_hub_name:
         raise FileNotFoundError(f"No data at {name!r}: it is no folder and matches no file. {WHAT_A_NAME_IS}")
     try:

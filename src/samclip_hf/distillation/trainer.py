@@ -74,8 +74,8 @@ class SamClipTrainer(Trainer):
         self._sums: dict[str, Tensor | float] = defaultdict(float)
         self._counts: dict[str, int] = defaultdict(int)
         self._skipped: dict[str, int] = defaultdict(int)
-        self._images = 0
-        self._images_at_log, self._time_at_log = 0, time.perf_counter()
+        self._images = self._images_at_log = 0  # of all processes
+        self._time_at_log = time.perf_counter()
         for teacher in (self.clip_teacher, self.sam_teacher):
             if teacher is not None:
                 teacher.to(args.device)
@@ -156,7 +156,7 @@ class SamClipTrainer(Trainer):
             self._skipped[cause] += number
         total = torch.zeros((), device=self.args.device)
         for task, batch in inputs.items():
-            self._images += len(batch["images"])
+            self._images += len(batch["images"]) * self.args.world_size
             with self.compute_loss_context_manager():
                 loss = self.clip_loss(model, **batch) if task == "clip" else self.sam_loss(model, **batch)
             loss = loss / self.current_gradient_accumulation_steps
@@ -195,21 +195,21 @@ class SamClipTrainer(Trainer):
             self._counts[name] += 1
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in [`Trainer`]; adds this process's averages since the last log, learning rates and images a second."""
+        """As in [`Trainer`]; adds this process's averages since the last log, learning rates by part of the model,
+        images a second, and how many samples were skipped so far, by cause."""
         if "loss" in logs:
-            logs |= {name: float(total) / self._counts[name] for name, total in sorted(self._sums.items())}
+            logs.update({name: float(total) / self._counts[name] for name, total in sorted(self._sums.items())})
             self._sums.clear()
             self._counts.clear()
             logs.pop("learning_rate", None)
-            logs |= {f"learning_rate_{group['name']}": group["lr"] for group in self.optimizer.param_groups}
+            logs.update({f"learning_rate_{group['name']}": group["lr"] for group in self.optimizer.param_groups})
             now = time.perf_counter()
-            images = (self._images - self._images_at_log) * self.args.world_size
-            logs["images_per_second"] = images / (now - self._time_at_log)
+            logs["images_per_second"] = (self._images - self._images_at_log) / (now - self._time_at_log)
             self._images_at_log, self._time_at_log = self._images, now
-        if "train_runtime" in logs:  # the last log of a run; Trainer's own speed counts a batch size that is not used
-            logs = {name: value for name, value in logs.items() if name not in ("train_samples_per_second", "total_flos")}
-            logs["images_seen"] = self._images * self.args.world_size
-            logs |= {f"skipped_{cause.replace(' ', '_')}": number for cause, number in self._skipped.items()}
+        if "train_runtime" in logs:  # the last log of a run, which train() returns too
+            del logs["train_samples_per_second"]  # of a batch size that is not used
+            logs["train_images_seen"] = self._images
+        logs.update({f"skipped_{cause.replace(' ', '_')}": number for cause, number in self._skipped.items()})
         super().log(logs, start_time)
 
 
