@@ -3,8 +3,8 @@ Trains one stage of SAM-CLIP.
 
     accelerate launch training/train.py training/configs/miniature_stage1.yaml --output_dir runs/stage1
 
-The recipe's YAML sets the arguments and the command line wins; `--help` lists them all. `--resume_from_checkpoint true`
-goes on from the last checkpoint in the output folder.
+The recipe's YAML sets the arguments and the command line wins; `--help` lists them all. `--resume_from_checkpoint
+true` goes on from the last checkpoint in the output folder.
 """
 
 import difflib
@@ -22,7 +22,7 @@ from samclip_hf.distillation import ClipTeacher, SamClipTrainer, SamClipTraining
 
 
 def parse_arguments(argv: list[str]) -> SamClipTrainingArguments:
-    """The recipe's arguments, overridden by the command line's. Exits with a sentence where one is unknown or wrong."""
+    """The recipe's arguments, overridden by the command line's; exits with a sentence if one is unknown or wrong."""
     parser = HfArgumentParser(
         SamClipTrainingArguments, usage="train.py [RECIPE.yaml] [--argument value ...]", description=__doc__
     )

@@ -16,8 +16,8 @@ class SamClipTrainingArguments(TrainingArguments):
     stage: Literal[1, 2, 3] = field(
         default=1,
         metadata={
-            "help": "1: CLIP head on a frozen encoder. 2: encoder and both heads, both losses in every optimizer step. "
-            "3: CLIP head at all resolutions (paper, section 4)."
+            "help": "1: CLIP head on a frozen encoder. 2: encoder and both heads, both losses in every optimizer "
+            "step. 3: CLIP head at all resolutions (paper, section 4)."
         },
     )
     model: str | None = field(
@@ -38,9 +38,7 @@ class SamClipTrainingArguments(TrainingArguments):
     )
     clip_data: list[str] = field(
         default_factory=lambda: ["miniature"],
-        metadata={
-            "help": "Images for the CLIP loss: 'miniature', folders, globs, hf:// names or data sets on the Hub."
-        },
+        metadata={"help": "Images for the CLIP loss: 'miniature', folders, globs, hf:// names, names on the Hub."},
     )
     sam_data: list[str] = field(
         default_factory=lambda: ["miniature"],
@@ -53,7 +51,8 @@ class SamClipTrainingArguments(TrainingArguments):
     clip_batch_size: int = field(
         default=32,
         metadata={
-            "help": "Images for the CLIP loss a process and micro-batch at the smallest resolution; fewer at larger ones."
+            "help": "Images for the CLIP loss a process and micro-batch, at the smallest of clip_sizes; at a larger, "
+            "as many as have about the same number of pixels (paper: 2048 in all)."
         },
     )
     sam_batch_size: int = field(

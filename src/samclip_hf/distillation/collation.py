@@ -145,7 +145,7 @@ def random_crop(width: int, height: int, min_share: float, rng: np.random.Genera
 
 class StepStream(torch.utils.data.IterableDataset):
     r"""
-    Endless micro-steps: dictionaries that hold, for each task ("clip", "sam"), one micro-batch, and under "skipped" the
+    Endless steps: dictionaries that hold, for each task ("clip", "sam"), one micro-batch, and under "skipped" the
     samples left out on the way, by cause.
 
     tasks (`dict[str, ClipBatches | SamBatches]`):
@@ -214,8 +214,8 @@ class StepStream(torch.utils.data.IterableDataset):
                 misses += 1
                 if misses == MAX_MISSES:
                     raise ValueError(
-                        f"{MAX_MISSES} samples in a row could not be used, by cause: {dict(skipped)}. Is this the right "
-                        "data?"
+                        f"{MAX_MISSES} samples in a row could not be used, by cause: {dict(skipped)}. Is this the "
+                        "right data?"
                     ) from error
         tensors = {name: torch.from_numpy(np.stack([sample[name] for sample in batch])) for name in batch[0]}
         return {name: t.permute(0, 3, 1, 2) if name.endswith("images") else t for name, t in tensors.items()}

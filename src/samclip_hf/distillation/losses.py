@@ -32,9 +32,9 @@ def mask_distillation_loss(
     SAM trains against hard masks, back-propagates the best of three, and regresses the true IoU. Here the target is a
     teacher's answer ("as in SAM, adapted for distillation", section 3), so three things differ:
 
-    - *Soft targets* t = sigmoid(teacher logit). SAM's focal weight (1 - p_t)^2 and its dice denominator sum(p) + sum(t)
-      would pull p away from a soft t. |t - p|^2 (the quality focal loss of Li et al., arXiv 2006.04388) and sum(p^2) +
-      sum(t^2) (V-Net, arXiv 1606.04797) agree with them in kind for hard targets and have their minimum at p = t.
+    - *Soft targets* t = sigmoid(teacher logit). SAM's focal weight (1 - p_t)^2 and its dice denominator sum(p) +
+      sum(t) would pull p away from a soft t. |t - p|^2 (quality focal loss, Li et al., arXiv 2006.04388), which is the
+      same for hard targets, and sum(p^2) + sum(t^2) (V-Net, arXiv 1606.04797) have their minimum at p = t.
     - *Every mask counts*, mask i of the student against mask i of the teacher: the student's mask tokens start as
       copies of the teacher's, so they mean the same (whole, part, subpart), and choosing the best one would leave the
       others to drift.

@@ -1,4 +1,4 @@
-"""Points and boxes from masks, as SAM was trained with them (Kirillov et al. 2023, appendix A, "Training algorithm")."""
+"""Points and boxes from masks, as SAM was trained with them (Kirillov et al. 2023, appendix A)."""
 
 import numpy as np
 

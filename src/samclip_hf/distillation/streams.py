@@ -36,7 +36,7 @@ class SkippedSampleError(ValueError):
 
 def open_stream(name: str, split: str = "train", with_masks: bool = False) -> IterableDataset:
     r"""
-    A sharded stream of undecoded pictures, in the columns `__key__` (if there is one), `image` and, with masks, `json`.
+    A sharded stream of undecoded pictures: columns `__key__` (if there is one), `image` and, with masks, `json`.
 
     name (`str`):
         "miniature"; a folder of `.tar` (webdataset, SA-1B's layout), `.parquet` or image files; a glob of such files,
@@ -81,9 +81,7 @@ def _load(name: str, split: str) -> IterableDataset:
 
     ending = Path(name).suffix
     is_remote_file = "://" in name and ending in BUILDERS
-    is_hub_name = (
-        name.startswith("hf://datasets/") or re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and ending not in BUILDERS
-    )
+    is_hub_name = ending not in BUILDERS and re.fullmatch(r"(hf://datasets/)?[\w.-]+(/[\w.-]+)?", name)
     if not is_remote_file and not is_hub_name:
         raise FileNotFoundError(f"No data at {name!r}: it is no folder and matches no file. {WHAT_A_NAME_IS}")
     try:

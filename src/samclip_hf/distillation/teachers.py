@@ -61,8 +61,8 @@ class ClipTeacher(Teacher):
         student_dim, own_dim = student.config.clip_head_config.projection_dim, self.model.config.projection_dim
         if student_dim != own_dim:
             raise ValueError(
-                f"The student's text space has {student_dim} dimensions, the CLIP teacher's {own_dim}: the student was "
-                "built from another CLIP. Name that one as clip_teacher, or build a new student."
+                f"The student's text space has {student_dim} dimensions, the CLIP teacher's {own_dim}: the student "
+                "was built from another CLIP. Name that one as clip_teacher, or build a new student."
             )
         student_weight = student.text_projection.weight.detach().float().cpu()
         own_weight = self.model.text_projection.weight.float().cpu()
@@ -93,21 +93,22 @@ class SamTeacher(Teacher):
         own_patch, student_patch = self.model.config.vision_config.patch_size, student.config.vision_config.patch_size
         if own_patch != student_patch:
             raise ValueError(
-                f"The SAM teacher's patches are {own_patch} px wide and the student's {student_patch} px, so their masks "
-                "differ in size. Name a sam_teacher with the student's patch size."
+                f"The SAM teacher's patches are {own_patch} px wide and the student's {student_patch} px, so their "
+                "masks differ in size. Name a sam_teacher with the student's patch size."
             )
         own_masks = self.model.config.mask_decoder_config.num_multimask_outputs
         student_masks = student.config.mask_decoder_config.num_multimask_outputs
         if own_masks != student_masks:
             raise ValueError(
-                f"The SAM teacher answers a point with {own_masks} masks and the student with {student_masks}. Name the "
-                "SAM that the student was built from as sam_teacher."
+                f"The SAM teacher answers a point with {own_masks} masks and the student with {student_masks}. Name "
+                "the SAM that the student was built from as sam_teacher."
             )
 
     @torch.no_grad()
     def forward(self, images: Tensor, content_sizes: Tensor, **prompts) -> tuple[Tensor, Tensor]:
         """Mask logits `(batch_size, num_prompts, num_masks, height, width)` and predicted IoUs `(batch_size,
-        num_prompts, num_masks)` of uint8 images `(batch_size, 3, image_size, image_size)`; prompts as in `SamModel`."""
+        num_prompts, num_masks)` of uint8 images `(batch_size, 3, image_size, image_size)`; prompts as in
+        [`SamModel`]."""
         pixel_values = normalize(images, self.image_mean, self.image_std, content_sizes)
         outputs = self.model(pixel_values=pixel_values, **prompts)
         return outputs.pred_masks, outputs.iou_scores

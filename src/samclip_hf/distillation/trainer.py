@@ -28,8 +28,8 @@ class SamClipTrainer(Trainer):
     r"""
     Distils both teachers into a [`SamClipModel`].
 
-    A step of the data loader is one micro-batch for each teacher of the stage. Their backward passes follow one another,
-    so that only one graph is in memory, and the optimizer steps after both.
+    An item of the data loader is one micro-batch for each teacher of the stage. Their backward passes follow one
+    another, so that only one graph is in memory, and the optimizer steps after both.
 
     model ([`SamClipModel`]):
         The student. What the stage does not train is frozen.

@@ -1,0 +1,68 @@
+"""Tiny webdataset tars, real JPEGs inside, as the paper's data come in."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tars import annotation, jpeg, photo, write_tar
+from transformers import CLIPImageProcessor, SamImageProcessor
+
+from samclip_hf import SamClipImageProcessor, SamClipProcessor
+from samclip_hf.distillation import ClipTeacher, SamTeacher
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> Path:
+    """Three tars of four photographs."""
+    folder = tmp_path_factory.mktemp("photos")
+    for shard in range(3):
+        numbers = range(shard * 4, shard * 4 + 4)
+        write_tar(folder / f"{shard}.tar", {f"{n:03d}.{ending}": c for n in numbers for ending, c in photo(n).items()})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sa1b(tmp_path_factory) -> Path:
+    """One tar in SA-1B's layout: four images with a small mask, a larger one, and one of the whole image."""
+    folder = tmp_path_factory.mktemp("sa1b")
+    small, large, whole = np.zeros((40, 60), bool), np.zeros((40, 60), bool), np.ones((40, 60), bool)
+    small[5:10, 20:30] = True
+    large[15:35, 10:50] = True
+    annotations = [annotation(mask) for mask in (small, large, whole)]
+    files = {}
+    for number in range(4):
+        files[f"sa_{number}.jpg"] = jpeg(100 + number)
+        files[f"sa_{number}.json"] = json.dumps({"image": {"image_id": number}, "annotations": annotations}).encode()
+    write_tar(folder / "sa_000000.tar", files)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def teacher_folders(tmp_path_factory, sam, clip) -> dict[str, Path]:
+    """The tiny teachers with their own image processors."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("sam", "clip")}
+    sam.save_pretrained(folders["sam"])
+    size = {"height": 64, "width": 64}
+    SamImageProcessor(size={"longest_edge": 64}, pad_size=size).save_pretrained(folders["sam"])
+    clip.save_pretrained(folders["clip"])
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(
+        folders["clip"]
+    )
+    return folders
+
+
+@pytest.fixture
+def sam_teacher(teacher_folders) -> SamTeacher:
+    return SamTeacher(str(teacher_folders["sam"]))
+
+
+@pytest.fixture
+def clip_teacher(teacher_folders) -> ClipTeacher:
+    return ClipTeacher(str(teacher_folders["clip"]))
+
+
+@pytest.fixture(scope="session")
+def processor(teacher_folders) -> SamClipProcessor:
+    """Without a tokenizer: training reads no text."""
+    return SamClipImageProcessor.from_pretrained(teacher_folders["sam"])

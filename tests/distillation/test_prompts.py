@@ -1,0 +1,53 @@
+import numpy as np
+import pytest
+
+from samclip_hf.distillation.prompts import box_from_mask, point_from_mask
+
+
+@pytest.fixture
+def mask() -> np.ndarray:
+    """A ring of 40 x 60 pixels in an image of 100 x 200: its middle is outside."""
+    mask = np.zeros((100, 200), dtype=bool)
+    mask[30:70, 80:140] = True
+    mask[40:60, 90:130] = False
+    return mask
+
+
+def test_points_lie_in_the_mask_and_reach_all_of_it(mask):
+    rng = np.random.default_rng(0)
+    points = np.array([point_from_mask(mask, rng) for _ in range(2000)]).astype(int)
+    assert mask[points[:, 1], points[:, 0]].all()
+    left_half = (points[:, 0] < 110).mean()
+    assert 0.45 < left_half < 0.55  # uniform: the ring is symmetric
+
+
+def test_box_noise_is_a_tenth_of_the_side_and_bounded(mask):
+    rng = np.random.default_rng(0)
+    exact = np.array([80, 30, 139, 69])
+    noise = np.array([box_from_mask(mask, rng) for _ in range(2000)]) - exact
+    assert np.abs(noise).max() <= 20
+    np.testing.assert_allclose(noise.std(axis=0), [5.9, 3.9, 5.9, 3.9], rtol=0.1)
+    np.testing.assert_array_equal(box_from_mask(mask, rng, max_noise=0), exact)
+    assert np.abs(box_from_mask(mask, rng, max_noise=1.5) - exact).max() <= 1.5
+
+
+def test_boxes_stay_in_the_image_and_in_order():
+    mask = np.zeros((8, 8), dtype=bool)
+    mask[0, 7] = True
+    for seed in range(50):
+        x1, y1, x2, y2 = box_from_mask(mask, np.random.default_rng(seed))
+        assert 0 <= x1 <= x2 <= 7
+        assert 0 <= y1 <= y2 <= 7
+
+
+def test_prompts_follow_from_their_generator(mask):
+    for prompt in (point_from_mask, box_from_mask):
+        first, again, other = (prompt(mask, np.random.default_rng(seed)) for seed in (1, 1, 2))
+        assert (first == again).all()
+        assert (first != other).any()
+
+
+def test_an_empty_mask_is_refused():
+    for prompt in (point_from_mask, box_from_mask):
+        with pytest.raises(ValueError, match="empty mask"):
+            prompt(np.zeros((4, 4), dtype=bool), np.random.default_rng(0))

@@ -1,0 +1,183 @@
+import io
+from collections import Counter
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, Features, Image, Value
+from PIL import Image as PILImage
+from tars import jpeg, photo, write_tar
+from torch.utils.data import DataLoader
+
+from samclip_hf.distillation import collation
+from samclip_hf.distillation.collation import ClipBatches, SamBatches, StepStream, random_crop
+from samclip_hf.distillation.streams import decode_image, endless, open_stream
+
+
+def clip_batches(*names, batch_size=4, sizes=(16,)) -> ClipBatches:
+    streams = [open_stream(str(name)) for name in names]
+    return ClipBatches(streams, list(sizes), teacher_image_size=8, batch_size=batch_size, min_crop=0.5)
+
+
+def sam_batches(name, masks_per_image=5) -> SamBatches:
+    stream = open_stream(str(name), with_masks=True)
+    return SamBatches([stream], image_size=64, batch_size=2, masks_per_image=masks_per_image, max_box_noise=2.0)
+
+
+def step_stream(seed=0, **tasks) -> StepStream:
+    return StepStream(tasks, seed=seed, shuffle_buffer=4)
+
+
+# ---- opening by name ----
+
+
+def test_folders_globs_parquet_and_pictures_give_the_same_columns(photos, tmp_path):
+    rows = {"image": [{"bytes": jpeg(0), "path": None}]}
+    Dataset.from_dict(rows, features=Features({"image": Image()})).to_parquet(tmp_path / "photos.parquet")
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    (pictures / "one.jpg").write_bytes(jpeg(0))
+    for name in (photos, photos / "*.tar", tmp_path / "photos.parquet", pictures):
+        sample = next(iter(open_stream(str(name))))
+        assert sample.keys() <= {"__key__", "image"}
+        assert decode_image(sample).size == (60, 40)
+
+
+@pytest.mark.parametrize("name", ["/nowhere/photos", "./nowhere/*.tar", "nowhere/photos.tar"])
+def test_a_missing_path_is_named_with_what_would_do(name):
+    with pytest.raises(FileNotFoundError, match=r"No data at .*nowhere.*Give a folder, a glob"):
+        open_stream(name)
+
+
+def test_data_of_the_wrong_kind_are_refused(photos, tmp_path):
+    Dataset.from_dict({"words": ["a"]}, features=Features({"words": Value("string")})).to_parquet(
+        tmp_path / "a.parquet"
+    )
+    with pytest.raises(ValueError, match="no column of pictures"):
+        open_stream(str(tmp_path))
+    with pytest.raises(ValueError, match="no column 'json'"):
+        open_stream(str(photos), with_masks=True)
+
+
+# ---- passes ----
+
+
+def test_every_pass_holds_every_sample_once_in_an_order_of_its_own(photos):
+    passes = [[], []]
+    for epoch, sample in islice(endless(open_stream(str(photos)), seed=0, shuffle_buffer=4), 24):
+        passes[epoch].append(sample["__key__"])
+    assert sorted(passes[0]) == sorted(passes[1]) == [f"{n:03d}" for n in range(12)]
+    assert passes[0] != passes[1]
+    again = [s["__key__"] for _, s in islice(endless(open_stream(str(photos)), seed=0, shuffle_buffer=4), 24)]
+    assert again == passes[0] + passes[1]
+
+
+def test_processes_and_workers_share_a_pass_without_loss(photos):
+    class Keys(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return (s["__key__"] for e, s in islice(endless(open_stream(str(photos)), 0, 4), 12) if e == 0)
+
+    seen = Counter(DataLoader(Keys(), batch_size=None, num_workers=2))
+    assert sorted(seen) == [f"{n:03d}" for n in range(12)]
+    assert set(seen.values()) == {1}
+
+
+def test_an_empty_stream_ends_with_a_sentence(photos):
+    with pytest.raises(ValueError, match="no samples"):
+        next(endless(open_stream(str(photos)).take(0), seed=0, shuffle_buffer=4))
+
+
+# ---- samples ----
+
+
+def test_student_and_teacher_see_the_same_crop(tmp_path):
+    # A picture whose red says where across and whose green says where down.
+    ramp = np.zeros((64, 64, 3), dtype=np.uint8)
+    ramp[..., 0], ramp[..., 1] = np.arange(64) * 4, np.arange(64)[:, None] * 4
+    buffer = io.BytesIO()
+    PILImage.fromarray(ramp).save(buffer, format="PNG")
+    write_tar(tmp_path / "0.tar", {"0.png": buffer.getvalue()})
+    batch = next(iter(step_stream(clip=clip_batches(tmp_path, batch_size=16, sizes=[32]))))["clip"]
+    assert batch["images"].shape == (16, 3, 32, 32)
+    assert batch["teacher_images"].shape == (16, 3, 8, 8)
+    student, teacher = (batch[name].float().mean(dim=(2, 3)) for name in ("images", "teacher_images"))
+    torch.testing.assert_close(student, teacher, atol=3.0, rtol=0)
+    assert student[:, 0].std() > 3  # crops do differ
+
+
+def test_crops_stay_in_the_image():
+    rng = np.random.default_rng(0)
+    for width, height in ((100, 80), (300, 20), (20, 300)):
+        for _ in range(100):
+            left, upper, right, lower = random_crop(width, height, 0.5, rng)
+            assert 0 <= left < right <= width + 1e-9
+            assert 0 <= upper < lower <= height + 1e-9
+
+
+def test_prompts_lie_in_their_masks_and_never_in_one_of_the_whole_image(sa1b):
+    kinds = set()
+    for step in islice(step_stream(sam=sam_batches(sa1b)), 8):
+        batch = step["sam"]
+        assert batch["content_sizes"].tolist() == [[43, 64]] * 2  # 60 x 40 resized to 64 x 43, padded below
+        assert (batch["images"][:, :, 43:] == 0).all()
+        if "input_points" in batch:
+            kinds.add("point")
+            assert batch["input_points"].shape == (2, 5, 1, 2)
+            x, y = batch["input_points"].unbind(-1)
+            x, y = x / 64 * 60, y / 43 * 40  # back to the original
+            small = (x >= 19.9) & (x < 30) & (y >= 4.9) & (y < 10)
+            large = (x >= 9.9) & (x < 50) & (y >= 14.9) & (y < 35)
+            assert (small | large).all()
+        else:
+            kinds.add("box")
+            assert batch["input_boxes"].shape == (2, 5, 4)
+            sides = batch["input_boxes"][..., 2:] - batch["input_boxes"][..., :2]
+            assert sides[..., 0].max() < 64 - 8
+    assert kinds == {"point", "box"}
+
+
+def test_larger_images_come_in_smaller_batches(photos):
+    sizes = {}
+    for step in islice(step_stream(clip=clip_batches(photos, batch_size=16, sizes=[16, 32])), 12):
+        number, _, size, _ = step["clip"]["images"].shape
+        sizes[size] = number
+    assert sizes == {16: 16, 32: 4}
+
+
+def test_what_is_random_follows_from_the_seed(photos, sa1b):
+    first, again, other = (
+        next(iter(step_stream(seed=seed, clip=clip_batches(photos), sam=sam_batches(sa1b)))) for seed in (0, 0, 1)
+    )
+    assert torch.equal(first["clip"]["images"], again["clip"]["images"])
+    assert not torch.equal(first["clip"]["images"], other["clip"]["images"])
+
+
+def test_a_samples_crop_does_not_depend_on_what_came_before(photos):
+    task = clip_batches(photos)
+    streams = [StepStream({"clip": task}, seed=0, shuffle_buffer=buffer) for buffer in (1, 12)]
+    crops = []
+    for stream in streams:
+        images = torch.cat([step["clip"]["images"] for step in islice(stream, 3)])  # one pass
+        crops.append(sorted(image.float().mean().item() for image in images))
+    assert crops[0] == crops[1]
+
+
+def test_corrupt_pictures_are_counted_by_cause_and_passed_over(tmp_path):
+    files = {}
+    for number in range(6):
+        content = photo(number)["jpg"]
+        content = {2: b"no picture", 4: content[: len(content) // 2]}.get(number, content)
+        files[f"{number}.jpg"] = content
+    write_tar(tmp_path / "0.tar", files)
+    step = next(iter(step_stream(clip=clip_batches(tmp_path, batch_size=12))))
+    assert len(step["clip"]["images"]) == 12  # three passes of the four good ones
+    assert step["skipped"].keys() == {"broken image"}
+    assert step["skipped"]["broken image"] >= 4
+
+
+def test_a_stream_of_nothing_but_corrupt_pictures_stops(tmp_path, monkeypatch):
+    monkeypatch.setattr(collation, "MAX_MISSES", 10)
+    write_tar(tmp_path / "0.tar", {"0.jpg": b"no picture", "1.jpg": b"none either"})
+    with pytest.raises(ValueError, match=r"could not be used, by cause: \{'broken image': 10\}"):
+        next(iter(step_stream(clip=clip_batches(tmp_path))))

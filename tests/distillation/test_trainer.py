@@ -1,0 +1,232 @@
+import json
+
+import pytest
+import torch
+from tars import jpeg, write_tar
+from transformers import AutoModel, AutoProcessor, CLIPImageProcessor, SamImageProcessor
+from transformers.trainer_utils import set_seed
+
+from samclip_hf import SamClipModel
+from samclip_hf.distillation import ClipTeacher, SamClipTrainer, SamClipTrainingArguments, SamTeacher
+from samclip_hf.distillation.teachers import normalize
+
+
+@pytest.fixture
+def make_trainer(model, clip_teacher, sam_teacher, processor, photos, sa1b, tmp_path):
+    """A trainer on the tiny tars; arguments override."""
+
+    def make(stage: int = 2, student: SamClipModel = model, **arguments) -> SamClipTrainer:
+        settings = {
+            "output_dir": str(tmp_path / "run"),
+            "clip_data": [str(photos)],
+            "sam_data": [str(sa1b)],
+            "clip_sizes": [32, 64],
+            "clip_batch_size": 4,
+            "sam_batch_size": 2,
+            "masks_per_image": 2,
+            "shuffle_buffer": 4,
+            "max_steps": 3,
+            "learning_rate": 1e-3,
+            "weight_decay": 0.0,
+            "warmup_steps": 0,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "use_cpu": True,
+        } | arguments
+        args = SamClipTrainingArguments(stage=stage, **settings)
+        return SamClipTrainer(student, args, clip_teacher, sam_teacher, processing_class=processor)
+
+    return make
+
+
+TRAINED = {
+    1: ("clip_head.",),
+    2: ("clip_head.", "vision_encoder.", "mask_decoder."),
+    3: ("clip_head.",),
+}
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_stage_moves_every_parameter_that_it_trains_and_no_other(make_trainer, model, stage):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    # Until the encoder differs from the teacher's the SAM loss is zero, so the third step is the second of its kind.
+    make_trainer(stage, max_steps=4, seed=1).train()
+    for name, value in model.state_dict().items():
+        moved = not torch.equal(value, before[name])
+        assert moved == name.startswith(TRAINED[stage]), name
+
+
+def test_gradients_reach_only_what_a_stage_trains(make_trainer, model):
+    trainer = make_trainer(stage=1)
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert set(batch) == {"clip", "skipped"}
+    trainer.clip_loss(model, **batch["clip"]).backward()
+    with_gradient = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None}
+    assert with_gradient == {"clip_head"}
+
+
+def test_at_the_start_the_student_masks_are_the_teachers(make_trainer, model):
+    trainer = make_trainer()
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert trainer.sam_loss(model, **batch["sam"]).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_a_step_of_two_micro_batches_is_the_step_of_their_summed_loss(make_trainer, model):
+    torch.nn.init.normal_(model.vision_encoder.pos_embed)  # so that the SAM loss has something to say
+    trainer = make_trainer()
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.current_gradient_accumulation_steps = 1
+    total = trainer.training_step(model, {**batch})
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    model.zero_grad()
+    summed = trainer.clip_loss(model, **batch["clip"]) + trainer.sam_loss(model, **batch["sam"])
+    summed.backward()
+    torch.testing.assert_close(total, summed.detach())
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_accumulated_halves_make_the_step_of_the_whole(make_trainer, model):
+    torch.nn.init.normal_(model.vision_encoder.pos_embed)
+    trainer = make_trainer()
+    batch = next(iter(trainer.get_train_dataloader()))
+    halves = [
+        {task: {name: value.chunk(2)[i] for name, value in batch[task].items()} for task in ("clip", "sam")}
+        for i in range(2)
+    ]
+    gradients = []
+    for steps in ([batch], halves):
+        model.zero_grad()
+        trainer.current_gradient_accumulation_steps = len(steps)
+        for step in steps:
+            trainer.training_step(model, {**step, "skipped": {}})
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_encoder_and_sam_head_learn_at_a_tenth_of_the_rate(make_trainer, model):
+    trainer = make_trainer(learning_rate=1e-3, weight_decay=0.1)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for group in trainer.create_optimizer().param_groups:
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            assert group["lr"] == pytest.approx(1e-3 if name.startswith("clip_head.") else 1e-4)
+            assert group["weight_decay"] == (0 if name.endswith("bias") or "norm" in name else 0.1)
+
+
+def test_the_log_names_every_part(make_trainer):
+    trainer = make_trainer(max_steps=8, logging_steps=8)
+    metrics = trainer.train().metrics
+    logged = trainer.state.log_history[0]
+    assert logged.keys() >= {
+        *("loss", "clip_loss", "sam_loss", "sam_focal", "sam_dice", "sam_iou_head"),
+        *("cosine_32px", "cosine_64px", "mask_iou_point", "mask_iou_box"),
+        *("learning_rate_head", "learning_rate_encoder", "images_per_second", "grad_norm"),
+    }
+    assert logged["loss"] == pytest.approx(logged["clip_loss"] + 10 * logged["sam_loss"], rel=1e-4)
+    assert metrics["train_images_seen"] == trainer._images > 8 * 2
+
+
+def test_the_clip_loss_falls(make_trainer):
+    trainer = make_trainer(stage=1, max_steps=30, logging_steps=10, clip_sizes=[32])
+    trainer.train()
+    losses = [entry["clip_loss"] for entry in trainer.state.log_history if "clip_loss" in entry]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_teachers_stay_frozen_and_out_of_the_checkpoint(make_trainer, model, sam_teacher, tmp_path):
+    before = {name: value.clone() for name, value in sam_teacher.state_dict().items()}
+    trainer = make_trainer()
+    trainer.train()
+    trainer.save_model()
+    assert not sam_teacher.training
+    assert all(torch.equal(value, before[name]) for name, value in sam_teacher.state_dict().items())
+
+    loaded = AutoModel.from_pretrained(tmp_path / "run")
+    assert type(loaded) is SamClipModel
+    for name, value in loaded.state_dict().items():
+        torch.testing.assert_close(value, model.state_dict()[name], msg=name)
+    assert AutoProcessor.from_pretrained(tmp_path / "run").image_processor.size["longest_edge"] == 64
+
+
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(make_trainer, model, tmp_path):
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
+    make_trainer(**settings).train()
+    whole = {name: value.clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(start)
+    make_trainer(**settings).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, whole[name], msg=name)
+
+
+def test_training_goes_on_past_corrupt_pictures(make_trainer, tmp_path):
+    write_tar(tmp_path / "0.tar", {"0.jpg": jpeg(0), "1.jpg": b"no picture", "2.jpg": jpeg(2)})
+    trainer = make_trainer(stage=1, clip_data=[str(tmp_path / "0.tar")])
+    metrics = trainer.train().metrics
+    assert metrics["skipped_broken_image"] >= 3
+    assert trainer.state.global_step == 3
+
+
+def test_images_are_normalised_as_the_teachers_processors_do(sam_teacher, clip_teacher):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (1, 3, 48, 64), generator=generator, dtype=torch.uint8)
+    padded = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+    padded[:, :, :48] = images
+    expected = SamImageProcessor(size={"longest_edge": 64}, pad_size={"height": 64, "width": 64})(images)
+    own = normalize(padded, sam_teacher.image_mean, sam_teacher.image_std, torch.tensor([[48, 64]]))
+    torch.testing.assert_close(own, torch.as_tensor(expected["pixel_values"]), atol=1e-5, rtol=1e-5)
+
+    square = padded[:, :, :32, :32]
+    size = {"height": 32, "width": 32}
+    expected = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=size)(square)
+    own = normalize(square, clip_teacher.image_mean, clip_teacher.image_std)
+    torch.testing.assert_close(own, torch.as_tensor(expected["pixel_values"]), atol=1e-5, rtol=1e-5)
+
+
+# ---- refusals ----
+
+
+def test_teachers_whose_sizes_do_not_fit_are_refused(model, teacher_folders, tmp_path):
+    from conftest import tiny_clip, tiny_sam
+
+    misfits = {"clip": tiny_clip(projection_dim=12), "sam": tiny_sam(image_size=64, patch_size=16)}
+    for name, misfit in misfits.items():
+        misfit.save_pretrained(tmp_path / name)
+        preprocessor = json.loads((teacher_folders[name] / "preprocessor_config.json").read_text())
+        (tmp_path / name / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+    with pytest.raises(ValueError, match=r"text space has 20 dimensions, the CLIP teacher's 12"):
+        ClipTeacher(str(tmp_path / "clip")).check(model)
+    with pytest.raises(ValueError, match=r"patches are 16 px wide and the student's 8 px"):
+        SamTeacher(str(tmp_path / "sam")).check(model)
+    with pytest.raises(TypeError, match=r"clip_teacher must be a CLIPModel, but .* 'sam'"):
+        ClipTeacher(str(teacher_folders["sam"]))
+
+
+def test_a_clip_teacher_with_another_text_space_is_refused(model, clip_teacher):
+    set_seed(0)
+    torch.nn.init.normal_(model.text_projection.weight)
+    with pytest.raises(ValueError, match="text tower is not this CLIP teacher's"):
+        clip_teacher.check(model)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"max_steps": -1}, "Streams are endless: say with max_steps"),
+        ({"clip_sizes": [30]}, r"clip_sizes \[30\] are not multiples of the student's patch size, 8"),
+        ({"min_crop": 0.0}, "min_crop is a share"),
+        ({"sam_batch_size": 0}, "sam_batch_size must be 1 or more, got 0"),
+        ({"stage": 4}, "stage must be 1, 2 or 3, got 4"),
+        ({"sam_data": ["/nowhere/sa1b"]}, "No data at '/nowhere/sa1b'"),
+    ],
+)
+def test_arguments_that_cannot_be_meant_are_refused(make_trainer, arguments, sentence):
+    with pytest.raises((ValueError, FileNotFoundError), match=sentence):
+        make_trainer(**arguments)
