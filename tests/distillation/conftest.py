@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tars import annotation, jpeg, photo, write_tar
-from transformers import CLIPImageProcessor, SamImageProcessor
+from transformers import AutoTokenizer, CLIPImageProcessor, SamImageProcessor
 
-from samclip_hf import SamClipImageProcessor, SamClipProcessor
+from samclip_hf import SamClipImageProcessor, SamClipProcessor, miniature
 from samclip_hf.distillation import ClipTeacher, SamTeacher
 
 
@@ -64,5 +64,5 @@ def clip_teacher(teacher_folders) -> ClipTeacher:
 
 @pytest.fixture(scope="session")
 def processor(teacher_folders) -> SamClipProcessor:
-    """Without a tokenizer: training reads no text."""
-    return SamClipImageProcessor.from_pretrained(teacher_folders["sam"])
+    tokenizer = AutoTokenizer.from_pretrained(miniature.clip_teacher())
+    return SamClipProcessor(SamClipImageProcessor.from_pretrained(teacher_folders["sam"]), tokenizer)

@@ -37,7 +37,8 @@ class Teacher(nn.Module):
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
-        self.model = model.requires_grad_(False).eval()
+        self.model = model.requires_grad_(False)
+        self.eval()
         image_processor = AutoImageProcessor.from_pretrained(model.name_or_path)
         self.image_mean: list[float] = image_processor.image_mean
         self.image_std: list[float] = image_processor.image_std

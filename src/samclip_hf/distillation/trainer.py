@@ -160,6 +160,7 @@ class SamClipTrainer(Trainer):
             with self.compute_loss_context_manager():
                 loss = self.clip_loss(model, **batch) if task == "clip" else self.sam_loss(model, **batch)
             loss = loss / self.current_gradient_accumulation_steps
+            # Under DDP both backwards average gradients; averaging an average again changes nothing.
             self.accelerator.backward(loss)
             total += loss.detach()
         return total

@@ -1,0 +1,88 @@
+"""The training script's own job: reading a recipe and the command line."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+TRAINING = Path(__file__).parents[2] / "training"
+RECIPES = sorted((TRAINING / "configs").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def train():
+    spec = importlib.util.spec_from_file_location("train", TRAINING / "train.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def write(text: str) -> str:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(f"use_cpu: true\noutput_dir: {tmp_path / 'run'}\n" + text)
+        return str(path)
+
+    return write
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_understood(train, path, tmp_path):
+    args = train.parse_arguments([str(path), "--output_dir", str(tmp_path), "--bf16", "false", "--use_cpu"])
+    assert args.stage == int(path.stem[-1])
+    assert args.max_steps > 0
+
+
+def test_the_recipe_sets_and_the_command_line_wins(train, recipe):
+    path = recipe("stage: 2\nmax_steps: 10\nlearning_rate: 1e-4\nclip_sizes: [64, 96]\nmodel:\n")
+    args = train.parse_arguments([path, "--max_steps", "20", "--clip_sizes", "32"])
+    assert (args.stage, args.max_steps, args.learning_rate, args.clip_sizes, args.model) == (2, 20, 1e-4, [32], None)
+
+
+@pytest.mark.parametrize(
+    ("text", "argv", "sentence"),
+    [
+        ("learning_rat: 1", [], "unknown argument 'learning_rat'. Did you mean 'learning_rate'?"),
+        ("zebra: 1", [], "unknown argument 'zebra'. See --help."),
+        ("", ["--max_step", "3"], "unknown argument 'max_step'. Did you mean 'max_steps'?"),
+        ("max_steps: soon", [], "argument --max_steps/--max-steps: invalid int value: 'soon'"),
+        ("stage: 7\nmax_steps: 1", [], "argument --stage: invalid choice"),
+        ("clip_head_pooling: median\nmax_steps: 1", [], "argument --clip_head_pooling/--clip-head-pooling: invalid"),
+        ("stage: 1", [], "say with max_steps how many optimizer steps"),
+        ("- 1", [], "must hold lines of the form 'argument: value'"),
+    ],
+)
+def test_a_wrong_key_or_value_is_refused_by_name(train, tmp_path, capsys, text, argv, sentence):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(SystemExit) as stopped:
+        train.parse_arguments([str(path), *argv])
+    assert stopped.value.code != 0
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_recipe_that_does_not_exist_is_named(train, capsys):
+    with pytest.raises(SystemExit):
+        train.parse_arguments(["nowhere.yaml"])
+    assert "There is no recipe nowhere.yaml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("clip_sizes: [64]\nclip_data: [/nowhere/photos]", "No data at '/nowhere/photos'"),
+        ("clip_sizes: [60]", "not multiples of the student's patch size"),
+        ("clip_sizes: [64]\nstage: 2\nsam_data: ['/nowhere/*.tar']", "No data at"),
+    ],
+)
+def test_training_that_cannot_work_does_not_start(train, recipe, text, sentence):
+    with pytest.raises(SystemExit, match=f"Training did not start.*{sentence}"):
+        train.main([recipe(f"max_steps: 1\n{text}")])
+
+
+def test_a_stage_runs_from_recipe_to_checkpoint(train, recipe, tmp_path):
+    settings = ["stage: 1", "max_steps: 1", "clip_sizes: [64]", "clip_batch_size: 2", "shuffle_buffer: 2"]
+    train.main([recipe("\n".join([*settings, "report_to: none"]))])
+    saved = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"config.json", "model.safetensors", "processor_config.json", "train_results.json"} <= saved
