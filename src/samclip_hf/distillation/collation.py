@@ -127,7 +127,9 @@ class SamBatches:
         return sample
 
 
-def random_crop(width: int, height: int, min_share: float, rng: np.random.Generator) -> tuple[float, ...]:
+def random_crop(
+    width: int, height: int, min_share: float, rng: np.random.Generator
+) -> tuple[float, float, float, float]:
     """A random box (left, upper, right, lower) of between `min_share` and all of the image, with an aspect between 3:4
     and 4:3, to be resized to a square. The paper does not state its augmentation; this is torchvision's
     RandomResizedCrop."""

@@ -42,6 +42,7 @@ class SamClipTrainer(Trainer):
     """
 
     args: SamClipTrainingArguments
+    optimizer: torch.optim.Optimizer  # from create_optimizer, before the first step
 
     def __init__(
         self,
@@ -175,6 +176,7 @@ class SamClipTrainer(Trainer):
 
     def sam_loss(self, model: nn.Module, images: Tensor, content_sizes: Tensor, **prompts) -> Tensor:
         """lambda * L_SAM of one micro-batch from [`SamBatches`]."""
+        assert self.sam_teacher is not None  # only stage 2 has SAM batches
         prompt = "point" if "input_points" in prompts else "box"
         prompts["multimask_output"] = prompt == "point"
         teacher_masks, teacher_iou = self.sam_teacher(images, content_sizes, **prompts)
