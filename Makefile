@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: demo test lint
 
 demo: .venv/installed
-	$(BIN)/python -m samclip_hf.miniature.demo
+	$(BIN)/python training/demo.py
 
 test: .venv/installed
 	$(BIN)/python -m pytest
