@@ -97,7 +97,7 @@ class SamClipConfig(SamConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
-        """As in [`PreTrainedConfig`]; refuses other models' configurations but SAM's, which only lack the CLIP side."""
+        """As in [`PreTrainedConfig`]; refuses other models' configurations but SAM's, which lack the CLIP side."""
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type not in (cls.model_type, "sam"):
             raise ValueError(
