@@ -9,9 +9,14 @@ true` goes on from the last checkpoint in the output folder.
 
 import difflib
 import json
+import os
 import sys
 from dataclasses import fields
 from pathlib import Path
+
+# On a CPU that others use too, data loader workers included, threads that spin while they wait for one another make a
+# step several times slower. OpenMP reads this when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import yaml
 from transformers import AutoImageProcessor, AutoTokenizer, HfArgumentParser
