@@ -88,7 +88,7 @@ def _load(name: str, split: str) -> IterableDataset:
         if is_remote_file:
             return load_dataset(BUILDERS[ending], data_files=name, split="train", streaming=True)
         return load_dataset(name.removeprefix("hf://datasets/"), split=split, streaming=True)
-    except (OSError, ValueError) as error:  # not found, no permission, no network, no such split
+    except Exception as error:  # not found, no permission, no such split, or what the HTTP client says without network
         raise FileNotFoundError(
             f"No data at {name!r}: it is no folder, matches no file, and could not be opened on the Hub "
             f"({type(error).__name__}: {error}). {WHAT_A_NAME_IS}"
