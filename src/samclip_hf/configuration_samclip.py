@@ -53,8 +53,8 @@ class SamClipConfig(SamConfig):
         [`SamClipForImageSegmentation.set_vocabulary`].
     background_label_id (`int`, *optional*):
         The label that stands for "none of the classes", or `None` where every pixel belongs to a class.
-    composition_threshold (`float`, *optional*, defaults to 0.3):
-        The probability that the CLIP head must give a label somewhere for the SAM head to draw it.
+    composition_points (`int`, *optional*, defaults to 32):
+        Where both heads are composed: points at which the SAM head is asked what is there.
 
     Example:
 
@@ -79,7 +79,7 @@ class SamClipConfig(SamConfig):
         vocabulary_label_ids: list[int] | None = None
     logit_scale_init_value: float = 2.6592
     background_label_id: int | None = None
-    composition_threshold: float = 0.3
+    composition_points: int = 32
 
     def __post_init__(self, **kwargs):
         if self.text_config is None:

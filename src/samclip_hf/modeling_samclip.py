@@ -707,7 +707,7 @@ class SamClipForImageSegmentation(SamClipModel):
         logits = self.classify_patches(dense_embeds)
         if both_heads:
             content_mask = self._content_mask(vision_outputs.patch_tokens, reshaped_input_sizes)
-            logits = self.compose_heads(vision_outputs.last_hidden_state, logits, content_mask)
+            logits = self.compose_heads(vision_outputs.last_hidden_state, head_tokens, logits, content_mask)
 
         input_size = torch.tensor(pixel_values.shape[-2:], device=pixel_values.device)
         grid_size = torch.tensor(logits.shape[-2:], device=pixel_values.device)
@@ -717,56 +717,97 @@ class SamClipForImageSegmentation(SamClipModel):
         return SamClipSegmentationOutput(logits=logits, content_sizes=content_sizes, dense_embeds=dense_embeds)
 
     def compose_heads(
-        self, image_embeddings: torch.Tensor, logits: torch.Tensor, content_mask: torch.Tensor | None = None
+        self,
+        image_embeddings: torch.Tensor,
+        head_tokens: torch.Tensor,
+        logits: torch.Tensor,
+        content_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         r"""
-        Lets the SAM head redraw every class that the CLIP head sees.
+        Both heads together: the CLIP head says where something of the vocabulary is, the SAM head draws what is there
+        from points, and the CLIP head, pooled inside each drawn mask as it is over a whole image, names it.
+
+        The paper prompts the SAM head per class with the class's points and logits, and takes the argmax over classes
+        (section 5). Pooling inside the masks costs next to nothing and names them better than the patches do; see the
+        README for figures.
 
         image_embeddings (`torch.Tensor` of shape `(batch_size, output_channels, grid_height, grid_width)`):
             What the mask decoder reads.
+        head_tokens (`torch.Tensor` of shape `(batch_size, grid_height, grid_width, hidden_size)`):
+            What the CLIP head pools.
         logits (`torch.Tensor` of shape `(batch_size, num_labels, grid_height, grid_width)`):
-            The CLIP head's.
+            The CLIP head's, per patch.
         content_mask (`torch.Tensor` of shape `(batch_size, grid_height, grid_width)`, *optional*):
             `False` on padding.
 
         Returns log-probabilities `(batch_size, num_labels, 4 * grid_height, 4 * grid_width)`.
         """
-        grid_height, grid_width = logits.shape[-2:]
         probabilities = logits.softmax(dim=1)
-        seen = probabilities if content_mask is None else probabilities * content_mask[:, None]
-        peak, peak_cell = seen.flatten(2).max(dim=-1)  # each (batch_size, num_labels)
-        if self.config.background_label_id is not None:
-            peak[:, self.config.background_label_id] = 0
-        present = peak > self.config.composition_threshold
-        coarse = F.interpolate(probabilities, size=(4 * grid_height, 4 * grid_width), mode="bilinear")
-        num_prompts = int(present.sum(dim=1).max())
-        if num_prompts == 0:
-            return coarse.clamp_min(1e-6).log()
-
-        # The labels that any image shows, as one batch of point prompts; fewer in an image leave padding.
-        label_ids = peak.masked_fill(~present, 0).topk(num_prompts, dim=1).indices
-        valid = present.gather(1, label_ids)
-        cell = peak_cell.gather(1, label_ids)
-        patch_size = self.config.vision_config.patch_size
-        points = (torch.stack([cell % grid_width, cell // grid_width], dim=-1) + 0.5) * patch_size - 0.5
+        background = self.config.background_label_id
+        something = torch.ones_like(probabilities[:, 0]) if background is None else 1 - probabilities[:, background]
+        if content_mask is not None:
+            something = something * content_mask
+        points = _spread_points(something > 0.5, self.config.composition_points)
         masks, iou_scores = self.predict_masks(
             image_embeddings,
-            input_points=points[:, :, None].to(image_embeddings.dtype),
-            input_labels=torch.where(valid, 1, -10)[:, :, None],
+            input_points=((points + 0.5) * self.config.vision_config.patch_size - 0.5)[:, :, None],
         )
-        best = iou_scores.argmax(dim=-1)[:, :, None, None, None].expand(-1, -1, 1, *masks.shape[-2:])
-        masks = masks.gather(2, best).squeeze(2).sigmoid() * valid[:, :, None, None]
+        iou_scores, best = iou_scores.max(dim=-1)  # of the three masks of a point
+        masks = masks.gather(2, best[:, :, None, None, None].expand(-1, -1, 1, *masks.shape[-2:])).squeeze(2)
 
-        # A mask counts by the probability of its label inside it.
-        own = probabilities.gather(1, label_ids[:, :, None, None].expand(-1, -1, grid_height, grid_width))
-        weight = F.avg_pool2d(masks, 4)
-        confidence = (own * weight).sum(dim=(2, 3)) / weight.sum(dim=(2, 3)).clamp_min(1e-6)
-        masks = masks * confidence[:, :, None, None]
-        index = label_ids[:, :, None, None].expand_as(masks)
-        composed = torch.zeros_like(coarse).scatter(1, index, masks)
-        if self.config.background_label_id is not None:
-            composed[:, self.config.background_label_id] = 1 - masks.amax(dim=1)
-        return composed.clamp_min(1e-6).log()
+        rest = F.interpolate(probabilities, size=masks.shape[-2:], mode="bilinear", align_corners=False)
+        if background is not None:  # what no mask covers is background rather than what its patch looks like
+            rest = torch.zeros_like(rest)
+            rest[:, background] = 1
+        composed = [
+            self._paint(masks[i], iou_scores[i], head_tokens[i], rest[i], something[i]) for i in range(len(masks))
+        ]
+        return torch.stack(composed).clamp_min(1e-6).log()
+
+    def _paint(self, masks, iou_scores, head_tokens, rest, something) -> torch.Tensor:
+        """One image's probabilities `(num_labels, height, width)` from its masks `(num_masks, height, width)`, named by
+        the CLIP head pooled inside each; `rest` where there is no mask."""
+        kept = _distinct_masks(masks, iou_scores, max_overlap=0.6)
+        if not something.gt(0.5).any() or len(kept) == 0:
+            return rest
+        masks, iou_scores = masks[kept].sigmoid(), iou_scores[kept]
+        share = F.adaptive_avg_pool2d((masks > 0.5).to(masks.dtype), head_tokens.shape[:2])
+        cells = (share >= 0.5) | (share >= share.amax(dim=(1, 2), keepdim=True))  # a thin mask has its fullest cell
+        pooled = torch.cat([self.clip_head.pool(head_tokens[None], inside[None]) for inside in cells])
+        named = self.classify_patches(F.normalize(pooled, dim=-1)[:, :, None, None]).flatten(1).softmax(dim=-1)
+        confidence, label = named.max(dim=-1)
+
+        covered = masks.amax(dim=0)
+        votes = masks * (confidence * iou_scores.clamp_min(0))[:, None, None]
+        index = label[:, None, None].expand_as(votes)
+        by_label = torch.zeros_like(rest).scatter_reduce(0, index, votes, "amax")
+        by_label = by_label / by_label.sum(dim=0, keepdim=True).clamp_min(1e-6)
+        return covered * by_label + (1 - covered) * rest
+
+
+def _spread_points(cells: torch.Tensor, num_points: int) -> torch.Tensor:
+    """`num_points` of the marked cells `(batch_size, grid_height, grid_width)` of each image, evenly spread in reading
+    order and repeated where there are fewer: column and row `(batch_size, num_points, 2)`."""
+    marked = cells.flatten(1)
+    position = marked.int().argsort(dim=1, descending=True, stable=True)  # marked cells first, in reading order
+    step = torch.arange(num_points, device=cells.device) + 0.5
+    chosen = position.gather(1, (step * marked.sum(dim=1, keepdim=True) / num_points).long())
+    width = cells.shape[-1]
+    return torch.stack([chosen % width, chosen // width], dim=-1)
+
+
+def _distinct_masks(masks: torch.Tensor, scores: torch.Tensor, max_overlap: float) -> list[int]:
+    """Indices of mask logits `(num_masks, height, width)` that are neither empty nor, by an IoU above `max_overlap`,
+    one of better score once more: non-maximum suppression on the masks themselves."""
+    flat = (masks > 0).flatten(1).float()
+    area = flat.sum(dim=1)
+    intersection = flat @ flat.T
+    overlap = intersection / (area[:, None] + area[None, :] - intersection).clamp_min(1)
+    kept: list[int] = []
+    for index in scores.argsort(descending=True).tolist():
+        if area[index] > 0 and all(overlap[index, other] <= max_overlap for other in kept):
+            kept.append(index)
+    return kept
 
 
 def _contrastive_loss(logits_per_text: torch.Tensor) -> torch.Tensor:
