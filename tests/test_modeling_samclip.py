@@ -1,7 +1,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import randomise, tiny_clip, tiny_sam
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
     AutoConfig,
@@ -17,6 +16,8 @@ from transformers.models.sam.configuration_sam import SamVisionConfig
 
 from samclip_hf import SamClipConfig, SamClipForImageSegmentation, SamClipModel
 from samclip_hf.modeling_samclip import SamClipVisionAttention
+
+from .conftest import randomise, tiny_clip, tiny_sam
 
 
 def random_images(batch_size=2, height=64, width=64):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tars import annotation, jpeg, photo, write_tar
+from .tars import annotation, jpeg, photo, write_tar
 from transformers import AutoTokenizer, CLIPImageProcessor, SamImageProcessor
 
 from samclip_hf import SamClipImageProcessor, SamClipProcessor, miniature

@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
-from tars import jpeg, photo, write_tar
+from .tars import jpeg, photo, write_tar
 from torch.utils.data import DataLoader
 
 from samclip_hf.distillation import collation

@@ -2,7 +2,7 @@ import shutil
 
 import pytest
 import torch
-from tars import jpeg, write_tar
+from .tars import jpeg, write_tar
 from transformers import (
     AutoModel,
     AutoProcessor,
