@@ -20,7 +20,7 @@ from samclip_hf.miniature.report import Parties, draw, markdown, set_world_vocab
 
 TRAINING = Path(__file__).parent
 # Optimizer steps: a fraction of the recipes' own, by which the shipped checkpoint was trained.
-STEPS = {1: 300, 2: 400, 3: 80}
+STEPS = {1: 400, 2: 120, 3: 60}
 
 LOADING = """\
 from transformers import pipeline

@@ -33,7 +33,7 @@ from .scenes import BACKGROUND_PROMPTS, CLASS_NAMES, COLOURS, PATTERNS, TEMPLATE
 
 # The miniature's counterparts of the paper's input sizes: 224, 448 and 1024 px.
 SIZES = (64, 96, 128)
-CLASSIFICATION_SIZE = 96
+CLASSIFICATION_SIZE = 128
 SEGMENTATION_SIZE = 128
 
 
