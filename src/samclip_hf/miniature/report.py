@@ -7,6 +7,7 @@ Scenes are fresh: no training run draws from their seeds.
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -138,7 +139,7 @@ def draw(parties: Parties, path: Path, num_scenes: int = 6) -> None:
 
     scenes = segmentation_scenes(num_scenes * 4)[1::2][:num_scenes]
     images = [Image.fromarray(scene.image) for scene in scenes]
-    columns = {
+    columns: dict[str, str | Sequence[np.ndarray] | np.ndarray | None] = {
         "image": None,
         "truth": [scene.label_map for scene in scenes],
         "SAM-CLIP: one point": "point",
@@ -153,19 +154,19 @@ def draw(parties: Parties, path: Path, num_scenes: int = 6) -> None:
     figure.suptitle(
         "One model segments by point, by box and by text: every class name of this world was asked for at once"
     )
-    for row, scene in zip(axes, scenes, strict=True):
+    for number, (row, scene) in enumerate(zip(axes, scenes, strict=True)):
         for axis, (title, content) in zip(row, columns.items(), strict=True):
             axis.set(xticks=[], yticks=[])
             if axis in axes[0]:
                 axis.set_title(title, fontsize=10)
             axis.imshow(scene.image)
-            if content in ("point", "box"):
+            if isinstance(content, str):
                 mask = parties.masks(parties.student, parties.processor, scene, content)
                 axis.imshow(overlay(mask.astype(int), {1: (1.0, 1.0, 1.0)}))
                 axis.contour(mask, levels=[0.5], colors="black", linewidths=1)
                 draw_prompt(axis, largest(scene), content)
             elif content is not None:
-                label_map = content[scenes.index(scene)]
+                label_map = content[number]
                 axis.imshow(overlay(label_map, class_colours()))
                 name_segments(axis, label_map)
     figure.savefig(path, dpi=110)

@@ -1,0 +1,99 @@
+"""The shipped miniature SAM-CLIP, as its users load it, does what the README says of it, on a sample of the scenes."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModel, AutoProcessor, pipeline
+
+from samclip_hf import SamClipModel, SamClipProcessor, miniature
+from samclip_hf.miniature.evaluation import (
+    classification_scenes,
+    prompted_miou,
+    segmentation_scenes,
+    semantic_miou,
+    zero_shot_top1,
+)
+from samclip_hf.miniature.report import CLASSIFICATION_SIZE, Parties, draw, markdown
+from samclip_hf.miniature.scenes import CLASS_NAMES, evaluation_scene
+
+
+@pytest.fixture(scope="module")
+def parties():
+    return Parties(miniature.checkpoint())
+
+
+def test_auto_classes_load_it():
+    model = AutoModel.from_pretrained(miniature.checkpoint())
+    processor = AutoProcessor.from_pretrained(miniature.checkpoint())
+    assert type(model) is SamClipModel and type(processor) is SamClipProcessor
+    scene = evaluation_scene(seed=5, index=13)
+    inputs = processor(
+        Image.fromarray(scene.image), text=[f"a {name}" for name in CLASS_NAMES], input_points=[[[[64, 64]]]]
+    )
+    with torch.inference_mode():
+        outputs = model(**inputs)
+    assert outputs.logits_per_image.shape == (1, len(CLASS_NAMES))
+    assert processor.post_process_masks(outputs.pred_masks, inputs["original_sizes"], inputs["reshaped_input_sizes"])[
+        0
+    ].shape == (1, 3, 128, 128)
+
+
+def test_stock_pipeline_labels_masks_without_a_complaint(caplog):
+    with caplog.at_level(logging.WARNING):
+        segmenter = pipeline("image-segmentation", model=miniature.checkpoint())
+        segments = segmenter(Image.fromarray(evaluation_scene(seed=5, index=13).image).resize((200, 150)))
+    assert not [record for record in caplog.records if "not supported" in record.getMessage()]
+    assert {segment["label"] for segment in segments} <= {"background", *CLASS_NAMES}
+    assert all(segment["mask"].size == (200, 150) for segment in segments)
+    assert np.sum([np.asarray(segment["mask"]) > 0 for segment in segments]) == 200 * 150
+
+
+def test_stock_zero_shot_classification_agrees_with_the_direct_call(parties):
+    image = Image.fromarray(evaluation_scene(seed=5, index=13).image)
+    classify = pipeline("zero-shot-image-classification", model=miniature.checkpoint())
+    scores = classify(image, candidate_labels=list(CLASS_NAMES[:5]), hypothesis_template="a {}")
+    inputs = parties.processor(image, text=[f"a {name}" for name in CLASS_NAMES[:5]])
+    with torch.inference_mode():
+        expected = parties.student(**inputs).logits_per_image.softmax(dim=-1)[0]
+    by_label = {score["label"]: score["score"] for score in scores}
+    torch.testing.assert_close(torch.tensor([by_label[name] for name in CLASS_NAMES[:5]]), expected)
+
+
+def test_sam_survived(parties):
+    scenes = segmentation_scenes(40)
+    for prompt in ("point", "box"):
+        teacher = prompted_miou(parties.sam, parties.sam_processor, scenes, prompt)
+        assert prompted_miou(parties.student, parties.processor, scenes, prompt) >= 0.97 * teacher
+
+
+def test_clip_was_learnt(parties):
+    scenes = classification_scenes(144)
+    size = {"size": {"longest_edge": CLASSIFICATION_SIZE}}
+    student = zero_shot_top1(parties.student, parties.processor, scenes, size)
+    teacher = zero_shot_top1(parties.clip, parties.clip_processor, scenes)
+    assert student["seen"] >= 0.85 * teacher["seen"]
+    assert student["held_out"] >= 0.6 * teacher["held_out"]
+
+
+def test_text_segmentation_emerged_and_composing_the_heads_helps(parties):
+    scenes = segmentation_scenes(60)
+    miou = {name: semantic_miou(predict, scenes) for name, predict in parties.predictors.items()}
+    assert miou["clip_head"] >= miou["teacher_patches"] + 0.03
+    assert miou["both_heads"] >= miou["clip_head"] + 0.05
+
+
+def test_picture_and_table_are_drawn(parties, tmp_path):
+    draw(parties, tmp_path / "figure.png", num_scenes=2)
+    assert Image.open(tmp_path / "figure.png").width > 1000
+    figures = {
+        "zero_shot_top1": {"teacher": 0.9, "student": 0.8},
+        "zero_shot_top1_heldout": {"teacher": 0.7, "student": 0.6},
+        "point_miou": {"teacher": 0.75, "student": 0.74},
+        "box_miou": {"teacher": 0.85, "student": 0.84},
+        "semantic_miou": {"teacher_patches": 0.1, "clip_head": 0.2, "both_heads": 0.3},
+        "top1_by_size": {"64": 0.5},
+    }
+    assert "| mIoU by text, both heads | 0.100 (patches) | 0.300 |" in markdown({"demo": figures})
