@@ -5,11 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from .tars import annotation, jpeg, photo, write_tar
 from transformers import AutoTokenizer, CLIPImageProcessor, SamImageProcessor
 
 from samclip_hf import SamClipImageProcessor, SamClipProcessor, miniature
 from samclip_hf.distillation import ClipTeacher, SamTeacher
+
+from .tars import annotation, jpeg, photo, write_tar
 
 
 @pytest.fixture(scope="session")

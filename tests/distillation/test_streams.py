@@ -7,12 +7,13 @@ import pytest
 import torch
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
-from .tars import jpeg, photo, write_tar
 from torch.utils.data import DataLoader
 
 from samclip_hf.distillation import collation
 from samclip_hf.distillation.collation import ClipBatches, SamBatches, StepStream, random_crop
 from samclip_hf.distillation.streams import decode_image, endless, open_stream
+
+from .tars import jpeg, photo, write_tar
 
 
 def clip_batches(*names, batch_size=4, sizes=(16,)) -> ClipBatches:

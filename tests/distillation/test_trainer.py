@@ -2,7 +2,6 @@ import shutil
 
 import pytest
 import torch
-from .tars import jpeg, write_tar
 from transformers import (
     AutoModel,
     AutoProcessor,
@@ -18,6 +17,8 @@ from transformers.trainer_utils import set_seed
 from samclip_hf import SamClipModel
 from samclip_hf.distillation import ClipTeacher, SamClipTrainer, SamClipTrainingArguments, SamTeacher
 from samclip_hf.distillation.teachers import normalize
+
+from .tars import jpeg, write_tar
 
 
 @pytest.fixture
