@@ -765,8 +765,8 @@ class SamClipForImageSegmentation(SamClipModel):
         return torch.stack(composed).clamp_min(1e-6).log()
 
     def _paint(self, masks, iou_scores, head_tokens, rest, something) -> torch.Tensor:
-        """One image's probabilities `(num_labels, height, width)`: masks `(num_masks, height, width)`, each named by
-        the CLIP head pooled inside each; `rest` where there is no mask."""
+        """One image's probabilities `(num_labels, height, width)`: its masks `(num_masks, height, width)`, each named
+        by the CLIP head pooled inside it, and `rest` where there is no mask."""
         kept = _distinct_masks(masks, iou_scores, max_overlap=0.6)
         if not something.gt(0.5).any() or len(kept) == 0:
             return rest

@@ -110,17 +110,17 @@ class Parties:
     def _student_top1(self, scenes: list[Scene], size: int) -> dict[str, float]:
         return zero_shot_top1(self.student, self.processor, scenes, {"size": {"longest_edge": size}})
 
-    def masks(self, model, processor, scene: Scene, prompt: str) -> np.ndarray:
-        """The student's or SAM's mask of the scene's largest object, `(128, 128)` bool, from a point or a box."""
+    def prompted_mask(self, scene: Scene, prompt: str) -> np.ndarray:
+        """The student's mask of the scene's largest object, `(128, 128)` bool, from one "point" or one "box"."""
         mask = largest(scene)
         prompts: dict[str, list] = (
             {"input_points": [[[list(random_point(mask, seed=0))]]]}
             if prompt == "point"
             else {"input_boxes": [[[float(side) for side in bounding_box(mask)]]]}
         )
-        inputs = processor(images=Image.fromarray(scene.image), return_tensors="pt", **prompts)
+        inputs = self.processor(images=Image.fromarray(scene.image), **prompts)
         with torch.inference_mode():
-            outputs = model(**inputs, multimask_output=prompt == "point")
+            outputs = self.student(**inputs, multimask_output=prompt == "point")
         best = int(outputs.iou_scores[0, 0].argmax())
         logits: Tensor = outputs.pred_masks[:, 0, best : best + 1]
         return (F.interpolate(logits, size=scene.masks.shape[1:], mode="bilinear")[0, 0] > 0).numpy()
@@ -161,7 +161,7 @@ def draw(parties: Parties, path: Path, num_scenes: int = 6) -> None:
                 axis.set_title(title, fontsize=10)
             axis.imshow(scene.image)
             if isinstance(content, str):
-                mask = parties.masks(parties.student, parties.processor, scene, content)
+                mask = parties.prompted_mask(scene, content)
                 axis.imshow(overlay(mask.astype(int), {1: (1.0, 1.0, 1.0)}))
                 axis.contour(mask, levels=[0.5], colors="black", linewidths=1)
                 draw_prompt(axis, largest(scene), content)
