@@ -57,6 +57,12 @@ def tiny_clip(projection_dim: int = 20) -> CLIPModel:
     return randomise(CLIPModel(config))
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    """New weights are random, and must be the same in every run and in any order of the tests."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def sam() -> SamModel:
     return tiny_sam()

@@ -15,7 +15,7 @@ from transformers import (
 from transformers.models.sam.configuration_sam import SamVisionConfig
 
 from samclip_hf import SamClipConfig, SamClipForImageSegmentation, SamClipModel
-from samclip_hf.modeling_samclip import SamClipVisionAttention
+from samclip_hf.modeling_samclip import SamClipVisionAttention, _distinct_masks, _segments, _spread_points
 
 from .conftest import randomise, tiny_clip, tiny_sam
 
@@ -39,30 +39,53 @@ def assert_same(actual, expected, tolerance=5e-5):
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * scale)
 
 
+def explicit_scores(attention, hidden_states):
+    """Attention scores with the relative positions added one by one, and the values: `(batch, heads, length, length)`
+    and `(batch, length, heads, head_dim)`."""
+    batch_size, height, width, _ = hidden_states.shape
+    query, key, value = attention.qkv(hidden_states).view(batch_size, height * width, 3, 2, 8).unbind(2)
+    rel_pos_h = F.interpolate(attention.rel_pos_h.T[None], size=2 * height - 1, mode="linear")[0].T
+    rel_pos_w = F.interpolate(attention.rel_pos_w.T[None], size=2 * width - 1, mode="linear")[0].T
+    bias = torch.empty(batch_size, 2, height * width, height * width)
+    for q in range(height * width):
+        for k in range(height * width):
+            row, column = q // width - k // width, q % width - k % width
+            bias[:, :, q, k] = query[:, q] @ (rel_pos_h[row + height - 1] + rel_pos_w[column + width - 1])
+    return torch.einsum("bqnc,bknc->bnqk", query, key) * 8**-0.5 + bias, value
+
+
+BACKENDS = [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION]
+
+
 class TestAttention:
-    @pytest.mark.parametrize("grid", [(5, 5), (4, 7), (9, 3)])
-    @pytest.mark.parametrize("backend", [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION])
-    def test_equals_brute_force_with_the_explicit_bias(self, grid, backend):
+    @pytest.fixture
+    def attention(self):
         torch.manual_seed(0)
         config = SamVisionConfig(hidden_size=16, num_attention_heads=2, image_size=40, patch_size=8)
-        attention = randomise(SamClipVisionAttention(config, window_size=0), std=0.5)
-        height, width = grid
-        hidden_states = torch.randn(2, height, width, 16)
+        return randomise(SamClipVisionAttention(config, window_size=0), std=0.5)
 
-        query, key, value = attention.qkv(hidden_states).view(2, height * width, 3, 2, 8).unbind(2)
-        rel_pos_h = F.interpolate(attention.rel_pos_h.T[None], size=2 * height - 1, mode="linear")[0].T
-        rel_pos_w = F.interpolate(attention.rel_pos_w.T[None], size=2 * width - 1, mode="linear")[0].T
-        bias = torch.empty(2, 2, height * width, height * width)
-        for q in range(height * width):
-            for k in range(height * width):
-                row, column = q // width - k // width, q % width - k % width
-                relative = rel_pos_h[row + height - 1] + rel_pos_w[column + width - 1]
-                bias[:, :, q, k] = query[:, q] @ relative
-        weights = (torch.einsum("bqnc,bknc->bnqk", query, key) * 8**-0.5 + bias).softmax(dim=-1)
-        expected = attention.proj(torch.einsum("bnqk,bknc->bqnc", weights, value).reshape(2, height, width, 16))
-
-        with sdpa_kernel(backend):
-            assert_same(attention(hidden_states)[0], expected)
+    @pytest.mark.parametrize("grid", [(5, 5), (4, 7), (9, 3)])
+    @pytest.mark.parametrize("backend", [*BACKENDS, "eager"])
+    def test_equals_brute_force_with_the_explicit_bias(self, attention, grid, backend):
+        hidden_states = torch.randn(2, *grid, 16)
+        # Patches of three segments and, as -1, of none: those attend to everything.
+        segment = torch.randint(-1, 3, (2, *grid))
+        for segments in (None, F.one_hot(segment + 1, 4)[..., 1:]):
+            scores, value = explicit_scores(attention, hidden_states)
+            if segments is not None:
+                q, k = segment.flatten(1)[:, None, :, None], segment.flatten(1)[:, None, None, :]
+                scores = scores.masked_fill((q >= 0) & (q != k), -torch.inf)
+            weights = scores.softmax(dim=-1)
+            expected = attention.proj(torch.einsum("bnqk,bknc->bqnc", weights, value).reshape(2, *grid, 16))
+            if backend == "eager":
+                attention.config._attn_implementation = "eager"
+                actual, actual_weights = attention(hidden_states, segments)
+                assert_same(actual_weights, weights.flatten(0, 1))
+            else:
+                with sdpa_kernel(backend):
+                    actual, actual_weights = attention(hidden_states, segments)
+                assert actual_weights is None
+            assert_same(actual, expected)
 
     def test_stores_nothing_of_the_size_of_the_bias(self):
         config = SamVisionConfig(hidden_size=16, num_attention_heads=2, image_size=320, patch_size=8)
@@ -80,8 +103,8 @@ class TestAgainstSam:
     def test_same_masks_scores_and_embeddings(self, clip, size, attention):
         image_size, patch_size, window_size = size
         sam = tiny_sam(image_size, patch_size, window_size=window_size)
-        sam.set_attn_implementation(attention)
         model = SamClipModel.from_teachers(sam, clip).eval()
+        model.set_attn_implementation(attention)
         pixel_values = random_images(height=image_size, width=image_size)
         boxes = torch.tensor([[[3.0, 4, 40, 50], [0, 0, 9, 60]], [[1, 2, 30, 20], [5, 5, 6, 6]]])
         masks = torch.randn(2, 1, 4 * image_size // patch_size, 4 * image_size // patch_size)
@@ -102,7 +125,18 @@ class TestAgainstSam:
             assert_same(again.pred_masks, sam(pixel_values, input_points=random_points()).pred_masks)
         assert_same(model.get_image_wide_positional_embeddings(), sam.get_image_wide_positional_embeddings())
 
-    @pytest.mark.parametrize("backend", [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION])
+    def test_same_attention_weights_where_they_are_asked_for(self, sam, model, tmp_path):
+        model.set_attn_implementation("eager")
+        sam.save_pretrained(tmp_path)
+        eager_sam = SamModel.from_pretrained(tmp_path, attn_implementation="eager").eval()
+        with torch.no_grad():
+            actual = model.vision_encoder(random_images(), output_attentions=True)
+            expected = eager_sam.vision_encoder(random_images(), output_attentions=True)
+        assert len(actual.attentions) == len(expected.attentions) == 3
+        for weights, expected_weights in zip(actual.attentions, expected.attentions, strict=True):
+            assert_same(weights, expected_weights)
+
+    @pytest.mark.parametrize("backend", BACKENDS)
     def test_same_encoder_at_1024_with_vit_b_attention(self, clip, backend):
         # ViT-B's grid, windows and head width; two layers and two heads are enough to tell.
         sam = tiny_sam(1024, 16, hidden_size=128, num_hidden_layers=2, window_size=14, global_attn_indexes=[1])
@@ -313,6 +347,8 @@ class TestSaving:
     def test_unfit_configs_are_refused(self):
         with pytest.raises(Exception, match="pooling"):
             SamClipConfig(clip_head_config={"pooling": "median"})
+        with pytest.raises(Exception, match="composition_points must be 1 or more"):
+            SamClipConfig(composition_points=0)
         with pytest.raises(Exception, match="must share image_size and patch_size"):
             SamClipConfig(vision_config=SamVisionConfig(image_size=512))
 
@@ -373,6 +409,10 @@ class TestImageSegmentation:
         with torch.no_grad():
             expected = segmenter(random_images()).logits
             torch.testing.assert_close(loaded(random_images()).logits, expected, rtol=0, atol=0)
+            # Training loads and saves the model without the segmentation head: the vocabulary stays.
+            SamClipModel.from_pretrained(tmp_path / "saved").save_pretrained(tmp_path / "trained")
+            trained = SamClipForImageSegmentation.from_pretrained(tmp_path / "trained").eval()
+            torch.testing.assert_close(trained(random_images()).logits, expected, rtol=0, atol=0)
 
     def test_both_heads_take_one_encoder_pass(self, segmenter):
         calls = []
@@ -383,6 +423,104 @@ class TestImageSegmentation:
         assert outputs.logits.shape == (2, 4, 24, 32)
         assert outputs.content_sizes.tolist() == [[24, 16], [10, 32]]
 
+    def test_nothing_is_asked_of_the_sam_head_where_there_is_only_padding(self, segmenter, monkeypatch):
+        asked = []
+        predict_masks = segmenter.predict_masks
+        monkeypatch.setattr(
+            segmenter,
+            "predict_masks",
+            lambda e, input_points: asked.append(input_points) or predict_masks(e, input_points),
+        )
+        segmenter.config.background_label_id = None  # something everywhere
+        with torch.no_grad():
+            segmenter(random_images(2), reshaped_input_sizes=[[64, 24], [40, 64]])
+        x, y = asked[0].unbind(-1)
+        assert x[0].max() < 24 <= x[1].max() and y[1].max() < 40 <= y[0].max()
+
+    @pytest.fixture
+    def compose(self, segmenter, monkeypatch):
+        """Composition of given patch tokens and masks `(num_masks, 32, 32)`, on an 8 x 8 grid that holds something
+        everywhere."""
+
+        def compose(patch_tokens, masks, content_mask=None):
+            scores = torch.linspace(0.9, 0.8, len(masks))
+            answer = (masks[None, :, None], scores[None, :, None])
+            monkeypatch.setattr(segmenter, "predict_masks", lambda *_, **__: answer)
+            segmenter.config.composition_points = len(masks)
+            logits = torch.zeros(1, 4, 8, 8)
+            with torch.no_grad():
+                return segmenter.compose_heads(torch.zeros(1, 16, 8, 8), patch_tokens, logits, content_mask)[0].exp()
+
+        return compose
+
+    def test_a_mask_of_everything_is_named_as_the_image_is(self, segmenter, compose):
+        with torch.no_grad():
+            patch_tokens = segmenter.vision_encoder(random_images(1)).patch_tokens
+            image_embeds = segmenter.clip_head.pool(segmenter.clip_head(patch_tokens))
+            expected = segmenter.classify_patches(F.normalize(image_embeds, dim=-1)[..., None, None])[0, :, 0, 0]
+        probabilities = compose(patch_tokens, torch.full((1, 32, 32), 20.0))
+        assert (probabilities.argmax(dim=0) == expected.argmax()).all()
+
+    def test_what_stands_beside_a_mask_does_not_change_its_name(self, segmenter, compose):
+        left = torch.full((32, 32), -20.0)
+        left[:, :16] = 20.0
+        masks = torch.stack([left, -left])
+        names = set()
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randn(1, 8, 8, 32, generator=generator)
+        first = compose(tokens, masks)
+        for _ in range(8):
+            tokens = tokens.clone()
+            tokens[:, :, 4:] = torch.randn(1, 8, 4, 32, generator=generator) * 3
+            again = compose(tokens, masks)
+            torch.testing.assert_close(again[..., :16], first[..., :16])
+            names.add(int(again[:, 0, 31].argmax()))
+        assert len(names) > 1  # while what changed did change its name
+        with torch.no_grad():  # attending everywhere, the left patches would have noticed
+            free = [segmenter.clip_head(t)[:, :, :4] for t in (tokens, tokens.flip(2))]
+        assert not torch.allclose(free[0], free[1])
+
+    def test_padding_inside_a_mask_does_not_change_its_name(self, compose):
+        content_mask = torch.ones(1, 8, 8, dtype=torch.bool)
+        content_mask[:, :, 4:] = False
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randn(1, 8, 8, 32, generator=generator)
+        everything = torch.full((1, 32, 32), 20.0)
+        first, names = compose(tokens, everything, content_mask), set()
+        for _ in range(8):
+            tokens = tokens.clone()
+            tokens[:, :, 4:] = torch.randn(1, 8, 4, 32, generator=generator) * 3
+            torch.testing.assert_close(compose(tokens, everything, content_mask), first)
+            names.add(int(compose(tokens, everything)[:, 0, 0].argmax()))
+        assert len(names) > 1  # as pictures, those patches do change it
+
+    def test_patches_belong_to_the_best_mask_that_claims_them(self):
+        masks = torch.full((4, 8, 8), -1.0)
+        masks[0, :4, :4] = 1  # the best
+        masks[1, :4, :8] = 1  # as much again beside it
+        masks[2, :2, :2] = 1  # inside the best: nothing is left
+        masks[3, 7, 7] = 1  # a quarter of a patch, the fullest it has
+        expected = torch.zeros(4, 4, 4, dtype=torch.bool)
+        expected[0, :2, :2] = expected[1, :2, 2:] = expected[3, 3, 3] = True
+        assert torch.equal(_segments(masks, (4, 4)), expected)
+
+    def test_masks_that_are_empty_or_repeat_a_better_one_are_left_out(self):
+        masks = torch.full((5, 10, 10), -1.0)
+        masks[0, :, :5] = 1
+        masks[1, :, :6] = 1  # IoU 5 / 6 with the first, and better
+        masks[2, :, 5:] = 1  # IoU 1 / 10 with the second
+        masks[4, :, :2] = 1  # IoU 1 / 3
+        assert _distinct_masks(masks, torch.tensor([0.7, 0.9, 0.8, 1.0, 0.1]), max_overlap=0.6) == [1, 2, 4]
+
+    def test_points_spread_over_the_marked_cells_alone(self):
+        cells = torch.rand(6, 5, 7, generator=torch.Generator().manual_seed(0)) > 0.5
+        cells[0] = False
+        cells[0, 2, 3] = True
+        points = _spread_points(cells, 8)
+        for image, (x, y) in zip(cells, points.transpose(1, 2), strict=True):
+            assert image[y, x].all()
+            assert len(set(zip(x.tolist(), y.tolist(), strict=True))) == min(8, int(image.sum()))
+
     def test_unusable_vocabularies_are_refused(self, segmenter, model, tmp_path):
         tokenizer = WordTokenizer()
         for labels, message in (
@@ -391,14 +529,23 @@ class TestImageSegmentation:
             (["cat", " "], "no name empty"),
             ([[]], "no name empty"),
             (["cat", ["dog", "cat"]], "more than once"),
+            (["cat " * 20], "16 tokens at most"),
         ):
             with pytest.raises(ValueError, match=message):
                 segmenter.set_vocabulary(labels, tokenizer=tokenizer)
+        with pytest.raises(ValueError, match="background must be a list"):
+            segmenter.set_vocabulary(["cat"], background="a wall", tokenizer=tokenizer)
+        with pytest.raises(ValueError, match=r"more than once.*background"):
+            segmenter.set_vocabulary(["cat", "background"], background=["a wall"], tokenizer=tokenizer)
+        with pytest.raises(ValueError, match="takes no input_ids, input_points"):
+            segmenter(random_images(), input_points=random_points(), input_ids=INPUT_IDS)
         with pytest.raises(ValueError, match=r"contain \{\}"):
             segmenter.set_vocabulary(["cat"], templates=["a photo"], tokenizer=tokenizer)
         model.save_pretrained(tmp_path)
         with pytest.raises(ValueError, match=r"call model\.set_vocabulary"):
             SamClipForImageSegmentation.from_pretrained(tmp_path)(random_images())
+        with pytest.raises(ValueError, match="give its tokenizer"):
+            SamClipForImageSegmentation(model.config).set_vocabulary(["cat"])
 
 
 def test_gradients_reach_every_part_that_the_losses_touch(sam, clip):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoProcessor, CLIPTokenizer, SamProcessor
+from transformers import AutoProcessor, CLIPTokenizer, SamImageProcessor, SamProcessor
 
 from samclip_hf import SamClipImageProcessor, SamClipProcessor
 
@@ -47,6 +47,18 @@ def test_images_may_have_different_numbers_of_prompts_and_points(processor, imag
     torch.testing.assert_close(inputs["input_points"][1, 0, 1], torch.tensor([30 * scale, 40 * scale]))
 
 
+def test_points_without_the_level_of_prompts_are_one_prompt_as_in_sams_processor(processor, image):
+    sams = SamProcessor(SamImageProcessor.from_dict(processor.image_processor.to_dict()))
+    for points, labels in (([[[30, 40], [9, 5]]], [[1, 0]]), (np.array([[[30, 40]]]), None)):
+        actual = processor(image, input_points=points, input_labels=labels)
+        points = points if isinstance(points, list) else points.tolist()
+        expected = sams(image, input_points=points, input_labels=labels, return_tensors="pt")
+        assert actual["input_points"].shape == expected["input_points"].shape
+        torch.testing.assert_close(actual["input_points"], expected["input_points"].float())
+        if labels is not None:
+            assert torch.equal(actual["input_labels"], expected["input_labels"])
+
+
 def test_prompts_follow_a_size_for_one_call(processor, image):
     inputs = processor(image, input_points=[[[[100, 50]]]], size={"longest_edge": 32})
     assert inputs["input_points"].flatten().tolist() == [32.0, 16.0]
@@ -84,6 +96,8 @@ def test_saves_and_loads(processor, image, tmp_path, model):
         ({"images": 1, "input_points": [[]]}, "at least one prompt"),
         ({"images": 1, "input_points": [[[[1, 1]]]], "input_labels": [[[1, 0]]]}, "exactly one label"),
         ({"images": 1, "input_labels": [[[1]]]}, "give input_points too"),
+        ({"images": 1, "input_points": [[10, 20]]}, r"4 levels, or one less for a single prompt an image; got 2"),
+        ({"images": 1, "input_boxes": [[0, 0, 1, 1]]}, r"three levels.*got 2"),
     ],
 )
 def test_wrong_input_is_refused_with_a_sentence(processor, image, inputs, message):

@@ -16,11 +16,11 @@ import time
 from pathlib import Path
 
 from samclip_hf import SamClipForImageSegmentation, SamClipProcessor, miniature
-from samclip_hf.miniature.report import Parties, draw, markdown, set_world_vocabulary
+from samclip_hf.miniature.report import Student, Teachers, draw, markdown, set_world_vocabulary
 
 TRAINING = Path(__file__).parent
 # Optimizer steps: a fraction of the recipes' own, by which the shipped checkpoint was trained.
-STEPS = {1: 400, 2: 120, 3: 60}
+STEPS = {1: 700, 2: 100, 3: 60}
 
 LOADING = """\
 from transformers import pipeline
@@ -44,8 +44,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     output_dir: Path = arguments.output_dir
-    shutil.rmtree(output_dir, ignore_errors=True)
-    output_dir.mkdir(parents=True)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    for number in STEPS:  # an earlier run's checkpoints would make this one refuse its folder
+        shutil.rmtree(output_dir / f"stage{number}", ignore_errors=True)
 
     seconds, images_seen = {}, {}
     checkpoint = None
@@ -64,9 +65,9 @@ def main() -> None:
     set_world_vocabulary(model, processor)
     model.save_pretrained(output_dir / "model")
     processor.save_pretrained(output_dir / "model")
-    parties = Parties(output_dir / "model")
-    figures = {"demo": parties.figures(), "shipped": Parties(miniature.checkpoint()).figures()}
-    draw(parties, output_dir / "figure.png")
+    teachers, student = Teachers(), Student(output_dir / "model")
+    figures = {"demo": student.figures(teachers), "shipped": Student(miniature.checkpoint()).figures(teachers)}
+    draw(teachers, student, output_dir / "figure.png")
     seconds["evaluation"] = round(time.perf_counter() - start, 1)
 
     report = {"seconds": seconds, "images_seen": images_seen, **figures}

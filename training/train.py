@@ -19,7 +19,8 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import yaml
-from transformers import AutoImageProcessor, AutoTokenizer, HfArgumentParser
+from transformers import AutoImageProcessor, AutoTokenizer, HfArgumentParser, TrainerState, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from samclip_hf import SamClipImageProcessor, SamClipModel, SamClipProcessor, miniature
@@ -37,7 +38,10 @@ def parse_arguments(argv: list[str]) -> SamClipTrainingArguments:
         path, argv = Path(argv[0]), argv[1:]
         if not path.is_file():
             parser.exit(2, f"There is no recipe {path}.\n")
-        settings = yaml.safe_load(path.read_text()) or {}
+        try:
+            settings = yaml.safe_load(path.read_text()) or {}
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            parser.exit(2, f"{path} is not YAML: {error}\n")
         if not isinstance(settings, dict):
             parser.exit(2, f"{path} must hold lines of the form 'argument: value'.\n")
         for name, value in settings.items():
@@ -64,6 +68,7 @@ def unknown(name: str, known: list[str]) -> str:
 
 def build_trainer(args: SamClipTrainingArguments) -> SamClipTrainer:
     """Teachers, student and streams by the names in `args`."""
+    set_seed(args.seed)  # a new student's LayerNorm and MLP are random, and Trainer seeds only later
     sam = miniature.sam_teacher() if args.sam_teacher == "miniature" else args.sam_teacher
     clip = miniature.clip_teacher() if args.clip_teacher == "miniature" else args.clip_teacher
     clip_teacher = ClipTeacher(clip)
@@ -89,6 +94,14 @@ def main(argv: list[str]) -> None:
     checkpoint = args.resume_from_checkpoint
     if checkpoint in ("true", "True"):
         checkpoint = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    elif checkpoint in ("false", "False"):
+        checkpoint = None
+    if checkpoint is not None:
+        state = Path(checkpoint) / TRAINER_STATE_NAME
+        if not state.is_file():
+            sys.exit(f"Training did not start. There is no checkpoint to resume from in {checkpoint!r}.")
+        if (steps := TrainerState.load_from_json(str(state)).global_step) >= args.max_steps:
+            sys.exit(f"Training did not start. {checkpoint} has all of its {steps} steps: nothing is left to do.")
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()

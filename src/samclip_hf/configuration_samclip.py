@@ -108,6 +108,8 @@ class SamClipConfig(SamConfig):
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation."""
+        if self.composition_points < 1:
+            raise ValueError(f"composition_points must be 1 or more, got {self.composition_points}.")
         vision, prompt_encoder = self.vision_config, self.prompt_encoder_config
         if not isinstance(vision, PreTrainedConfig) or not isinstance(prompt_encoder, PreTrainedConfig):
             return

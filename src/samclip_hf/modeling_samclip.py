@@ -35,6 +35,8 @@ from .configuration_samclip import SamClipConfig, SamClipHeadConfig
 
 logger = logging.get_logger(__name__)
 
+OUTSIDE = 1e4  # so far below the rest are the scores of what may not be attended to; float16 holds it
+
 
 @dataclass
 class SamClipVisionEncoderOutput(SamVisionEncoderOutput):
@@ -110,6 +112,10 @@ class SamClipVisionAttention(SamVisionAttention):
     want queries, keys and values of one width, hence the padded values.
     """
 
+    def __init__(self, config, window_size: int):
+        super().__init__(config, window_size)
+        self.config = config
+
     def get_rel_pos(self, q_size: int, k_size: int, rel_pos: torch.Tensor) -> torch.Tensor:
         """
         Relative position embeddings `(size, size, head_dim)` for a side of `q_size == k_size` patches, interpolated
@@ -121,13 +127,25 @@ class SamClipVisionAttention(SamVisionAttention):
         position = torch.arange(q_size, device=rel_pos.device)
         return rel_pos[position[:, None] - position[None, :] + q_size - 1]
 
-    def forward(self, hidden_states: torch.Tensor, output_attentions=None) -> tuple[torch.Tensor, None]:
-        """`(batch_size, height, width, hidden_size)` -> the same shape; attention weights are never formed."""
+    def forward(
+        self, hidden_states: torch.Tensor, segments: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        r"""
+        hidden_states (`torch.Tensor` of shape `(batch_size, height, width, hidden_size)`):
+            Patch tokens.
+        segments (`torch.Tensor` of shape `(batch_size, height, width, num_segments)`, *optional*):
+            1 where a patch belongs to a segment, of which it has one at most. Such a patch attends to its segment
+            only, every other to all patches. Rides in the dot product as well.
+
+        Returns a tensor of the shape of `hidden_states`, and with `attn_implementation="eager"` the attention weights
+        `(batch_size * num_heads, height * width, height * width)`, which are otherwise never formed.
+        """
         batch_size, height, width, _ = hidden_states.shape
-        qkv = self.qkv(hidden_states).reshape(batch_size, height * width, 3, self.num_attention_heads, -1)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (batch_size, heads, height * width, head_dim)
+        length = height * width
+        qkv = self.qkv(hidden_states).reshape(batch_size, length, 3, self.num_attention_heads, -1)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (batch_size, heads, length, head_dim)
         head_dim = query.shape[-1]
-        scaled_query = query * self.scale
+        queries, keys = [query * self.scale], [key]
 
         if self.use_rel_pos:
             grid = query.unflatten(2, (height, width))
@@ -135,25 +153,48 @@ class SamClipVisionAttention(SamVisionAttention):
             column_bias = torch.einsum("bnhwc,wkc->bnhwk", grid, self.get_rel_pos(width, width, self.rel_pos_w))
             row = torch.eye(height, dtype=key.dtype, device=key.device).repeat_interleave(width, dim=0)
             column = torch.eye(width, dtype=key.dtype, device=key.device).repeat(height, 1)
-            one_hot = torch.cat([row, column], dim=-1).expand(batch_size, self.num_attention_heads, -1, -1)
-            scaled_query = torch.cat([scaled_query, row_bias.flatten(2, 3), column_bias.flatten(2, 3)], dim=-1)
-            key = torch.cat([key, one_hot], dim=-1)
-            value = F.pad(value, (0, height + width))
+            queries += [row_bias.flatten(2, 3), column_bias.flatten(2, 3)]
+            keys += [row.expand(*key.shape[:2], -1, -1), column.expand(*key.shape[:2], -1, -1)]
+        if segments is not None:
+            member = segments.to(key.dtype).reshape(batch_size, 1, length, -1).expand(-1, key.shape[1], -1, -1)
+            queries.append(member)
+            keys.append((member - 1) * OUTSIDE)
+        query, key = torch.cat(queries, dim=-1), torch.cat(keys, dim=-1)
 
         dropout = self.dropout if self.training else 0.0
-        attended = F.scaled_dot_product_attention(scaled_query, key, value, dropout_p=dropout, scale=1.0)
+        if self.config._attn_implementation == "eager":
+            weights = (query @ key.transpose(-2, -1)).softmax(dim=-1, dtype=torch.float32).to(value.dtype)
+            attended = F.dropout(weights, p=dropout) @ value
+            weights = weights.flatten(0, 1)
+        else:
+            value = F.pad(value, (0, key.shape[-1] - head_dim))
+            attended = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=1.0)
+            weights = None
         attended = attended[..., :head_dim].transpose(1, 2).reshape(batch_size, height, width, -1)
-        return self.proj(attended), None
+        return self.proj(attended), weights
 
 
 class SamClipVisionLayer(SamVisionLayer):
-    """SAM's layer around [`SamClipVisionAttention`]; `attn_implementation="eager"` keeps SAM's own, which forms the
-    attention weights for those who ask to see them."""
+    """SAM's layer around [`SamClipVisionAttention`]."""
 
     def __init__(self, config, window_size: int):
         super().__init__(config, window_size)
-        if config._attn_implementation != "eager":
-            self.attn = SamClipVisionAttention(config, window_size)
+        self.attn = SamClipVisionAttention(config, window_size)
+
+    def forward(self, hidden_states: torch.Tensor, segments: torch.Tensor | None = None) -> torch.Tensor:
+        """Tokens and segments as in [`SamClipVisionAttention`]."""
+        residual = hidden_states
+        hidden_states = self.layer_norm1(hidden_states)
+        if self.window_size > 0:
+            size = hidden_states.shape[1:3]
+            hidden_states, padded_size = self.window_partition(hidden_states, self.window_size)
+            if segments is not None:
+                segments, _ = self.window_partition(segments, self.window_size)
+        hidden_states, _ = self.attn(hidden_states, segments)
+        if self.window_size > 0:
+            hidden_states = self.window_unpartition(hidden_states, self.window_size, padded_size, size)
+        hidden_states = residual + hidden_states
+        return hidden_states + self.mlp(self.layer_norm2(hidden_states))
 
 
 class SamClipPreTrainedModel(SamPreTrainedModel):
@@ -161,7 +202,6 @@ class SamClipPreTrainedModel(SamPreTrainedModel):
     base_model_prefix = "samclip"
     input_modalities = ("image", "text")
     _no_split_modules = ["SamClipVisionLayer"]
-    _keys_to_ignore_on_load_unexpected = ["^class_embeds$"]  # a vocabulary means nothing to the model without its head
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -169,7 +209,7 @@ class SamClipPreTrainedModel(SamPreTrainedModel):
         if isinstance(module, SamClipModel):
             init.normal_(module.text_projection.weight, std=self.config.text_config.hidden_size**-0.5)
             init.constant_(module.logit_scale, self.config.logit_scale_init_value)
-            if getattr(module, "class_embeds", None) is not None:
+            if module.class_embeds is not None:
                 init.zeros_(module.class_embeds)
 
 
@@ -205,7 +245,7 @@ class SamClipVisionEncoder(SamVisionEncoder):
         if height % patch_size or width % patch_size or 0 in (height, width):
             raise ValueError(
                 f"pixel_values are {height} x {width}; height and width must be positive multiples of the patch size, "
-                f"{patch_size}. SamClipImageProcessor pads images so."
+                f"{patch_size}."
             )
         hidden_states = self.patch_embed.projection(pixel_values).permute(0, 2, 3, 1)
         if self.pos_embed is not None:
@@ -253,10 +293,11 @@ class SamClipHead(nn.Module):
             hidden_size, mlp_hidden_size, head_config.projection_dim, ACT2FN[vision_config.hidden_act]
         )
 
-    def forward(self, patch_tokens: torch.Tensor) -> torch.Tensor:
-        """Head tokens `(batch_size, grid_height, grid_width, hidden_size)` from patch tokens of the same shape."""
+    def forward(self, patch_tokens: torch.Tensor, segments: torch.Tensor | None = None) -> torch.Tensor:
+        """Head tokens `(batch_size, grid_height, grid_width, hidden_size)` from patch tokens of the same shape;
+        patches of a segment `(batch_size, grid_height, grid_width, num_segments)` attend to it only."""
         for layer in self.layers:
-            patch_tokens = layer(patch_tokens)
+            patch_tokens = layer(patch_tokens, segments)
         return patch_tokens
 
     def pool(self, head_tokens: torch.Tensor, content_mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -309,6 +350,9 @@ class SamClipModel(SamClipPreTrainedModel, SamModel):
         projection_dim = config.clip_head_config.projection_dim
         self.text_projection = nn.Linear(config.text_config.hidden_size, projection_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
+        # SamClipForImageSegmentation's vocabulary, if it was given one. Here, so that training goes on with it.
+        num_embeds = len(config.vocabulary_label_ids)
+        self.register_buffer("class_embeds", torch.zeros(num_embeds, projection_dim) if num_embeds else None)
         self.post_init()
 
     @classmethod
@@ -459,13 +503,6 @@ class SamClipModel(SamClipPreTrainedModel, SamModel):
         cells = sizes / self.config.vision_config.patch_size
         return (rows < cells[:, :1])[:, :, None] & (columns < cells[:, 1:])[:, None, :]
 
-    def _text_aligned(self, patch_tokens: torch.Tensor, reshaped_input_sizes) -> tuple[torch.Tensor, torch.Tensor]:
-        """Image embeddings `(batch_size, projection_dim)` and dense ones `(batch_size, projection_dim, grid_height,
-        grid_width)`, both of length 1."""
-        head_tokens = self.clip_head(patch_tokens)
-        pooled = self.clip_head.pool(head_tokens, self._content_mask(patch_tokens, reshaped_input_sizes))
-        return F.normalize(pooled, dim=-1), F.normalize(self.clip_head.project_patches(head_tokens), dim=1)
-
     @can_return_tuple
     def get_image_features(
         self, pixel_values: torch.Tensor, reshaped_input_sizes=None, **kwargs
@@ -481,9 +518,8 @@ class SamClipModel(SamClipPreTrainedModel, SamModel):
         Returns `pooler_output` `(batch_size, projection_dim)`, not normalised, and `last_hidden_state`
         `(batch_size, grid_height * grid_width, hidden_size)`, the head's tokens.
         """
-        patch_tokens = self.vision_encoder(pixel_values, **kwargs).patch_tokens
-        head_tokens = self.clip_head(patch_tokens)
-        pooled = self.clip_head.pool(head_tokens, self._content_mask(patch_tokens, reshaped_input_sizes))
+        head_tokens = self.clip_head(self.vision_encoder(pixel_values, **kwargs).patch_tokens)
+        pooled = self.clip_head.pool(head_tokens, self._content_mask(head_tokens, reshaped_input_sizes))
         return BaseModelOutputWithPooling(last_hidden_state=head_tokens.flatten(1, 2), pooler_output=pooled)
 
     @can_return_tuple
@@ -580,7 +616,10 @@ class SamClipModel(SamClipPreTrainedModel, SamModel):
             )
 
         if asks_clip_head:
-            image_embeds, dense_embeds = self._text_aligned(vision_outputs.patch_tokens, reshaped_input_sizes)
+            head_tokens = self.clip_head(vision_outputs.patch_tokens)
+            content_mask = self._content_mask(head_tokens, reshaped_input_sizes)
+            image_embeds = F.normalize(self.clip_head.pool(head_tokens, content_mask), dim=-1)
+            dense_embeds = F.normalize(self.clip_head.project_patches(head_tokens), dim=1)
             fields |= {"image_embeds": image_embeds, "dense_embeds": dense_embeds}
 
         if input_ids is not None:
@@ -602,12 +641,6 @@ class SamClipForImageSegmentation(SamClipModel):
     checkpoint, so that an image alone gives labelled segments. Loads any SAM-CLIP checkpoint; give one without a
     vocabulary its own by `set_vocabulary`.
     """
-
-    def __init__(self, config: SamClipConfig):
-        super().__init__(config)
-        num_embeds = len(config.vocabulary_label_ids)
-        shape = (num_embeds, config.clip_head_config.projection_dim)
-        self.register_buffer("class_embeds", torch.zeros(shape) if num_embeds else None)
 
     @torch.no_grad()
     def set_vocabulary(
@@ -631,33 +664,44 @@ class SamClipForImageSegmentation(SamClipModel):
         tokenizer ([`PreTrainedTokenizerBase`], *optional*):
             By default the one saved beside this model's checkpoint.
 
-        Returns the model. Raises `ValueError` for no labels, an empty or doubled name, or a template without `{}`.
+        Returns the model. Raises `ValueError` for no labels, an empty or doubled name, a template without `{}`, a text
+        longer than the text tower reads.
         """
         if isinstance(labels, str) or len(labels) == 0:
             raise ValueError(f'A vocabulary is a list of at least one name, such as ["cat", "sofa"]; got {labels!r}.')
+        if isinstance(background, str) or not all(isinstance(text, str) and text.strip() for text in background):
+            raise ValueError(f'background must be a list of texts, such as ["a wall", "sky"]; got {background!r}.')
         if isinstance(templates, str) or not templates or not all("{}" in template for template in templates):
             raise ValueError(f"templates must be a list of sentences that contain {{}}, got {templates!r}.")
         synonyms = [[label] if isinstance(label, str) else list(label) for label in labels]
         names = [name for group in synonyms for name in group]
         if not all(synonyms) or not all(isinstance(name, str) and name.strip() for name in names):
             raise ValueError(f"Every label must be a name or a list of names, and no name empty; got {labels!r}.")
+        if background:
+            names.append("background")  # the label of those texts
         if doubled := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"These names appear more than once in the vocabulary: {doubled}.")
 
         first_class = 1 if background else 0
         id2label = {label_id: group[0] for label_id, group in enumerate(synonyms, start=first_class)}
         label_ids = [label_id for label_id, group in enumerate(synonyms, start=first_class) for _ in group]
-        texts = [[template.format(name) for template in templates] for name in names]
+        texts = [[template.format(name) for template in templates] for group in synonyms for name in group]
         if background:
             id2label = {0: "background"} | id2label
             label_ids = [0] * len(background) + label_ids
             texts = [[text] for text in background] + texts
 
         if tokenizer is None:
+            if not self.config.name_or_path:
+                raise ValueError("This model was not loaded from a folder or the Hub: give its tokenizer.")
             tokenizer = AutoTokenizer.from_pretrained(self.config.name_or_path)
-        inputs = tokenizer(
-            [text for group in texts for text in group], padding=True, truncation=True, return_tensors="pt"
-        ).to(self.device)
+        flat = [text for group in texts for text in group]
+        inputs = tokenizer(flat, padding=True, return_tensors="pt")
+        longest = self.config.text_config.max_position_embeddings
+        if inputs["input_ids"].shape[1] > longest:
+            cut = flat[int(inputs["attention_mask"].sum(dim=1).argmax())]
+            raise ValueError(f"The text tower reads {longest} tokens at most, this text has more: {cut!r}.")
+        inputs = inputs.to(self.device)
         features = F.normalize(self.get_text_features(**inputs).pooler_output, dim=-1)
         groups = features.split([len(group) for group in texts])
         self.class_embeds = F.normalize(torch.stack([group.mean(dim=0) for group in groups]), dim=-1)
@@ -701,13 +745,20 @@ class SamClipForImageSegmentation(SamClipModel):
             raise ValueError(
                 'No vocabulary in this checkpoint: call model.set_vocabulary(["cat", "sofa", ...]) first.'
             )
+        if prompts := sorted(name for name in kwargs if name.startswith("input_")):
+            raise ValueError(
+                f"This model segments by its vocabulary and takes no {', '.join(prompts)}: set_vocabulary changes the "
+                "texts, SamClipModel takes points and boxes."
+            )
         vision_outputs = self.vision_encoder(pixel_values, **kwargs)
-        head_tokens = self.clip_head(vision_outputs.patch_tokens)
-        dense_embeds = F.normalize(self.clip_head.project_patches(head_tokens), dim=1)
+        dense_embeds = self.clip_head.project_patches(self.clip_head(vision_outputs.patch_tokens))
+        dense_embeds = F.normalize(dense_embeds, dim=1)
         logits = self.classify_patches(dense_embeds)
         if both_heads:
             content_mask = self._content_mask(vision_outputs.patch_tokens, reshaped_input_sizes)
-            logits = self.compose_heads(vision_outputs.last_hidden_state, head_tokens, logits, content_mask)
+            logits = self.compose_heads(
+                vision_outputs.last_hidden_state, vision_outputs.patch_tokens, logits, content_mask
+            )
 
         input_size = torch.tensor(pixel_values.shape[-2:], device=pixel_values.device)
         grid_size = torch.tensor(logits.shape[-2:], device=pixel_values.device)
@@ -719,22 +770,23 @@ class SamClipForImageSegmentation(SamClipModel):
     def compose_heads(
         self,
         image_embeddings: torch.Tensor,
-        head_tokens: torch.Tensor,
+        patch_tokens: torch.Tensor,
         logits: torch.Tensor,
         content_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         r"""
         Both heads together: the CLIP head says where something of the vocabulary is, the SAM head draws what is there
-        from points, and the CLIP head, pooled inside each drawn mask as it is over a whole image, names it.
+        from points, and the CLIP head looks once more, each patch at its own mask only, and names every mask as it
+        names a whole image.
 
         The paper prompts the SAM head per class with the class's points and logits, and takes the argmax over classes
-        (section 5). Pooling inside the masks costs next to nothing and names them better than the patches do; see the
-        README for figures.
+        (section 5). What stands beside an object no longer mixes into its name here, for one more pass of the CLIP
+        head; see the README for figures.
 
         image_embeddings (`torch.Tensor` of shape `(batch_size, output_channels, grid_height, grid_width)`):
             What the mask decoder reads.
-        head_tokens (`torch.Tensor` of shape `(batch_size, grid_height, grid_width, hidden_size)`):
-            What the CLIP head pools.
+        patch_tokens (`torch.Tensor` of shape `(batch_size, grid_height, grid_width, hidden_size)`):
+            What the CLIP head reads.
         logits (`torch.Tensor` of shape `(batch_size, num_labels, grid_height, grid_width)`):
             The CLIP head's, per patch.
         content_mask (`torch.Tensor` of shape `(batch_size, grid_height, grid_width)`, *optional*):
@@ -755,34 +807,52 @@ class SamClipForImageSegmentation(SamClipModel):
         iou_scores, best = iou_scores.max(dim=-1)  # of the three masks of a point
         masks = masks.gather(2, best[:, :, None, None, None].expand(-1, -1, 1, *masks.shape[-2:])).squeeze(2)
 
-        rest = F.interpolate(probabilities, size=masks.shape[-2:], mode="bilinear", align_corners=False)
+        probabilities = F.interpolate(probabilities, size=masks.shape[-2:], mode="bilinear", align_corners=False)
         if background is not None:  # what no mask covers is background rather than what its patch looks like
-            rest = torch.zeros_like(rest)
-            rest[:, background] = 1
-        composed = [
-            self._paint(masks[i], iou_scores[i], head_tokens[i], rest[i], something[i]) for i in range(len(masks))
-        ]
-        return torch.stack(composed).clamp_min(1e-6).log()
+            probabilities = torch.zeros_like(probabilities)
+            probabilities[:, background] = 1
+        batch_size, height, width, _ = patch_tokens.shape
+        segments = torch.zeros(
+            batch_size, height, width, points.shape[1], device=patch_tokens.device, dtype=torch.bool
+        )
+        for i in something.gt(0.5).flatten(1).any(dim=1).nonzero().flatten().tolist():
+            kept = _distinct_masks(masks[i], iou_scores[i], max_overlap=0.6)
+            segments[i, :, :, kept] = _segments(masks[i, kept], (height, width)).permute(1, 2, 0)
+        if content_mask is not None:
+            segments &= content_mask[..., None]
+        head_tokens = self.clip_head(patch_tokens, segments)
+        for i, own in enumerate(segments.permute(0, 3, 1, 2)):
+            kept = own.flatten(1).any(dim=1)
+            if kept.any():
+                probabilities[i] = self._paint(
+                    masks[i, kept], iou_scores[i, kept], head_tokens[i], own[kept], probabilities[i]
+                )
+        return probabilities.clamp_min(1e-6).log()
 
-    def _paint(self, masks, iou_scores, head_tokens, rest, something) -> torch.Tensor:
+    def _paint(self, masks, iou_scores, head_tokens, segments, rest) -> torch.Tensor:
         """One image's probabilities `(num_labels, height, width)`: its masks `(num_masks, height, width)`, each named
-        by the CLIP head pooled inside it, and `rest` where there is no mask."""
-        kept = _distinct_masks(masks, iou_scores, max_overlap=0.6)
-        if not something.gt(0.5).any() or len(kept) == 0:
-            return rest
-        masks, iou_scores = masks[kept].sigmoid(), iou_scores[kept]
-        share = F.adaptive_avg_pool2d((masks > 0.5).to(masks.dtype), head_tokens.shape[:2])
-        cells = (share >= 0.5) | (share >= share.amax(dim=(1, 2), keepdim=True))  # a thin mask has its fullest cell
-        pooled = torch.cat([self.clip_head.pool(head_tokens[None], inside[None]) for inside in cells])
+        by the CLIP head pooled over its patches `(num_masks, grid_height, grid_width)`, and `rest` where there is no
+        mask."""
+        pooled = self.clip_head.pool(head_tokens.expand(len(segments), -1, -1, -1), segments)
         named = self.classify_patches(F.normalize(pooled, dim=-1)[:, :, None, None]).flatten(1).softmax(dim=-1)
         confidence, label = named.max(dim=-1)
 
+        masks = masks.sigmoid()
         covered = masks.amax(dim=0)
         votes = masks * (confidence * iou_scores.clamp_min(0))[:, None, None]
         index = label[:, None, None].expand_as(votes)
         by_label = torch.zeros_like(rest).scatter_reduce(0, index, votes, "amax")
         by_label = by_label / by_label.sum(dim=0, keepdim=True).clamp_min(1e-6)
         return covered * by_label + (1 - covered) * rest
+
+
+def _segments(masks: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
+    """Which patches make up each of the mask logits `(num_masks, height, width)`, best first: `(num_masks,
+    grid_height, grid_width)`. Those at least half inside, or the fullest one; a patch that several claim belongs to
+    the first, so that a mask may be left without."""
+    share = F.adaptive_avg_pool2d((masks > 0).float(), grid_size)
+    claimed = (share >= 0.5) | (share >= share.amax(dim=(1, 2), keepdim=True))
+    return claimed & (claimed.cumsum(dim=0) == 1)
 
 
 def _spread_points(cells: torch.Tensor, num_points: int) -> torch.Tensor:

@@ -38,9 +38,9 @@ class SamClipProcessor(ProcessorMixin):
             Label maps, passed to the image processor; returned as `labels`.
         input_points (nested lists or array of shape `(num_images, num_prompts, num_points, 2)`, *optional*):
             x and y in pixels of the original image. Images may have different numbers of prompts and prompts different
-            numbers of points; they are padded.
+            numbers of points; they are padded. As in SAM's processor, one level less means one prompt an image.
         input_labels (nested lists or array of shape `(num_images, num_prompts, num_points)`, *optional*):
-            1 inside the object, 0 outside; all 1 by default.
+            1 inside the object, 0 outside; all 1 by default. Nested like the points.
         input_boxes (nested lists or array of shape `(num_images, num_boxes, 4)`, *optional*):
             x1, y1, x2, y2 in pixels of the original image; equally many for every image.
 
@@ -70,11 +70,13 @@ class SamClipProcessor(ProcessorMixin):
 
     def _prepare_points(self, input_points, input_labels, inputs) -> dict[str, torch.Tensor]:
         """Padded points `(num_images, num_prompts, num_points, 2)` and their labels."""
-        points = [[np.asarray(p, dtype=np.float32).reshape(-1, 2) for p in prompts] for prompts in input_points]
+        nested = _by_prompt("input_points", input_points, ("image", "prompt", "point", "x and y"))
+        points = [[np.asarray(p, dtype=np.float32).reshape(-1, 2) for p in prompts] for prompts in nested]
         if input_labels is None:
             labels = [[np.ones(len(p), dtype=np.int64) for p in prompts] for prompts in points]
         else:
-            labels = [[np.asarray(p, dtype=np.int64).reshape(-1) for p in prompts] for prompts in input_labels]
+            nested = _by_prompt("input_labels", input_labels, ("image", "prompt", "point"))
+            labels = [[np.asarray(p, dtype=np.int64).reshape(-1) for p in prompts] for prompts in nested]
         if [[len(p) for p in prompts] for prompts in points] != [[len(p) for p in prompts] for prompts in labels]:
             raise ValueError("input_labels must hold exactly one label for each of the input_points.")
         self._check_counts("input_points", points, inputs)
@@ -91,6 +93,11 @@ class SamClipProcessor(ProcessorMixin):
 
     def _prepare_boxes(self, input_boxes, inputs) -> torch.Tensor:
         """Boxes `(num_images, num_boxes, 4)`."""
+        if _depth("input_boxes", input_boxes) != 3:
+            raise ValueError(
+                "input_boxes are nested by image, box, and x1, y1, x2, y2: three levels, such as [[[10, 20, 60, 90]]] "
+                f"for one image with one box; got {_depth('input_boxes', input_boxes)}."
+            )
         boxes = [np.asarray(b, dtype=np.float32).reshape(-1, 4) for b in input_boxes]
         self._check_counts("input_boxes", boxes, inputs)
         if len({len(b) for b in boxes}) != 1:
@@ -105,8 +112,6 @@ class SamClipProcessor(ProcessorMixin):
         num_images = len(inputs["original_sizes"])
         if len(prompts) != num_images:
             raise ValueError(f"{name} are for {len(prompts)} images, but there are {num_images}.")
-        if any(len(p) == 0 for p in prompts):
-            raise ValueError(f"Every image needs at least one prompt in {name}.")
 
     def _rescale(self, name: str, points: np.ndarray, image_index: int, inputs) -> np.ndarray:
         """Points `(num_points, 2)` from pixels of the original image to pixels of the model's input."""
@@ -131,6 +136,28 @@ class SamClipProcessor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         prompt_names = ["input_points", "input_labels", "input_boxes"]
         return [*super().model_input_names, "original_sizes", "reshaped_input_sizes", *prompt_names]
+
+
+def _depth(name: str, nested) -> int:
+    """How many levels of lists or array axes there are, down to the numbers."""
+    if not hasattr(nested, "__len__") or (hasattr(nested, "ndim") and nested.ndim == 0):
+        return 0
+    if len(nested) == 0:
+        raise ValueError(f"Every image needs at least one prompt in {name}, and every prompt a point or a box.")
+    return 1 + max(_depth(name, inner) for inner in nested)
+
+
+def _by_prompt(name: str, nested, levels: tuple[str, ...]) -> list:
+    """`nested` with all its levels; without the level of prompts, every image has one."""
+    depth = _depth(name, nested)
+    if depth == len(levels):
+        return nested
+    if depth == len(levels) - 1:
+        return [[prompt] for prompt in nested]
+    raise ValueError(
+        f"{name} are nested by {', '.join(levels)}: {len(levels)} levels, or one less for a single prompt an image; "
+        f"got {depth}."
+    )
 
 
 __all__ = ["SamClipProcessor"]

@@ -1,4 +1,6 @@
+import dataclasses
 import io
+import json
 from collections import Counter
 from itertools import islice
 
@@ -13,7 +15,7 @@ from samclip_hf.distillation import collation
 from samclip_hf.distillation.collation import ClipBatches, SamBatches, StepStream, random_crop
 from samclip_hf.distillation.streams import decode_image, endless, open_stream
 
-from .tars import jpeg, photo, write_tar
+from .tars import annotation, jpeg, photo, write_tar
 
 
 def clip_batches(*names, batch_size=4, sizes=(16,)) -> ClipBatches:
@@ -59,6 +61,15 @@ def test_data_of_the_wrong_kind_are_refused(photos, tmp_path):
         open_stream(str(tmp_path))
     with pytest.raises(ValueError, match="no column 'json'"):
         open_stream(str(photos), with_masks=True)
+    (tmp_path / "notes.txt").write_text("words")
+    with pytest.raises(ValueError, match=r"a kind that is not read, '\.txt'"):
+        open_stream(str(tmp_path / "notes.txt"))
+    (tmp_path / "text.tar").write_text("words")
+    with pytest.raises(ValueError, match=r"text\.tar' could not be read"):
+        open_stream(str(tmp_path / "text.tar"))
+    (tmp_path / "above" / "empty").mkdir(parents=True)
+    with pytest.raises((ValueError, FileNotFoundError), match="above"):
+        open_stream(str(tmp_path / "above"))
 
 
 # ---- passes ----
@@ -175,6 +186,64 @@ def test_corrupt_pictures_are_counted_by_cause_and_passed_over(tmp_path):
     assert len(step["clip"]["images"]) == 12  # three passes of the four good ones
     assert step["skipped"].keys() == {"broken image"}
     assert step["skipped"]["broken image"] >= 4
+
+
+def test_other_broken_files_are_counted_by_cause_and_passed_over_too(tmp_path):
+    mask = np.zeros((40, 60), bool)
+    mask[10:30, 10:30] = True
+    good = json.dumps({"annotations": [annotation(mask)]}).encode()
+    files = {}
+    for number in range(8):
+        picture, annotations = jpeg(number), {3: b'{"annotations": [', 4: b"[]", 5: b"{}"}.get(number, good)
+        if number == 6:
+            picture = jpeg(number, size=(3000, 1))
+        files |= {f"{number}.{'png' if number == 7 else 'jpg'}": picture, f"{number}.json": annotations}
+    write_tar(tmp_path / "0.tar", files)
+    (tmp_path / "1.tar").write_bytes(b"")
+    write_tar(tmp_path / "2.tar", files)
+    whole = (tmp_path / "2.tar").read_bytes()
+    (tmp_path / "2.tar").write_bytes(whole[: whole.index(b"2.json") + 600])  # in the middle of a file
+
+    seen, skipped = 0, Counter()
+    for step in islice(step_stream(sam=sam_batches(tmp_path)), 20):
+        seen += len(step["sam"]["images"])
+        skipped.update(step["skipped"])
+    assert seen == 40
+    causes = {"broken json", "no annotations", "no image", "mask and image differ in size"}
+    assert skipped.keys() == causes
+    # A pass holds three good ones and those of the third tar, and two broken tars beside the missing picture.
+    assert skipped["no annotations"] == pytest.approx(2 * skipped["broken json"], abs=2)
+    assert skipped["no image"] == pytest.approx(3 * skipped["broken json"], abs=3)
+    # Pictures are all there is to see where masks are not asked for.
+    assert not set(next(iter(step_stream(clip=clip_batches(tmp_path, batch_size=40))))["skipped"]) - {"no image"}
+
+
+def test_a_long_thin_picture_keeps_a_pixel_of_its_short_side(tmp_path):
+    mask = np.ones((1, 3000), bool)
+    mask[:, 1000:] = False
+    files = {"0.jpg": jpeg(0, size=(3000, 1)), "0.json": json.dumps({"annotations": [annotation(mask)]}).encode()}
+    write_tar(tmp_path / "0.tar", files)
+    batch = next(iter(step_stream(sam=sam_batches(tmp_path))))["sam"]
+    assert batch["content_sizes"].tolist() == [[1, 64]] * 2
+
+
+def test_boxes_are_in_pixels_of_the_models_input(sa1b):
+    task = dataclasses.replace(sam_batches(sa1b), max_box_noise=0.0)
+    boxes = [step["sam"]["input_boxes"] for step in islice(step_stream(sam=task), 12) if "input_boxes" in step["sam"]]
+    # x1, y1, x2, y2 of both masks in the original of 60 x 40, which becomes 64 x 43.
+    expected = torch.tensor([[20, 5, 29, 9], [10, 15, 49, 34]]) * torch.tensor([64 / 60, 43 / 40, 64 / 60, 43 / 40])
+    found = torch.cat(boxes).flatten(0, 1).unique(dim=0)
+    torch.testing.assert_close(found, expected.flip(0), rtol=0, atol=1e-4)
+
+
+def test_micro_batches_of_one_optimizer_step_share_its_rule(photos, sa1b):
+    tasks = {"clip": clip_batches(photos, batch_size=16, sizes=[16, 32, 48, 64]), "sam": sam_batches(sa1b)}
+    stream = StepStream(tasks, seed=0, shuffle_buffer=4, gradient_accumulation_steps=4)
+    items = list(islice(stream, 32))
+    rules = [(item["clip"]["images"].shape[-1], "input_boxes" in item["sam"]) for item in items]
+    steps = [set(rules[start : start + 4]) for start in range(0, 32, 4)]
+    assert all(len(step) == 1 for step in steps)
+    assert len(set.union(*steps)) > 3
 
 
 def test_a_stream_of_nothing_but_corrupt_pictures_stops(tmp_path, monkeypatch):

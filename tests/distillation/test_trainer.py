@@ -170,10 +170,11 @@ def test_teachers_stay_frozen_and_out_of_the_checkpoint(make_trainer, model, sam
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(make_trainer, model, tmp_path):
     start = {name: value.clone() for name, value in model.state_dict().items()}
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
-    make_trainer(**settings).train()
+    metrics = make_trainer(**settings).train().metrics
     whole = {name: value.clone() for name, value in model.state_dict().items()}
     model.load_state_dict(start)
-    make_trainer(**settings).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    resumed = make_trainer(**settings).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2")).metrics
+    assert resumed["train_images_seen"] == metrics["train_images_seen"] > 0
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, whole[name], msg=name)
 

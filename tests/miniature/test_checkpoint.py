@@ -16,13 +16,18 @@ from samclip_hf.miniature.evaluation import (
     semantic_miou,
     zero_shot_top1,
 )
-from samclip_hf.miniature.report import CLASSIFICATION_SIZE, Parties, draw, markdown
+from samclip_hf.miniature.report import CLASSIFICATION_SIZE, Student, Teachers, draw, markdown
 from samclip_hf.miniature.scenes import CLASS_NAMES, evaluation_scene
 
 
 @pytest.fixture(scope="module")
-def parties():
-    return Parties(miniature.checkpoint())
+def teachers():
+    return Teachers()
+
+
+@pytest.fixture(scope="module")
+def student():
+    return Student(miniature.checkpoint())
 
 
 def test_auto_classes_load_it():
@@ -51,42 +56,42 @@ def test_stock_pipeline_labels_masks_without_a_complaint(caplog):
     assert np.sum([np.asarray(segment["mask"]) > 0 for segment in segments]) == 200 * 150
 
 
-def test_stock_zero_shot_classification_agrees_with_the_direct_call(parties):
+def test_stock_zero_shot_classification_agrees_with_the_direct_call(student):
     image = Image.fromarray(evaluation_scene(seed=5, index=13).image)
     classify = pipeline("zero-shot-image-classification", model=miniature.checkpoint())
     scores = classify(image, candidate_labels=list(CLASS_NAMES[:5]), hypothesis_template="a {}")
-    inputs = parties.processor(image, text=[f"a {name}" for name in CLASS_NAMES[:5]])
+    inputs = student.processor(image, text=[f"a {name}" for name in CLASS_NAMES[:5]])
     with torch.inference_mode():
-        expected = parties.student(**inputs).logits_per_image.softmax(dim=-1)[0]
+        expected = student.model(**inputs).logits_per_image.softmax(dim=-1)[0]
     by_label = {score["label"]: score["score"] for score in scores}
     torch.testing.assert_close(torch.tensor([by_label[name] for name in CLASS_NAMES[:5]]), expected)
 
 
-def test_sam_survived(parties):
+def test_sam_survived(teachers, student):
     scenes = segmentation_scenes(40)
     for prompt in ("point", "box"):
-        teacher = prompted_miou(parties.sam, parties.sam_processor, scenes, prompt)
-        assert prompted_miou(parties.student, parties.processor, scenes, prompt) >= 0.97 * teacher
+        teacher = prompted_miou(teachers.sam, teachers.sam_processor, scenes, prompt)
+        assert prompted_miou(student.model, student.processor, scenes, prompt) >= 0.97 * teacher
 
 
-def test_clip_was_learnt(parties):
+def test_clip_was_learnt(teachers, student):
     scenes = classification_scenes(144)
     size = {"size": {"longest_edge": CLASSIFICATION_SIZE}}
-    student = zero_shot_top1(parties.student, parties.processor, scenes, size)
-    teacher = zero_shot_top1(parties.clip, parties.clip_processor, scenes)
-    assert student["seen"] >= 0.85 * teacher["seen"]
-    assert student["held_out"] >= 0.6 * teacher["held_out"]
+    learnt = zero_shot_top1(student.model, student.processor, scenes, size)
+    taught = zero_shot_top1(teachers.clip, teachers.clip_processor, scenes)
+    assert learnt["seen"] >= 0.85 * taught["seen"]
+    assert learnt["held_out"] >= 0.6 * taught["held_out"]
 
 
-def test_text_segmentation_emerged_and_composing_the_heads_helps(parties):
+def test_text_segmentation_emerged_and_composing_the_heads_helps(teachers, student):
     scenes = segmentation_scenes(60)
-    miou = {name: semantic_miou(predict, scenes) for name, predict in parties.predictors.items()}
-    assert miou["clip_head"] >= miou["teacher_patches"] + 0.03
-    assert miou["both_heads"] >= miou["clip_head"] + 0.05
+    clip_head = semantic_miou(student.clip_head, scenes)
+    assert clip_head >= semantic_miou(teachers.patches, scenes) + 0.03
+    assert semantic_miou(student.both_heads, scenes) >= clip_head + 0.05
 
 
-def test_picture_and_table_are_drawn(parties, tmp_path):
-    draw(parties, tmp_path / "figure.png", num_scenes=2)
+def test_picture_and_table_are_drawn(teachers, student, tmp_path):
+    draw(teachers, student, tmp_path / "figure.png", num_scenes=2)
     assert Image.open(tmp_path / "figure.png").width > 1000
     figures = {
         "zero_shot_top1": {"teacher": 0.9, "student": 0.8},

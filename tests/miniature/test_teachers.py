@@ -36,10 +36,26 @@ def test_a_few_steps_move_every_trainable_parameter_of_clip():
     model, processor = teachers.build_clip()
     scenes = [render(0, index, held_out=False) for index in range(8)]
     rng = np.random.default_rng(0)
-    views = [teachers.clip_view(scene, rng, crop=True) for scene in scenes]
-    unmoved = moved(model, lambda: sum(teachers.clip_step(model, processor, scenes, views, rng).values()))
+    views = [teachers.captioned_view(scene, rng, crop=True) for scene in scenes]
+    unmoved = moved(model, lambda: sum(teachers.clip_step(model, processor, views, rng).values()))
     # The last key bias shifts all scores of a query alike: softmax does not see it, up to rounding.
     assert not [name for name in unmoved if "k_proj.bias" not in name]
+
+
+def test_a_crops_caption_tells_what_the_crop_shows():
+    rng = np.random.default_rng(0)
+    fewer = 0
+    for index in range(200):
+        scene = render(0, index, num_objects=3, held_out=False)
+        whole, crop = (teachers.captioned_view(scene, rng, crop) for crop in (False, True))
+        assert whole.classes == set(scene.class_ids) and whole.background == scene.background
+        assert crop.classes <= whole.classes and crop.image.size == whole.image.size == (64, 64)
+        fewer += crop.classes < whole.classes
+        for view in (whole, crop):
+            named = {i for i, name in enumerate(CLASS_NAMES) if f"a {name}" in view.caption}
+            assert named == view.classes
+            assert ("background" not in view.caption) or f"a {view.background} background" in view.caption
+    assert fewer > 50
 
 
 def test_every_word_of_the_captions_is_one_token():

@@ -4,6 +4,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+import torch
 
 TRAINING = Path(__file__).parents[2] / "training"
 RECIPES = sorted((TRAINING / "configs").glob("*.yaml"))
@@ -51,6 +52,9 @@ def test_the_recipe_sets_and_the_command_line_wins(train, recipe):
         ("clip_head_pooling: median\nmax_steps: 1", [], "argument --clip_head_pooling/--clip-head-pooling: invalid"),
         ("stage: 1", [], "say with max_steps how many optimizer steps"),
         ("- 1", [], "must hold lines of the form 'argument: value'"),
+        ("stage: [1", [], "is not YAML"),
+        ("max_steps: 1", ["--encoder_learning_rate_scale", "-1"], "encoder_learning_rate_scale must be 0 or more"),
+        ("max_steps: 1", ["--clip_head_layers", "0"], "clip_head_layers must be 1 or more"),
     ],
 )
 def test_a_wrong_key_or_value_is_refused_by_name(train, tmp_path, capsys, text, argv, sentence):
@@ -74,6 +78,7 @@ def test_a_recipe_that_does_not_exist_is_named(train, capsys):
         ("clip_sizes: [64]\nclip_data: [/nowhere/photos]", "No data at '/nowhere/photos'"),
         ("clip_sizes: [60]", "not multiples of the student's patch size"),
         ("clip_sizes: [64]\nstage: 2\nsam_data: ['/nowhere/*.tar']", "No data at"),
+        ("clip_sizes: [64]\nresume_from_checkpoint: /nowhere", "no checkpoint to resume from in '/nowhere'"),
     ],
 )
 def test_training_that_cannot_work_does_not_start(train, recipe, text, sentence):
@@ -86,3 +91,21 @@ def test_a_stage_runs_from_recipe_to_checkpoint(train, recipe, tmp_path):
     train.main([recipe("\n".join([*settings, "report_to: none"]))])
     saved = {path.name for path in (tmp_path / "run").iterdir()}
     assert {"config.json", "model.safetensors", "processor_config.json", "train_results.json"} <= saved
+
+
+def test_the_seed_decides_over_a_new_students_weights(train, recipe):
+    weights = []
+    for seed in (1, 1, 2):
+        args = train.parse_arguments([recipe(f"max_steps: 1\nclip_sizes: [64]\nseed: {seed}")])
+        weights.append(train.build_trainer(args).model.clip_head.mlp.fc1.weight)
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+def test_a_finished_run_is_not_run_once_more(train, recipe, tmp_path):
+    settings = ["stage: 1", "max_steps: 1", "clip_sizes: [64]", "clip_batch_size: 2", "shuffle_buffer: 2"]
+    path = recipe("\n".join([*settings, "report_to: none", "save_strategy: steps", "save_steps: 1"]))
+    train.main([path])
+    before = (tmp_path / "run" / "train_results.json").read_text()
+    with pytest.raises(SystemExit, match="checkpoint-1 has all of its 1 steps"):
+        train.main([path, "--resume_from_checkpoint", "true"])
+    assert (tmp_path / "run" / "train_results.json").read_text() == before

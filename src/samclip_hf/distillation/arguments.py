@@ -93,6 +93,10 @@ class SamClipTrainingArguments(TrainingArguments):
             raise ValueError(f"clip_sizes must be one or more sizes in pixels, got {self.clip_sizes}.")
         if min(self.sam_loss_weight, self.focal_weight, self.dice_weight, self.iou_head_weight) < 0:
             raise ValueError("Loss weights must be 0 or more.")
+        if self.encoder_learning_rate_scale < 0:
+            raise ValueError(f"encoder_learning_rate_scale must be 0 or more, got {self.encoder_learning_rate_scale}.")
+        if self.clip_head_layers < 1:
+            raise ValueError(f"clip_head_layers must be 1 or more, got {self.clip_head_layers}.")
         if self.max_box_noise < 0:
             raise ValueError(f"max_box_noise must be 0 or more pixels, got {self.max_box_noise}.")
         if self.stage not in (1, 2, 3):

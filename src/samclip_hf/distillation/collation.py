@@ -1,8 +1,8 @@
 """
 From samples to optimizer steps: crops, prompts, batches.
 
-Everything random about a sample follows from (seed, epoch, its key), everything random about a step from (seed, step),
-so that neither workers nor processes change what is learnt from.
+Everything random about a sample follows from (seed, epoch, its key), everything random about a step from (seed, step).
+Which samples meet in a step also depends on the number of workers and processes, which read a shard each.
 """
 
 import zlib
@@ -112,7 +112,7 @@ class SamBatches:
         if any(mask.shape != (image.height, image.width) for mask in masks):
             raise SkippedSampleError("mask and image differ in size")
         scale = self.image_size / max(image.size)
-        width, height = int(image.width * scale + 0.5), int(image.height * scale + 0.5)
+        width, height = (max(1, int(side * scale + 0.5)) for side in image.size)
         padded = np.zeros((self.image_size, self.image_size, 3), dtype=np.uint8)
         padded[:height, :width] = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
         sample = {"images": padded, "content_sizes": np.array([height, width])}
@@ -173,6 +173,12 @@ class StepStream(torch.utils.data.IterableDataset):
         self.tasks, self.seed, self.shuffle_buffer = tasks, seed, shuffle_buffer
         self.gradient_accumulation_steps = gradient_accumulation_steps
         self.rank, self.world_size = rank, world_size
+        uneven = [stream.num_shards for task in tasks.values() for stream in task.streams]
+        if uneven := [number for number in uneven if number % world_size]:
+            logger.warning(
+                f"{world_size} processes do not divide streams of {uneven} shards: each will read all of those to use "
+                "its share. Leave some shards out, or split them further."
+            )
 
     @property
     def max_workers(self) -> int:
@@ -203,8 +209,9 @@ class StepStream(torch.utils.data.IterableDataset):
         while len(batch) < num_samples:
             epoch, raw = next(samples)
             # Where a source names no key, its picture's bytes stand for it.
-            name = raw.get("__key__") or raw["image"]["path"]
-            key = name.encode() if name else raw["image"]["bytes"]
+            stored = raw["image"] or {}
+            name = raw.get("__key__") or stored.get("path")
+            key = name.encode() if name else stored.get("bytes", b"")
             rng = np.random.default_rng((self.seed, epoch, zlib.crc32(key)))
             try:
                 batch.append(task.sample(raw, rng, **rule))

@@ -17,8 +17,10 @@ def cosine_distillation_loss(student_embeds: Tensor, teacher_embeds: Tensor) -> 
     student_embeds, teacher_embeds (`torch.Tensor` of shape `(batch_size, projection_dim)`):
         Of any length.
 
-    Returns `cosine`, between 0 and 2.
+    Returns `cosine`, between 0 and 2. Raises `ValueError` where the shapes differ.
     """
+    if student_embeds.shape != teacher_embeds.shape:
+        raise ValueError(f"Student and teacher differ: {student_embeds.shape} and {teacher_embeds.shape}.")
     return {"cosine": 1 - F.cosine_similarity(student_embeds.float(), teacher_embeds.float(), dim=-1).mean()}
 
 

@@ -6,6 +6,7 @@ Nothing is loaded whole and nothing is decoded before its turn.
 
 import glob
 import io
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -16,13 +17,19 @@ from typing import Any
 import datasets
 import numpy as np
 from datasets import IterableDataset, load_dataset
+from datasets.builder import Key
+from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from PIL import Image, UnidentifiedImageError
 from pycocotools import mask as coco_mask
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 # Columns that hold the picture, by the names that webdataset tars, parquet files and image folders use.
 IMAGE_COLUMNS = ("jpg", "jpeg", "png", "webp", "image", "img")
-# Formats that load_dataset streams, by file ending.
+# Formats that are streamed, by file ending.
 BUILDERS = {".tar": "webdataset", ".parquet": "parquet", ".arrow": "arrow"}
+PICTURES = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 MAX_MASK_SHARE = 0.9  # of the image; SA-1B's larger masks are background
 WHAT_A_NAME_IS = (
     "Give a folder, a glob such as 'photos/*.tar', 'hf://datasets/owner/name/*.tar', a data set's name on the Hub, or "
@@ -32,6 +39,28 @@ WHAT_A_NAME_IS = (
 
 class SkippedSampleError(ValueError):
     """A sample that cannot be used; its message is the cause under which it is counted."""
+
+
+class Tars(WebDataset):
+    """`datasets`' webdataset reader, to which one bad file among many is no reason to stop: what cannot be read of a
+    tar comes as a sample without a picture, and json stays text until its turn.
+
+    A tar that was cut off between two of its files looks whole, to Python's `tarfile` too.
+    """
+
+    DECODERS = {ending: decode for ending, decode in WebDataset.DECODERS.items() if ending != "json"}
+
+    def _generate_examples(self, tar_paths, tar_iterators):
+        for number, (path, iterator) in enumerate(zip(tar_paths, tar_iterators, strict=True)):
+            num_samples = 0
+            try:
+                for _, example in super()._generate_examples([path], [iterator]):
+                    yield Key(number, num_samples), example
+                    num_samples += 1
+            except Exception as error:  # tarfile, gzip, the file system and the HTTP client have each their own
+                logger.warning(f"{path} could not be read beyond {num_samples} samples: {error!r}")
+                nothing = dict.fromkeys(self.info.features)
+                yield Key(number, num_samples), nothing | {"__key__": f"{path}: {type(error).__name__}"}
 
 
 def open_stream(name: str, split: str = "train", with_masks: bool = False) -> IterableDataset:
@@ -46,8 +75,22 @@ def open_stream(name: str, split: str = "train", with_masks: bool = False) -> It
     with_masks (`bool`):
         Whether a `json` column with SA-1B's `annotations` is needed.
 
-    Raises `FileNotFoundError` where there is nothing, `ValueError` where there is no picture or no annotation.
+    Raises `FileNotFoundError` where there is nothing, `ValueError` where it cannot be read, where there is no picture
+    or no annotation.
     """
+    try:
+        stream = _undecoded(name, split, with_masks)
+        first = next(iter(stream), None)
+    except (FileNotFoundError, ValueError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{name!r} could not be read: {error!r}. {WHAT_A_NAME_IS}") from error
+    if first is None:
+        raise FileNotFoundError(f"There is no sample in {name!r}. {WHAT_A_NAME_IS}")
+    return stream
+
+
+def _undecoded(name: str, split: str, with_masks: bool) -> IterableDataset:
     if name == "miniature":
         from ..miniature import streams as miniature
 
@@ -70,14 +113,16 @@ def _load(name: str, split: str) -> IterableDataset:
     if os.path.isdir(name):
         for ending, builder in BUILDERS.items():
             if files := sorted(glob.glob(os.path.join(glob.escape(name), f"*{ending}"))):
-                return load_dataset(builder, data_files=files, split="train", streaming=True)
+                return _read(builder, files)
         return load_dataset("imagefolder", data_dir=name, split="train", streaming=True, drop_labels=True)
     if files := sorted(glob.glob(name, recursive=True)):
         endings = {Path(file).suffix for file in files}
         if len(endings) > 1:
             raise ValueError(f"{name!r} matches files of several kinds, {sorted(endings)}: name one kind.")
-        builder = BUILDERS.get(endings.pop(), "imagefolder")
-        return load_dataset(builder, data_files=files, split="train", streaming=True)
+        ending = endings.pop()
+        if ending not in BUILDERS and ending.lower() not in PICTURES:
+            raise ValueError(f"{name!r} matches files of a kind that is not read, {ending!r}. {WHAT_A_NAME_IS}")
+        return _read(BUILDERS.get(ending, "imagefolder"), files)
 
     ending = Path(name).suffix
     is_remote_file = "://" in name and ending in BUILDERS
@@ -86,13 +131,19 @@ def _load(name: str, split: str) -> IterableDataset:
         raise FileNotFoundError(f"No data at {name!r}: it is no folder and matches no file. {WHAT_A_NAME_IS}")
     try:
         if is_remote_file:
-            return load_dataset(BUILDERS[ending], data_files=name, split="train", streaming=True)
+            return _read(BUILDERS[ending], name)
         return load_dataset(name.removeprefix("hf://datasets/"), split=split, streaming=True)
     except Exception as error:  # not found, no permission, no such split, or what the HTTP client says without network
         raise FileNotFoundError(
             f"No data at {name!r}: it is no folder, matches no file, and could not be opened on the Hub "
             f"({type(error).__name__}: {error}). {WHAT_A_NAME_IS}"
         ) from error
+
+
+def _read(builder: str, files: str | list[str]) -> IterableDataset:
+    if builder == "webdataset":
+        return Tars(data_files=files).as_streaming_dataset(split="train")
+    return load_dataset(builder, data_files=files, split="train", streaming=True)
 
 
 def endless(stream: IterableDataset, seed: int, shuffle_buffer: int) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -116,8 +167,10 @@ def endless(stream: IterableDataset, seed: int, shuffle_buffer: int) -> Iterator
 
 
 def decode_image(sample: dict[str, Any]) -> Image.Image:
-    """The sample's picture in RGB. Raises `SkippedSampleError` where it cannot be read."""
+    """The sample's picture in RGB. Raises `SkippedSampleError` where there is none or it cannot be read."""
     stored = sample["image"]
+    if stored is None:
+        raise SkippedSampleError("no image")
     try:
         source = io.BytesIO(stored["bytes"]) if stored.get("bytes") else stored["path"]
         image = Image.open(source)
@@ -137,11 +190,16 @@ def draw_masks(sample: dict[str, Any], num_masks: int, rng: np.random.Generator)
     Raises `SkippedSampleError` where there is none, or a broken one.
     """
     try:
+        stored = sample["json"]
+        if isinstance(stored, bytes | str):
+            stored = json.loads(stored)
         annotations = [
             annotation
-            for annotation in sample["json"]["annotations"]
+            for annotation in stored["annotations"]
             if 0 < annotation["area"] <= MAX_MASK_SHARE * float(np.prod(annotation["segmentation"]["size"]))
         ]
+    except json.JSONDecodeError as error:
+        raise SkippedSampleError("broken json") from error
     except (KeyError, TypeError) as error:
         raise SkippedSampleError("no annotations") from error
     if not annotations:

@@ -1,7 +1,9 @@
 """The three stages of SAM-CLIP's training as one `Trainer`."""
 
+import json
 import time
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +21,8 @@ from .streams import open_stream
 from .teachers import ClipTeacher, SamTeacher, normalize
 
 logger = logging.get_logger(__name__)
+
+COUNTS_FILE = "images_seen_and_skipped.json"  # in every checkpoint, so that a resumed run goes on counting
 
 # What each stage trains (paper, section 4). The prompt encoder, SAM's positional embedding and the text side never do.
 TRAINED_PARTS = {1: ("clip_head",), 2: ("vision_encoder", "mask_decoder", "clip_head"), 3: ("clip_head",)}
@@ -196,6 +200,21 @@ class SamClipTrainer(Trainer):
         for name, value in values.items():
             self._sums[name] += value.detach()
             self._counts[name] += 1
+
+    def _save_checkpoint(self, model: nn.Module, trial) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+            counts = {"images": self._images, "skipped": dict(self._skipped)}
+            (folder / COUNTS_FILE).write_text(json.dumps(counts, indent=2) + "\n")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        path = Path(resume_from_checkpoint) / COUNTS_FILE
+        if path.is_file():
+            counts = json.loads(path.read_text())
+            self._images = self._images_at_log = counts["images"]
+            self._skipped.update(counts["skipped"])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in [`Trainer`]; adds this process's averages since the last log, learning rates by part of the model,

@@ -11,6 +11,7 @@ class, as in natural images, which is what lets patch features segment by text. 
 
 import colorsys
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -117,7 +118,7 @@ def render(
     canvas *= 255.0
     image = np.ascontiguousarray(canvas.astype(np.uint8).transpose(1, 2, 0))
     stacked = np.stack(masks) if masks else np.zeros((0, IMAGE_SIZE, IMAGE_SIZE), dtype=bool)
-    return Scene(image, stacked, tuple(class_ids), background, _describe(rng, class_ids, background))
+    return Scene(image, stacked, tuple(class_ids), background, describe(rng, class_ids, background))
 
 
 def evaluation_scene(seed: int, index: int) -> Scene:
@@ -125,14 +126,17 @@ def evaluation_scene(seed: int, index: int) -> Scene:
     return render(seed, index, num_objects=1, class_id=index % len(CLASS_NAMES))
 
 
-def _describe(rng: np.random.Generator, class_ids: list[int], background: str) -> str | None:
-    if any(class_id in HELD_OUT for class_id in class_ids):
-        return None
-    if not class_ids:
-        return BACKGROUND_PROMPTS[0] if rng.random() < 0.3 else f"a {background} background"
+def describe(rng: np.random.Generator, class_ids: Iterable[int], background: str | None) -> str | None:
+    """A caption of those classes on that background, which is left out where it is `None` and sometimes where it is
+    not; `None` if a held-out pair is among them."""
     # Each class once, in a fixed order: equal contents have equal captions.
-    things = " and ".join(f"a {CLASS_NAMES[class_id]}" for class_id in sorted(set(class_ids)))
-    return things if rng.random() < 0.3 else f"{things} on a {background} background"
+    shown = sorted(set(class_ids))
+    if any(class_id in HELD_OUT for class_id in shown):
+        return None
+    if not shown:
+        return BACKGROUND_PROMPTS[0] if rng.random() < 0.3 else f"a {background} background"
+    things = " and ".join(f"a {CLASS_NAMES[class_id]}" for class_id in shown)
+    return things if rng.random() < 0.3 or background is None else f"{things} on a {background} background"
 
 
 # ---- silhouettes ----

@@ -42,12 +42,14 @@ from .scenes import (
     SEEN,
     TEMPLATES,
     Scene,
+    describe,
     evaluation_scene,
     render,
 )
 
 # Scenes are (seed, index): a training run owns the seeds from 1,000,000 up, so that no evaluation seed is trained on.
 TRAINING_SEED = 1_000_000
+MIN_CROP = 28  # pixels: two or three periods of a pattern
 VISIBLE_SHARE = 0.45  # the teachers train on more crowded scenes than anybody is measured on
 MASK_SIZE = IMAGE_SIZE // 2  # SAM's decoder answers, and reads mask prompts, at four times the 8 px token grid
 
@@ -434,17 +436,40 @@ def build_clip() -> tuple[CLIPModel, CLIPProcessor]:
     return CLIPModel(config), CLIPProcessor(image_processor, tokenizer)
 
 
-def clip_view(scene: Scene, rng: np.random.Generator, crop: bool) -> Image.Image:
-    """The scene at 64 px, whole or (`crop`) a square around its first object, at a random scale."""
-    image = Image.fromarray(scene.image)
-    box = (0.0, 0.0, float(IMAGE_SIZE), float(IMAGE_SIZE))
+@dataclass
+class CaptionedView:
+    """What CLIP sees and reads: an image of 64 px, the classes in it, its background if there is some, a caption."""
+
+    image: Image.Image
+    classes: frozenset[int]
+    background: str | None
+    caption: str
+
+
+def captioned_view(scene: Scene, rng: np.random.Generator, crop: bool) -> CaptionedView:
+    """The scene at 64 px, whole or (`crop`) a random square of it, at a random scale, around a pixel of an object.
+
+    A crop's caption tells what the crop shows: classes and background that fill a twentieth of it at least. That is
+    what makes CLIP name the thing in front of it, whatever else is near.
+    """
+    classes = frozenset(scene.class_ids)
+    background: str | None = scene.background
+    box = (0, 0, IMAGE_SIZE, IMAGE_SIZE)
     if crop and len(scene.masks):
-        left, top, right, bottom = bounding_box(scene.masks[0])
-        side = float(np.clip(rng.uniform(0.7, 1.6) * max(right - left, bottom - top), 40, IMAGE_SIZE))
-        centre = np.array([left + right, top + bottom]) / 2 + rng.uniform(-0.15, 0.15, size=2) * side
-        x, y = np.clip(centre - side / 2, 0, IMAGE_SIZE - side)
+        rows, columns = np.nonzero(scene.masks[rng.integers(len(scene.masks))])
+        chosen = rng.integers(len(rows))
+        side = int(np.exp(rng.uniform(np.log(MIN_CROP), np.log(IMAGE_SIZE))))
+        centre = np.array([columns[chosen], rows[chosen]]) + rng.uniform(-0.3, 0.3, size=2) * side
+        x, y = np.clip(centre - side / 2, 0, IMAGE_SIZE - side).astype(int).tolist()
         box = (x, y, x + side, y + side)
-    return image.resize((64, 64), Image.Resampling.BICUBIC, box=box)
+        shares = scene.masks[:, y : y + side, x : x + side].mean(axis=(1, 2))
+        classes = frozenset(i for i, share in zip(scene.class_ids, shares, strict=True) if share >= 0.05)
+        background = scene.background if 1 - shares.sum() >= 0.05 else None
+    caption = describe(rng, classes, background)
+    if caption is None:
+        raise ValueError("A held-out pair is in the scene: nobody ever describes those.")
+    image = Image.fromarray(scene.image).resize((64, 64), Image.Resampling.BICUBIC, box=box)
+    return CaptionedView(image, classes, background, caption)
 
 
 def contrastive_loss(logits: Tensor, positives: Tensor) -> Tensor:
@@ -458,19 +483,17 @@ def contrastive_loss(logits: Tensor, positives: Tensor) -> Tensor:
     return -(logits[used].log_softmax(dim=1) * target).sum(dim=1).div(target.sum(dim=1)).mean()
 
 
-def clip_step(model: CLIPModel, processor: CLIPProcessor, scenes: list[Scene], views: list, rng) -> dict[str, Tensor]:
+def clip_step(model: CLIPModel, processor: CLIPProcessor, views: list[CaptionedView], rng) -> dict[str, Tensor]:
     """Multi-positive contrastive loss of one batch: every text that is true of an image is a positive.
 
     Beside the batch's captions, two kinds of hard texts take part: every captioned class in a random template (the
     same colour with every other pattern among them), and each colour and each pattern alone ("a red shape", "a dotted
     shape"), which teaches the text tower to compose and is what held-out pairs live on.
     """
-    images = processor.image_processor(images=views, return_tensors="pt")["pixel_values"]
-    contents = [(frozenset(scene.class_ids), scene.background) for scene in scenes]
-    texts: dict[str, tuple[frozenset[int], str | None]] = {}
-    for scene, (classes, background) in zip(scenes, contents, strict=True):
-        assert scene.caption is not None, "a held-out pair among the captioned scenes"
-        texts[scene.caption] = (classes, background if "background" in scene.caption else None)
+    images = processor.image_processor(images=[view.image for view in views], return_tensors="pt")["pixel_values"]
+    texts: dict[str, tuple[frozenset[int], str | None]] = {}  # what is said, and where
+    for view in views:
+        texts[view.caption] = (view.classes, view.background if "background" in view.caption else None)
     for class_id in SEEN:
         number = int(rng.integers(len(TEMPLATES)))
         texts[TEMPLATES[number].format(CLASS_NAMES[class_id])] = (frozenset([class_id]), (None, *BACKGROUNDS)[number])
@@ -485,15 +508,15 @@ def clip_step(model: CLIPModel, processor: CLIPProcessor, scenes: list[Scene], v
 
     positives = torch.tensor(
         [
-            [classes == said and place in (None, background) for said, place in texts.values()]
-            for classes, background in contents
+            [view.classes == said and place in (None, view.background) for said, place in texts.values()]
+            for view in views
         ]
     )
     colours = torch.tensor(
-        [[any(i % len(COLOURS) == c for i in ids) for c in range(len(COLOURS))] for ids, _ in contents]
+        [[any(i % len(COLOURS) == c for i in view.classes) for c in range(len(COLOURS))] for view in views]
     )
     patterns = torch.tensor(
-        [[any(i // len(COLOURS) == p for i in ids) for p in range(len(PATTERNS))] for ids, _ in contents]
+        [[any(i // len(COLOURS) == p for i in view.classes) for p in range(len(PATTERNS))] for view in views]
     )
     whole, colour_logits, pattern_logits = logits.split([len(texts), len(COLOURS), len(PATTERNS)], dim=1)
     return {
@@ -521,17 +544,14 @@ def train_clip(
     start, figures, running = time.perf_counter(), {}, None
     for step in range(1, steps + 1):
         progress = step / steps
-        scenes: list[Scene] = []
         views = []
         for number in range(batch_size):
             single = number < batch_size * (0.8 - 0.3 * progress)
             index = step * batch_size + number
             num_objects = 1 if single else None
-            scenes.append(
-                render(TRAINING_SEED + seed, index, num_objects, held_out=False, visible_share=VISIBLE_SHARE)
-            )
-            views.append(clip_view(scenes[-1], rng, crop=single and rng.random() < 0.6 - 0.4 * progress))
-        losses = clip_step(model, processor, scenes, views, rng)
+            scene = render(TRAINING_SEED + seed, index, num_objects, held_out=False, visible_share=VISIBLE_SHARE)
+            views.append(captioned_view(scene, rng, crop=rng.random() < 0.6))
+        losses = clip_step(model, processor, views, rng)
         loss = losses["image_to_text"] + losses["text_to_image"] + losses["colour"] + losses["pattern"]
         optimizer.zero_grad()
         loss.backward()
