@@ -15,7 +15,7 @@ from transformers import (
 from transformers.models.sam.configuration_sam import SamVisionConfig
 
 from samclip_hf import SamClipConfig, SamClipForImageSegmentation, SamClipModel
-from samclip_hf.modeling_samclip import SamClipVisionAttention, _distinct_masks, _segments, _spread_points
+from samclip_hf.modeling_samclip import SamClipVisionAttention, _distinct_masks, _segments, _spread_points, _stability
 
 from .conftest import randomise, tiny_clip, tiny_sam
 
@@ -439,13 +439,13 @@ class TestImageSegmentation:
 
     @pytest.fixture
     def compose(self, segmenter, monkeypatch):
-        """Composition of given patch tokens and masks `(num_masks, 32, 32)`, on an 8 x 8 grid that holds something
-        everywhere."""
+        """Composition of given patch tokens and points' masks `(num_points, 32, 32)` or `(num_points, 3, 32, 32)`, on
+        an 8 x 8 grid that holds something everywhere."""
 
         def compose(patch_tokens, masks, content_mask=None):
-            scores = torch.linspace(0.9, 0.8, len(masks))
-            answer = (masks[None, :, None], scores[None, :, None])
-            monkeypatch.setattr(segmenter, "predict_masks", lambda *_, **__: answer)
+            masks = masks[:, None] if masks.ndim == 3 else masks
+            scores = torch.linspace(0.9, 0.8, masks[..., 0, 0].numel()).view(masks.shape[:2])
+            monkeypatch.setattr(segmenter, "predict_masks", lambda *_, **__: (masks[None], scores[None]))
             segmenter.config.composition_points = len(masks)
             logits = torch.zeros(1, 4, 8, 8)
             with torch.no_grad():
@@ -502,6 +502,20 @@ class TestImageSegmentation:
         for label, image in enumerate(tokens):
             assert (compose(image[None], everything).argmax(dim=0) == label).all()  # as pictures, those patches matter
             torch.testing.assert_close(compose(image[None], everything, content_mask), first)
+
+    def test_the_steadier_of_a_points_masks_is_kept(self, segmenter, compose):
+        left = torch.full((32, 32), -20.0)
+        left[:, :16] = 20.0
+        unsure = torch.full((32, 32), 0.5)  # of the highest score, but nothing of it is left above 1
+        tokens = torch.randn(4, 8, 8, 32)
+        self.name_by_example(segmenter, tokens, F.pad(torch.ones(1, 8, 4), (0, 4)) > 0)
+        probabilities = compose(tokens[2:3], torch.stack([unsure, left, -left])[None])
+        assert (probabilities[:, :, :16].argmax(dim=0) == 2).all()
+        assert (probabilities[:, :, 16:].argmax(dim=0) == segmenter.config.background_label_id).all()
+
+    def test_stability_is_the_iou_of_two_thresholds(self):
+        masks = torch.tensor([[[5.0, 0.5], [-0.5, -5.0]], [[5.0, 5.0], [-5.0, -5.0]], [[-5.0] * 2] * 2])
+        assert _stability(masks).tolist() == pytest.approx([1 / 3, 1, 0])
 
     def test_patches_belong_to_the_best_mask_that_claims_them(self):
         masks = torch.full((4, 8, 8), -1.0)

@@ -804,7 +804,7 @@ class SamClipForImageSegmentation(SamClipModel):
             image_embeddings,
             input_points=((points + 0.5) * self.config.vision_config.patch_size - 0.5)[:, :, None],
         )
-        iou_scores, best = iou_scores.max(dim=-1)  # of the three masks of a point
+        quality, best = (iou_scores.clamp_min(0) * _stability(masks)).max(dim=-1)  # of the three masks of a point
         masks = masks.gather(2, best[:, :, None, None, None].expand(-1, -1, 1, *masks.shape[-2:])).squeeze(2)
 
         probabilities = F.interpolate(probabilities, size=masks.shape[-2:], mode="bilinear", align_corners=False)
@@ -816,7 +816,7 @@ class SamClipForImageSegmentation(SamClipModel):
             batch_size, height, width, points.shape[1], device=patch_tokens.device, dtype=torch.bool
         )
         for i in something.gt(0.5).flatten(1).any(dim=1).nonzero().flatten().tolist():
-            kept = _distinct_masks(masks[i], iou_scores[i], max_overlap=0.6)
+            kept = _distinct_masks(masks[i], quality[i], max_overlap=0.5)
             segments[i, :, :, kept] = _segments(masks[i, kept], (height, width)).permute(1, 2, 0)
         if content_mask is not None:
             segments &= content_mask[..., None]
@@ -825,25 +825,31 @@ class SamClipForImageSegmentation(SamClipModel):
             kept = own.flatten(1).any(dim=1)
             if kept.any():
                 probabilities[i] = self._paint(
-                    masks[i, kept], iou_scores[i, kept], head_tokens[i], own[kept], probabilities[i]
+                    masks[i, kept], quality[i, kept], head_tokens[i], own[kept], probabilities[i]
                 )
         return probabilities.clamp_min(1e-6).log()
 
-    def _paint(self, masks, iou_scores, head_tokens, segments, rest) -> torch.Tensor:
+    def _paint(self, masks, quality, head_tokens, segments, rest) -> torch.Tensor:
         """One image's probabilities `(num_labels, height, width)`: its masks `(num_masks, height, width)`, each named
-        by the CLIP head pooled over its patches `(num_masks, grid_height, grid_width)`, and `rest` where there is no
-        mask."""
+        by the CLIP head pooled over its patches `(num_masks, grid_height, grid_width)`, those of better `quality`
+        `(num_masks,)` above the others, and `rest` where there is no mask."""
         pooled = self.clip_head.pool(head_tokens.expand(len(segments), -1, -1, -1), segments)
-        named = self.classify_patches(F.normalize(pooled, dim=-1)[:, :, None, None]).flatten(1).softmax(dim=-1)
-        confidence, label = named.max(dim=-1)
+        label = self.classify_patches(F.normalize(pooled, dim=-1)[:, :, None, None]).flatten(1).argmax(dim=-1)
 
         masks = masks.sigmoid()
         covered = masks.amax(dim=0)
-        votes = masks * (confidence * iou_scores.clamp_min(0))[:, None, None]
+        votes = masks * quality[:, None, None]
         index = label[:, None, None].expand_as(votes)
         by_label = torch.zeros_like(rest).scatter_reduce(0, index, votes, "amax")
         by_label = by_label / by_label.sum(dim=0, keepdim=True).clamp_min(1e-6)
         return covered * by_label + (1 - covered) * rest
+
+
+def _stability(masks: torch.Tensor) -> torch.Tensor:
+    """How little mask logits `(..., height, width)` change with their threshold, `(...)` from 0 to 1: IoU of the masks
+    cut at 1 and at -1 (Kirillov et al. 2023, appendix B, "stability score")."""
+    around = (masks > -1).sum(dim=(-2, -1))
+    return (masks > 1).sum(dim=(-2, -1)) / around.clamp_min(1)
 
 
 def _segments(masks: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
