@@ -5,7 +5,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, SamImageProcessor
 
 from samclip_hf import SamClipImageProcessor, SamClipImageProcessorPil
-from samclip_hf.image_processing_samclip import LABELS_PER_CHUNK, resize_content
+from samclip_hf.image_processing_samclip import MAPS_PER_CHUNK, resize_content
 from samclip_hf.modeling_samclip import SamClipSegmentationOutput
 
 SIZES = {
@@ -71,7 +71,7 @@ class TestSemanticSegmentation:
         assert maps[0].equal(resized[0].argmax(dim=0))
 
     def test_many_labels_in_chunks_give_the_same(self):
-        logits = torch.randn(2, 3 * LABELS_PER_CHUNK + 1, 4, 4)
+        logits = torch.randn(2, 3 * MAPS_PER_CHUNK + 1, 4, 4)
         maps = SamClipImageProcessor(**SIZES).post_process_semantic_segmentation(
             self.outputs(logits, [[4.0, 4.0], [4.0, 4.0]])
         )
@@ -96,3 +96,101 @@ class TestSemanticSegmentation:
         resized = resize_content(ramp, (8, 5.5), (8, 11))[0, 0]
         expected = (torch.arange(11) + 0.5) * 0.5 - 0.5
         torch.testing.assert_close(resized, expected.clamp_min(0))
+
+
+class TestSegments:
+    """Segments on a grid of 4 x 4 patches, their masks on 16 x 16 cells."""
+
+    processor = SamClipImageProcessor(**SIZES)
+
+    def outputs(self, masks, probabilities, scores, background=None):
+        return SamClipSegmentationOutput(
+            logits=torch.randn(1, len(probabilities[0]), 4, 4),
+            segment_masks=torch.stack(list(masks))[None],
+            segment_logits=torch.tensor(probabilities).log()[None],
+            segment_scores=torch.tensor(scores)[None],
+            content_sizes=torch.tensor([[4.0, 4.0]]),
+            background_label_id=background,
+        )
+
+    def columns(self, start, stop):
+        mask = torch.full((16, 16), -4.0)
+        mask[:, start:stop] = 4.0
+        return mask
+
+    @pytest.mark.parametrize("background", [None, 2])
+    def test_semantic_labels_are_those_of_the_best_segment_of_a_pixel(self, background):
+        num_segments = 2 * MAPS_PER_CHUNK + 3
+        scores = torch.rand(num_segments)
+        scores[5] = 0  # no segment
+        masks = torch.randn(num_segments, 16, 16) - 2
+        outputs = self.outputs(masks, torch.rand(num_segments, 5).tolist(), scores.tolist(), background)
+        label_map = self.processor.post_process_semantic_segmentation(outputs)[0]
+        labels = outputs.segment_logits[0].argmax(dim=-1)
+        elsewhere = self.processor.post_process_semantic_segmentation(
+            SamClipSegmentationOutput(logits=outputs.logits, content_sizes=outputs.content_sizes), [(16, 16)]
+        )[0]
+        uncovered = 0
+        for y in range(16):
+            for x in range(16):
+                inside = [k for k in range(num_segments) if masks[k, y, x] > 0 and scores[k] > 0]
+                if inside:
+                    best = max(inside, key=lambda k: masks[k, y, x].sigmoid() * scores[k])
+                    assert label_map[y, x] == labels[best]
+                else:
+                    assert label_map[y, x] == (elsewhere[y, x] if background is None else background)
+                    uncovered += 1
+        assert 0 < uncovered < 256
+
+    def test_panoptic_segments_do_not_overlap_and_the_better_drawn_lies_above(self):
+        outputs = self.outputs(
+            [self.columns(0, 8), self.columns(6, 16)], [[0.1, 0.6, 0.3], [0.1, 0.1, 0.8]], [0.7, 0.9], background=0
+        )
+        result = self.processor.post_process_panoptic_segmentation(
+            outputs, overlap_mask_area_threshold=0.5, target_sizes=[(32, 32)]
+        )[0]
+        assert result["segmentation"].dtype == torch.int32
+        assert result["segmentation"].tolist() == [[1] * 12 + [2] * 20] * 32
+        labels, scores = zip(*((s["label_id"], s["score"]) for s in result["segments_info"]), strict=True)
+        assert labels == (1, 2) and scores == pytest.approx((0.6, 0.8))
+        # Six of the first one's eight columns are left.
+        result = self.processor.post_process_panoptic_segmentation(outputs, overlap_mask_area_threshold=0.8)[0]
+        assert result["segmentation"].tolist() == [[0] * 6 + [1] * 10] * 16
+
+    def test_unsure_names_and_background_are_no_segments(self):
+        outputs = self.outputs(
+            [self.columns(0, 8), self.columns(6, 10), self.columns(10, 16)],
+            [[0.1, 0.6, 0.3], [0.2, 0.4, 0.4], [0.8, 0.1, 0.1]],
+            [0.7, 0.9, 0.9],
+            background=0,
+        )
+        result = self.processor.post_process_panoptic_segmentation(outputs)[0]
+        assert result["segmentation"].tolist() == [[1] * 8 + [0] * 8] * 16
+        result = self.processor.post_process_panoptic_segmentation(outputs, threshold=0.7)[0]
+        assert not result["segmentation"].any() and result["segments_info"] == []
+
+    def test_a_pixel_belongs_to_a_mask_from_the_threshold_on(self):
+        outputs = self.outputs([torch.linspace(-1.5, 1.5, 16).expand(16, 16).logit(eps=1e-3)], [[0.1, 0.9]], [1.0])
+        probability = outputs.segment_masks[0, 0].sigmoid()
+        for threshold in (0.3, 0.5, 0.9):
+            result = self.processor.post_process_instance_segmentation(outputs, mask_threshold=threshold)[0]
+            assert torch.equal(result["segmentation"] == 1, probability > threshold)
+
+    def test_instances_stay_apart_and_fused_labels_do_not(self):
+        outputs = self.outputs(
+            [self.columns(0, 4), self.columns(6, 10), self.columns(12, 16)],
+            [[0.1, 0.9], [0.2, 0.8], [0.9, 0.1]],
+            [0.7] * 3,
+        )
+        instances = self.processor.post_process_instance_segmentation(outputs)[0]
+        assert [s["label_id"] for s in instances["segments_info"]] == [1, 1, 0]
+        assert [s["id"] for s in instances["segments_info"]] == [1, 2, 3]
+        fused = self.processor.post_process_panoptic_segmentation(outputs, label_ids_to_fuse={1})[0]
+        assert fused["segmentation"][0].tolist() == [1] * 4 + [0] * 2 + [1] * 4 + [0] * 2 + [2] * 4
+        assert [(s["label_id"], s["was_fused"]) for s in fused["segments_info"]] == [(1, True), (0, False)]
+        assert fused["segments_info"][0]["score"] == pytest.approx(0.9)
+
+    def test_the_clip_head_alone_draws_no_segments(self):
+        outputs = SamClipSegmentationOutput(logits=torch.zeros(1, 2, 4, 4), content_sizes=torch.tensor([[4.0, 4.0]]))
+        with pytest.raises(ValueError, match="both_heads=True"):
+            self.processor.post_process_panoptic_segmentation(outputs)

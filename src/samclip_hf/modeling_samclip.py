@@ -88,18 +88,33 @@ class SamClipOutput(SamImageSegmentationOutput):
 @dataclass
 class SamClipSegmentationOutput(ModelOutput):
     r"""
-    logits (`torch.Tensor` of shape `(batch_size, num_labels, height, width)`):
-        Per label and cell; the softmax over labels is the label's probability. The grid is the patch grid, four times
-        finer where both heads are composed.
+    For the image processor's `post_process_semantic_`, `_instance_` and `_panoptic_segmentation`. The fields of the
+    segments are there with both heads only; an image with fewer segments than another has some of score 0.
+
+    logits (`torch.Tensor` of shape `(batch_size, num_labels, grid_height, grid_width)`):
+        The CLIP head's, per label and patch: cosine similarity to the label's text, scaled; the softmax over labels is
+        the label's probability.
+    segment_masks (`torch.Tensor` of shape `(batch_size, num_segments, 4 * grid_height, 4 * grid_width)`):
+        Mask logits of the segments; above 0 is inside.
+    segment_logits (`torch.Tensor` of shape `(batch_size, num_segments, num_labels)`):
+        As `logits`, of the segment as a whole.
+    segment_scores (`torch.Tensor` of shape `(batch_size, num_segments)`):
+        How well drawn the masks are, from 0 to 1: where two overlap, the better one lies above.
     content_sizes (`torch.Tensor` of shape `(batch_size, 2)`):
-        Height and width, in cells of `logits`, of the part that shows the picture; the rest is padding.
+        Height and width, in patches, of the part that shows the picture; the rest is padding.
     dense_embeds (`torch.Tensor` of shape `(batch_size, projection_dim, grid_height, grid_width)`):
         Every patch in the text space, of length 1.
+    background_label_id (`int`):
+        The label that stands for "none of the classes", if there is one.
     """
 
     logits: torch.Tensor | None = None
+    segment_masks: torch.Tensor | None = None
+    segment_logits: torch.Tensor | None = None
+    segment_scores: torch.Tensor | None = None
     content_sizes: torch.Tensor | None = None
     dense_embeds: torch.Tensor | None = None
+    background_label_id: int | None = None
 
 
 class SamClipVisionAttention(SamVisionAttention):
@@ -754,9 +769,10 @@ class SamClipForImageSegmentation(SamClipModel):
         dense_embeds = self.clip_head.project_patches(self.clip_head(vision_outputs.patch_tokens))
         dense_embeds = F.normalize(dense_embeds, dim=1)
         logits = self.classify_patches(dense_embeds)
+        segments = {}
         if both_heads:
             content_mask = self._content_mask(vision_outputs.patch_tokens, reshaped_input_sizes)
-            logits = self.compose_heads(
+            segments = self.compose_heads(
                 vision_outputs.last_hidden_state, vision_outputs.patch_tokens, logits, content_mask
             )
 
@@ -765,7 +781,13 @@ class SamClipForImageSegmentation(SamClipModel):
         if reshaped_input_sizes is None:
             reshaped_input_sizes = input_size.expand(len(pixel_values), 2)
         content_sizes = torch.as_tensor(reshaped_input_sizes, device=pixel_values.device) * grid_size / input_size
-        return SamClipSegmentationOutput(logits=logits, content_sizes=content_sizes, dense_embeds=dense_embeds)
+        return SamClipSegmentationOutput(
+            logits=logits,
+            **segments,
+            content_sizes=content_sizes,
+            dense_embeds=dense_embeds,
+            background_label_id=self.config.background_label_id,
+        )
 
     def compose_heads(
         self,
@@ -773,11 +795,11 @@ class SamClipForImageSegmentation(SamClipModel):
         patch_tokens: torch.Tensor,
         logits: torch.Tensor,
         content_mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    ) -> dict[str, torch.Tensor]:
         r"""
         Both heads together: the CLIP head says where something of the vocabulary is, the SAM head draws what is there
-        from points, and the CLIP head looks once more, each patch at its own mask only, and names every mask as it
-        names a whole image.
+        from points, and the CLIP head looks once more, each patch at its own segment only, and names every segment as
+        it names a whole image.
 
         The paper prompts the SAM head per class with the class's points and logits, and takes the argmax over classes
         (section 5). What stands beside an object no longer mixes into its name here, for one more pass of the CLIP
@@ -792,57 +814,36 @@ class SamClipForImageSegmentation(SamClipModel):
         content_mask (`torch.Tensor` of shape `(batch_size, grid_height, grid_width)`, *optional*):
             `False` on padding.
 
-        Returns log-probabilities `(batch_size, num_labels, 4 * grid_height, 4 * grid_width)`.
+        Returns `segment_masks`, `segment_logits` and `segment_scores` as in [`SamClipSegmentationOutput`].
         """
-        probabilities = logits.softmax(dim=1)
         background = self.config.background_label_id
-        something = torch.ones_like(probabilities[:, 0]) if background is None else 1 - probabilities[:, background]
+        something = torch.ones_like(logits[:, 0]) if background is None else 1 - logits.softmax(dim=1)[:, background]
         if content_mask is not None:
             something = something * content_mask
-        points = _spread_points(something > 0.5, self.config.composition_points)
+        something = something > 0.5
+        points = _spread_points(something, self.config.composition_points)
         masks, iou_scores = self.predict_masks(
             image_embeddings,
             input_points=((points + 0.5) * self.config.vision_config.patch_size - 0.5)[:, :, None],
         )
-        quality, best = (iou_scores.clamp_min(0) * _stability(masks)).max(dim=-1)  # of the three masks of a point
+        scores, best = (iou_scores.clamp_min(0) * _stability(masks)).max(dim=-1)  # of the three masks of a point
         masks = masks.gather(2, best[:, :, None, None, None].expand(-1, -1, 1, *masks.shape[-2:])).squeeze(2)
 
-        probabilities = F.interpolate(probabilities, size=masks.shape[-2:], mode="bilinear", align_corners=False)
-        if background is not None:  # what no mask covers is background rather than what its patch looks like
-            probabilities = torch.zeros_like(probabilities)
-            probabilities[:, background] = 1
-        batch_size, height, width, _ = patch_tokens.shape
-        segments = torch.zeros(
-            batch_size, height, width, points.shape[1], device=patch_tokens.device, dtype=torch.bool
-        )
-        for i in something.gt(0.5).flatten(1).any(dim=1).nonzero().flatten().tolist():
-            kept = _distinct_masks(masks[i], quality[i], max_overlap=0.5)
-            segments[i, :, :, kept] = _segments(masks[i, kept], (height, width)).permute(1, 2, 0)
+        segments = torch.zeros(*masks.shape[:2], *logits.shape[-2:], device=masks.device, dtype=torch.bool)
+        for i in something.flatten(1).any(dim=1).nonzero().flatten().tolist():
+            kept = _distinct_masks(masks[i], scores[i], max_overlap=0.5)
+            segments[i, kept] = _segments(masks[i, kept], (segments.shape[-2], segments.shape[-1]))
         if content_mask is not None:
-            segments &= content_mask[..., None]
-        head_tokens = self.clip_head(patch_tokens, segments)
-        for i, own in enumerate(segments.permute(0, 3, 1, 2)):
-            kept = own.flatten(1).any(dim=1)
-            if kept.any():
-                probabilities[i] = self._paint(
-                    masks[i, kept], quality[i, kept], head_tokens[i], own[kept], probabilities[i]
-                )
-        return probabilities.clamp_min(1e-6).log()
+            segments &= content_mask[:, None]
+        is_segment = segments.flatten(2).any(dim=-1)
 
-    def _paint(self, masks, quality, head_tokens, segments, rest) -> torch.Tensor:
-        """One image's probabilities `(num_labels, height, width)`: its masks `(num_masks, height, width)`, each named
-        by the CLIP head pooled over its patches `(num_masks, grid_height, grid_width)`, those of better `quality`
-        `(num_masks,)` above the others, and `rest` where there is no mask."""
-        pooled = self.clip_head.pool(head_tokens.expand(len(segments), -1, -1, -1), segments)
-        label = self.classify_patches(F.normalize(pooled, dim=-1)[:, :, None, None]).flatten(1).argmax(dim=-1)
-
-        masks = masks.sigmoid()
-        covered = masks.amax(dim=0)
-        votes = masks * quality[:, None, None]
-        index = label[:, None, None].expand_as(votes)
-        by_label = torch.zeros_like(rest).scatter_reduce(0, index, votes, "amax")
-        by_label = by_label / by_label.sum(dim=0, keepdim=True).clamp_min(1e-6)
-        return covered * by_label + (1 - covered) * rest
+        head_tokens = self.clip_head(patch_tokens, segments.permute(0, 2, 3, 1))
+        segment_logits = logits.new_zeros(*masks.shape[:2], logits.shape[1])
+        for i, own in enumerate(is_segment):
+            pooled = self.clip_head.pool(head_tokens[i].expand(int(own.sum()), -1, -1, -1), segments[i, own])
+            pooled = F.normalize(pooled, dim=-1)[:, :, None, None]
+            segment_logits[i, own] = self.classify_patches(pooled).flatten(1)
+        return {"segment_masks": masks, "segment_logits": segment_logits, "segment_scores": scores * is_segment}
 
 
 def _stability(masks: torch.Tensor) -> torch.Tensor:

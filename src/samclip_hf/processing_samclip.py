@@ -132,6 +132,14 @@ class SamClipProcessor(ProcessorMixin):
         """See [`SamClipImageProcessor.post_process_semantic_segmentation`]."""
         return self.image_processor.post_process_semantic_segmentation(outputs, target_sizes)
 
+    def post_process_instance_segmentation(self, outputs, **kwargs):
+        """See [`SamClipImageProcessor.post_process_instance_segmentation`]."""
+        return self.image_processor.post_process_instance_segmentation(outputs, **kwargs)
+
+    def post_process_panoptic_segmentation(self, outputs, **kwargs):
+        """See [`SamClipImageProcessor.post_process_panoptic_segmentation`]."""
+        return self.image_processor.post_process_panoptic_segmentation(outputs, **kwargs)
+
     @property
     def model_input_names(self) -> list[str]:
         prompt_names = ["input_points", "input_labels", "input_boxes"]

@@ -46,14 +46,20 @@ def test_auto_classes_load_it():
     ].shape == (1, 3, 128, 128)
 
 
-def test_stock_pipeline_labels_masks_without_a_complaint(caplog):
+def test_stock_pipeline_labels_masks_without_a_complaint(student, caplog):
+    image = Image.fromarray(evaluation_scene(seed=5, index=13).image).resize((200, 150))
     with caplog.at_level(logging.WARNING):
         segmenter = pipeline("image-segmentation", model=miniature.checkpoint())
-        segments = segmenter(Image.fromarray(evaluation_scene(seed=5, index=13).image).resize((200, 150)))
-    assert not [record for record in caplog.records if "not supported" in record.getMessage()]
-    assert {segment["label"] for segment in segments} <= {"background", *CLASS_NAMES}
-    assert all(segment["mask"].size == (200, 150) for segment in segments)
-    assert np.sum([np.asarray(segment["mask"]) > 0 for segment in segments]) == 200 * 150
+        by_subtask = {task: segmenter(image, subtask=task) for task in ("semantic", "instance", "panoptic")}
+        by_subtask[None] = segmenter(image)
+    assert not caplog.records
+    for segments in by_subtask.values():
+        assert {segment["label"] for segment in segments} <= {"background", *CLASS_NAMES}
+        assert all(segment["mask"].size == (200, 150) for segment in segments)
+        assert np.sum([np.asarray(segment["mask"]) > 0 for segment in segments], axis=0).max() == 1  # no overlap
+    assert np.sum([np.asarray(segment["mask"]) > 0 for segment in by_subtask["semantic"]]) == 200 * 150
+    # The object itself, whose name is sure enough for the pipeline's threshold of 0.9.
+    assert [segment["label"] for segment in by_subtask[None]] == [CLASS_NAMES[13]]
 
 
 def test_stock_zero_shot_classification_agrees_with_the_direct_call(student):
