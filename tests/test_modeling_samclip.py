@@ -14,7 +14,7 @@ from transformers import (
 )
 from transformers.models.sam.configuration_sam import SamVisionConfig
 
-from samclip_hf import SamClipConfig, SamClipForImageSegmentation, SamClipModel
+from samclip_hf import SamClipConfig, SamClipForImageSegmentation, SamClipModel, modeling_samclip
 from samclip_hf.modeling_samclip import SamClipVisionAttention, _distinct_masks, _segments, _spread_points, _stability
 
 from .conftest import randomise, tiny_clip, tiny_sam
@@ -504,6 +504,42 @@ class TestImageSegmentation:
         left[:, :16] = 20.0
         segments = compose(torch.randn(1, 8, 8, 32), torch.stack([left, left, -left]))
         assert [score > 0 for score in segments["segment_scores"].tolist()] == [True, False, True]
+
+    def test_composed_by_class_each_class_is_prompted_by_its_own_patches(self, segmenter, monkeypatch):
+        logits = torch.zeros(3, 4, 8, 8)
+        logits[0, 0], logits[2, 0] = 9.0, 9.0  # background, in the first and the last image with two classes each
+        for image, label, row in ((0, 1, 2), (0, 3, 6), (2, 2, 0), (2, 3, 3)):
+            logits[image, label, row] = 20.0
+        embeddings = torch.randn(3, 16, 8, 8)
+        monkeypatch.setattr(modeling_samclip, "CLASSES_PER_CHUNK", 3)  # several chunks, one across images
+        asked, predict_masks = [], segmenter.predict_masks
+        monkeypatch.setattr(segmenter, "predict_masks", lambda e, **kw: asked.append(kw) or predict_masks(e, **kw))
+        with torch.no_grad():
+            segments = segmenter.compose_heads_by_class(embeddings, logits)
+            assert segments["segment_logits"].argmax(dim=-1)[[0, 2]].tolist() == [[1, 3], [2, 3]]
+            assert segments["segment_scores"].tolist() == [[1, 1], [0, 0], [1, 1]]
+            points = torch.cat([kw["input_points"] for kw in asked])
+            masks = torch.cat([kw["input_masks"] for kw in asked])
+            assert points.shape == (4, 1, 3, 2)
+            for pair, (image, row) in enumerate(((0, 2), (0, 6), (2, 0), (2, 3))):
+                assert (points[pair, ..., 1] == row * 8 + 3.5).all()
+                assert (masks[pair, 0, 4 * row + 1 : 4 * row + 3] > 0).all() and masks[pair].mean() < 0
+                expected, _ = predict_masks(
+                    embeddings[image : image + 1],
+                    input_points=points[pair : pair + 1],
+                    input_masks=masks[pair : pair + 1],
+                    multimask_output=False,
+                )
+                assert_same(segments["segment_masks"][image, pair % 2], expected[0, 0, 0])
+            assert not segmenter.compose_heads_by_class(embeddings[1:2], logits[1:2])["segment_scores"].any()
+
+    def test_composed_by_class_the_whole_model_runs(self, segmenter):
+        segmenter.config.composition = "classes"
+        segmenter.logit_scale.data.fill_(5.0)  # sure enough to find classes
+        with torch.no_grad():
+            outputs = segmenter(random_images(2, 48, 64), reshaped_input_sizes=[[48, 32], [20, 64]])
+        assert outputs.segment_scores.any()
+        assert outputs.segment_masks.shape[2:] == (24, 32)
 
     def test_stability_is_the_iou_of_two_thresholds(self):
         masks = torch.tensor([[[5.0, 0.5], [-0.5, -5.0]], [[5.0, 5.0], [-5.0, -5.0]], [[-5.0] * 2] * 2])

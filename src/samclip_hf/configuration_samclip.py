@@ -53,8 +53,11 @@ class SamClipConfig(SamConfig):
         [`SamClipForImageSegmentation.set_vocabulary`].
     background_label_id (`int`, *optional*):
         The label that stands for "none of the classes", or `None` where every pixel belongs to a class.
+    composition (`"segments"` or `"classes"`, *optional*, defaults to `"segments"`):
+        How both heads are composed: [`SamClipForImageSegmentation.compose_heads`], or the paper's way,
+        [`SamClipForImageSegmentation.compose_heads_by_class`].
     composition_points (`int`, *optional*, defaults to 32):
-        Where both heads are composed: points at which the SAM head is asked what is there.
+        With `"segments"`: points at which the SAM head is asked what is there.
 
     Example:
 
@@ -79,6 +82,7 @@ class SamClipConfig(SamConfig):
         vocabulary_label_ids: list[int] | None = None
     logit_scale_init_value: float = 2.6592
     background_label_id: int | None = None
+    composition: Literal["segments", "classes"] = "segments"
     composition_points: int = 32
 
     def __post_init__(self, **kwargs):

@@ -35,6 +35,8 @@ from .configuration_samclip import SamClipConfig, SamClipHeadConfig
 
 logger = logging.get_logger(__name__)
 
+POINTS_PER_CLASS = 3  # paper, section 5: one to three
+CLASSES_PER_CHUNK = 32  # pass through the mask decoder together
 OUTSIDE = 1e4  # so far below the rest are the scores of what may not be attended to; float16 holds it
 
 
@@ -772,9 +774,12 @@ class SamClipForImageSegmentation(SamClipModel):
         segments = {}
         if both_heads:
             content_mask = self._content_mask(vision_outputs.patch_tokens, reshaped_input_sizes)
-            segments = self.compose_heads(
-                vision_outputs.last_hidden_state, vision_outputs.patch_tokens, logits, content_mask
-            )
+            if self.config.composition == "classes":
+                segments = self.compose_heads_by_class(vision_outputs.last_hidden_state, logits, content_mask)
+            else:
+                segments = self.compose_heads(
+                    vision_outputs.last_hidden_state, vision_outputs.patch_tokens, logits, content_mask
+                )
 
         input_size = torch.tensor(pixel_values.shape[-2:], device=pixel_values.device)
         grid_size = torch.tensor(logits.shape[-2:], device=pixel_values.device)
@@ -801,9 +806,8 @@ class SamClipForImageSegmentation(SamClipModel):
         from points, and the CLIP head looks once more, each patch at its own segment only, and names every segment as
         it names a whole image.
 
-        The paper prompts the SAM head per class with the class's points and logits, and takes the argmax over classes
-        (section 5). What stands beside an object no longer mixes into its name here, for one more pass of the CLIP
-        head; see the README for figures.
+        Not the paper's composition, which is [`compose_heads_by_class`]: what stands beside an object no longer mixes
+        into its name, for one more pass of the CLIP head. The README compares the two.
 
         image_embeddings (`torch.Tensor` of shape `(batch_size, output_channels, grid_height, grid_width)`):
             What the mask decoder reads.
@@ -844,6 +848,61 @@ class SamClipForImageSegmentation(SamClipModel):
             pooled = F.normalize(pooled, dim=-1)[:, :, None, None]
             segment_logits[i, own] = self.classify_patches(pooled).flatten(1)
         return {"segment_masks": masks, "segment_logits": segment_logits, "segment_scores": scores * is_segment}
+
+    def compose_heads_by_class(
+        self, image_embeddings: torch.Tensor, logits: torch.Tensor, content_mask: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        r"""
+        Both heads together as in the paper (section 5): for every class that the CLIP head finds, its logits are the
+        mask prompt and three of its patches, drawn by probability, the points; the best class of every pixel counts.
+
+        Arguments and what is returned as in [`compose_heads`], but that a segment is all of a class.
+        """
+        probabilities = logits.softmax(dim=1)
+        found = probabilities > 0.5
+        if self.config.background_label_id is not None:
+            found[:, self.config.background_label_id] = False
+        if content_mask is not None:
+            found &= content_mask[:, None]
+        image, label = found.flatten(2).any(dim=-1).nonzero(as_tuple=True)
+        num_labels, grid_height, grid_width = logits.shape[1:]
+
+        weights = (probabilities * found)[image, label].flatten(1)
+        generator = torch.Generator(weights.device).manual_seed(0)  # the same image gives the same segments
+        cells = (
+            torch.multinomial(weights.float(), POINTS_PER_CLASS, replacement=True, generator=generator)
+            if len(image)
+            else image.new_zeros(0, POINTS_PER_CLASS)
+        )
+        points = torch.stack([cells % grid_width, cells // grid_width], dim=-1)[:, None]
+        points = (points + 0.5) * self.config.vision_config.patch_size - 0.5
+        prompts = F.interpolate(
+            probabilities[image, label][:, None].logit(eps=1e-4),  # SAM's mask prompts are logits
+            size=(4 * grid_height, 4 * grid_width),
+            mode="bilinear",
+            align_corners=False,
+        )
+
+        counts = torch.bincount(image, minlength=len(logits))
+        number = torch.arange(len(image), device=image.device) - (counts.cumsum(0) - counts)[image]
+        size = (len(logits), max(1, int(counts.max())))
+        segment_masks = logits.new_zeros(*size, *prompts.shape[-2:])
+        segment_logits = logits.new_zeros(*size, num_labels)
+        segment_scores = logits.new_zeros(*size)
+        for start in range(0, len(image), CLASSES_PER_CHUNK):
+            chunk = slice(start, start + CLASSES_PER_CHUNK)
+            masks, _ = self.predict_masks(
+                image_embeddings[image[chunk]],
+                input_points=points[chunk],
+                input_masks=prompts[chunk],
+                multimask_output=False,
+            )
+            segment_masks[image[chunk], number[chunk]] = masks[:, 0, 0]
+        for pair in range(len(image)):  # each class has the most probable name wherever it was found
+            inside = found[image[pair], label[pair]]
+            segment_logits[image[pair], number[pair]] = probabilities[image[pair], :, inside].mean(dim=1).log()
+        segment_scores[image, number] = 1
+        return {"segment_masks": segment_masks, "segment_logits": segment_logits, "segment_scores": segment_scores}
 
 
 def _stability(masks: torch.Tensor) -> torch.Tensor:
