@@ -60,7 +60,10 @@ def test_saves_and_loads(processor_class, tmp_path):
 
 class TestSemanticSegmentation:
     def outputs(self, logits, content_sizes):
-        return SamClipSegmentationOutput(logits=logits, content_sizes=torch.tensor(content_sizes))
+        none = torch.full((len(logits),), -1)
+        return SamClipSegmentationOutput(
+            logits=logits, content_sizes=torch.tensor(content_sizes), background_label_ids=none
+        )
 
     def test_equals_resize_crop_resize_argmax_without_padding(self):
         logits = torch.randn(1, 5, 8, 8)
@@ -110,7 +113,7 @@ class TestSegments:
             segment_logits=torch.tensor(probabilities).log()[None],
             segment_scores=torch.tensor(scores)[None],
             content_sizes=torch.tensor([[4.0, 4.0]]),
-            background_label_id=background,
+            background_label_ids=torch.tensor([-1 if background is None else background]),
         )
 
     def columns(self, start, stop):
@@ -128,7 +131,10 @@ class TestSegments:
         label_map = self.processor.post_process_semantic_segmentation(outputs)[0]
         labels = outputs.segment_logits[0].argmax(dim=-1)
         elsewhere = self.processor.post_process_semantic_segmentation(
-            SamClipSegmentationOutput(logits=outputs.logits, content_sizes=outputs.content_sizes), [(16, 16)]
+            SamClipSegmentationOutput(
+                logits=outputs.logits, content_sizes=outputs.content_sizes, background_label_ids=torch.tensor([-1])
+            ),
+            [(16, 16)],
         )[0]
         uncovered = 0
         for y in range(16):

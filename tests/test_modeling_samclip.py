@@ -402,6 +402,63 @@ class TestImageSegmentation:
             logits = segmenter(random_images(), both_heads=False).logits
         assert_same(logits, torch.stack(best, dim=1))
 
+    def test_synonyms_can_be_averaged(self, segmenter, model):
+        tokenizer = WordTokenizer()
+        vocabulary = segmenter.embed_vocabulary([["sofa", "couch"], "tree"], (), ["a {}", "{}"], tokenizer, "mean")
+        texts = ["a sofa", "sofa", "a couch", "couch"]
+        with torch.no_grad():
+            features = [model.get_text_features(tokenizer([text]).input_ids).pooler_output[0] for text in texts]
+        mean = torch.stack([F.normalize(feature, dim=0) for feature in features]).mean(dim=0)
+        assert vocabulary.label_ids == [0, 1] and vocabulary.id2label == {0: "sofa", 1: "tree"}
+        assert_same(vocabulary.class_embeds[0], F.normalize(mean, dim=0))
+
+    def test_a_threshold_makes_background_of_what_no_class_is_as_probable_for(self, segmenter):
+        tokenizer = WordTokenizer()
+        segmenter.logit_scale.data.fill_(3.0)
+        plain = segmenter.embed_vocabulary(["cat", "sofa", "tree"], tokenizer=tokenizer)
+        thresholded = segmenter.embed_vocabulary(["cat", "sofa", "tree"], 0.5, tokenizer=tokenizer)
+        assert thresholded.id2label == {0: "background"} | {k + 1: v for k, v in plain.id2label.items()}
+        embeds = F.normalize(torch.randn(500, 20), dim=-1)
+        with torch.no_grad():
+            probability, label = segmenter.classify(embeds, plain).softmax(dim=-1).max(dim=-1)
+            expected = torch.where(probability > 0.5, label + 1, 0)
+            assert torch.equal(segmenter.classify(embeds, thresholded).argmax(dim=-1), expected)
+        assert 0 < expected.count_nonzero() < 500
+
+    def test_a_vocabulary_of_one_call_leaves_the_checkpoints_own(self, segmenter):
+        vocabulary = segmenter.embed_vocabulary(["dog", "bird"], tokenizer=WordTokenizer())
+        with torch.no_grad():
+            before = segmenter(random_images())
+            other = segmenter(random_images(), vocabulary=vocabulary)
+            after = segmenter(random_images())
+        assert other.logits.shape[1] == 2 and other.background_label_ids.tolist() == [-1, -1]
+        assert_same(after.logits, before.logits)
+        assert before.background_label_ids.tolist() == [0, 0]
+
+    def test_many_texts_are_embedded_in_batches(self, segmenter, monkeypatch):
+        expected = segmenter.embed_vocabulary(list("abcdefgh"), tokenizer=WordTokenizer()).class_embeds
+        sizes, features = [], segmenter.get_text_features
+        monkeypatch.setattr(modeling_samclip, "TEXTS_PER_BATCH", 3)
+        monkeypatch.setattr(
+            segmenter,
+            "get_text_features",
+            lambda input_ids, **kw: sizes.append(len(input_ids)) or embed(input_ids, **kw),
+        )
+        assert_same(segmenter.embed_vocabulary(list("abcdefgh"), tokenizer=WordTokenizer()).class_embeds, expected)
+        assert sizes == [3, 3, 2]
+
+    def test_without_its_text_tower_it_segments_as_before(self, segmenter, model, tmp_path):
+        with torch.no_grad():
+            expected = segmenter(random_images()).segment_logits
+            segmenter.drop_text_tower().save_pretrained(tmp_path)
+            loaded = SamClipForImageSegmentation.from_pretrained(tmp_path).eval()
+            assert_same(loaded(random_images()).segment_logits, expected)
+        assert not any(name.startswith("text_") for name in loaded.state_dict())
+        with pytest.raises(ValueError, match="no text tower"):
+            loaded.set_vocabulary(["dog"], tokenizer=WordTokenizer())
+        with pytest.raises(ValueError, match="No vocabulary"):  # nothing would be left to segment by
+            SamClipForImageSegmentation(model.config).drop_text_tower()
+
     def test_vocabulary_survives_saving(self, segmenter, tmp_path):
         segmenter.save_pretrained(tmp_path / "saved")
         loaded = AutoModelForImageSegmentation.from_pretrained(tmp_path / "saved").eval()
@@ -452,7 +509,9 @@ class TestImageSegmentation:
             segmenter.config.composition_points = len(masks)
             logits = torch.zeros(1, 4, 8, 8)
             with torch.no_grad():
-                segments = segmenter.compose_heads(torch.zeros(1, 16, 8, 8), patch_tokens, logits, content_mask)
+                segments = segmenter.compose_heads(
+                    torch.zeros(1, 16, 8, 8), patch_tokens, logits, segmenter.vocabulary, content_mask
+                )
             return {name: value[0] for name, value in segments.items()}
 
         return compose
@@ -461,7 +520,7 @@ class TestImageSegmentation:
         with torch.no_grad():
             patch_tokens = segmenter.vision_encoder(random_images(1)).patch_tokens
             image_embeds = segmenter.clip_head.pool(segmenter.clip_head(patch_tokens))
-            expected = segmenter.classify_patches(F.normalize(image_embeds, dim=-1)[..., None, None])[0, :, 0, 0]
+            expected = segmenter.classify(F.normalize(image_embeds, dim=-1), segmenter.vocabulary)[0]
         segments = compose(patch_tokens, torch.full((1, 32, 32), 20.0))
         assert_same(segments["segment_logits"][0], expected)
         assert segments["segment_scores"].tolist() == pytest.approx([0.9])
@@ -515,7 +574,7 @@ class TestImageSegmentation:
         asked, predict_masks = [], segmenter.predict_masks
         monkeypatch.setattr(segmenter, "predict_masks", lambda e, **kw: asked.append(kw) or predict_masks(e, **kw))
         with torch.no_grad():
-            segments = segmenter.compose_heads_by_class(embeddings, logits)
+            segments = segmenter.compose_heads_by_class(embeddings, logits, segmenter.vocabulary)
             assert segments["segment_logits"].argmax(dim=-1)[[0, 2]].tolist() == [[1, 3], [2, 3]]
             assert segments["segment_scores"].tolist() == [[1, 1], [0, 0], [1, 1]]
             points = torch.cat([kw["input_points"] for kw in asked])
@@ -531,7 +590,8 @@ class TestImageSegmentation:
                     multimask_output=False,
                 )
                 assert_same(segments["segment_masks"][image, pair % 2], expected[0, 0, 0])
-            assert not segmenter.compose_heads_by_class(embeddings[1:2], logits[1:2])["segment_scores"].any()
+            nothing = segmenter.compose_heads_by_class(embeddings[1:2], logits[1:2], segmenter.vocabulary)
+            assert not nothing["segment_scores"].any()
 
     def test_composed_by_class_the_whole_model_runs(self, segmenter):
         segmenter.config.composition = "classes"
@@ -586,6 +646,10 @@ class TestImageSegmentation:
                 segmenter.set_vocabulary(labels, tokenizer=tokenizer)
         with pytest.raises(ValueError, match="background must be a list"):
             segmenter.set_vocabulary(["cat"], background="a wall", tokenizer=tokenizer)
+        with pytest.raises(ValueError, match="a probability between 0 and 1, got"):
+            segmenter.set_vocabulary(["cat"], background=1.5, tokenizer=tokenizer)
+        with pytest.raises(ValueError, match="synonyms must be"):
+            segmenter.set_vocabulary(["cat"], synonyms="min", tokenizer=tokenizer)
         with pytest.raises(ValueError, match=r"more than once.*background"):
             segmenter.set_vocabulary(["cat", "background"], background=["a wall"], tokenizer=tokenizer)
         with pytest.raises(ValueError, match="takes no input_ids, input_points"):

@@ -15,7 +15,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATI
 from . import miniature
 from .configuration_samclip import SamClipConfig, SamClipHeadConfig
 from .image_processing_samclip import SamClipImageProcessor, SamClipImageProcessorPil
-from .modeling_samclip import SamClipForImageSegmentation, SamClipModel, SamClipPreTrainedModel
+from .modeling_samclip import (
+    SamClipForImageSegmentation,
+    SamClipModel,
+    SamClipPreTrainedModel,
+    SamClipVocabulary,
+)
 from .processing_samclip import SamClipProcessor
 
 AutoConfig.register("samclip", SamClipConfig, exist_ok=True)
@@ -44,5 +49,6 @@ __all__ = [
     "SamClipModel",
     "SamClipPreTrainedModel",
     "SamClipProcessor",
+    "SamClipVocabulary",
     "miniature",
 ]

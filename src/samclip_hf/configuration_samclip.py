@@ -53,6 +53,10 @@ class SamClipConfig(SamConfig):
         [`SamClipForImageSegmentation.set_vocabulary`].
     background_label_id (`int`, *optional*):
         The label that stands for "none of the classes", or `None` where every pixel belongs to a class.
+    background_threshold (`float`, *optional*):
+        Where that label has no texts: it wins where no class is as probable as this.
+    has_text_tower (`bool`, *optional*, defaults to `True`):
+        `False` where it was left out and only the checkpoint's own vocabulary is known.
     composition (`"segments"` or `"classes"`, *optional*, defaults to `"segments"`):
         How both heads are composed: [`SamClipForImageSegmentation.compose_heads`], or the paper's way,
         [`SamClipForImageSegmentation.compose_heads_by_class`].
@@ -82,6 +86,8 @@ class SamClipConfig(SamConfig):
         vocabulary_label_ids: list[int] | None = None
     logit_scale_init_value: float = 2.6592
     background_label_id: int | None = None
+    background_threshold: float | None = None
+    has_text_tower: bool = True
     composition: Literal["segments", "classes"] = "segments"
     composition_points: int = 32
 

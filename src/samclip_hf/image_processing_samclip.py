@@ -49,8 +49,8 @@ class SamClipPostProcessing:
         """
         label_maps = []
         for index, target_size in enumerate(_target_sizes(outputs, target_sizes)):
-            background = outputs.get("background_label_id")
-            if outputs.get("segment_masks") is None or background is None:
+            background = int(outputs.background_label_ids[index])
+            if outputs.get("segment_masks") is None or background < 0:
                 content_size = _content_sizes(outputs, outputs.logits)[index]
                 label_map, _ = _highest(outputs.logits[index], content_size, target_size)
             else:
@@ -112,7 +112,7 @@ class SamClipPostProcessing:
         results = []
         for index, target_size in enumerate(_target_sizes(outputs, target_sizes)):
             probability, label = outputs.segment_logits[index].softmax(dim=-1).max(dim=-1)
-            chosen = (probability >= threshold) & (label != outputs.get("background_label_id", -1))
+            chosen = (probability >= threshold) & (label != outputs.background_label_ids[index])
             segment, area = _segment_map(outputs, index, target_size, chosen, mask_threshold)
             segmentation = torch.zeros(target_size, dtype=torch.int32, device=segment.device)
             segments: list[dict] = []

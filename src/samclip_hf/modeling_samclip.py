@@ -5,9 +5,12 @@ The model is SAM plus three parts. The image encoder is SAM's, at any input size
 before SAM's neck; the text tower, its projection and the logit scale are CLIP's.
 """
 
+import math
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +39,7 @@ from .configuration_samclip import SamClipConfig, SamClipHeadConfig
 logger = logging.get_logger(__name__)
 
 POINTS_PER_CLASS = 3  # paper, section 5: one to three
+TEXTS_PER_BATCH = 256  # a thousand names in eighty templates do not fit at once
 CLASSES_PER_CHUNK = 32  # pass through the mask decoder together
 OUTSIDE = 1e4  # so far below the rest are the scores of what may not be attended to; float16 holds it
 
@@ -106,8 +110,8 @@ class SamClipSegmentationOutput(ModelOutput):
         Height and width, in patches, of the part that shows the picture; the rest is padding.
     dense_embeds (`torch.Tensor` of shape `(batch_size, projection_dim, grid_height, grid_width)`):
         Every patch in the text space, of length 1.
-    background_label_id (`int`):
-        The label that stands for "none of the classes", if there is one.
+    background_label_ids (`torch.Tensor` of shape `(batch_size,)`):
+        The label that stands for "none of the classes", -1 if there is none.
     """
 
     logits: torch.Tensor | None = None
@@ -116,7 +120,31 @@ class SamClipSegmentationOutput(ModelOutput):
     segment_scores: torch.Tensor | None = None
     content_sizes: torch.Tensor | None = None
     dense_embeds: torch.Tensor | None = None
+    background_label_ids: torch.Tensor | None = None
+
+
+@dataclass
+class SamClipVocabulary:
+    r"""
+    Labels and their texts, embedded: what [`SamClipForImageSegmentation`] looks for.
+
+    class_embeds (`torch.Tensor` of shape `(num_texts, projection_dim)`):
+        Of length 1.
+    label_ids (`list[int]`):
+        The label that each text stands for; the most similar text of a label counts.
+    id2label (`dict[int, str]`):
+        The labels' names.
+    background_label_id (`int`, *optional*):
+        The label that stands for "none of the classes".
+    background_threshold (`float`, *optional*):
+        Where background has no texts: it wins where no class is as probable as this.
+    """
+
+    class_embeds: torch.Tensor
+    label_ids: list[int]
+    id2label: dict[int, str]
     background_label_id: int | None = None
+    background_threshold: float | None = None
 
 
 class SamClipVisionAttention(SamVisionAttention):
@@ -224,7 +252,8 @@ class SamClipPreTrainedModel(SamPreTrainedModel):
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
         if isinstance(module, SamClipModel):
-            init.normal_(module.text_projection.weight, std=self.config.text_config.hidden_size**-0.5)
+            if module.text_projection is not None:
+                init.normal_(module.text_projection.weight, std=self.config.text_config.hidden_size**-0.5)
             init.constant_(module.logit_scale, self.config.logit_scale_init_value)
             if module.class_embeds is not None:
                 init.zeros_(module.class_embeds)
@@ -363,9 +392,12 @@ class SamClipModel(SamClipPreTrainedModel, SamModel):
         config.mask_decoder_config._attn_implementation = config._attn_implementation
         self.mask_decoder = SamMaskDecoder(config.mask_decoder_config)
         self.clip_head = SamClipHead(config)
-        self.text_model = CLIPTextModel._from_config(config.text_config)
         projection_dim = config.clip_head_config.projection_dim
-        self.text_projection = nn.Linear(config.text_config.hidden_size, projection_dim, bias=False)
+        self.text_model: Any = None
+        self.text_projection: Any = None
+        if config.has_text_tower:
+            self.text_model = CLIPTextModel._from_config(config.text_config)
+            self.text_projection = nn.Linear(config.text_config.hidden_size, projection_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
         # SamClipForImageSegmentation's vocabulary, if it was given one. Here, so that training goes on with it.
         num_embeds = len(config.vocabulary_label_ids)
@@ -549,6 +581,8 @@ class SamClipModel(SamClipPreTrainedModel, SamModel):
     ) -> BaseModelOutputWithPooling:
         """The texts in the text space, exactly as [`CLIPModel.get_text_features`]: `pooler_output`
         `(num_texts, projection_dim)`, not normalised."""
+        if self.text_model is None:
+            raise ValueError("This checkpoint has no text tower: it knows its own vocabulary and no other text.")
         outputs = self.text_model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs
         )
@@ -659,85 +693,145 @@ class SamClipForImageSegmentation(SamClipModel):
     vocabulary its own by `set_vocabulary`.
     """
 
+    @property
+    def vocabulary(self) -> SamClipVocabulary:
+        """The checkpoint's own. Raises `ValueError` if it has none."""
+        if self.class_embeds is None:
+            raise ValueError(
+                'No vocabulary in this checkpoint: call model.set_vocabulary(["cat", "sofa", ...]) first.'
+            )
+        config = self.config
+        return SamClipVocabulary(
+            self.class_embeds,
+            config.vocabulary_label_ids,
+            config.id2label,
+            config.background_label_id,
+            config.background_threshold,
+        )
+
+    def set_vocabulary(self, *args, **kwargs) -> "SamClipForImageSegmentation":
+        """Makes [`embed_vocabulary`]'s result this checkpoint's own, to be saved with it. Returns the model."""
+        vocabulary = self.embed_vocabulary(*args, **kwargs)
+        self.class_embeds = vocabulary.class_embeds
+        self.config.vocabulary_label_ids = vocabulary.label_ids
+        self.config.background_label_id = vocabulary.background_label_id
+        self.config.background_threshold = vocabulary.background_threshold
+        self.config.id2label = vocabulary.id2label
+        self.config.label2id = {name: label_id for label_id, name in vocabulary.id2label.items()}
+        return self
+
+    def drop_text_tower(self) -> "SamClipForImageSegmentation":
+        """Leaves out the text tower, larger than ViT-B's image encoder, and with it any vocabulary but this one, for
+        good once saved. Returns the model."""
+        self.vocabulary  # noqa: B018  # raises if there is none, and nothing would be left to segment by
+        self.text_model = self.text_projection = None
+        self.config.has_text_tower = False
+        return self
+
     @torch.no_grad()
-    def set_vocabulary(
+    def embed_vocabulary(
         self,
         labels: Sequence[str | Sequence[str]],
-        background: Sequence[str] = (),
+        background: Sequence[str] | float = (),
         templates: Sequence[str] = ("a photo of a {}",),
         tokenizer: PreTrainedTokenizerBase | None = None,
-    ) -> "SamClipForImageSegmentation":
+        synonyms: Literal["max", "mean"] = "max",
+    ) -> SamClipVocabulary:
         r"""
-        Replaces the vocabulary; texts are embedded once, here.
+        Embeds a vocabulary, once for any number of images: `model(pixel_values, vocabulary=vocabulary)`.
 
         labels (`Sequence`):
-            Names of the classes. A list in place of a name holds synonyms: the first names the label, the most similar
-            one counts.
-        background (`Sequence[str]`, *optional*):
-            Texts of what belongs to no class ("a wall", "an empty scene"), used as they are. If any, label 0 becomes
-            "background" and the classes follow.
+            Names of the classes. A list in place of a name holds synonyms: the first names the label.
+        background (`Sequence[str]` or `float`, *optional*):
+            Either texts of what belongs to no class ("a wall", "an empty scene"), used as they are, or a threshold:
+            what no class is as probable as that for, among the classes, is background. With either, label 0 becomes
+            "background" and the classes follow; without, something of the vocabulary is everywhere.
         templates (`Sequence[str]`, *optional*):
-            Sentences with a `{}` for the name; a name's embedding is the mean over them.
+            Sentences with a `{}` for the name, such as those in `samclip_hf.templates`; a name's embedding is the mean
+            over them.
         tokenizer ([`PreTrainedTokenizerBase`], *optional*):
             By default the one saved beside this model's checkpoint.
+        synonyms (`"max"` or `"mean"`, *optional*):
+            Whether the most similar of a label's synonyms counts, or the mean of their embeddings.
 
-        Returns the model. Raises `ValueError` for no labels, an empty or doubled name, a template without `{}`, a text
-        longer than the text tower reads.
+        Raises `ValueError` for no labels, an empty or doubled name, a template without `{}`, a text longer than the
+        text tower reads, a threshold that is no probability.
         """
         if isinstance(labels, str) or len(labels) == 0:
             raise ValueError(f'A vocabulary is a list of at least one name, such as ["cat", "sofa"]; got {labels!r}.')
-        if isinstance(background, str) or not all(isinstance(text, str) and text.strip() for text in background):
-            raise ValueError(f'background must be a list of texts, such as ["a wall", "sky"]; got {background!r}.')
+        threshold = background if isinstance(background, float) else None
+        if threshold is not None and not 0 < threshold < 1:
+            raise ValueError(f"As a threshold, background must be a probability between 0 and 1, got {threshold}.")
+        texts_of_background = () if isinstance(background, float) else background
+        if isinstance(texts_of_background, str | int) or not all(
+            isinstance(text, str) and text.strip() for text in texts_of_background
+        ):
+            raise ValueError(
+                f'background must be a list of texts, such as ["a wall", "sky"], or a threshold; got {background!r}.'
+            )
         if isinstance(templates, str) or not templates or not all("{}" in template for template in templates):
             raise ValueError(f"templates must be a list of sentences that contain {{}}, got {templates!r}.")
-        synonyms = [[label] if isinstance(label, str) else list(label) for label in labels]
-        names = [name for group in synonyms for name in group]
-        if not all(synonyms) or not all(isinstance(name, str) and name.strip() for name in names):
+        groups = [[label] if isinstance(label, str) else list(label) for label in labels]
+        names = [name for group in groups for name in group]
+        if not all(groups) or not all(isinstance(name, str) and name.strip() for name in names):
             raise ValueError(f"Every label must be a name or a list of names, and no name empty; got {labels!r}.")
-        if background:
-            names.append("background")  # the label of those texts
-        if doubled := sorted({name for name in names if names.count(name) > 1}):
+        if synonyms not in ("max", "mean"):
+            raise ValueError(f'synonyms must be "max" or "mean", got {synonyms!r}.')
+        has_background = threshold is not None or len(texts_of_background) > 0
+        counts = Counter([*names, "background"] if has_background else names)
+        if doubled := sorted(name for name, count in counts.items() if count > 1):
             raise ValueError(f"These names appear more than once in the vocabulary: {doubled}.")
 
-        first_class = 1 if background else 0
-        id2label = {label_id: group[0] for label_id, group in enumerate(synonyms, start=first_class)}
-        label_ids = [label_id for label_id, group in enumerate(synonyms, start=first_class) for _ in group]
-        texts = [[template.format(name) for template in templates] for group in synonyms for name in group]
-        if background:
-            id2label = {0: "background"} | id2label
-            label_ids = [0] * len(background) + label_ids
-            texts = [[text] for text in background] + texts
+        first_class = int(has_background)
+        id2label = {label_id: group[0] for label_id, group in enumerate(groups, start=first_class)}
+        label_ids = [0] * len(texts_of_background)
+        texts = [[text] for text in texts_of_background]  # one embedding for each list
+        for label_id, group in enumerate(groups, start=first_class):
+            filled = [[template.format(name) for template in templates] for name in group]
+            filled = [[text for texts_of_name in filled for text in texts_of_name]] if synonyms == "mean" else filled
+            label_ids += [label_id] * len(filled)
+            texts += filled
+        features = self._embed_texts([text for group in texts for text in group], tokenizer)
+        means = [group.mean(dim=0) for group in features.split([len(group) for group in texts])]
+        return SamClipVocabulary(
+            F.normalize(torch.stack(means), dim=-1),
+            label_ids,
+            {0: "background"} | id2label if has_background else id2label,
+            0 if has_background else None,
+            threshold,
+        )
 
+    def _embed_texts(self, texts: list[str], tokenizer: PreTrainedTokenizerBase | None) -> torch.Tensor:
+        """`(num_texts, projection_dim)`, of length 1."""
         if tokenizer is None:
             if not self.config.name_or_path:
                 raise ValueError("This model was not loaded from a folder or the Hub: give its tokenizer.")
             tokenizer = AutoTokenizer.from_pretrained(self.config.name_or_path)
-        flat = [text for group in texts for text in group]
-        inputs = tokenizer(flat, padding=True, return_tensors="pt")
-        longest = self.config.text_config.max_position_embeddings
-        if inputs["input_ids"].shape[1] > longest:
-            cut = flat[int(inputs["attention_mask"].sum(dim=1).argmax())]
-            raise ValueError(f"The text tower reads {longest} tokens at most, this text has more: {cut!r}.")
-        inputs = inputs.to(self.device)
-        features = F.normalize(self.get_text_features(**inputs).pooler_output, dim=-1)
-        groups = features.split([len(group) for group in texts])
-        self.class_embeds = F.normalize(torch.stack([group.mean(dim=0) for group in groups]), dim=-1)
-        self.config.vocabulary_label_ids = label_ids
-        self.config.background_label_id = 0 if background else None
-        self.config.id2label = id2label
-        self.config.label2id = {name: label_id for label_id, name in id2label.items()}
-        return self
+        features = []
+        for start in range(0, len(texts), TEXTS_PER_BATCH):
+            batch = texts[start : start + TEXTS_PER_BATCH]
+            inputs = tokenizer(batch, padding=True, return_tensors="pt")
+            longest = self.config.text_config.max_position_embeddings
+            if inputs["input_ids"].shape[1] > longest:
+                cut = batch[int(inputs["attention_mask"].sum(dim=1).argmax())]
+                raise ValueError(f"The text tower reads {longest} tokens at most, this text has more: {cut!r}.")
+            features.append(self.get_text_features(**inputs.to(self.device)).pooler_output)
+        return F.normalize(torch.cat(features), dim=-1)
 
-    def classify_patches(self, dense_embeds: torch.Tensor) -> torch.Tensor:
+    def classify(self, embeds: torch.Tensor, vocabulary: SamClipVocabulary) -> torch.Tensor:
         """
-        Logits `(batch_size, num_labels, grid_height, grid_width)` of dense embeddings `(batch_size, projection_dim,
-        grid_height, grid_width)`: scaled cosine similarity to the label's most similar text.
+        Logits `(..., num_labels)` of embeddings `(..., projection_dim)` of length 1: scaled cosine similarity to the
+        label's most similar text. With a threshold for background, its logit is the one that wins against a class
+        exactly where the class's probability among the classes is below.
         """
-        similarity = torch.einsum("bdhw,nd->bnhw", dense_embeds, self.class_embeds.to(dense_embeds.dtype))
-        label_ids = torch.tensor(self.config.vocabulary_label_ids, device=similarity.device)
-        logits = similarity.new_full((similarity.shape[0], len(self.config.id2label), *similarity.shape[2:]), -1.0)
-        index = label_ids[None, :, None, None].expand_as(similarity)
-        return logits.scatter_reduce(1, index, similarity, "amax") * self.logit_scale.exp()
+        similarity = embeds @ vocabulary.class_embeds.to(embeds.dtype).T * self.logit_scale.exp()
+        label_ids = torch.tensor(vocabulary.label_ids, device=embeds.device)
+        logits = similarity.new_full((*embeds.shape[:-1], len(vocabulary.id2label)), -torch.inf)
+        logits = logits.scatter_reduce(-1, label_ids.expand_as(similarity), similarity, "amax")
+        if vocabulary.background_threshold is not None:
+            background = logits.logsumexp(dim=-1) + math.log(vocabulary.background_threshold)
+            logits[..., vocabulary.background_label_id] = background
+        return logits
 
     def forward(  # type: ignore[override]  # another head, other inputs
         self,
@@ -745,6 +839,7 @@ class SamClipForImageSegmentation(SamClipModel):
         reshaped_input_sizes: torch.Tensor | None = None,
         original_sizes: torch.Tensor | None = None,
         both_heads: bool = True,
+        vocabulary: SamClipVocabulary | None = None,
         **kwargs,
     ) -> SamClipSegmentationOutput:
         r"""
@@ -757,11 +852,10 @@ class SamClipForImageSegmentation(SamClipModel):
         both_heads (`bool`, defaults to `True`):
             Whether the SAM head refines what the CLIP head found (paper, section 5: "composing both CLIP and SAM
             heads"), rather than the CLIP head alone.
+        vocabulary ([`SamClipVocabulary`], *optional*):
+            From `embed_vocabulary`; by default the checkpoint's own.
         """
-        if self.class_embeds is None:
-            raise ValueError(
-                'No vocabulary in this checkpoint: call model.set_vocabulary(["cat", "sofa", ...]) first.'
-            )
+        vocabulary = self.vocabulary if vocabulary is None else vocabulary
         if prompts := sorted(name for name in kwargs if name.startswith("input_")):
             raise ValueError(
                 f"This model segments by its vocabulary and takes no {', '.join(prompts)}: set_vocabulary changes the "
@@ -770,15 +864,17 @@ class SamClipForImageSegmentation(SamClipModel):
         vision_outputs = self.vision_encoder(pixel_values, **kwargs)
         dense_embeds = self.clip_head.project_patches(self.clip_head(vision_outputs.patch_tokens))
         dense_embeds = F.normalize(dense_embeds, dim=1)
-        logits = self.classify_patches(dense_embeds)
+        logits = self.classify(dense_embeds.permute(0, 2, 3, 1), vocabulary).permute(0, 3, 1, 2)
         segments = {}
         if both_heads:
             content_mask = self._content_mask(vision_outputs.patch_tokens, reshaped_input_sizes)
             if self.config.composition == "classes":
-                segments = self.compose_heads_by_class(vision_outputs.last_hidden_state, logits, content_mask)
+                segments = self.compose_heads_by_class(
+                    vision_outputs.last_hidden_state, logits, vocabulary, content_mask
+                )
             else:
                 segments = self.compose_heads(
-                    vision_outputs.last_hidden_state, vision_outputs.patch_tokens, logits, content_mask
+                    vision_outputs.last_hidden_state, vision_outputs.patch_tokens, logits, vocabulary, content_mask
                 )
 
         input_size = torch.tensor(pixel_values.shape[-2:], device=pixel_values.device)
@@ -791,7 +887,11 @@ class SamClipForImageSegmentation(SamClipModel):
             **segments,
             content_sizes=content_sizes,
             dense_embeds=dense_embeds,
-            background_label_id=self.config.background_label_id,
+            background_label_ids=logits.new_full(
+                logits.shape[:1],
+                -1 if vocabulary.background_label_id is None else vocabulary.background_label_id,
+                dtype=torch.int64,
+            ),
         )
 
     def compose_heads(
@@ -799,6 +899,7 @@ class SamClipForImageSegmentation(SamClipModel):
         image_embeddings: torch.Tensor,
         patch_tokens: torch.Tensor,
         logits: torch.Tensor,
+        vocabulary: SamClipVocabulary,
         content_mask: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         r"""
@@ -815,12 +916,14 @@ class SamClipForImageSegmentation(SamClipModel):
             What the CLIP head reads.
         logits (`torch.Tensor` of shape `(batch_size, num_labels, grid_height, grid_width)`):
             The CLIP head's, per patch.
+        vocabulary ([`SamClipVocabulary`]):
+            What `logits` are of.
         content_mask (`torch.Tensor` of shape `(batch_size, grid_height, grid_width)`, *optional*):
             `False` on padding.
 
         Returns `segment_masks`, `segment_logits` and `segment_scores` as in [`SamClipSegmentationOutput`].
         """
-        background = self.config.background_label_id
+        background = vocabulary.background_label_id
         something = torch.ones_like(logits[:, 0]) if background is None else 1 - logits.softmax(dim=1)[:, background]
         if content_mask is not None:
             something = something * content_mask
@@ -845,12 +948,15 @@ class SamClipForImageSegmentation(SamClipModel):
         segment_logits = logits.new_zeros(*masks.shape[:2], logits.shape[1])
         for i, own in enumerate(is_segment):
             pooled = self.clip_head.pool(head_tokens[i].expand(int(own.sum()), -1, -1, -1), segments[i, own])
-            pooled = F.normalize(pooled, dim=-1)[:, :, None, None]
-            segment_logits[i, own] = self.classify_patches(pooled).flatten(1)
+            segment_logits[i, own] = self.classify(F.normalize(pooled, dim=-1), vocabulary)
         return {"segment_masks": masks, "segment_logits": segment_logits, "segment_scores": scores * is_segment}
 
     def compose_heads_by_class(
-        self, image_embeddings: torch.Tensor, logits: torch.Tensor, content_mask: torch.Tensor | None = None
+        self,
+        image_embeddings: torch.Tensor,
+        logits: torch.Tensor,
+        vocabulary: SamClipVocabulary,
+        content_mask: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         r"""
         Both heads together as in the paper (section 5): for every class that the CLIP head finds, its logits are the
@@ -860,8 +966,8 @@ class SamClipForImageSegmentation(SamClipModel):
         """
         probabilities = logits.softmax(dim=1)
         found = probabilities > 0.5
-        if self.config.background_label_id is not None:
-            found[:, self.config.background_label_id] = False
+        if vocabulary.background_label_id is not None:
+            found[:, vocabulary.background_label_id] = False
         if content_mask is not None:
             found &= content_mask[:, None]
         image, label = found.flatten(2).any(dim=-1).nonzero(as_tuple=True)
@@ -975,4 +1081,5 @@ __all__ = [
     "SamClipOutput",
     "SamClipPreTrainedModel",
     "SamClipSegmentationOutput",
+    "SamClipVocabulary",
 ]
