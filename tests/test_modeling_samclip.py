@@ -442,7 +442,7 @@ class TestImageSegmentation:
         monkeypatch.setattr(
             segmenter,
             "get_text_features",
-            lambda input_ids, **kw: sizes.append(len(input_ids)) or embed(input_ids, **kw),
+            lambda input_ids, **kw: sizes.append(len(input_ids)) or features(input_ids, **kw),
         )
         assert_same(segmenter.embed_vocabulary(list("abcdefgh"), tokenizer=WordTokenizer()).class_embeds, expected)
         assert sizes == [3, 3, 2]

@@ -3,7 +3,8 @@ Sentences for the names of a vocabulary: plain data for [`SamClipForImageSegment
 zero-shot classification.
 """
 
-# CLIP's ensemble for ImageNet (Radford et al. 2021, section 3.1.4; published with OpenAI's CLIP, MIT licence). The paper's zero-shot figures use it (SAM-CLIP, section 5).
+# CLIP's ensemble for ImageNet (Radford et al. 2021, section 3.1.4; published with OpenAI's CLIP, MIT licence), by which
+# the paper classifies (section 5).
 IMAGENET_TEMPLATES = (
     "a bad photo of a {}.",
     "a photo of many {}.",
@@ -87,8 +88,7 @@ IMAGENET_TEMPLATES = (
     "a tattoo of the {}.",
 )
 
-# Beside CLIP's plainest, what open-vocabulary detection adds for things that are part of a scene (after Gu et al. 2022,
-# ViLD).
+# CLIP's plainest and what open-vocabulary detection adds for things in a scene (after Gu et al. 2022, ViLD).
 SEGMENTATION_TEMPLATES = (
     "a photo of a {}.",
     "a photo of the {}.",
