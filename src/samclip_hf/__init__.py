@@ -11,6 +11,7 @@ from transformers import (
     AutoProcessor,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from . import miniature
 from .configuration_samclip import SamClipConfig, SamClipHeadConfig
@@ -21,6 +22,7 @@ from .modeling_samclip import (
     SamClipPreTrainedModel,
     SamClipVocabulary,
 )
+from .pipeline_samclip import SamClipImageSegmentationPipeline
 from .processing_samclip import SamClipProcessor
 
 AutoConfig.register("samclip", SamClipConfig, exist_ok=True)
@@ -35,6 +37,12 @@ AutoImageProcessor.register(
     exist_ok=True,
 )
 AutoProcessor.register(SamClipConfig, SamClipProcessor, exist_ok=True)
+PIPELINE_REGISTRY.register_pipeline(
+    "zero-shot-image-segmentation",
+    pipeline_class=SamClipImageSegmentationPipeline,
+    pt_model=AutoModelForImageSegmentation,
+    type="image",
+)
 
 # The stock image-segmentation pipeline looks for names here, not for registrations, and otherwise logs an error that
 # the model is not supported before it runs it all the same.
@@ -46,6 +54,7 @@ __all__ = [
     "SamClipHeadConfig",
     "SamClipImageProcessor",
     "SamClipImageProcessorPil",
+    "SamClipImageSegmentationPipeline",
     "SamClipModel",
     "SamClipPreTrainedModel",
     "SamClipProcessor",

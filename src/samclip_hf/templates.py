@@ -3,8 +3,8 @@ Sentences for the names of a vocabulary: plain data for [`SamClipForImageSegment
 zero-shot classification.
 """
 
-# CLIP's ensemble for ImageNet (Radford et al. 2021, section 3.1.4; published with OpenAI's CLIP, MIT licence), by which
-# the paper classifies (section 5).
+# CLIP's ensemble for ImageNet (Radford et al. 2021, section 3.1.4; published with OpenAI's CLIP, MIT licence), by
+# which the paper classifies (section 5).
 IMAGENET_TEMPLATES = (
     "a bad photo of a {}.",
     "a photo of many {}.",
