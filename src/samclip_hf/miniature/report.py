@@ -37,6 +37,7 @@ from .scenes import BACKGROUND_PROMPTS, CLASS_NAMES, COLOURS, PATTERNS, TEMPLATE
 SIZES = (64, 96, 128)
 CLASSIFICATION_SIZE = 128
 SEGMENTATION_SIZE = 128
+EVALUATION_SEED = 101
 
 
 def text_segmenter(model: SamClipForImageSegmentation, processor: SamClipProcessor, both_heads: bool):
@@ -60,26 +61,28 @@ def set_world_vocabulary(model: SamClipForImageSegmentation, processor: SamClipP
 
 
 class Teachers:
-    """Both teachers of the miniature world and, measured once, what they reach."""
+    """Both teachers of the miniature world and, measured once, what they reach on the single objects of a seed and the
+    scenes of the next."""
 
-    def __init__(self):
+    def __init__(self, seed: int = EVALUATION_SEED):
         self.sam = SamModel.from_pretrained(miniature.sam_teacher()).eval()
         self.sam_processor = SamProcessor.from_pretrained(miniature.sam_teacher())
         self.clip = CLIPModel.from_pretrained(miniature.clip_teacher()).eval()
         self.clip_processor = CLIPProcessor.from_pretrained(miniature.clip_teacher())
         self.patches = teacher_patches(self.clip, self.clip_processor)
+        self.objects = classification_scenes(seed=seed)
+        self.scenes = segmentation_scenes(seed=seed + 1)
 
     @functools.cached_property
     def figures(self) -> dict[str, float]:
         """All figures, in [0, 1]."""
-        scenes = segmentation_scenes()
-        top1 = zero_shot_top1(self.clip, self.clip_processor, classification_scenes())
+        top1 = zero_shot_top1(self.clip, self.clip_processor, self.objects)
         return {
             "zero_shot_top1": top1["seen"],
             "zero_shot_top1_heldout": top1["held_out"],
-            "point_miou": prompted_miou(self.sam, self.sam_processor, scenes, "point"),
-            "box_miou": prompted_miou(self.sam, self.sam_processor, scenes, "box"),
-            "teacher_patches": semantic_miou(self.patches, scenes),
+            "point_miou": prompted_miou(self.sam, self.sam_processor, self.scenes, "point"),
+            "box_miou": prompted_miou(self.sam, self.sam_processor, self.scenes, "box"),
+            "teacher_patches": semantic_miou(self.patches, self.scenes),
         }
 
 
@@ -95,8 +98,8 @@ class Student:
         self.both_heads = text_segmenter(self.segmenter, self.processor, both_heads=True)
 
     def figures(self, teachers: Teachers) -> dict[str, dict[str, float]]:
-        """All figures, in [0, 1], beside the teachers'; the README's tables explain them."""
-        objects, scenes = classification_scenes(), segmentation_scenes()
+        """All figures, in [0, 1], beside the teachers' on the same scenes; the README's tables explain them."""
+        objects, scenes = teachers.objects, teachers.scenes
         progress = tqdm(total=len(SIZES) + 4, desc="evaluating the student", unit="figure")
 
         def step(value):
@@ -255,11 +258,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=miniature.checkpoint(), help="folder of a miniature SAM-CLIP")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/report"))
+    parser.add_argument("--seed", type=int, default=EVALUATION_SEED, help="of the scenes: 101, 201, 301, ...")
     arguments = parser.parse_args()
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
-    teachers, student = Teachers(), Student(arguments.model)
+    teachers, student = Teachers(arguments.seed), Student(arguments.model)
     figures = student.figures(teachers)
-    figures["semantic_miou"]["nearest_colour"] = semantic_miou(nearest_colour(), segmentation_scenes())
+    figures["semantic_miou"]["nearest_colour"] = semantic_miou(nearest_colour(), teachers.scenes)
     (arguments.output_dir / "figures.json").write_text(json.dumps(figures, indent=2))
     draw(teachers, student, arguments.output_dir / "figure.png")
     print(markdown({"student": figures}))
