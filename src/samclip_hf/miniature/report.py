@@ -259,9 +259,12 @@ def main() -> None:
     parser.add_argument("--model", default=miniature.checkpoint(), help="folder of a miniature SAM-CLIP")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/report"))
     parser.add_argument("--seed", type=int, default=EVALUATION_SEED, help="of the scenes: 101, 201, 301, ...")
+    parser.add_argument("--composition", choices=["segments", "classes"], help="instead of the checkpoint's own")
     arguments = parser.parse_args()
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     teachers, student = Teachers(arguments.seed), Student(arguments.model)
+    if arguments.composition:
+        student.segmenter.config.composition = arguments.composition
     figures = student.figures(teachers)
     figures["semantic_miou"]["nearest_colour"] = semantic_miou(nearest_colour(), teachers.scenes)
     (arguments.output_dir / "figures.json").write_text(json.dumps(figures, indent=2))
