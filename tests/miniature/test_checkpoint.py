@@ -77,7 +77,7 @@ def test_sam_survived(teachers, student):
     scenes = segmentation_scenes(40)
     for prompt in ("point", "box"):
         teacher = prompted_miou(teachers.sam, teachers.sam_processor, scenes, prompt)
-        assert prompted_miou(student.model, student.processor, scenes, prompt) >= 0.97 * teacher
+        assert prompted_miou(student.model, student.processor, scenes, prompt) >= 0.98 * teacher
 
 
 def test_clip_was_learnt(teachers, student):
@@ -85,15 +85,17 @@ def test_clip_was_learnt(teachers, student):
     size = {"size": {"longest_edge": CLASSIFICATION_SIZE}}
     learnt = zero_shot_top1(student.model, student.processor, scenes, size)
     taught = zero_shot_top1(teachers.clip, teachers.clip_processor, scenes)
-    assert learnt["seen"] >= 0.85 * taught["seen"]
-    assert learnt["held_out"] >= 0.6 * taught["held_out"]
+    assert learnt["seen"] >= 0.95 * taught["seen"]
+    assert learnt["held_out"] >= 0.9 * taught["held_out"]
 
 
 def test_text_segmentation_emerged_and_composing_the_heads_helps(teachers, student):
     scenes = segmentation_scenes(60)
     clip_head = semantic_miou(student.clip_head, scenes)
     assert clip_head >= semantic_miou(teachers.patches, scenes) + 0.03
-    assert semantic_miou(student.both_heads, scenes) >= clip_head + 0.05
+    both_heads = semantic_miou(student.both_heads, scenes)
+    assert both_heads >= clip_head + 0.05
+    assert both_heads >= 0.55  # 0.60 on all 200 scenes
 
 
 def test_picture_and_table_are_drawn(teachers, student, tmp_path):
