@@ -6,7 +6,7 @@ from transformers import AutoImageProcessor, SamImageProcessor
 
 from samclip_hf import SamClipImageProcessor, SamClipImageProcessorPil
 from samclip_hf.image_processing_samclip import MAPS_PER_CHUNK, resize_content
-from samclip_hf.modeling_samclip import SamClipSegmentationOutput
+from samclip_hf.modeling_samclip import SamClipObjectDetectionOutput, SamClipSegmentationOutput
 
 SIZES = {
     "size": {"longest_edge": 64},
@@ -200,3 +200,17 @@ class TestSegments:
         outputs = SamClipSegmentationOutput(logits=torch.zeros(1, 2, 4, 4), content_sizes=torch.tensor([[4.0, 4.0]]))
         with pytest.raises(ValueError, match="both_heads=True"):
             self.processor.post_process_panoptic_segmentation(outputs)
+
+    def test_boxes_hold_their_masks_and_the_most_probable_comes_first(self):
+        outputs = SamClipObjectDetectionOutput(
+            logits=torch.zeros(1, 2, 4, 4),
+            segment_masks=torch.stack([self.columns(0, 4), self.columns(6, 10), self.columns(12, 16)])[None],
+            content_sizes=torch.tensor([[4.0, 4.0]]),
+            object_scores=torch.tensor([[0.3, 0.05, 0.8]]),
+        )
+        result = self.processor.post_process_object_detection(outputs, target_sizes=[(32, 64)])[0]
+        assert result["scores"].tolist() == pytest.approx([0.8, 0.3])
+        assert result["boxes"].tolist() == [[48, 0, 64, 32], [0, 0, 16, 32]]
+        assert result["labels"].tolist() == [0, 0]
+        nothing = self.processor.post_process_object_detection(outputs, threshold=0.9)[0]
+        assert nothing["boxes"].shape == (0, 4) and nothing["scores"].shape == (0,)

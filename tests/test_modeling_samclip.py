@@ -8,6 +8,7 @@ from transformers import (
     AutoModelForImageSegmentation,
     AutoModelForMaskGeneration,
     AutoModelForZeroShotImageClassification,
+    AutoModelForZeroShotObjectDetection,
     BatchEncoding,
     CLIPModel,
     SamModel,
@@ -631,6 +632,26 @@ class TestImageSegmentation:
         for image, (x, y) in zip(cells, points.transpose(1, 2), strict=True):
             assert image[y, x].all()
             assert len(set(zip(x.tolist(), y.tolist(), strict=True))) == min(8, int(image.sum()))
+
+    def test_a_text_of_the_vocabulary_has_its_own_probability_as_an_object(self, segmenter, tmp_path, monkeypatch):
+        left = torch.full((32, 32), -20.0)
+        left[:, :16] = 20.0
+        masks = torch.stack([left, -left])[None, :, None].expand(2, -1, -1, -1, -1)
+        monkeypatch.setattr(SamClipModel, "predict_masks", lambda *_, **__: (masks, torch.full((2, 2, 1), 0.9)))
+        segmenter.config.composition_points = 2
+        tokenizer = WordTokenizer()
+        segmenter.set_vocabulary(["cat", "sofa", "tree"], templates=["{}"], tokenizer=tokenizer)
+        segmenter.save_pretrained(tmp_path)
+        detector = AutoModelForZeroShotObjectDetection.from_pretrained(tmp_path).eval()
+        with torch.no_grad():
+            expected = segmenter(random_images(2)).segment_logits.softmax(dim=-1)
+            outputs = detector(random_images(2), **tokenizer(["tree", "cat"]))
+        assert_same(outputs.object_scores, torch.stack([expected[0, :, 2], expected[1, :, 0]]))
+        with pytest.raises(ValueError, match="one text for each image; got 1 for 2"):
+            detector(random_images(2), **tokenizer(["tree"]))
+        detector.config.composition = "classes"
+        with pytest.raises(ValueError, match="composition="):
+            detector(random_images(1), **tokenizer(["tree"]))
 
     def test_unusable_vocabularies_are_refused(self, segmenter, model, tmp_path):
         tokenizer = WordTokenizer()

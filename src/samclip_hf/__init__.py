@@ -8,9 +8,13 @@ from transformers import (
     AutoModelForMaskGeneration,
     AutoModelForSemanticSegmentation,
     AutoModelForZeroShotImageClassification,
+    AutoModelForZeroShotObjectDetection,
     AutoProcessor,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES,
+    MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING_NAMES,
+)
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from . import miniature
@@ -18,6 +22,7 @@ from .configuration_samclip import SamClipConfig, SamClipHeadConfig
 from .image_processing_samclip import SamClipImageProcessor, SamClipImageProcessorPil
 from .modeling_samclip import (
     SamClipForImageSegmentation,
+    SamClipForObjectDetection,
     SamClipModel,
     SamClipPreTrainedModel,
     SamClipVocabulary,
@@ -31,6 +36,7 @@ AutoModelForMaskGeneration.register(SamClipConfig, SamClipModel, exist_ok=True)
 AutoModelForZeroShotImageClassification.register(SamClipConfig, SamClipModel, exist_ok=True)
 AutoModelForImageSegmentation.register(SamClipConfig, SamClipForImageSegmentation, exist_ok=True)
 AutoModelForSemanticSegmentation.register(SamClipConfig, SamClipForImageSegmentation, exist_ok=True)
+AutoModelForZeroShotObjectDetection.register(SamClipConfig, SamClipForObjectDetection, exist_ok=True)
 AutoImageProcessor.register(
     SamClipConfig,
     image_processor_classes={"torchvision": SamClipImageProcessor, "pil": SamClipImageProcessorPil},
@@ -44,13 +50,15 @@ PIPELINE_REGISTRY.register_pipeline(
     type="image",
 )
 
-# The stock image-segmentation pipeline looks for names here, not for registrations, and otherwise logs an error that
-# the model is not supported before it runs it all the same.
+# Stock pipelines look for names here, not for registrations, and otherwise log an error that the model is not
+# supported before they run it all the same.
 MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES["samclip"] = "SamClipForImageSegmentation"
+MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING_NAMES["samclip"] = "SamClipForObjectDetection"
 
 __all__ = [
     "SamClipConfig",
     "SamClipForImageSegmentation",
+    "SamClipForObjectDetection",
     "SamClipHeadConfig",
     "SamClipImageProcessor",
     "SamClipImageProcessorPil",

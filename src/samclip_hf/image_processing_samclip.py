@@ -134,6 +134,43 @@ class SamClipPostProcessing:
             results.append({"segmentation": segmentation, "segments_info": segments})
         return results
 
+    def post_process_object_detection(
+        self, outputs, threshold: float = 0.1, target_sizes: list[tuple[int, int]] | None = None
+    ) -> list[dict[str, torch.Tensor]]:
+        r"""
+        Boxes around the segments that a text names.
+
+        outputs ([`SamClipObjectDetectionOutput`]):
+            Of [`SamClipForObjectDetection`].
+        threshold (`float`, defaults to 0.1):
+            Segments of a lower score are left out.
+        target_sizes (`list[tuple[int, int]]`, *optional*):
+            Height and width of every image, usually its original size. By default, those of the masks.
+
+        Returns, per image, `scores` `(num_boxes,)`, best first, `boxes` `(num_boxes, 4)`, x1, y1, x2, y2 in pixels,
+        and `labels` `(num_boxes,)`, all 0: there is one text.
+        """
+        results = []
+        for index, target_size in enumerate(_target_sizes(outputs, target_sizes)):
+            scores, order = outputs.object_scores[index].sort(descending=True, stable=True)
+            order = order[scores > threshold]
+            content_size = _content_sizes(outputs, outputs.segment_masks)[index]
+            boxes, kept = [], []
+            for number in order.tolist():
+                mask = outputs.segment_masks[index, number : number + 1].float()
+                rows, columns = (resize_content(mask, content_size, target_size)[0] > 0).nonzero(as_tuple=True)
+                if len(rows):
+                    boxes.append(torch.stack([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]))
+                    kept.append(number)
+            results.append(
+                {
+                    "scores": outputs.object_scores[index, kept],
+                    "boxes": torch.stack(boxes).float() if boxes else order.new_zeros(0, 4, dtype=torch.float32),
+                    "labels": order.new_zeros(len(kept)),
+                }
+            )
+        return results
+
 
 def _content_sizes(outputs, maps: torch.Tensor) -> list[list[float]]:
     """Height and width of every image's content in cells of `maps` `(..., height, width)`."""

@@ -104,6 +104,8 @@ class SamClipSegmentationOutput(ModelOutput):
         Mask logits of the segments; above 0 is inside.
     segment_logits (`torch.Tensor` of shape `(batch_size, num_segments, num_labels)`):
         As `logits`, of the segment as a whole.
+    segment_embeds (`torch.Tensor` of shape `(batch_size, num_segments, projection_dim)`):
+        The segments in the text space, of length 1; none with `config.composition="classes"`.
     segment_scores (`torch.Tensor` of shape `(batch_size, num_segments)`):
         How well drawn the masks are, from 0 to 1: where two overlap, the better one lies above.
     content_sizes (`torch.Tensor` of shape `(batch_size, 2)`):
@@ -117,6 +119,7 @@ class SamClipSegmentationOutput(ModelOutput):
     logits: torch.Tensor | None = None
     segment_masks: torch.Tensor | None = None
     segment_logits: torch.Tensor | None = None
+    segment_embeds: torch.Tensor | None = None
     segment_scores: torch.Tensor | None = None
     content_sizes: torch.Tensor | None = None
     dense_embeds: torch.Tensor | None = None
@@ -921,7 +924,7 @@ class SamClipForImageSegmentation(SamClipModel):
         content_mask (`torch.Tensor` of shape `(batch_size, grid_height, grid_width)`, *optional*):
             `False` on padding.
 
-        Returns `segment_masks`, `segment_logits` and `segment_scores` as in [`SamClipSegmentationOutput`].
+        Returns `segment_masks`, `_logits`, `_embeds` and `_scores` as in [`SamClipSegmentationOutput`].
         """
         background = vocabulary.background_label_id
         something = torch.ones_like(logits[:, 0]) if background is None else 1 - logits.softmax(dim=1)[:, background]
@@ -945,11 +948,16 @@ class SamClipForImageSegmentation(SamClipModel):
         is_segment = segments.flatten(2).any(dim=-1)
 
         head_tokens = self.clip_head(patch_tokens, segments.permute(0, 2, 3, 1))
-        segment_logits = logits.new_zeros(*masks.shape[:2], logits.shape[1])
+        embeds = logits.new_zeros(*masks.shape[:2], self.config.clip_head_config.projection_dim)
         for i, own in enumerate(is_segment):
             pooled = self.clip_head.pool(head_tokens[i].expand(int(own.sum()), -1, -1, -1), segments[i, own])
-            segment_logits[i, own] = self.classify(F.normalize(pooled, dim=-1), vocabulary)
-        return {"segment_masks": masks, "segment_logits": segment_logits, "segment_scores": scores * is_segment}
+            embeds[i, own] = F.normalize(pooled, dim=-1)
+        return {
+            "segment_masks": masks,
+            "segment_logits": self.classify(embeds, vocabulary),
+            "segment_embeds": embeds,
+            "segment_scores": scores * is_segment,
+        }
 
     def compose_heads_by_class(
         self,
@@ -1009,6 +1017,54 @@ class SamClipForImageSegmentation(SamClipModel):
             segment_logits[image[pair], number[pair]] = probabilities[image[pair], :, inside].mean(dim=1).log()
         segment_scores[image, number] = 1
         return {"segment_masks": segment_masks, "segment_logits": segment_logits, "segment_scores": segment_scores}
+
+
+@dataclass
+class SamClipObjectDetectionOutput(SamClipSegmentationOutput):
+    r"""
+    object_scores (`torch.Tensor` of shape `(batch_size, num_segments)`):
+        How probable the text is for each segment, from 0 to 1; 0 where there is no segment.
+    """
+
+    object_scores: torch.Tensor | None = None
+
+
+class SamClipForObjectDetection(SamClipForImageSegmentation):
+    """
+    Boxes around what a text names: the segments of [`SamClipForImageSegmentation`], scored against a text.
+
+    A text alone has no probability, so it takes the place of the checkpoint's vocabulary: its share of that
+    vocabulary's softmax. A text of the vocabulary has its own probability.
+    """
+
+    def forward(  # type: ignore[override]  # another task, other inputs
+        self,
+        pixel_values: torch.Tensor,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        reshaped_input_sizes: torch.Tensor | None = None,
+        original_sizes: torch.Tensor | None = None,
+        **kwargs,
+    ) -> SamClipObjectDetectionOutput:
+        r"""
+        pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`):
+            From the image processor.
+        input_ids, attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`):
+            One text for each image.
+        reshaped_input_sizes, original_sizes (`torch.Tensor` of shape `(batch_size, 2)`, *optional*):
+            As in [`SamClipForImageSegmentation`].
+        """
+        if len(input_ids) != len(pixel_values):
+            raise ValueError(f"Give one text for each image; got {len(input_ids)} for {len(pixel_values)}.")
+        if self.config.composition != "segments":
+            raise ValueError(
+                'Segments found class by class cannot be scored against a text: set composition="segments".'
+            )
+        outputs = super().forward(pixel_values, reshaped_input_sizes, original_sizes, **kwargs)
+        text_embeds = F.normalize(self.get_text_features(input_ids, attention_mask).pooler_output, dim=-1)
+        similarity = (outputs["segment_embeds"] @ text_embeds[:, :, None]).squeeze(-1) * self.logit_scale.exp()
+        scores = (similarity - outputs["segment_logits"].logsumexp(dim=-1)).exp().clamp_max(1)
+        return SamClipObjectDetectionOutput(**outputs, object_scores=scores * (outputs["segment_scores"] > 0))
 
 
 def _stability(masks: torch.Tensor) -> torch.Tensor:
@@ -1077,7 +1133,9 @@ def load_teacher(cls: type[PreTrainedModel], teacher, argument: str):
 
 __all__ = [
     "SamClipForImageSegmentation",
+    "SamClipForObjectDetection",
     "SamClipModel",
+    "SamClipObjectDetectionOutput",
     "SamClipOutput",
     "SamClipPreTrainedModel",
     "SamClipSegmentationOutput",

@@ -73,6 +73,21 @@ def test_stock_zero_shot_classification_agrees_with_the_direct_call(student):
     torch.testing.assert_close(torch.tensor([by_label[name] for name in CLASS_NAMES[:5]]), expected)
 
 
+def test_stock_zero_shot_detection_boxes_the_segments_of_a_name(student, caplog):
+    image = Image.fromarray(evaluation_scene(seed=5, index=13).image).resize((200, 150))
+    with caplog.at_level(logging.WARNING):
+        detect = pipeline("zero-shot-object-detection", model=miniature.checkpoint())
+        boxes = detect(image, candidate_labels=[f"a {CLASS_NAMES[13]}", f"a {CLASS_NAMES[20]}"])
+        segments = pipeline("image-segmentation", model=miniature.checkpoint())(image, overlap_mask_area_threshold=0)
+    assert not caplog.records
+    assert [box["label"] for box in boxes] == [f"a {CLASS_NAMES[13]}"]
+    # In the vocabulary, so of the same probability; and around the same mask.
+    assert boxes[0]["score"] == pytest.approx(segments[0]["score"], abs=0.02)
+    rows, columns = np.nonzero(np.asarray(segments[0]["mask"]))
+    box = [boxes[0]["box"][side] for side in ("xmin", "ymin", "xmax", "ymax")]
+    assert box == pytest.approx([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1], abs=1)
+
+
 def test_sam_survived(teachers, student):
     scenes = segmentation_scenes(40)
     for prompt in ("point", "box"):
