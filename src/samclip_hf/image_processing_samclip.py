@@ -1,17 +1,22 @@
 """
-SAM-CLIP's image processor: SAM's, at any size, with the post-processing of text-labelled segments.
+SAM-CLIP's image processor: SAM's, at any size, with the post-processing of text-labelled segments and a faster one of
+everything-mode's masks.
 
 `SamClipImageProcessor` runs on torchvision, `SamClipImageProcessorPil` on PIL and numpy for installations without it.
 """
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils._pytree import tree_map_only
 from transformers import SamImageProcessorPil
 from transformers.utils import is_torchvision_available
 
 # Maps of labels and of segments are resized in chunks of so many: memory grows with the picture, not with the picture
 # times the vocabulary.
 MAPS_PER_CHUNK = 16
+
+CROP_EDGE = 20  # pixels: a mask that ends so near to its crop's edge is taken for cut off (Kirillov et al. 2023)
 
 
 class SamClipPostProcessing:
@@ -170,6 +175,237 @@ class SamClipPostProcessing:
                 }
             )
         return results
+
+    def post_process_masks(
+        self, masks, original_sizes, reshaped_input_sizes, mask_threshold=0.0, binarize=True, pad_size=None
+    ):
+        r"""
+        As SAM's: masks `(num_images, num_prompts, num_masks, mask_height, mask_width)` at the images' own sizes, for
+        each image `(num_prompts, num_masks, height, width)`. Differs in one thing: logits (`binarize=False`) that need
+        no gradient are not computed before they are used, see [`UpsampledMasks`].
+        """
+
+        def upsample(masks, original_sizes, reshaped_input_sizes):
+            return super(SamClipPostProcessing, self).post_process_masks(
+                masks, original_sizes, reshaped_input_sizes, mask_threshold, binarize, pad_size
+            )
+
+        if binarize or not isinstance(masks, torch.Tensor) or masks.ndim != 5 or masks.requires_grad:
+            return upsample(masks, original_sizes, reshaped_input_sizes)
+        padded_size = self.pad_size if pad_size is None else pad_size
+        padded_size = (padded_size["height"], padded_size["width"])
+        return [
+            UpsampledMasks(mask, tuple(map(int, original_size)), tuple(map(int, reshaped_size)), padded_size, upsample)
+            for mask, original_size, reshaped_size in zip(masks, original_sizes, reshaped_input_sizes, strict=True)
+        ]
+
+    def filter_masks(
+        self,
+        masks,
+        iou_scores,
+        original_size,
+        cropped_box_image,
+        pred_iou_thresh=0.88,
+        stability_score_thresh=0.95,
+        mask_threshold=0,
+        stability_score_offset=1,
+    ):
+        r"""
+        As SAM's: which of a crop's masks are good by their predicted IoU, steady when the threshold shifts by
+        `stability_score_offset`, and not cut off by the crop. Differs in the order, not in the result: predicted IoUs
+        come first, and only masks that pass are brought to the image's size, one at a time and where they can be
+        inside at all.
+
+        masks (`torch.Tensor` of shape `(num_prompts, num_masks, height, width)`):
+            Mask logits from `post_process_masks(binarize=False)`, at the crop's size.
+        iou_scores (`torch.Tensor` of shape `(num_prompts, num_masks)`):
+            Predicted IoUs.
+        original_size (`tuple[int, int]`):
+            Height and width of the whole image.
+        cropped_box_image (`torch.Tensor` of shape `(4,)`):
+            The crop in the image: left, top, right and bottom.
+
+        Returns, of the masks kept, run lengths (`size` and `counts`, by columns) in the whole image, predicted IoUs
+        `(num_kept,)` and boxes `(num_kept, 4)`.
+        """
+        if not isinstance(masks, UpsampledMasks) or masks.computed is not None:
+            return super().filter_masks(
+                masks,
+                iou_scores,
+                original_size,
+                cropped_box_image,
+                pred_iou_thresh,
+                stability_score_thresh,
+                mask_threshold,
+                stability_score_offset,
+            )
+        logits = masks.low_resolution.flatten(0, 1)
+        scores = iou_scores.flatten(0, 1).to(logits.device)
+        if len(logits) != len(scores):
+            raise ValueError(
+                f"Every mask has one predicted IoU: got {len(logits)} masks and {len(scores)} iou_scores."
+            )
+        if pred_iou_thresh > 0:
+            passed = scores > pred_iou_thresh
+            logits, scores = logits[passed], scores[passed]
+
+        height, width = (int(side) for side in original_size)
+        image_box = np.array([0, 0, width, height])
+        crop_box = np.array([int(edge) for edge in cropped_box_image])
+        offset = crop_box[[0, 1, 0, 1]]
+        kept, boxes, run_lengths = [], [], []
+        floor = mask_threshold - abs(stability_score_offset)
+        for number, (left, top, window) in enumerate(_windows(logits, masks.sizes, floor)):
+            if stability_score_thresh > 0:
+                around = np.count_nonzero(window > mask_threshold - stability_score_offset)
+                steady = np.count_nonzero(window > mask_threshold + stability_score_offset)
+                if not around or steady / around <= stability_score_thresh:
+                    continue
+            inside = window > mask_threshold
+            columns, rows = inside.any(axis=1).nonzero()[0], inside.any(axis=0).nonzero()[0]
+            box = offset.copy()
+            if len(columns):
+                box += [left + columns[0], top + rows[0], left + columns[-1], top + rows[-1]]
+            near_crop_edge, near_image_edge = (abs(box - edges) <= CROP_EDGE for edges in (crop_box, image_box))
+            if (near_crop_edge & ~near_image_edge).any():
+                continue
+            kept.append(number)
+            boxes.append(box)
+            run_lengths.append(_run_lengths(inside, left + offset[0], top + offset[1], height, width))
+        boxes = torch.tensor(np.array(boxes, dtype=np.int64).reshape(-1, 4), device=scores.device)
+        return run_lengths, scores[kept], boxes
+
+    def post_process_for_mask_generation(self, all_masks, all_scores, all_boxes, crops_nms_thresh):
+        r"""
+        As SAM's: of masks whose boxes overlap by an IoU above `crops_nms_thresh`, the best by score.
+
+        all_masks (`list[dict]`), all_scores (`torch.Tensor` of shape `(num_masks,)`), all_boxes (`torch.Tensor` of
+        shape `(num_masks, 4)`):
+            What `filter_masks` returned for all crops and points.
+
+        Returns, best first, masks `(height, width)` of type bool, scores, run lengths and boxes.
+        """
+        kept = _distinct_boxes(all_boxes.float(), all_scores, crops_nms_thresh)
+        run_lengths = [all_masks[index] for index in kept]
+        masks = [_decode(lengths) for lengths in run_lengths]
+        if not isinstance(self, SamImageProcessorPil):  # whose masks are arrays
+            masks = [torch.from_numpy(mask) for mask in masks]
+        return masks, all_scores[kept], run_lengths, all_boxes[kept]
+
+
+class UpsampledMasks(torch.Tensor):
+    r"""
+    Mask logits `(num_prompts, num_masks, height, width)` at an image's size, not computed before they are used.
+
+    The stock mask-generation pipeline asks for all masks of all points at the image's size, 26 GB of them for a photo
+    of two megapixels, and only then lets `filter_masks` drop most by a score that was known before. `filter_masks`
+    therefore reads `low_resolution` and upsamples what it needs. Every other use, by anyone, sees the real tensor, as
+    of the moment of its first use.
+    """
+
+    @staticmethod
+    def __new__(cls, low_resolution, original_size, reshaped_size, padded_size, upsample):
+        shape = (*low_resolution.shape[:2], *original_size)
+        return cls._make_wrapper_subclass(cls, shape, dtype=low_resolution.dtype, device=low_resolution.device)
+
+    def __init__(self, low_resolution, original_size, reshaped_size, padded_size, upsample):
+        self.low_resolution = low_resolution
+        self.sizes = [padded_size, reshaped_size, original_size]
+        self.upsample = upsample
+        self.computed = None
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        args, kwargs = tree_map_only(cls, cls.compute, (args, kwargs or {}))
+        return function(*args, **kwargs)
+
+    # For functions without the other hook, such as torch.tensor.
+    __torch_dispatch__ = __torch_function__  # type: ignore[assignment]
+
+    def compute(self) -> torch.Tensor:
+        """The real tensor, always the same one."""
+        if self.computed is None:
+            _, reshaped_size, original_size = self.sizes
+            self.computed = self.upsample([self.low_resolution], [original_size], [reshaped_size])[0]
+        return self.computed
+
+
+def _windows(logits: torch.Tensor, sizes: list[tuple[int, int]], floor: float):
+    """
+    Mask logits `(num_masks, mask_height, mask_width)` resized as SAM does, to the padded size and from the part
+    without padding to the original one: the three `sizes`. Of each mask only the window that can exceed `floor`: left,
+    top and an array `(window_width, window_height)`, columns first as run lengths want it.
+    """
+    logits = logits.float()
+    rows, columns = (
+        _resize_matrix(length, *side).to(logits.device)
+        for length, side in zip(logits.shape[1:], zip(*sizes, strict=True), strict=True)
+    )
+    (row_cells, row_weights), (column_cells, column_weights) = _taps(rows), _taps(columns)
+    # No pixel is higher than the highest of the cells that it is interpolated between.
+    tops, bottoms = _extents((logits.amax(dim=2) > floor).float() @ (rows != 0).float().T > 0)
+    lefts, rights = _extents((logits.amax(dim=1) > floor).float() @ (columns != 0).float().T > 0)
+    for mask, left, top, right, bottom in zip(logits, lefts, tops, rights, bottoms, strict=True):
+        # A bag of embeddings is a weighted sum of rows. It reads the few cells there are to a pixel and nothing else.
+        y, x = slice(top, bottom), slice(left, right)
+        resized = F.embedding_bag(row_cells[y], mask, per_sample_weights=row_weights[y], mode="sum").T.contiguous()
+        resized = F.embedding_bag(column_cells[x], resized, per_sample_weights=column_weights[x], mode="sum")
+        yield left, top, resized.cpu().numpy()
+
+
+def _resize_matrix(length: int, padded: int, reshaped: int, original: int) -> torch.Tensor:
+    """Both of SAM's resizes along one side are linear, `length` to `padded` and, after the cut, `reshaped` to
+    `original`: as one matrix `(original, length)`, read off the identity."""
+    resized = F.interpolate(torch.eye(length)[None], padded, mode="linear")
+    return F.interpolate(resized[..., :reshaped], original, mode="linear")[0].T
+
+
+def _taps(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Columns and values `(num_rows, num_taps)` of all that is not zero in a matrix."""
+    weights, cells = matrix.topk(int((matrix != 0).sum(dim=1).max()), dim=1)
+    return cells.contiguous(), weights.contiguous()
+
+
+def _extents(marked: torch.Tensor) -> tuple[list[int], list[int]]:
+    """Per row of `(num_rows, length)` the first that is marked and the one after the last; all where none is."""
+    ends = marked.shape[1] - marked.flip(1).int().argmax(dim=1)
+    return marked.int().argmax(dim=1).tolist(), ends.tolist()
+
+
+def _run_lengths(inside: np.ndarray, left: int, top: int, height: int, width: int) -> dict:
+    """A window `(window_width, window_height)` of a mask, otherwise empty, as run lengths by columns."""
+    columns = np.zeros((len(inside), height), dtype=bool)
+    columns[:, top : top + inside.shape[1]] = inside
+    changes = left * height + np.flatnonzero(np.diff(columns.ravel(), prepend=False, append=False))
+    counts = np.diff(changes, prepend=0, append=height * width).tolist()
+    if counts[-1] == 0:  # the last pixel is inside
+        counts.pop()
+    return {"size": [height, width], "counts": counts}
+
+
+def _decode(run_lengths: dict) -> np.ndarray:
+    """The mask `(height, width)` of run lengths."""
+    height, width = run_lengths["size"]
+    counts = run_lengths["counts"]
+    return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height).T
+
+
+def _distinct_boxes(boxes: torch.Tensor, scores: torch.Tensor, max_overlap: float) -> list[int]:
+    """Non-maximum suppression: indices of the boxes `(num_boxes, 4)` that overlap no better one that is kept by an IoU
+    above `max_overlap`, best first. Here because installations with PIL lack torchvision's."""
+    order = scores.argsort(descending=True, stable=True)
+    left_top, right_bottom = boxes[order].split(2, dim=1)
+    area = (right_bottom - left_top).prod(dim=1)
+    suppressed = torch.zeros_like(order, dtype=torch.bool)
+    kept = []
+    for position, index in enumerate(order.tolist()):
+        if suppressed[position]:
+            continue
+        kept.append(index)
+        shared = torch.minimum(right_bottom, right_bottom[position]) - torch.maximum(left_top, left_top[position])
+        intersection = shared.clamp_min(0).prod(dim=1)
+        suppressed |= intersection / (area + area[position] - intersection) > max_overlap
+    return kept
 
 
 def _content_sizes(outputs, maps: torch.Tensor) -> list[list[float]]:

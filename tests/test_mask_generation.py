@@ -1,0 +1,187 @@
+"""Everything mode through the stock pipeline: SAM-CLIP gives what SAM gives, with the weights of SAM."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import MaskGenerationPipeline, SamImageProcessor, SamImageProcessorPil, SamModel, pipeline
+
+from samclip_hf import SamClipImageProcessor, SamClipImageProcessorPil, SamClipModel, miniature
+from samclip_hf.image_processing_samclip import UpsampledMasks, _decode, _run_lengths
+from samclip_hf.miniature.scenes import render
+
+# Low thresholds, so that many masks are compared.
+OPTIONS = {
+    "points_per_crop": 6,
+    "points_per_batch": 10,
+    "pred_iou_thresh": 0.4,
+    "stability_score_thresh": 0.2,
+    "crops_nms_thresh": 0.95,
+    "output_rle_mask": True,
+    "output_bboxes_mask": True,
+}
+SIZES = {"size": {"longest_edge": 64}, "pad_size": {"height": 64, "width": 64}}
+
+
+@pytest.fixture(scope="module")
+def sam():
+    return SamModel.from_pretrained(miniature.sam_teacher()).eval()
+
+
+@pytest.fixture(scope="module")
+def samclip(sam):
+    return SamClipModel.from_teachers(sam, miniature.clip_teacher()).eval()
+
+
+@pytest.fixture(scope="module")
+def image():
+    return Image.fromarray(render(seed=0, index=8).image).resize((210, 140))
+
+
+def generate(model, image_processor_class, image, **options):
+    image_processor = image_processor_class.from_pretrained(miniature.sam_teacher())
+    return MaskGenerationPipeline(model=model, image_processor=image_processor)(image, **OPTIONS | options)
+
+
+def assert_same(actual, expected, min_masks=5):
+    assert len(expected["masks"]) >= min_masks
+    torch.testing.assert_close(actual["scores"], expected["scores"])
+    torch.testing.assert_close(actual["bounding_boxes"], expected["bounding_boxes"], check_dtype=False)
+    masks = zip(actual["masks"], actual["rle_mask"], expected["masks"], expected["rle_mask"], strict=True)
+    for ours, run_lengths, stock, stock_run_lengths in masks:
+        assert type(ours) is type(stock) and ours.dtype == stock.dtype and ours.shape == stock.shape
+        ours, stock = np.asarray(ours), np.asarray(stock)
+        # Both encoders and both ways of resizing agree to float rounding: a pixel of thousands may fall either way.
+        assert (ours ^ stock).sum() <= 5e-4 * stock.sum()
+        assert np.array_equal(_decode(run_lengths), ours)
+        if np.array_equal(ours, stock):
+            assert run_lengths == stock_run_lengths
+
+
+@pytest.mark.parametrize("crops_n_layers", [0, 1])
+def test_masks_scores_boxes_and_run_lengths_are_sams(sam, samclip, image, crops_n_layers):
+    options = {"crops_n_layers": crops_n_layers, "points_per_crop": 6 - 2 * crops_n_layers}
+    expected = generate(sam, SamImageProcessor, image, **options)
+    assert_same(generate(samclip, SamClipImageProcessor, image, **options), expected)
+
+
+@pytest.mark.parametrize("size", [(100, 310), (40, 30)], ids=["tall", "smaller than the model's masks"])
+def test_any_size(sam, samclip, image, size):
+    image = image.resize(size)
+    assert_same(generate(samclip, SamClipImageProcessor, image), generate(sam, SamImageProcessor, image), min_masks=2)
+
+
+def test_pil_image_processor_gives_the_same(sam, samclip, image):
+    expected = generate(sam, SamImageProcessorPil, image)
+    assert_same(generate(samclip, SamClipImageProcessorPil, image), expected)
+
+
+def test_other_thresholds(sam, samclip, image):
+    for options in (
+        {"mask_threshold": 0.3, "stability_score_offset": 0.5},
+        {"pred_iou_thresh": 0.0, "stability_score_thresh": 0.0, "crops_nms_thresh": 0.8},
+    ):
+        expected = generate(sam, SamImageProcessor, image, **options)
+        assert_same(generate(samclip, SamClipImageProcessor, image, **options), expected)
+
+
+def test_no_mask_is_good_enough(samclip, image):
+    output = generate(samclip, SamClipImageProcessor, image, pred_iou_thresh=2.0)
+    assert output["masks"] == [] and output["rle_mask"] == []
+    assert output["scores"].shape == (0,) and output["bounding_boxes"].shape == (0, 4)
+
+
+def test_shipped_checkpoint_is_served_by_task_and_without_a_complaint(image, monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    with caplog.at_level(logging.WARNING):
+        generator = pipeline("mask-generation", model=miniature.checkpoint())
+        output = generator(image, **OPTIONS)
+    assert not caplog.records
+    assert type(generator.model) is SamClipModel
+    direct = generate(SamClipModel.from_pretrained(miniature.checkpoint()).eval(), SamClipImageProcessor, image)
+    assert_same(output, direct)
+
+
+class TestUpsampledMasks:
+    """Logits at the image's size are computed on first use; nobody can tell."""
+
+    sizes = [(40, 50)], [(51, 64)]
+
+    def real_and_deferred(self):
+        masks = torch.randn(1, 2, 3, 16, 16)
+        real = SamImageProcessor(**SIZES).post_process_masks(masks, *self.sizes, binarize=False)[0]
+        return real, SamClipImageProcessor(**SIZES).post_process_masks(masks, *self.sizes, binarize=False)[0]
+
+    @pytest.mark.parametrize(
+        "use",
+        [
+            lambda masks: masks > 0,
+            lambda masks: masks[0, 1:].flatten(0, 1),
+            lambda masks: torch.cat([masks, masks]),
+            lambda masks: torch.zeros(masks.shape).copy_(masks),
+            lambda masks: torch.nn.functional.interpolate(masks, (5, 7)),
+            lambda masks: torch.tensor(masks.tolist()),
+            lambda masks: torch.from_numpy(np.asarray(masks)),
+            lambda masks: torch.as_tensor(masks) + 0,
+            lambda masks: masks.clone(),
+        ],
+    )
+    def test_any_use_sees_the_real_tensor(self, use):
+        real, deferred = self.real_and_deferred()
+        assert type(deferred) is UpsampledMasks and isinstance(deferred, torch.Tensor)
+        actual = use(deferred)
+        assert type(actual) is torch.Tensor and actual.equal(use(real))
+
+    def test_changes_in_place_stay_and_count(self):
+        real, deferred = self.real_and_deferred()
+        for masks in (real, deferred):
+            masks[:, 0] = -5.0
+            masks += 1
+        assert deferred.equal(real)
+        _, deferred = self.real_and_deferred()
+        deferred[:] = -5.0
+        image_processor = SamClipImageProcessor(**SIZES)
+        assert image_processor.filter_masks(deferred, torch.ones(2, 3), (40, 50), [0, 0, 50, 40])[0] == []
+
+    def test_real_tensors_are_filtered_as_well(self):
+        real, deferred = self.real_and_deferred()
+        arguments = (torch.ones(2, 3), (40, 50), torch.tensor([0, 0, 50, 40]), 0.5, 0.1)
+        image_processor = SamClipImageProcessor(**SIZES)
+        expected = image_processor.filter_masks(real, *arguments)
+        actual = image_processor.filter_masks(deferred, *arguments)
+        assert 0 < len(expected[0]) < 6 and actual[0] == expected[0]
+        assert actual[1].equal(expected[1]) and actual[2].equal(expected[2])
+
+    def test_binary_masks_and_gradients_are_not_deferred(self):
+        image_processor = SamClipImageProcessor(**SIZES)
+        masks = torch.randn(1, 2, 3, 16, 16, requires_grad=True)
+        upsampled = image_processor.post_process_masks(masks, *self.sizes, binarize=False)[0]
+        assert type(upsampled) is torch.Tensor
+        upsampled.sum().backward()
+        assert masks.grad.any()
+        binary = image_processor.post_process_masks(masks.detach(), *self.sizes)[0]
+        assert type(binary) is torch.Tensor and binary.equal(upsampled > 0)
+
+    def test_scores_of_other_masks_are_refused(self):
+        _, deferred = self.real_and_deferred()
+        with pytest.raises(ValueError, match="6 masks and 4 iou_scores"):
+            SamClipImageProcessor(**SIZES).filter_masks(deferred, torch.ones(2, 2), (40, 50), [0, 0, 50, 40])
+
+
+@pytest.mark.parametrize(
+    ("window", "counts"),
+    [
+        (np.zeros((4, 3), dtype=bool), [12]),
+        (np.ones((4, 3), dtype=bool), [0, 12]),
+        (np.eye(4, 3, dtype=bool), [0, 1, 3, 1, 3, 1, 3]),
+        (np.array([[True, True, True]]), [0, 3, 9]),
+    ],
+)
+def test_run_lengths_decode_to_the_mask(window, counts):
+    run_lengths = _run_lengths(window, left=0, top=0, height=3, width=4)
+    assert run_lengths == {"size": [3, 4], "counts": counts}
+    expected = np.zeros((4, 3), dtype=bool)
+    expected[: len(window)] = window
+    assert np.array_equal(_decode(run_lengths), expected.T)
