@@ -1,9 +1,12 @@
 """Tiny SAMs and CLIPs with random weights, large enough to make every difference visible."""
 
+import logging
+
 import pytest
 import torch
 from transformers import CLIPConfig, CLIPModel, SamConfig, SamModel
 from transformers.models.sam.configuration_sam import SamMaskDecoderConfig, SamPromptEncoderConfig, SamVisionConfig
+from transformers.utils.logging import disable_propagation, enable_propagation
 
 from samclip_hf import SamClipModel
 
@@ -61,6 +64,15 @@ def tiny_clip(projection_dim: int = 20) -> CLIPModel:
 def seed():
     """New weights are random, and must be the same in every run and in any order of the tests."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def complaints(caplog):
+    """pytest's `caplog`, from warnings on, that hears transformers too, whose log otherwise goes its own way."""
+    enable_propagation()
+    with caplog.at_level(logging.WARNING):
+        yield caplog
+    disable_propagation()
 
 
 @pytest.fixture(scope="session")

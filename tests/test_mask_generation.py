@@ -1,7 +1,5 @@
 """Everything mode through the stock pipeline: SAM-CLIP gives what SAM gives, with the weights of SAM."""
 
-import logging
-
 import numpy as np
 import pytest
 import torch
@@ -93,12 +91,10 @@ def test_no_mask_is_good_enough(samclip, image):
     assert output["scores"].shape == (0,) and output["bounding_boxes"].shape == (0, 4)
 
 
-def test_shipped_checkpoint_is_served_by_task_and_without_a_complaint(image, monkeypatch, caplog):
-    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    with caplog.at_level(logging.WARNING):
-        generator = pipeline("mask-generation", model=miniature.checkpoint())
-        output = generator(image, **OPTIONS)
-    assert not caplog.records
+def test_shipped_checkpoint_is_served_by_task_and_without_a_complaint(image, complaints):
+    generator = pipeline("mask-generation", model=miniature.checkpoint())
+    output = generator(image, **OPTIONS)
+    assert not complaints.records
     assert type(generator.model) is SamClipModel
     direct = generate(SamClipModel.from_pretrained(miniature.checkpoint()).eval(), SamClipImageProcessor, image)
     assert_same(output, direct)

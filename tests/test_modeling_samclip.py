@@ -11,11 +11,21 @@ from transformers import (
     AutoModelForZeroShotObjectDetection,
     BatchEncoding,
     CLIPModel,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     SamModel,
 )
 from transformers.models.sam.configuration_sam import SamVisionConfig
 
-from samclip_hf import SamClipConfig, SamClipForImageSegmentation, SamClipModel, modeling_samclip
+from samclip_hf import (
+    SamClipConfig,
+    SamClipForImageSegmentation,
+    SamClipModel,
+    SamClipVisionConfig,
+    SamClipVisionModel,
+    modeling_samclip,
+)
 from samclip_hf.modeling_samclip import SamClipVisionAttention, _distinct_masks, _segments, _spread_points, _stability
 
 from .conftest import randomise, tiny_clip, tiny_sam
@@ -359,6 +369,168 @@ class TestSaving:
             SamClipModel.from_pretrained(tmp_path)
 
 
+class TestVisionModel:
+    @pytest.fixture
+    def eye(self, model, tmp_path):
+        model.save_pretrained(tmp_path)
+        return SamClipVisionModel.from_pretrained(tmp_path).eval()
+
+    @pytest.mark.parametrize("vocabulary", [[], [0, 1, 1]])
+    def test_takes_its_part_of_a_checkpoint_without_a_complaint(self, model, vocabulary, tmp_path, complaints):
+        state = model.state_dict()
+        config = SamClipConfig.from_dict(model.config.to_dict() | {"vocabulary_label_ids": vocabulary})
+        model = SamClipForImageSegmentation(config).eval()
+        model.load_state_dict(state, strict=False)
+        model.bfloat16().save_pretrained(tmp_path)
+        eye, info = SamClipVisionModel.from_pretrained(tmp_path, output_loading_info=True)
+        assert not any(info.values()) and not complaints.records
+        assert eye.dtype == torch.bfloat16 and eye.config.vision_config.image_size == 64
+        expected = model.state_dict()
+        for name, weight in eye.state_dict().items():
+            assert torch.equal(weight, expected[name])
+        assert not any(name.startswith("vision_encoder.neck") for name in eye.state_dict())
+
+    @pytest.mark.parametrize("size", [(64, 64), (40, 96), (120, 24)])
+    def test_sees_as_the_whole_model_at_any_size(self, eye, model, size):
+        pixel_values = random_images(2, *size)
+        sizes = torch.tensor([[size[0], 17], [20, size[1]]])
+        with torch.no_grad():
+            for inputs in ({}, {"reshaped_input_sizes": sizes}):
+                actual = eye(pixel_values, **inputs)
+                expected = model.get_image_features(pixel_values, **inputs)
+                assert actual.last_hidden_state.shape == (2, size[0] * size[1] // 64, 32)
+                assert actual.pooler_output.shape == (2, 20)
+                assert torch.equal(actual.last_hidden_state, expected.last_hidden_state)
+                assert torch.equal(actual.pooler_output, expected.pooler_output)
+
+    def test_hidden_states_go_on_from_the_encoder_through_the_head(self, eye, model):
+        pixel_values = random_images(2, 40, 64)
+        eye.set_attn_implementation("eager")
+        model.set_attn_implementation("eager")
+        with torch.no_grad():
+            outputs = eye(pixel_values, output_hidden_states=True, output_attentions=True)
+            encoder = model.vision_encoder(pixel_values, output_hidden_states=True, output_attentions=True)
+            expected = [*encoder.hidden_states]
+            for layer in model.clip_head.layers:
+                expected.append(layer(expected[-1]))
+        assert len(expected) == len(outputs.hidden_states) == eye.config.num_hidden_layers + 1 == 7
+        for actual, tokens in zip(outputs.hidden_states, expected, strict=True):
+            assert_same(actual, tokens.flatten(1, 2))
+        assert torch.equal(outputs.hidden_states[-1], outputs.last_hidden_state)
+        assert len(outputs.attentions) == 6
+        for actual, weights in zip(outputs.attentions, encoder.attentions, strict=False):
+            assert_same(actual, weights)
+        assert outputs.attentions[-1].shape == (2 * 2, 40, 40)
+
+    def test_other_ways_to_ask(self, eye):
+        pixel_values = random_images()
+        with torch.no_grad():
+            expected = eye(pixel_values)
+            last, pooled = eye(pixel_values, return_dict=False)
+            assert torch.equal(last, expected.last_hidden_state) and torch.equal(pooled, expected.pooler_output)
+            assert expected.hidden_states is None
+            eye.config.output_hidden_states = True
+            assert len(eye(pixel_values).hidden_states) == 7
+
+    def test_save_and_load_through_the_auto_classes(self, eye, tmp_path):
+        eye.save_pretrained(tmp_path / "eye")
+        config = AutoConfig.from_pretrained(tmp_path / "eye")
+        assert isinstance(config, SamClipVisionConfig)
+        assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (32, 6, 2)
+        assert (config.image_size, config.patch_size, config.num_channels) == (64, 8, 3)
+        loaded = AutoModel.from_pretrained(tmp_path / "eye").eval()
+        assert isinstance(loaded, SamClipVisionModel)
+        with torch.no_grad():
+            assert torch.equal(loaded(random_images()).pooler_output, eye(random_images()).pooler_output)
+        fresh = AutoModel.from_config(config)
+        assert all(parameter.isfinite().all() for parameter in fresh.parameters())
+        assert fresh.clip_head.mlp.fc1.weight.std().item() == pytest.approx(0.02, rel=0.2)
+
+    def test_what_it_cannot_read_is_refused(self, eye, clip, tmp_path):
+        with pytest.raises(ValueError, match="specify pixel_values"):
+            eye()
+        with pytest.raises(ValueError, match=r"63 x 64.*multiples of the patch size, 8"):
+            eye(random_images(1, 63, 64))
+        clip.save_pretrained(tmp_path / "clip")
+        with pytest.raises(ValueError, match="holds a model of type 'clip', not a SAM-CLIP"):
+            SamClipVisionModel.from_pretrained(tmp_path / "clip")
+
+
+class TestInLlava:
+    def llava(self, eye_config, vision_feature_layer=-1):
+        text_config = LlamaConfig(
+            vocab_size=50,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+        )
+        config = LlavaConfig(
+            vision_config=eye_config,
+            text_config=text_config,
+            image_token_index=49,
+            vision_feature_layer=vision_feature_layer,
+            vision_feature_select_strategy="full",
+        )
+        return randomise(LlavaForConditionalGeneration(config))
+
+    @pytest.fixture
+    def eye(self, model):
+        eye = SamClipVisionModel(
+            SamClipVisionConfig(
+                vision_config=model.config.vision_config, clip_head_config=model.config.clip_head_config
+            )
+        )
+        return randomise(eye)
+
+    @pytest.mark.parametrize("size", [(64, 64), (24, 80)])
+    def test_reads_learns_and_writes(self, eye, size):
+        llava = self.llava(eye.config).train()
+        pixel_values = random_images(2, *size)
+        input_ids = torch.tensor([[1] + [49] * (size[0] * size[1] // 64) + [5, 6, 7]] * 2)
+        with torch.no_grad():
+            logits = [llava(input_ids=input_ids, pixel_values=p).logits[:, -1] for p in (pixel_values, -pixel_values)]
+        assert not torch.allclose(*logits, atol=1e-3)  # it looks
+
+        llava(input_ids=input_ids, pixel_values=pixel_values, labels=input_ids).loss.backward()
+        tower = llava.model.vision_tower
+        blind = {name for name, p in tower.named_parameters() if p.grad is None or not p.grad.any()}
+        # Not in the way of the patches: what makes one embedding of them.
+        assert {name.rsplit(".", 1)[0] for name in blind} == {
+            "clip_head.layer_norm",
+            "clip_head.mlp.fc1",
+            "clip_head.mlp.fc2",
+            "clip_head.mlp.fc3",
+        }
+        written = llava.eval().generate(
+            input_ids=input_ids, pixel_values=pixel_values, max_new_tokens=3, min_new_tokens=3, do_sample=False
+        )
+        assert written.shape == (2, input_ids.shape[1] + 3)
+
+    @pytest.mark.parametrize("layer", [-1, -2, 3, [-1, 0]])
+    def test_sees_the_layers_it_is_told_to(self, eye, layer):
+        llava = self.llava(eye.config, layer)
+        llava.model.vision_tower.load_state_dict(eye.state_dict())
+        pixel_values = random_images(2, 40, 64)
+        with torch.no_grad():
+            hidden_states = eye(pixel_values, output_hidden_states=True).hidden_states
+            chosen = torch.cat([hidden_states[index] for index in (layer if isinstance(layer, list) else [layer])], -1)
+            features = llava.get_image_features(pixel_values).pooler_output
+            assert_same(torch.stack(list(features)), llava.model.multi_modal_projector(chosen))
+
+    def test_saves_and_loads_with_it(self, eye, tmp_path, complaints):
+        llava = self.llava(eye.config)
+        llava.save_pretrained(tmp_path)
+        loaded, info = LlavaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+        assert not any(info.values()) and not complaints.records
+        assert isinstance(loaded.model.vision_tower, SamClipVisionModel)
+        input_ids = torch.tensor([[1] + [49] * 64 + [5, 6, 7]] * 2)
+        with torch.no_grad():
+            expected, actual = (m.eval()(input_ids=input_ids, pixel_values=random_images()) for m in (llava, loaded))
+        assert torch.equal(actual.logits, expected.logits)
+
+
 class WordTokenizer:
     """Numbers words by their order of appearance."""
 
@@ -596,7 +768,8 @@ class TestImageSegmentation:
 
     def test_composed_by_class_the_whole_model_runs(self, segmenter):
         segmenter.config.composition = "classes"
-        segmenter.logit_scale.data.fill_(5.0)  # sure enough to find classes
+        segmenter.set_vocabulary(["cat", "sofa", "tree"], tokenizer=WordTokenizer())
+        segmenter.logit_scale.data.fill_(9.0)  # and no background: some class is found everywhere
         with torch.no_grad():
             outputs = segmenter(random_images(2, 48, 64), reshaped_input_sizes=[[48, 32], [20, 64]])
         assert outputs.segment_scores.any()

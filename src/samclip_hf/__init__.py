@@ -18,30 +18,34 @@ from transformers.models.auto.modeling_auto import (
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from . import miniature
-from .configuration_samclip import SamClipConfig, SamClipHeadConfig
+from .configuration_samclip import SamClipConfig, SamClipHeadConfig, SamClipVisionConfig
 from .image_processing_samclip import SamClipImageProcessor, SamClipImageProcessorPil
 from .modeling_samclip import (
     SamClipForImageSegmentation,
     SamClipForObjectDetection,
     SamClipModel,
     SamClipPreTrainedModel,
+    SamClipVisionModel,
     SamClipVocabulary,
 )
 from .pipeline_samclip import SamClipImageSegmentationPipeline
 from .processing_samclip import SamClipProcessor
 
 AutoConfig.register("samclip", SamClipConfig, exist_ok=True)
+AutoConfig.register("samclip_vision_model", SamClipVisionConfig, exist_ok=True)
 AutoModel.register(SamClipConfig, SamClipModel, exist_ok=True)
+AutoModel.register(SamClipVisionConfig, SamClipVisionModel, exist_ok=True)
 AutoModelForMaskGeneration.register(SamClipConfig, SamClipModel, exist_ok=True)
 AutoModelForZeroShotImageClassification.register(SamClipConfig, SamClipModel, exist_ok=True)
 AutoModelForImageSegmentation.register(SamClipConfig, SamClipForImageSegmentation, exist_ok=True)
 AutoModelForSemanticSegmentation.register(SamClipConfig, SamClipForImageSegmentation, exist_ok=True)
 AutoModelForZeroShotObjectDetection.register(SamClipConfig, SamClipForObjectDetection, exist_ok=True)
-AutoImageProcessor.register(
-    SamClipConfig,
-    image_processor_classes={"torchvision": SamClipImageProcessor, "pil": SamClipImageProcessorPil},
-    exist_ok=True,
-)
+for config_class in (SamClipConfig, SamClipVisionConfig):
+    AutoImageProcessor.register(
+        config_class,
+        image_processor_classes={"torchvision": SamClipImageProcessor, "pil": SamClipImageProcessorPil},
+        exist_ok=True,
+    )
 AutoProcessor.register(SamClipConfig, SamClipProcessor, exist_ok=True)
 PIPELINE_REGISTRY.register_pipeline(
     "zero-shot-image-segmentation",
@@ -66,6 +70,8 @@ __all__ = [
     "SamClipModel",
     "SamClipPreTrainedModel",
     "SamClipProcessor",
+    "SamClipVisionConfig",
+    "SamClipVisionModel",
     "SamClipVocabulary",
     "miniature",
 ]

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import CLIPTextConfig, PreTrainedConfig, SamConfig
+from transformers import CLIPTextConfig, PreTrainedConfig, SamConfig, SamVisionConfig
 
 
 @strict
@@ -130,4 +130,81 @@ class SamClipConfig(SamConfig):
             )
 
 
-__all__ = ["SamClipConfig", "SamClipHeadConfig"]
+@strict
+class SamClipVisionConfig(PreTrainedConfig):
+    r"""
+    SAM-CLIP's eye alone, image encoder and CLIP head, for [`SamClipVisionModel`]. Reads a SAM-CLIP's too.
+
+    vision_config (`dict` or [`SamVisionConfig`], *optional*):
+        The image encoder.
+    clip_head_config (`dict` or [`SamClipHeadConfig`], *optional*):
+        The CLIP head.
+    initializer_range (`float`, *optional*, defaults to 0.02):
+        Standard deviation of new weights of the CLIP head.
+    """
+
+    model_type = "samclip_vision_model"
+    sub_configs = {"vision_config": SamVisionConfig, "clip_head_config": SamClipHeadConfig}
+    sub_configs_defaults = dict(sub_configs)
+
+    if TYPE_CHECKING:  # what __post_init__ leaves
+        vision_config: SamVisionConfig
+        clip_head_config: SamClipHeadConfig
+    else:
+        vision_config: dict | PreTrainedConfig | None = None
+        clip_head_config: dict | PreTrainedConfig | None = None
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        for name, config_class in self.sub_configs.items():
+            config = getattr(self, name)
+            if config is None or isinstance(config, dict):
+                setattr(self, name, config_class(**(config or {})))
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict, dict]:
+        """As in [`PreTrainedConfig`]; of a SAM-CLIP's configuration, the eye's part."""
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if config_dict.get("model_type") == SamClipConfig.model_type:
+            own = (*cls.sub_configs, "initializer_range", "dtype")
+            config_dict = {name: config_dict[name] for name in own if name in config_dict}
+        return config_dict, kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """As in [`PreTrainedConfig`]; refuses other models' configurations."""
+        model_type = config_dict.get("model_type", cls.model_type)
+        if model_type != cls.model_type:
+            raise ValueError(f"This checkpoint holds a model of type {model_type!r}, not a SAM-CLIP or its eye.")
+        return super().from_dict(config_dict, **kwargs)
+
+    # What vision-language models ask of a vision tower's configuration.
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """The image encoder's and the CLIP head's: one less than there are `hidden_states`."""
+        return self.vision_config.num_hidden_layers + self.clip_head_config.num_hidden_layers
+
+    @property
+    def hidden_size(self) -> int:
+        return self.vision_config.hidden_size
+
+    @property
+    def num_attention_heads(self) -> int:
+        return self.vision_config.num_attention_heads
+
+    @property
+    def num_channels(self) -> int:
+        return self.vision_config.num_channels
+
+    @property
+    def image_size(self) -> int:
+        return self.vision_config.image_size
+
+    @property
+    def patch_size(self) -> int:
+        return self.vision_config.patch_size
+
+
+__all__ = ["SamClipConfig", "SamClipHeadConfig", "SamClipVisionConfig"]

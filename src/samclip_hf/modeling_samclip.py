@@ -30,11 +30,12 @@ from transformers.models.sam.modeling_sam import (
     SamVisionEncoderOutput,
     SamVisionLayer,
 )
-from transformers.utils import logging
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_samclip import SamClipConfig, SamClipHeadConfig
+from .configuration_samclip import SamClipConfig, SamClipHeadConfig, SamClipVisionConfig
 
 logger = logging.get_logger(__name__)
 
@@ -248,7 +249,7 @@ class SamClipVisionLayer(SamVisionLayer):
 class SamClipPreTrainedModel(SamPreTrainedModel):
     config: SamClipConfig
     base_model_prefix = "samclip"
-    input_modalities = ("image", "text")
+    input_modalities: tuple[str, ...] = ("image", "text")
     _no_split_modules = ["SamClipVisionLayer"]
 
     @torch.no_grad()
@@ -260,6 +261,20 @@ class SamClipPreTrainedModel(SamPreTrainedModel):
             init.constant_(module.logit_scale, self.config.logit_scale_init_value)
             if module.class_embeds is not None:
                 init.zeros_(module.class_embeds)
+
+    def _content_mask(self, patch_tokens: torch.Tensor, reshaped_input_sizes) -> torch.Tensor | None:
+        """Which cells `(batch_size, grid_height, grid_width)` show any of the picture rather than padding."""
+        if reshaped_input_sizes is None:
+            return None
+        sizes = torch.as_tensor(reshaped_input_sizes, device=patch_tokens.device)
+        if sizes.shape != (patch_tokens.shape[0], 2):
+            raise ValueError(
+                f"reshaped_input_sizes must be a height and a width for each of {patch_tokens.shape[0]} images, got "
+                f"shape {tuple(sizes.shape)}."
+            )
+        rows, columns = (torch.arange(n, device=sizes.device) for n in patch_tokens.shape[1:3])
+        cells = sizes / self.config.vision_config.patch_size
+        return (rows < cells[:, :1])[:, :, None] & (columns < cells[:, 1:])[:, None, :]
 
 
 class SamClipVisionEncoder(SamVisionEncoder):
@@ -278,13 +293,9 @@ class SamClipVisionEncoder(SamVisionEncoder):
         table = F.interpolate(table, size=(grid_height, grid_width), mode="bicubic", align_corners=False)
         return table.permute(0, 2, 3, 1).to(self.pos_embed.dtype)
 
-    @merge_with_config_defaults
-    @capture_outputs(tie_last_hidden_states=False)
-    def forward(self, pixel_values: torch.Tensor | None = None, **kwargs) -> SamClipVisionEncoderOutput:
-        r"""
-        pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`):
-            Height and width are multiples of the patch size.
-        """
+    def encode(self, pixel_values: torch.Tensor | None) -> torch.Tensor:
+        """The last layer's tokens `(batch_size, grid_height, grid_width, hidden_size)`, before the neck. Records
+        nothing itself, so that a model around it records these layers among its own."""
         if pixel_values is None:
             raise ValueError("You have to specify pixel_values")
         patch_size = self.config.patch_size
@@ -301,7 +312,17 @@ class SamClipVisionEncoder(SamVisionEncoder):
             hidden_states = hidden_states + self.interpolate_pos_embed(*hidden_states.shape[1:3])
         for layer in self.layers:
             hidden_states = layer(hidden_states)
-        return SamClipVisionEncoderOutput(last_hidden_state=self.neck(hidden_states), patch_tokens=hidden_states)
+        return hidden_states
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(self, pixel_values: torch.Tensor | None = None, **kwargs) -> SamClipVisionEncoderOutput:
+        r"""
+        pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`):
+            Height and width are multiples of the patch size.
+        """
+        patch_tokens = self.encode(pixel_values)
+        return SamClipVisionEncoderOutput(last_hidden_state=self.neck(patch_tokens), patch_tokens=patch_tokens)
 
 
 class SamClipHeadMLP(nn.Module):
@@ -326,7 +347,7 @@ class SamClipHead(nn.Module):
     in text space.
     """
 
-    def __init__(self, config: SamClipConfig):
+    def __init__(self, config: SamClipConfig | SamClipVisionConfig):
         super().__init__()
         vision_config, head_config = config.vision_config, config.clip_head_config
         last_is_global = vision_config.num_hidden_layers - 1 in vision_config.global_attn_indexes
@@ -369,6 +390,80 @@ class SamClipHead(nn.Module):
     def project_patches(self, head_tokens: torch.Tensor) -> torch.Tensor:
         """Dense features `(batch_size, projection_dim, grid_height, grid_width)` from head tokens."""
         return self.mlp(self.layer_norm(head_tokens)).permute(0, 3, 1, 2)
+
+
+class SamClipVisionModel(SamClipPreTrainedModel):
+    """
+    SAM-CLIP's eye alone, image encoder and CLIP head, as a vision tower: patches in a sequence, without a class token.
+    Loads from a SAM-CLIP checkpoint.
+
+    `hidden_states` are those of the image encoder's layers, then those of the CLIP head's: the last ones are what the
+    text space is read from, so that a vision-language model with a `vision_feature_layer` of -1 or -2 sees
+    text-aligned patches. Its `vision_feature_select_strategy` must be `"full"`, as the first token is a patch.
+
+    Example:
+
+    ```python
+    >>> from samclip_hf import SamClipVisionModel, miniature
+
+    >>> model = SamClipVisionModel.from_pretrained(miniature.checkpoint())
+    ```"""
+
+    config: SamClipVisionConfig  # type: ignore[assignment]  # a part of the other
+    input_modalities = ("image",)
+    _can_record_outputs = SamVisionEncoder._can_record_outputs
+    # What else a SAM-CLIP checkpoint holds.
+    _keys_to_ignore_on_load_unexpected = [
+        r"^(shared_image_embedding|prompt_encoder|mask_decoder|vision_encoder\.neck|text_model|text_projection)\.",
+        r"^(logit_scale|class_embeds)$",
+    ]
+
+    def __init__(self, config: SamClipVisionConfig):
+        super().__init__(config)
+        self.vision_encoder = SamClipVisionEncoder(config.vision_config)
+        self.vision_encoder.neck = nn.Identity()  # for the mask decoder; here its weights would never train
+        self.clip_head = SamClipHead(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The layer that the pixels enter."""
+        return self.vision_encoder.patch_embed.projection
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        reshaped_input_sizes: torch.Tensor | None = None,
+        original_sizes: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        r"""
+        pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`):
+            Any height and width that are multiples of the patch size.
+        reshaped_input_sizes (`torch.Tensor` of shape `(batch_size, 2)`, *optional*):
+            From the image processor: height and width of each picture without its padding, which then does not count
+            in `pooler_output`.
+        original_sizes (`torch.Tensor` of shape `(batch_size, 2)`, *optional*):
+            Not used; the image processor returns it, so that `model(**inputs)` works.
+
+        Returns
+
+        - `last_hidden_state` `(batch_size, grid_height * grid_width, hidden_size)`, the CLIP head's tokens;
+        - `pooler_output` `(batch_size, projection_dim)`, the image in the text space, not normalised;
+        - `hidden_states`, if asked for, `config.num_hidden_layers + 1` tensors of the shape of `last_hidden_state`;
+        - `attentions`, if asked for and with eager attention, one a layer, shaped as SAM's.
+        """
+        outputs = self._forward(pixel_values, reshaped_input_sizes, return_dict=True, **kwargs)
+        if outputs.hidden_states is not None:
+            # Recorded as the layers give them, in rows and columns; None where only some layers were asked for.
+            outputs.hidden_states = tuple(h if h is None else h.flatten(1, 2) for h in outputs.hidden_states)
+        return outputs
+
+    @capture_outputs(tie_last_hidden_states=False)
+    def _forward(self, pixel_values, reshaped_input_sizes, **kwargs) -> BaseModelOutputWithPooling:
+        head_tokens = self.clip_head(self.vision_encoder.encode(pixel_values))
+        pooled = self.clip_head.pool(head_tokens, self._content_mask(head_tokens, reshaped_input_sizes))
+        return BaseModelOutputWithPooling(last_hidden_state=head_tokens.flatten(1, 2), pooler_output=pooled)
 
 
 class SamClipModel(SamClipPreTrainedModel, SamModel):
@@ -540,20 +635,6 @@ class SamClipModel(SamClipPreTrainedModel, SamModel):
             attention_similarity=attention_similarity,
             target_embedding=target_embedding,
         )
-
-    def _content_mask(self, patch_tokens: torch.Tensor, reshaped_input_sizes) -> torch.Tensor | None:
-        """Which cells `(batch_size, grid_height, grid_width)` show any of the picture rather than padding."""
-        if reshaped_input_sizes is None:
-            return None
-        sizes = torch.as_tensor(reshaped_input_sizes, device=patch_tokens.device)
-        if sizes.shape != (patch_tokens.shape[0], 2):
-            raise ValueError(
-                f"reshaped_input_sizes must be a height and a width for each of {patch_tokens.shape[0]} images, got "
-                f"shape {tuple(sizes.shape)}."
-            )
-        rows, columns = (torch.arange(n, device=sizes.device) for n in patch_tokens.shape[1:3])
-        cells = sizes / self.config.vision_config.patch_size
-        return (rows < cells[:, :1])[:, :, None] & (columns < cells[:, 1:])[:, None, :]
 
     @can_return_tuple
     def get_image_features(
@@ -1139,5 +1220,6 @@ __all__ = [
     "SamClipOutput",
     "SamClipPreTrainedModel",
     "SamClipSegmentationOutput",
+    "SamClipVisionModel",
     "SamClipVocabulary",
 ]

@@ -1,14 +1,12 @@
 """The shipped miniature SAM-CLIP, as its users load it, does what the README says of it, on a sample of the scenes."""
 
-import logging
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from transformers import AutoModel, AutoProcessor, pipeline
 
-from samclip_hf import SamClipModel, SamClipProcessor, miniature
+from samclip_hf import SamClipModel, SamClipProcessor, SamClipVisionModel, miniature
 from samclip_hf.miniature.evaluation import (
     classification_scenes,
     prompted_miou,
@@ -46,13 +44,12 @@ def test_auto_classes_load_it():
     ].shape == (1, 3, 128, 128)
 
 
-def test_stock_pipeline_labels_masks_without_a_complaint(student, caplog):
+def test_stock_pipeline_labels_masks_without_a_complaint(student, complaints):
     image = Image.fromarray(evaluation_scene(seed=5, index=13).image).resize((200, 150))
-    with caplog.at_level(logging.WARNING):
-        segmenter = pipeline("image-segmentation", model=miniature.checkpoint())
-        by_subtask = {task: segmenter(image, subtask=task) for task in ("semantic", "instance", "panoptic")}
-        by_subtask[None] = segmenter(image)
-    assert not caplog.records
+    segmenter = pipeline("image-segmentation", model=miniature.checkpoint())
+    by_subtask = {task: segmenter(image, subtask=task) for task in ("semantic", "instance", "panoptic")}
+    by_subtask[None] = segmenter(image)
+    assert not complaints.records
     for segments in by_subtask.values():
         assert {segment["label"] for segment in segments} <= {"background", *CLASS_NAMES}
         assert all(segment["mask"].size == (200, 150) for segment in segments)
@@ -73,19 +70,33 @@ def test_stock_zero_shot_classification_agrees_with_the_direct_call(student):
     torch.testing.assert_close(torch.tensor([by_label[name] for name in CLASS_NAMES[:5]]), expected)
 
 
-def test_stock_zero_shot_detection_boxes_the_segments_of_a_name(student, caplog):
+def test_stock_zero_shot_detection_boxes_the_segments_of_a_name(complaints):
     image = Image.fromarray(evaluation_scene(seed=5, index=13).image).resize((200, 150))
-    with caplog.at_level(logging.WARNING):
-        detect = pipeline("zero-shot-object-detection", model=miniature.checkpoint())
-        boxes = detect(image, candidate_labels=[f"a {CLASS_NAMES[13]}", f"a {CLASS_NAMES[20]}"])
-        segments = pipeline("image-segmentation", model=miniature.checkpoint())(image, overlap_mask_area_threshold=0)
-    assert not caplog.records
+    detect = pipeline("zero-shot-object-detection", model=miniature.checkpoint())
+    boxes = detect(image, candidate_labels=[f"a {CLASS_NAMES[13]}", f"a {CLASS_NAMES[20]}"])
+    segments = pipeline("image-segmentation", model=miniature.checkpoint())(image, overlap_mask_area_threshold=0)
+    assert not complaints.records
     assert [box["label"] for box in boxes] == [f"a {CLASS_NAMES[13]}"]
     # In the vocabulary, so of the same probability; and around the same mask.
     assert boxes[0]["score"] == pytest.approx(segments[0]["score"], abs=0.02)
     rows, columns = np.nonzero(np.asarray(segments[0]["mask"]))
     box = [boxes[0]["box"][side] for side in ("xmin", "ymin", "xmax", "ymax")]
     assert box == pytest.approx([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1], abs=1)
+
+
+@pytest.mark.parametrize("auto_class", [AutoModel, SamClipVisionModel])
+def test_stock_feature_extraction_agrees_with_the_direct_call(student, complaints, auto_class):
+    image = Image.fromarray(evaluation_scene(seed=5, index=13).image).resize((200, 150))
+    model = auto_class.from_pretrained(miniature.checkpoint())
+    extract = pipeline("image-feature-extraction", model=model, image_processor=miniature.checkpoint())
+    with torch.inference_mode():
+        outputs = model(**student.processor.image_processor(image, return_tensors="pt"))
+    if auto_class is AutoModel:  # SAM-CLIP as a whole gives the image in text space
+        assert torch.equal(extract(image, return_tensors=True), outputs.image_embeds)
+    else:
+        assert torch.equal(extract(image, return_tensors=True), outputs.last_hidden_state)
+        assert torch.equal(extract(image, return_tensors=True, pool=True), outputs.pooler_output)
+    assert not complaints.records
 
 
 def test_sam_survived(teachers, student):
