@@ -1,26 +1,37 @@
 # Each target works from a bare clone: the first one run creates .venv and installs into it.
 PYTHON ?= python3
-BIN := .venv/bin
+VENV := .venv
+BIN = $(VENV)/bin
 
-.PHONY: demo test lint
+.PHONY: demo test test-transformers test-lowest lint
 
 # glibc gives every large tensor back to the system and clears it anew on the next step; kept, CPU steps are up to twice
 # as fast. Other C libraries ignore the two names.
 demo: export MALLOC_MMAP_THRESHOLD_ = 2000000000
 demo: export MALLOC_TRIM_THRESHOLD_ = 4000000000
-demo: .venv/installed
+demo: $(VENV)/installed
 	$(BIN)/python training/demo.py
 
-test: .venv/installed
+test: $(VENV)/installed
 	$(BIN)/python -m pytest
 
-lint: .venv/installed
+# The tests that transformers' own models must pass, over ours. Fetches them once; their marks are not ours.
+test-transformers: $(VENV)/installed
+	$(BIN)/python -m tests.transformers.sdist
+	$(BIN)/python -m pytest -q -rs --disable-warnings -o addopts= -o python_files='*.py' tests/transformers
+
+# Both on the lowest versions that pyproject.toml allows, in .venv-lowest.
+test-lowest:
+	$(MAKE) test test-transformers VENV=.venv-lowest
+
+lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-.venv/installed: pyproject.toml
+.venv-lowest/installed: PINS = 'torch==2.11.*' 'torchvision==0.26.*' 'transformers==5.17.*' 'accelerate==1.15.*'
+$(VENV)/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed: make PYTHON=python3.12 ..."'
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]' $(PINS)
 	@touch $@

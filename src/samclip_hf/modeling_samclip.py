@@ -115,6 +115,10 @@ class SamClipSegmentationOutput(ModelOutput):
         Every patch in the text space, of length 1.
     background_label_ids (`torch.Tensor` of shape `(batch_size,)`):
         The label that stands for "none of the classes", -1 if there is none.
+    hidden_states (`tuple[torch.Tensor]`, each of shape `(batch_size, grid_height, grid_width, hidden_size)`):
+        With `output_hidden_states=True`: what enters the image encoder's layers, and the last one's tokens.
+    attentions (`tuple[torch.Tensor]`):
+        With `output_attentions=True` and eager attention: the image encoder's weights, as SAM's.
     """
 
     logits: torch.Tensor | None = None
@@ -125,6 +129,8 @@ class SamClipSegmentationOutput(ModelOutput):
     content_sizes: torch.Tensor | None = None
     dense_embeds: torch.Tensor | None = None
     background_label_ids: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 @dataclass
@@ -212,9 +218,9 @@ class SamClipVisionAttention(SamVisionAttention):
 
         dropout = self.dropout if self.training else 0.0
         if self.config._attn_implementation == "eager":
-            weights = (query @ key.transpose(-2, -1)).softmax(dim=-1, dtype=torch.float32).to(value.dtype)
-            attended = F.dropout(weights, p=dropout) @ value
-            weights = weights.flatten(0, 1)
+            scores = (query @ key.transpose(-2, -1)).flatten(0, 1)
+            weights = scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype)
+            attended = (F.dropout(weights, p=dropout) @ value.flatten(0, 1)).unflatten(0, value.shape[:2])
         else:
             value = F.pad(value, (0, key.shape[-1] - head_dim))
             attended = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=1.0)
@@ -251,6 +257,15 @@ class SamClipPreTrainedModel(SamPreTrainedModel):
     base_model_prefix = "samclip"
     input_modalities: tuple[str, ...] = ("image", "text")
     _no_split_modules = ["SamClipVisionLayer"]
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """
+        `False`: everything here is initialised by `transformers.initialization`, which leaves loaded weights alone.
+        Of code that may do otherwise, transformers (5.23) passes over the modules without weights of their own, and
+        CLIP's text tower, missing in a SAM checkpoint, would start as CLIP's does not.
+        """
+        return False
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -293,6 +308,11 @@ class SamClipVisionEncoder(SamVisionEncoder):
         table = F.interpolate(table, size=(grid_height, grid_width), mode="bicubic", align_corners=False)
         return table.permute(0, 2, 3, 1).to(self.pos_embed.dtype)
 
+    def get_input_embeddings(self) -> nn.Module:
+        """The layer that the pixels enter. Differs from SAM's, which returns the module around it, in running as one:
+        hooks on it see the embeddings."""
+        return self.patch_embed.projection
+
     def encode(self, pixel_values: torch.Tensor | None) -> torch.Tensor:
         """The last layer's tokens `(batch_size, grid_height, grid_width, hidden_size)`, before the neck. Records
         nothing itself, so that a model around it records these layers among its own."""
@@ -316,7 +336,9 @@ class SamClipVisionEncoder(SamVisionEncoder):
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
-    def forward(self, pixel_values: torch.Tensor | None = None, **kwargs) -> SamClipVisionEncoderOutput:
+    def forward(
+        self, pixel_values: torch.Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
+    ) -> SamClipVisionEncoderOutput:
         r"""
         pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`):
             Height and width are multiples of the patch size.
@@ -427,7 +449,7 @@ class SamClipVisionModel(SamClipPreTrainedModel):
 
     def get_input_embeddings(self) -> nn.Module:
         """The layer that the pixels enter."""
-        return self.vision_encoder.patch_embed.projection
+        return self.vision_encoder.get_input_embeddings()
 
     @can_return_tuple
     def forward(
@@ -638,7 +660,7 @@ class SamClipModel(SamClipPreTrainedModel, SamModel):
 
     @can_return_tuple
     def get_image_features(
-        self, pixel_values: torch.Tensor, reshaped_input_sizes=None, **kwargs
+        self, pixel_values: torch.Tensor, reshaped_input_sizes=None, **kwargs: Unpack[TransformersKwargs]
     ) -> BaseModelOutputWithPooling:
         r"""
         The image in the text space, as [`CLIPModel.get_image_features`] gives it.
@@ -649,11 +671,18 @@ class SamClipModel(SamClipPreTrainedModel, SamModel):
             From the image processor: height and width of each picture without its padding, which then does not count.
 
         Returns `pooler_output` `(batch_size, projection_dim)`, not normalised, and `last_hidden_state`
-        `(batch_size, grid_height * grid_width, hidden_size)`, the head's tokens.
+        `(batch_size, grid_height * grid_width, hidden_size)`, the head's tokens; `hidden_states` and `attentions`, if
+        asked for, are the image encoder's.
         """
-        head_tokens = self.clip_head(self.vision_encoder(pixel_values, **kwargs).patch_tokens)
+        vision_outputs = self.vision_encoder(pixel_values, **kwargs)
+        head_tokens = self.clip_head(vision_outputs.patch_tokens)
         pooled = self.clip_head.pool(head_tokens, self._content_mask(head_tokens, reshaped_input_sizes))
-        return BaseModelOutputWithPooling(last_hidden_state=head_tokens.flatten(1, 2), pooler_output=pooled)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=head_tokens.flatten(1, 2),
+            pooler_output=pooled,
+            hidden_states=vision_outputs.hidden_states,
+            attentions=vision_outputs.attentions,
+        )
 
     @can_return_tuple
     def get_text_features(
@@ -661,7 +690,7 @@ class SamClipModel(SamClipPreTrainedModel, SamModel):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """The texts in the text space, exactly as [`CLIPModel.get_text_features`]: `pooler_output`
         `(num_texts, projection_dim)`, not normalised."""
@@ -692,7 +721,7 @@ class SamClipModel(SamClipPreTrainedModel, SamModel):
         reshaped_input_sizes: torch.Tensor | None = None,
         original_sizes: torch.Tensor | None = None,
         return_loss: bool | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> SamClipOutput:
         r"""
         pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`):
@@ -917,6 +946,7 @@ class SamClipForImageSegmentation(SamClipModel):
             logits[..., vocabulary.background_label_id] = background
         return logits
 
+    @can_return_tuple
     def forward(  # type: ignore[override]  # another head, other inputs
         self,
         pixel_values: torch.Tensor,
@@ -924,7 +954,7 @@ class SamClipForImageSegmentation(SamClipModel):
         original_sizes: torch.Tensor | None = None,
         both_heads: bool = True,
         vocabulary: SamClipVocabulary | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> SamClipSegmentationOutput:
         r"""
         pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`):
@@ -976,6 +1006,8 @@ class SamClipForImageSegmentation(SamClipModel):
                 -1 if vocabulary.background_label_id is None else vocabulary.background_label_id,
                 dtype=torch.int64,
             ),
+            hidden_states=vision_outputs.hidden_states,
+            attentions=vision_outputs.attentions,
         )
 
     def compose_heads(
@@ -1118,6 +1150,7 @@ class SamClipForObjectDetection(SamClipForImageSegmentation):
     vocabulary's softmax. A text of the vocabulary has its own probability.
     """
 
+    @can_return_tuple
     def forward(  # type: ignore[override]  # another task, other inputs
         self,
         pixel_values: torch.Tensor,

@@ -3,9 +3,17 @@
 import numpy as np
 import torch
 from transformers import BatchFeature, ProcessorMixin
+from transformers.processing_utils import ProcessingKwargs, Unpack
 
 # The label by which SAM's prompt encoder skips a point that only fills up a batch.
 POINT_PADDING = -10
+
+
+class SamClipProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]  # mypy sees no TypedDict
+    _defaults = {
+        "text_kwargs": {"padding": True, "return_tensors": "pt"},
+        "images_kwargs": {"return_tensors": "pt"},
+    }
 
 
 class SamClipProcessor(ProcessorMixin):
@@ -15,6 +23,8 @@ class SamClipProcessor(ProcessorMixin):
     tokenizer ([`CLIPTokenizer`]):
         The CLIP teacher's.
     """
+
+    valid_processor_kwargs = SamClipProcessorKwargs
 
     def __init__(self, image_processor=None, tokenizer=None):
         super().__init__(image_processor, tokenizer)
@@ -27,13 +37,13 @@ class SamClipProcessor(ProcessorMixin):
         input_points=None,
         input_labels=None,
         input_boxes=None,
-        **kwargs,
+        **kwargs: Unpack[SamClipProcessorKwargs],
     ) -> BatchFeature:
         r"""
         images (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of them, *optional*):
             Passed to the image processor.
         text (`str` or `list[str]`, *optional*):
-            Passed to the tokenizer, padded to the longest.
+            Passed to the tokenizer, padded to the longest by default.
         segmentation_maps (*optional*):
             Label maps, passed to the image processor; returned as `labels`.
         input_points (nested lists or array of shape `(num_images, num_prompts, num_points, 2)`, *optional*):
@@ -44,7 +54,7 @@ class SamClipProcessor(ProcessorMixin):
         input_boxes (nested lists or array of shape `(num_images, num_boxes, 4)`, *optional*):
             x1, y1, x2, y2 in pixels of the original image; equally many for every image.
 
-        Returns torch tensors: what the image processor gives (`pixel_values`, `original_sizes`,
+        Returns, by default as torch tensors, what the image processor gives (`pixel_values`, `original_sizes`,
         `reshaped_input_sizes`), `input_ids` and `attention_mask`, and the prompts in pixels of `pixel_values`. Raises
         `ValueError` where prompts and images do not match or a prompt lies outside its image.
         """
@@ -52,9 +62,7 @@ class SamClipProcessor(ProcessorMixin):
             raise ValueError("Give images, text or both.")
         if images is None and any(p is not None for p in (input_points, input_labels, input_boxes)):
             raise ValueError("Prompts need the images that they point into.")
-        kwargs.setdefault("return_tensors", "pt")
-        kwargs.setdefault("padding", True)
-        merged = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        merged = self._merge_kwargs(SamClipProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         inputs = BatchFeature()
         if images is not None:
             inputs.update(self.image_processor(images, segmentation_maps, **merged["images_kwargs"]))
@@ -142,8 +150,8 @@ class SamClipProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        prompt_names = ["input_points", "input_labels", "input_boxes"]
-        return [*super().model_input_names, "original_sizes", "reshaped_input_sizes", *prompt_names]
+        """Without prompts, as SAM's: what an image and a text always give."""
+        return [*super().model_input_names, "original_sizes", "reshaped_input_sizes"]
 
 
 def _depth(name: str, nested) -> int:
