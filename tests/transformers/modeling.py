@@ -11,7 +11,13 @@ import unittest
 import torch
 from transformers_tests.test_modeling_common import ModelTesterMixin, floats_tensor, ids_tensor
 
-from samclip_hf import SamClipConfig, SamClipForImageSegmentation, SamClipModel
+from samclip_hf import (
+    SamClipConfig,
+    SamClipForImageSegmentation,
+    SamClipModel,
+    SamClipVisionConfig,
+    SamClipVisionModel,
+)
 
 GRID, PATCH = 12, 2
 
@@ -158,3 +164,48 @@ class SamClipForImageSegmentationTest(SamClipModelTest):
         """Texts, which `forward` does not take, but `get_text_features` does."""
         _, inputs = ModelTester().prepare_config_and_inputs_for_common()
         return tiny_config(), {name: inputs[name] for name in ("input_ids", "attention_mask")}
+
+
+class VisionTester(ModelTester):
+    is_training = False  # as CLIP's vision tower: forward has no loss
+
+    def prepare_config_and_inputs_for_common(self):
+        config = tiny_config()
+        eye = SamClipVisionConfig(
+            vision_config=config.vision_config.to_dict(), clip_head_config=config.clip_head_config.to_dict()
+        )
+        inputs = super().prepare_config_and_inputs_for_common()[1]
+        return eye, {"pixel_values": inputs["pixel_values"]}
+
+
+class SamClipVisionModelTest(SamClipModelTest):
+    all_model_classes = (SamClipVisionModel,)
+    additional_model_inputs = ()
+    recorded = "{}"
+
+    def setUp(self):
+        self.model_tester = VisionTester()
+
+    def test_attention_outputs(self):
+        """Of the image encoder and of the CLIP head, whose layer attends everywhere, as the encoder's last does."""
+        attentions = self.record("attentions")[1]
+        everywhere = (2 * 4, GRID**2, GRID**2)
+        self.assertEqual([a.shape for a in attentions], [(2 * 4 * 4, 49, 49), everywhere, everywhere])
+
+    def test_hidden_states_output(self):
+        """In a sequence, as vision-language models want them."""
+        for asked_by_config in (False, True):
+            hidden_states = self.record("hidden_states", asked_by_config)[1]
+            self.assertEqual([h.shape for h in hidden_states], [(2, GRID**2, 36)] * 4)
+
+    def test_retain_grad_hidden_states_attentions(self):
+        """Attentions lie on the way to the result. Hidden states, brought into a sequence, lie beside it, and are
+        themselves what is trained by: gradients reach the pixels from each."""
+        outputs, attentions = self.record("attentions")
+        for tensor in attentions:
+            tensor.retain_grad()
+        outputs.last_hidden_state.square().sum().backward()
+        for tensor in attentions:
+            self.assertIsNotNone(tensor.grad)
+        for tensor in self.record("hidden_states")[1]:
+            self.assertTrue(tensor.requires_grad)
