@@ -291,6 +291,12 @@ class SamClipPreTrainedModel(SamPreTrainedModel):
         cells = sizes / self.config.vision_config.patch_size
         return (rows < cells[:, :1])[:, :, None] & (columns < cells[:, 1:])[:, None, :]
 
+    def _pool_image(self, patch_tokens: torch.Tensor, reshaped_input_sizes) -> tuple[torch.Tensor, torch.Tensor]:
+        """The CLIP head's tokens, of the shape of the encoder's, and the image in the text space `(batch_size,
+        projection_dim)`, not normalised, in which padding does not count."""
+        head_tokens = self.clip_head(patch_tokens)
+        return head_tokens, self.clip_head.pool(head_tokens, self._content_mask(head_tokens, reshaped_input_sizes))
+
 
 class SamClipVisionEncoder(SamVisionEncoder):
     """SAM's image encoder, with its weights under its keys, for images of any height and width."""
@@ -483,8 +489,7 @@ class SamClipVisionModel(SamClipPreTrainedModel):
 
     @capture_outputs(tie_last_hidden_states=False)
     def _forward(self, pixel_values, reshaped_input_sizes, **kwargs) -> BaseModelOutputWithPooling:
-        head_tokens = self.clip_head(self.vision_encoder.encode(pixel_values))
-        pooled = self.clip_head.pool(head_tokens, self._content_mask(head_tokens, reshaped_input_sizes))
+        head_tokens, pooled = self._pool_image(self.vision_encoder.encode(pixel_values), reshaped_input_sizes)
         return BaseModelOutputWithPooling(last_hidden_state=head_tokens.flatten(1, 2), pooler_output=pooled)
 
 
@@ -675,8 +680,7 @@ class SamClipModel(SamClipPreTrainedModel, SamModel):
         asked for, are the image encoder's.
         """
         vision_outputs = self.vision_encoder(pixel_values, **kwargs)
-        head_tokens = self.clip_head(vision_outputs.patch_tokens)
-        pooled = self.clip_head.pool(head_tokens, self._content_mask(head_tokens, reshaped_input_sizes))
+        head_tokens, pooled = self._pool_image(vision_outputs.patch_tokens, reshaped_input_sizes)
         return BaseModelOutputWithPooling(
             last_hidden_state=head_tokens.flatten(1, 2),
             pooler_output=pooled,
@@ -780,9 +784,8 @@ class SamClipModel(SamClipPreTrainedModel, SamModel):
             )
 
         if asks_clip_head:
-            head_tokens = self.clip_head(vision_outputs.patch_tokens)
-            content_mask = self._content_mask(head_tokens, reshaped_input_sizes)
-            image_embeds = F.normalize(self.clip_head.pool(head_tokens, content_mask), dim=-1)
+            head_tokens, pooled = self._pool_image(vision_outputs.patch_tokens, reshaped_input_sizes)
+            image_embeds = F.normalize(pooled, dim=-1)
             dense_embeds = F.normalize(self.clip_head.project_patches(head_tokens), dim=1)
             fields |= {"image_embeds": image_embeds, "dense_embeds": dense_embeds}
 

@@ -85,9 +85,10 @@ class SamClipModelTest(ModelTesterMixin, unittest.TestCase):
     test_all_params_have_gradient = False  # CLIP's loss, the only one of forward, is none of the masks
     test_can_init_all_missing_weights_before_2023 = True  # the mixin goes by a date that our files do not bear
     recorded = "vision_{}"  # as in SAM's output
+    tester_class = ModelTester
 
     def setUp(self):
-        self.model_tester = ModelTester()
+        self.model_tester = self.tester_class()
 
     def test_model_get_set_embeddings(self):
         """As SAM's: what is embedded is pixels."""
@@ -156,9 +157,7 @@ class SamClipForImageSegmentationTest(SamClipModelTest):
     all_model_classes = (SamClipForImageSegmentation,)
     additional_model_inputs = ()
     recorded = "{}"
-
-    def setUp(self):
-        self.model_tester = SegmentationTester()
+    tester_class = SegmentationTester
 
     def _text_features_prepare_config_and_inputs(self):
         """Texts, which `forward` does not take, but `get_text_features` does."""
@@ -182,9 +181,7 @@ class SamClipVisionModelTest(SamClipModelTest):
     all_model_classes = (SamClipVisionModel,)
     additional_model_inputs = ()
     recorded = "{}"
-
-    def setUp(self):
-        self.model_tester = VisionTester()
+    tester_class = VisionTester
 
     def test_attention_outputs(self):
         """Of the image encoder and of the CLIP head, whose layer attends everywhere, as the encoder's last does."""
