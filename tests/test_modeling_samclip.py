@@ -1,3 +1,6 @@
+import contextlib
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,6 +20,7 @@ from transformers import (
     SamModel,
 )
 from transformers.models.sam.configuration_sam import SamVisionConfig
+from transformers.models.sam.modeling_sam import SamVisionLayer
 
 from samclip_hf import (
     SamClipConfig,
@@ -26,7 +30,15 @@ from samclip_hf import (
     SamClipVisionModel,
     modeling_samclip,
 )
-from samclip_hf.modeling_samclip import SamClipVisionAttention, _distinct_masks, _segments, _spread_points, _stability
+from samclip_hf.modeling_samclip import (
+    SamClipPatchGroups,
+    SamClipVisionAttention,
+    SamClipVisionLayer,
+    _distinct_masks,
+    _segments,
+    _spread_points,
+    _stability,
+)
 
 from .conftest import randomise, tiny_clip, tiny_sam
 
@@ -65,6 +77,14 @@ def explicit_scores(attention, hidden_states):
     return torch.einsum("bqnc,bknc->bnqk", query, key) * 8**-0.5 + bias, value
 
 
+def brute_force(attention, hidden_states, visible=True):
+    """Attention weights, where the mask `visible` allows any, and what the attention returns."""
+    scores, value = explicit_scores(attention, hidden_states)
+    weights = scores.masked_fill(~torch.as_tensor(visible), -torch.inf).softmax(dim=-1)
+    attended = torch.einsum("bnqk,bknc->bqnc", weights, value).reshape_as(hidden_states)
+    return weights, attention.proj(attended)
+
+
 BACKENDS = [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION]
 
 
@@ -73,30 +93,53 @@ class TestAttention:
     def attention(self):
         torch.manual_seed(0)
         config = SamVisionConfig(hidden_size=16, num_attention_heads=2, image_size=40, patch_size=8)
+        config._attn_implementation = "sdpa"
         return randomise(SamClipVisionAttention(config, window_size=0), std=0.5)
 
     @pytest.mark.parametrize("grid", [(5, 5), (4, 7), (9, 3)])
     @pytest.mark.parametrize("backend", [*BACKENDS, "eager"])
-    def test_equals_brute_force_with_the_explicit_bias(self, attention, grid, backend):
+    @pytest.mark.parametrize("inference", [True, False], ids=["inference", "training"])
+    def test_equals_brute_force_with_the_explicit_bias(self, attention, grid, backend, inference, monkeypatch):
+        monkeypatch.setattr(modeling_samclip, "BIAS_CHUNK", 2 * math.prod(grid) * 4)  # of four queries
         hidden_states = torch.randn(2, *grid, 16)
-        # Patches of three segments and, as -1, of none: those attend to everything.
-        segment = torch.randint(-1, 3, (2, *grid))
-        for segments in (None, F.one_hot(segment + 1, 4)[..., 1:]):
-            scores, value = explicit_scores(attention, hidden_states)
-            if segments is not None:
-                q, k = segment.flatten(1)[:, None, :, None], segment.flatten(1)[:, None, None, :]
-                scores = scores.masked_fill((q >= 0) & (q != k), -torch.inf)
-            weights = scores.softmax(dim=-1)
-            expected = attention.proj(torch.einsum("bnqk,bknc->bqnc", weights, value).reshape(2, *grid, 16))
-            if backend == "eager":
-                attention.config._attn_implementation = "eager"
-                actual, actual_weights = attention(hidden_states, segments)
-                assert_same(actual_weights, weights.flatten(0, 1))
-            else:
-                with sdpa_kernel(backend):
-                    actual, actual_weights = attention(hidden_states, segments)
-                assert actual_weights is None
-            assert_same(actual, expected)
+        weights, expected = brute_force(attention, hidden_states)
+        if backend == "eager":
+            attention.config._attn_implementation = "eager"
+        attends = contextlib.nullcontext() if backend == "eager" else sdpa_kernel(backend)
+        with attends, torch.inference_mode(inference):
+            actual, actual_weights = attention(hidden_states)
+        assert_same(actual, expected)
+        if backend == "eager":
+            assert_same(actual_weights, weights.flatten(0, 1))
+        else:
+            assert actual_weights is None
+
+    def test_flex_attention_equals_brute_force_too(self, attention):
+        attention.config._attn_implementation = "flex_attention"
+        for grid in [(5, 5), (4, 7)]:  # another size is compiled anew
+            hidden_states = torch.randn(2, *grid, 16)
+            with torch.no_grad():  # on a CPU, the kernel has no gradients
+                assert_same(attention(hidden_states)[0], brute_force(attention, hidden_states)[1])
+
+    @pytest.mark.parametrize("chunk", [1, 100, 10**6])
+    def test_groups_of_patches_know_nothing_of_one_another(self, attention, chunk, monkeypatch):
+        monkeypatch.setattr(modeling_samclip, "BIAS_CHUNK", chunk)
+        hidden_states = torch.randn(1, 4, 7, 16)
+        group = torch.randint(0, 3, (28,))
+        expected = brute_force(attention, hidden_states, group[:, None] == group)[1].view(28, 16)
+        order = group.argsort()
+        groups = SamClipPatchGroups(order // 7, order % 7, (4, 7), group.bincount().tolist())
+        with torch.no_grad():
+            assert_same(attention(hidden_states.view(28, 16)[order], groups)[0], expected[order])
+
+    @pytest.mark.parametrize("grid", [(3, 3), (4, 7), (6, 2)])
+    def test_windows_are_sams_although_they_are_filled_up_after_the_projection(self, attention, grid):
+        config = attention.config
+        sams = randomise(SamVisionLayer(config, window_size=3), std=0.3)
+        ours = SamClipVisionLayer(config, window_size=3).eval()
+        ours.load_state_dict(sams.state_dict())
+        hidden_states = torch.randn(2, *grid, 16)
+        assert_same(ours(hidden_states), sams(hidden_states))
 
     def test_stores_nothing_of_the_size_of_the_bias(self):
         config = SamVisionConfig(hidden_size=16, num_attention_heads=2, image_size=320, patch_size=8)
@@ -135,6 +178,14 @@ class TestAgainstSam:
             again = model(image_embeddings=embeddings, input_points=random_points())
             assert_same(again.pred_masks, sam(pixel_values, input_points=random_points()).pred_masks)
         assert_same(model.get_image_wide_positional_embeddings(), sam.get_image_wide_positional_embeddings())
+
+    def test_same_embeddings_without_relative_positions(self, clip):
+        sam = tiny_sam(use_rel_pos=False)
+        model = SamClipModel.from_teachers(sam, clip).eval()
+        for grad in (False, True):  # two ways to attend
+            with torch.set_grad_enabled(grad):
+                actual = model.vision_encoder(random_images()).last_hidden_state
+                assert_same(actual, sam.vision_encoder(random_images()).last_hidden_state)
 
     def test_same_attention_weights_where_they_are_asked_for(self, sam, model, tmp_path):
         model.set_attn_implementation("eager")

@@ -5,6 +5,7 @@ The model is SAM plus three parts. The image encoder is SAM's, at any input size
 before SAM's neck; the text tower, its projection and the logit scale are CLIP's.
 """
 
+import functools
 import math
 import os
 from collections import Counter
@@ -15,6 +16,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.flex_attention import flex_attention
 from transformers import AutoTokenizer, CLIPModel, CLIPTextModel, PreTrainedModel, PreTrainedTokenizerBase, SamModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -42,7 +44,7 @@ logger = logging.get_logger(__name__)
 POINTS_PER_CLASS = 3  # paper, section 5: one to three
 TEXTS_PER_BATCH = 256  # a thousand names in eighty templates do not fit at once
 CLASSES_PER_CHUNK = 32  # pass through the mask decoder together
-OUTSIDE = 1e4  # so far below the rest are the scores of what may not be attended to; float16 holds it
+BIAS_CHUNK = 2**22  # values of an attention bias at a time: 16 MB, which a last-level cache holds
 
 
 @dataclass
@@ -157,19 +159,46 @@ class SamClipVocabulary:
     background_threshold: float | None = None
 
 
+@dataclass
+class SamClipPatchGroups:
+    r"""
+    Patches taken from their grids and sorted into groups that know nothing of one another.
+
+    rows, columns (`torch.Tensor` of shape `(num_patches,)`):
+        Where each patch lies in its grid.
+    grid_size (`tuple[int, int]`):
+        Height and width of the grid.
+    counts (`list[int]`):
+        How many patches each group has; they follow one another.
+    """
+
+    rows: torch.Tensor
+    columns: torch.Tensor
+    grid_size: tuple[int, int]
+    counts: list[int]
+
+
 class SamClipVisionAttention(SamVisionAttention):
     """
-    SAM's attention with relative positions, without the `(length, length)` bias.
+    SAM's attention with relative positions, without the `(length, length)` bias and with SAM's windows inside.
 
-    SAM's bias between patch `(i, j)` and patch `(k, l)` is a row term `(i, k)` plus a column term `(j, l)`. Appending
-    the terms of a query to that query, and one-hot rows and columns to the keys, moves the sum into the dot product:
-    the result is the same to rounding, nothing quadratic is stored, and PyTorch's fused kernels apply. Fused kernels
-    want queries, keys and values of one width, hence the padded values.
+    SAM's bias between patch `(i, j)` and patch `(k, l)` is a row term `(i, k)` plus a column term `(j, l)`. Only the
+    terms are stored. They become scores, equal to SAM's to rounding, in one of three ways:
+
+    - `"sdpa"`, inference on a CPU: for a few queries at a time, which a cache holds (`_attend_in_chunks`).
+    - `"sdpa"`, otherwise, and `"eager"`: inside the dot product. The terms of a query are appended to that query, and
+      one-hot rows and columns to the keys. No loop, and nothing quadratic is kept for the backward pass. Fused
+      kernels want queries, keys and values of one width, hence the padded values.
+    - `"flex_attention"`: as the kernel goes.
+
+    SAM fills windows up with zeros before it projects them. Here the projections are outside the windows: what zeros
+    project to, the bias, is known without it.
     """
 
     def __init__(self, config, window_size: int):
         super().__init__(config, window_size)
         self.config = config
+        self.window_size = window_size
 
     def get_rel_pos(self, q_size: int, k_size: int, rel_pos: torch.Tensor) -> torch.Tensor:
         """
@@ -183,72 +212,179 @@ class SamClipVisionAttention(SamVisionAttention):
         return rel_pos[position[:, None] - position[None, :] + q_size - 1]
 
     def forward(
-        self, hidden_states: torch.Tensor, segments: torch.Tensor | None = None
+        self, hidden_states: torch.Tensor, groups: SamClipPatchGroups | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         r"""
         hidden_states (`torch.Tensor` of shape `(batch_size, height, width, hidden_size)`):
-            Patch tokens.
-        segments (`torch.Tensor` of shape `(batch_size, height, width, num_segments)`, *optional*):
-            1 where a patch belongs to a segment, of which it has one at most. Such a patch attends to its segment
-            only, every other to all patches. Rides in the dot product as well.
+            Patch tokens; with `groups`, `(num_patches, hidden_size)`.
+        groups ([`SamClipPatchGroups`], *optional*):
+            Patches attend to their group only.
 
         Returns a tensor of the shape of `hidden_states`, and with `attn_implementation="eager"` the attention weights
-        `(batch_size * num_heads, height * width, height * width)`, which are otherwise never formed.
+        `(batch_size * num_windows * num_heads, length, length)`, which are otherwise never formed.
         """
-        batch_size, height, width, _ = hidden_states.shape
-        length = height * width
-        qkv = self.qkv(hidden_states).reshape(batch_size, length, 3, self.num_attention_heads, -1)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (batch_size, heads, length, head_dim)
-        head_dim = query.shape[-1]
-        queries, keys = [query * self.scale], [key]
+        if groups is not None:
+            return self.proj(self._attend_in_groups(self.qkv(hidden_states), groups)), None
+        qkv = self.qkv(hidden_states)
+        if self.window_size == 0:
+            attended, weights = self._attend_on_grid(qkv)
+        else:
+            _, height, width, _ = qkv.shape
+            padding = self.qkv(hidden_states.new_zeros(1, 1, 1, hidden_states.shape[-1]))
+            windows, grid = _split_into_windows(qkv, self.window_size, padding)
+            attended, weights = self._attend_on_grid(windows)
+            attended = _join_windows(attended, grid)[:, :height, :width]
+        return self.proj(attended), weights
 
-        if self.use_rel_pos:
-            grid = query.unflatten(2, (height, width))
-            row_bias = torch.einsum("bnhwc,hkc->bnhwk", grid, self.get_rel_pos(height, height, self.rel_pos_h))
-            column_bias = torch.einsum("bnhwc,wkc->bnhwk", grid, self.get_rel_pos(width, width, self.rel_pos_w))
+    def _attend_on_grid(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Queries, keys and values `(batch_size, height, width, 3 * hidden_size)` of grids of patches -> what was
+        attended to `(batch_size, height, width, hidden_size)`, and the weights if they were formed."""
+        batch_size, height, width, _ = qkv.shape
+        # Each (batch_size, heads, length, head_dim).
+        qkv = qkv.reshape(batch_size, height * width, 3, self.num_attention_heads, -1)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        head_dim = query.shape[-1]
+        implementation = self.config._attn_implementation
+        dropout = self.dropout if self.training else 0.0
+        row_table, column_table = self._position_tables(height, width)
+        grid = query.unflatten(2, (height, width))
+        row_bias = torch.einsum("bnhwc,hkc->bnhwk", grid, row_table).flatten(2, 3)
+        column_bias = torch.einsum("bnhwc,wkc->bnhwk", grid, column_table).flatten(2, 3)
+        weights = None
+
+        if implementation == "flex_attention":
+            if dropout:
+                raise ValueError("flex_attention knows no dropout: set attention_dropout to 0, or use sdpa.")
+
+            def add_bias(score, batch, head, q, k):
+                return score + row_bias[batch, head, q, k // width] + column_bias[batch, head, q, k % width]
+
+            attend = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
+            attended = attend(query, key, value, score_mod=add_bias, scale=self.scale)
+        elif (
+            implementation != "eager"
+            and query.device.type == "cpu"
+            and not (query.requires_grad or torch.compiler.is_compiling())
+        ):
+            rows = torch.arange(height, device=query.device)[:, None]
+            columns = torch.arange(width, device=query.device)[None]
+            attended = _attend_in_chunks(query, key, value, row_bias, column_bias, rows, columns, self.scale, dropout)
+        else:
             row = torch.eye(height, dtype=key.dtype, device=key.device).repeat_interleave(width, dim=0)
             column = torch.eye(width, dtype=key.dtype, device=key.device).repeat(height, 1)
-            queries += [row_bias.flatten(2, 3), column_bias.flatten(2, 3)]
-            keys += [row.expand(*key.shape[:2], -1, -1), column.expand(*key.shape[:2], -1, -1)]
-        if segments is not None:
-            member = segments.to(key.dtype).reshape(batch_size, 1, length, -1).expand(-1, key.shape[1], -1, -1)
-            queries.append(member)
-            keys.append((member - 1) * OUTSIDE)
-        query, key = torch.cat(queries, dim=-1), torch.cat(keys, dim=-1)
+            query = torch.cat([query * self.scale, row_bias, column_bias], dim=-1)
+            key = torch.cat([key, *(one_hot.expand(*key.shape[:2], -1, -1) for one_hot in (row, column))], dim=-1)
+            if implementation == "eager":
+                scores = (query @ key.transpose(-2, -1)).flatten(0, 1)
+                weights = scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype)
+                attended = (F.dropout(weights, p=dropout) @ value.flatten(0, 1)).unflatten(0, value.shape[:2])
+            else:
+                value = F.pad(value, (0, key.shape[-1] - head_dim))
+                attended = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=1.0)
+                attended = attended[..., :head_dim]
+        return attended.transpose(1, 2).reshape(batch_size, height, width, -1), weights
 
-        dropout = self.dropout if self.training else 0.0
-        if self.config._attn_implementation == "eager":
-            scores = (query @ key.transpose(-2, -1)).flatten(0, 1)
-            weights = scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype)
-            attended = (F.dropout(weights, p=dropout) @ value.flatten(0, 1)).unflatten(0, value.shape[:2])
-        else:
-            value = F.pad(value, (0, key.shape[-1] - head_dim))
-            attended = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=1.0)
-            weights = None
-        attended = attended[..., :head_dim].transpose(1, 2).reshape(batch_size, height, width, -1)
-        return self.proj(attended), weights
+    def _attend_in_groups(self, qkv: torch.Tensor, groups: SamClipPatchGroups) -> torch.Tensor:
+        """Queries, keys and values `(num_patches, 3 * hidden_size)` -> `(num_patches, hidden_size)`."""
+        qkv = qkv.unflatten(-1, (3, self.num_attention_heads, -1)).permute(1, 2, 0, 3)[:, None]
+        row_table, column_table = (table.to(qkv.dtype) for table in self._position_tables(*groups.grid_size))
+        attended = []
+        for (query, key, value), rows, columns in zip(
+            qkv.split(groups.counts, dim=-2),
+            groups.rows.split(groups.counts),
+            groups.columns.split(groups.counts),
+            strict=True,
+        ):
+            row_bias = torch.einsum("bnqc,qkc->bnqk", query, row_table[rows])
+            column_bias = torch.einsum("bnqc,qkc->bnqk", query, column_table[columns])
+            result = _attend_in_chunks(query, key, value, row_bias, column_bias, rows, columns, self.scale)
+            attended.append(result[0].transpose(0, 1).flatten(1))
+        return torch.cat(attended)
+
+    def _position_tables(self, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Relative position embeddings of rows `(height, height, head_dim)` and of columns `(width, width,
+        head_dim)`; zeros in a model without."""
+        if not self.use_rel_pos:
+            head_dim = self.qkv.in_features // self.num_attention_heads
+            weight = self.qkv.weight
+            return weight.new_zeros(height, height, head_dim), weight.new_zeros(width, width, head_dim)
+        return (
+            self.get_rel_pos(height, height, self.rel_pos_h),
+            self.get_rel_pos(width, width, self.rel_pos_w),
+        )
+
+
+@functools.cache
+def _compiled_flex_attention():
+    """Compiled anew for every size: with symbolic sizes its CPU code is wrong or none (torch 2.14)."""
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def _attend_in_chunks(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    row_bias: torch.Tensor,
+    column_bias: torch.Tensor,
+    rows: torch.Tensor,
+    columns: torch.Tensor,
+    scale: float,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    r"""
+    Attention with a bias that is a row term plus a column term, of which never more than `BIAS_CHUNK` values exist.
+
+    query, key, value (`torch.Tensor` of shape `(batch_size, num_heads, length, head_dim)`)
+    row_bias, column_bias (`torch.Tensor` of shape `(batch_size, num_heads, length, num_rows or num_columns)`):
+        Of every query for the keys in each row and in each column.
+    rows, columns (`torch.Tensor`):
+        The keys' rows and columns; together they broadcast to the keys in their order.
+    """
+    batch_size, num_heads, length, _ = query.shape
+    batch_chunk = max(1, BIAS_CHUNK // (num_heads * length * length))
+    query_chunk = max(1, BIAS_CHUNK // (batch_chunk * num_heads * length))
+    row_bias, column_bias = row_bias.contiguous(), column_bias.contiguous()
+    attended = torch.empty_like(query)
+    for batch in range(0, batch_size, batch_chunk):
+        for first in range(0, length, query_chunk):
+            own, queries = slice(batch, batch + batch_chunk), slice(first, first + query_chunk)
+            bias = row_bias[own, :, queries][..., rows] + column_bias[own, :, queries][..., columns]
+            attended[own, :, queries] = F.scaled_dot_product_attention(
+                query[own, :, queries], key[own], value[own], bias.flatten(3), dropout, scale=scale
+            )
+    return attended
+
+
+def _split_into_windows(
+    tokens: torch.Tensor, window_size: int, padding: torch.Tensor
+) -> tuple[torch.Tensor, tuple[int, int]]:
+    """Tokens `(batch_size, height, width, channels)`, filled up by `padding` `(1, 1, 1, channels)` to multiples of the
+    window -> `(batch_size * num_windows, window_size, window_size, channels)`, and how many windows there are in a
+    column and in a row."""
+    batch_size, height, width, _ = tokens.shape
+    if missing := -width % window_size:
+        tokens = torch.cat([tokens, padding.expand(batch_size, height, missing, -1)], dim=2)
+    if missing := -height % window_size:
+        tokens = torch.cat([tokens, padding.expand(batch_size, missing, tokens.shape[2], -1)], dim=1)
+    tokens = tokens.unflatten(2, (-1, window_size)).unflatten(1, (-1, window_size)).transpose(2, 3)
+    return tokens.flatten(0, 2), (tokens.shape[1], tokens.shape[2])
+
+
+def _join_windows(windows: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """The reverse: `(batch_size, height, width, channels)`, with what was filled up."""
+    return windows.unflatten(0, (-1, *grid)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
 class SamClipVisionLayer(SamVisionLayer):
-    """SAM's layer around [`SamClipVisionAttention`]."""
+    """SAM's layer around [`SamClipVisionAttention`], which has the windows inside."""
 
     def __init__(self, config, window_size: int):
         super().__init__(config, window_size)
         self.attn = SamClipVisionAttention(config, window_size)
 
-    def forward(self, hidden_states: torch.Tensor, segments: torch.Tensor | None = None) -> torch.Tensor:
-        """Tokens and segments as in [`SamClipVisionAttention`]."""
-        residual = hidden_states
-        hidden_states = self.layer_norm1(hidden_states)
-        if self.window_size > 0:
-            size = hidden_states.shape[1:3]
-            hidden_states, padded_size = self.window_partition(hidden_states, self.window_size)
-            if segments is not None:
-                segments, _ = self.window_partition(segments, self.window_size)
-        hidden_states, _ = self.attn(hidden_states, segments)
-        if self.window_size > 0:
-            hidden_states = self.window_unpartition(hidden_states, self.window_size, padded_size, size)
-        hidden_states = residual + hidden_states
+    def forward(self, hidden_states: torch.Tensor, groups: SamClipPatchGroups | None = None) -> torch.Tensor:
+        """Tokens and groups as in [`SamClipVisionAttention`]."""
+        hidden_states = hidden_states + self.attn(self.layer_norm1(hidden_states), groups)[0]
         return hidden_states + self.mlp(self.layer_norm2(hidden_states))
 
 
@@ -257,6 +393,7 @@ class SamClipPreTrainedModel(SamPreTrainedModel):
     base_model_prefix = "samclip"
     input_modalities: tuple[str, ...] = ("image", "text")
     _no_split_modules = ["SamClipVisionLayer"]
+    _supports_flex_attn = True
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -300,6 +437,8 @@ class SamClipPreTrainedModel(SamPreTrainedModel):
 
 class SamClipVisionEncoder(SamVisionEncoder):
     """SAM's image encoder, with its weights under its keys, for images of any height and width."""
+
+    _supports_flex_attn = True
 
     def __init__(self, config):
         super().__init__(config)
@@ -383,6 +522,7 @@ class SamClipHead(nn.Module):
         hidden_size = vision_config.hidden_size
         mlp_hidden_size = hidden_size if head_config.mlp_hidden_size is None else head_config.mlp_hidden_size
         self.pooling = head_config.pooling
+        self.window_size = window_size
         self.layers = nn.ModuleList(
             SamClipVisionLayer(vision_config, window_size) for _ in range(head_config.num_hidden_layers)
         )
@@ -391,11 +531,10 @@ class SamClipHead(nn.Module):
             hidden_size, mlp_hidden_size, head_config.projection_dim, ACT2FN[vision_config.hidden_act]
         )
 
-    def forward(self, patch_tokens: torch.Tensor, segments: torch.Tensor | None = None) -> torch.Tensor:
-        """Head tokens `(batch_size, grid_height, grid_width, hidden_size)` from patch tokens of the same shape;
-        patches of a segment `(batch_size, grid_height, grid_width, num_segments)` attend to it only."""
+    def forward(self, patch_tokens: torch.Tensor) -> torch.Tensor:
+        """Head tokens `(batch_size, grid_height, grid_width, hidden_size)` from patch tokens of the same shape."""
         for layer in self.layers:
-            patch_tokens = layer(patch_tokens, segments)
+            patch_tokens = layer(patch_tokens)
         return patch_tokens
 
     def pool(self, head_tokens: torch.Tensor, content_mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -414,6 +553,41 @@ class SamClipHead(nn.Module):
         else:
             pooled = (tokens * inside).sum(dim=1) / inside.sum(dim=1)
         return self.mlp(self.layer_norm(pooled))
+
+    def pool_segments(self, patch_tokens: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
+        r"""
+        Segments as if each were an image of its own: in every layer its patches see one another and nothing else.
+
+        patch_tokens (`torch.Tensor` of shape `(batch_size, grid_height, grid_width, hidden_size)`):
+            As in `forward`.
+        segments (`torch.Tensor` of shape `(batch_size, num_segments, grid_height, grid_width)`, `bool`):
+            Which patches belong to each segment.
+
+        Returns `(batch_size, num_segments, projection_dim)`; what it holds for a segment without patches has no
+        meaning.
+        """
+        batch_size, num_segments, grid_height, grid_width = segments.shape
+        image, segment, row, column = segments.nonzero(as_tuple=True)
+        owner = image * num_segments + segment
+        # Layers with windows see no further than the window inside a segment either.
+        height, width = (self.window_size,) * 2 if self.window_size else (grid_height, grid_width)
+        group = owner * grid_height * grid_width + (row // height) * grid_width + column // width
+        group, order = group.sort()
+        owner, row, column = owner[order], row[order], column[order]
+        tokens = patch_tokens[image[order], row, column]
+        if len(tokens):
+            counts = group.unique_consecutive(return_counts=True)[1].tolist()
+            groups = SamClipPatchGroups(row % height, column % width, (height, width), counts)
+            for layer in self.layers:
+                tokens = layer(tokens, groups)
+        pooled = tokens.new_zeros(batch_size * num_segments, tokens.shape[-1]).scatter_reduce(
+            0,
+            owner[:, None].expand_as(tokens),
+            tokens,
+            "amax" if self.pooling == "max" else "mean",
+            include_self=False,
+        )
+        return self.mlp(self.layer_norm(pooled)).unflatten(0, (batch_size, num_segments))
 
     def project_patches(self, head_tokens: torch.Tensor) -> torch.Tensor:
         """Dense features `(batch_size, projection_dim, grid_height, grid_width)` from head tokens."""
@@ -1063,11 +1237,7 @@ class SamClipForImageSegmentation(SamClipModel):
             segments &= content_mask[:, None]
         is_segment = segments.flatten(2).any(dim=-1)
 
-        head_tokens = self.clip_head(patch_tokens, segments.permute(0, 2, 3, 1))
-        embeds = logits.new_zeros(*masks.shape[:2], self.config.clip_head_config.projection_dim)
-        for i, own in enumerate(is_segment):
-            pooled = self.clip_head.pool(head_tokens[i].expand(int(own.sum()), -1, -1, -1), segments[i, own])
-            embeds[i, own] = F.normalize(pooled, dim=-1)
+        embeds = F.normalize(self.clip_head.pool_segments(patch_tokens, segments), dim=-1) * is_segment[..., None]
         return {
             "segment_masks": masks,
             "segment_logits": self.classify(embeds, vocabulary),
