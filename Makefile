@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-transformers test-lowest lint
+.PHONY: demo test test-transformers test-lowest lint bench bench-gpu
 
 # glibc gives every large tensor back to the system and clears it anew on the next step; kept, CPU steps are up to twice
 # as fast. Other C libraries ignore the two names.
@@ -23,6 +23,15 @@ test-transformers: $(VENV)/installed
 # Both on the lowest versions that pyproject.toml allows, in .venv-lowest.
 test-lowest:
 	$(MAKE) test test-transformers VENV=.venv-lowest
+
+# Image encoder and text to masks against transformers' own models, on the CPU and on a GPU.
+bench: $(VENV)/installed
+	$(BIN)/python benchmarks/inference.py encoder
+	$(BIN)/python benchmarks/inference.py text_to_masks
+
+bench-gpu: $(VENV)/installed
+	$(BIN)/python benchmarks/inference.py encoder --device cuda --dtype bfloat16 --batch_sizes 1 8 32 --compile
+	$(BIN)/python benchmarks/inference.py text_to_masks --device cuda --dtype bfloat16
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

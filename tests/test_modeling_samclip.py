@@ -100,7 +100,7 @@ class TestAttention:
     @pytest.mark.parametrize("backend", [*BACKENDS, "eager"])
     @pytest.mark.parametrize("inference", [True, False], ids=["inference", "training"])
     def test_equals_brute_force_with_the_explicit_bias(self, attention, grid, backend, inference, monkeypatch):
-        monkeypatch.setattr(modeling_samclip, "BIAS_CHUNK", 2 * math.prod(grid) * 4)  # of four queries
+        monkeypatch.setattr(modeling_samclip, "BIAS_CHUNK", 4 * math.prod(grid) // torch.get_num_threads())
         hidden_states = torch.randn(2, *grid, 16)
         weights, expected = brute_force(attention, hidden_states)
         if backend == "eager":

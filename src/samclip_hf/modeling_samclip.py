@@ -6,10 +6,11 @@ before SAM's neck; the text tower, its projection and the logit scale are CLIP's
 """
 
 import functools
+import itertools
 import math
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -44,7 +45,7 @@ logger = logging.get_logger(__name__)
 POINTS_PER_CLASS = 3  # paper, section 5: one to three
 TEXTS_PER_BATCH = 256  # a thousand names in eighty templates do not fit at once
 CLASSES_PER_CHUNK = 32  # pass through the mask decoder together
-BIAS_CHUNK = 2**22  # values of an attention bias at a time: 16 MB, which a last-level cache holds
+BIAS_CHUNK = 2**21  # values of an attention bias that a thread has at a time: 8 MB in float32
 
 
 @dataclass
@@ -266,9 +267,12 @@ class SamClipVisionAttention(SamVisionAttention):
             and query.device.type == "cpu"
             and not (query.requires_grad or torch.compiler.is_compiling())
         ):
-            rows = torch.arange(height, device=query.device)[:, None]
-            columns = torch.arange(width, device=query.device)[None]
-            attended = _attend_in_chunks(query, key, value, row_bias, column_bias, rows, columns, self.scale, dropout)
+            rows, columns = row_bias.contiguous(), column_bias.contiguous()
+
+            def form_bias(chunk):
+                return (rows[chunk][..., :, None] + columns[chunk][..., None, :]).flatten(3)
+
+            attended = _attend_in_chunks(query, key, value, form_bias, self.scale, dropout)
         else:
             row = torch.eye(height, dtype=key.dtype, device=key.device).repeat_interleave(width, dim=0)
             column = torch.eye(width, dtype=key.dtype, device=key.device).repeat(height, 1)
@@ -288,16 +292,26 @@ class SamClipVisionAttention(SamVisionAttention):
         """Queries, keys and values `(num_patches, 3 * hidden_size)` -> `(num_patches, hidden_size)`."""
         qkv = qkv.unflatten(-1, (3, self.num_attention_heads, -1)).permute(1, 2, 0, 3)[:, None]
         row_table, column_table = (table.to(qkv.dtype) for table in self._position_tables(*groups.grid_size))
+        # The columns of the grid follow its rows, in the terms of a query and in the one-hot positions of the keys.
+        row_position = F.one_hot(groups.rows, len(row_table))
+        column_position = F.one_hot(groups.columns, len(column_table))
+        position = torch.cat([row_position, column_position], dim=-1).to(qkv.dtype)
         attended = []
-        for (query, key, value), rows, columns in zip(
+        for (query, key, value), rows, columns, keys in zip(
             qkv.split(groups.counts, dim=-2),
             groups.rows.split(groups.counts),
             groups.columns.split(groups.counts),
+            position.split(groups.counts),
             strict=True,
         ):
             row_bias = torch.einsum("bnqc,qkc->bnqk", query, row_table[rows])
             column_bias = torch.einsum("bnqc,qkc->bnqk", query, column_table[columns])
-            result = _attend_in_chunks(query, key, value, row_bias, column_bias, rows, columns, self.scale)
+            terms = torch.cat([row_bias, column_bias], dim=-1)
+
+            def form_bias(chunk, terms=terms, keys=keys):
+                return terms[chunk] @ keys.T
+
+            result = _attend_in_chunks(query, key, value, form_bias, self.scale)
             attended.append(result[0].transpose(0, 1).flatten(1))
         return torch.cat(attended)
 
@@ -324,34 +338,32 @@ def _attend_in_chunks(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    row_bias: torch.Tensor,
-    column_bias: torch.Tensor,
-    rows: torch.Tensor,
-    columns: torch.Tensor,
+    form_bias: Callable[[tuple[slice, ...]], torch.Tensor],
     scale: float,
     dropout: float = 0.0,
 ) -> torch.Tensor:
     r"""
-    Attention with a bias that is a row term plus a column term, of which never more than `BIAS_CHUNK` values exist.
+    Attention with a bias of which never more than `BIAS_CHUNK` values a thread exist. Many queries of few heads at a
+    time: the kernel takes long blocks of queries, and what it reads stays in the cache.
 
-    query, key, value (`torch.Tensor` of shape `(batch_size, num_heads, length, head_dim)`)
-    row_bias, column_bias (`torch.Tensor` of shape `(batch_size, num_heads, length, num_rows or num_columns)`):
-        Of every query for the keys in each row and in each column.
-    rows, columns (`torch.Tensor`):
-        The keys' rows and columns; together they broadcast to the keys in their order.
+    query, key, value (`torch.Tensor` of shape `(batch_size, num_heads, length, head_dim)`):
+        Returns one more of this shape.
+    form_bias (`Callable`):
+        From slices of the batch, of heads and of queries to their bias for all keys.
     """
     batch_size, num_heads, length, _ = query.shape
-    batch_chunk = max(1, BIAS_CHUNK // (num_heads * length * length))
-    query_chunk = max(1, BIAS_CHUNK // (batch_chunk * num_heads * length))
-    row_bias, column_bias = row_bias.contiguous(), column_bias.contiguous()
+    values = BIAS_CHUNK * torch.get_num_threads()
+    queries = min(length, max(1, values // length))
+    heads = min(num_heads, max(1, values // (queries * length)))
+    images = min(batch_size, max(1, values // (heads * queries * length)))
     attended = torch.empty_like(query)
-    for batch in range(0, batch_size, batch_chunk):
-        for first in range(0, length, query_chunk):
-            own, queries = slice(batch, batch + batch_chunk), slice(first, first + query_chunk)
-            bias = row_bias[own, :, queries][..., rows] + column_bias[own, :, queries][..., columns]
-            attended[own, :, queries] = F.scaled_dot_product_attention(
-                query[own, :, queries], key[own], value[own], bias.flatten(3), dropout, scale=scale
-            )
+    for first in itertools.product(
+        range(0, batch_size, images), range(0, num_heads, heads), range(0, length, queries)
+    ):
+        chunk = tuple(slice(start, start + step) for start, step in zip(first, (images, heads, queries), strict=True))
+        attended[chunk] = F.scaled_dot_product_attention(
+            query[chunk], key[chunk[:2]], value[chunk[:2]], form_bias(chunk), dropout, scale=scale
+        )
     return attended
 
 

@@ -1,0 +1,243 @@
+"""
+Speed and memory of SAM-CLIP against transformers' own models of the same size, ViT-B, with random weights.
+
+    python benchmarks/inference.py encoder         # image encoder against SamModel's
+    python benchmarks/inference.py text_to_masks   # one SAM-CLIP against a SamModel and a CLIPVisionModel
+    python benchmarks/inference.py encoder --device cuda --dtype bfloat16 --batch_sizes 1 8 32 --compile
+
+What is compared runs in turns in one process, so that what else the machine does hits all of it, and a ratio is that
+of two runs next to each other. Rates are in terms of the operations that SAM's encoder needs, counted by torch (972
+GFLOP an image at 1024 px), whatever a variant really does; the matrix product's rate is measured between them.
+"""
+
+import argparse
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import torch
+import transformers
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPVisionConfig, CLIPVisionModel, SamConfig, SamModel
+
+from samclip_hf import SamClipConfig, SamClipForImageSegmentation, SamClipModel
+from samclip_hf.modeling_samclip import SamClipVisionLayer
+
+NUM_CLASSES = 20
+
+
+def compare(functions: dict[str, Callable], repeats: int, device: torch.device) -> tuple[dict, dict]:
+    """Seconds of every run, and the most memory that a run takes above what was there before it, in GB."""
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    memory: dict[str, float] = {}
+    for repeat in range(repeats + 1):
+        for name, function in functions.items():
+            gc.collect()
+            before = reset_peak(device)
+            start = time.perf_counter()
+            result = function()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if repeat > 0:  # the first one warms up, and compiles
+                seconds[name].append(time.perf_counter() - start)
+            memory[name] = (peak(device) - before) / 1e9
+            del result
+    return seconds, memory
+
+
+def reset_peak(device: torch.device) -> float:
+    """Bytes in use, from which on the peak is measured."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    if (clear := Path("/proc/self/clear_refs")).exists():
+        clear.write_text("5")  # the peak starts over at what is resident now
+    return peak(device)
+
+
+def peak(device: torch.device) -> float:
+    """Most bytes in use since; `nan` where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return float("nan")
+    return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
+
+
+def matrix_product(device: torch.device, dtype: torch.dtype) -> tuple[Callable, float]:
+    """A product as in the encoder's MLP, several times, and its operations."""
+    rows, inner, columns = (4096, 768, 3072) if device.type == "cpu" else (8192, 8192, 8192)
+    a = torch.randn(rows, inner, device=device, dtype=dtype)
+    b = torch.randn(inner, columns, device=device, dtype=dtype)
+    return lambda: [a @ b for _ in range(10)], 10 * 2.0 * rows * inner * columns
+
+
+def sam_operations(config: SamConfig, size: int) -> float:
+    """Of one image's pass through SAM's encoder."""
+    with torch.device("meta"):
+        sam = SamModel(config)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            sam.vision_encoder(torch.empty(1, 3, size, size))
+    return counter.get_total_flops()
+
+
+def project_padding_too(layer: SamClipVisionLayer, hidden_states: torch.Tensor, groups=None) -> torch.Tensor:
+    """The layer with windows around the projections, as in SAM."""
+    window_size = layer.attn.window_size
+    attended = layer.layer_norm1(hidden_states)
+    if window_size > 0:
+        attended, padded_size = layer.window_partition(attended, window_size)
+    attended = layer.attn(attended)[0]
+    if window_size > 0:
+        attended = layer.window_unpartition(attended, window_size, padded_size, hidden_states.shape[1:3])
+    hidden_states = hidden_states + attended
+    return hidden_states + layer.mlp(layer.layer_norm2(hidden_states))
+
+
+def encoder(arguments, config: SamConfig, clip_config: CLIPVisionConfig) -> None:
+    device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
+    sam = SamModel(config).to(device, dtype).eval().vision_encoder
+    samclip = SamClipModel(samclip_config(config)).to(device, dtype).eval()
+    samclip.vision_encoder.load_state_dict(sam.state_dict())
+    size = config.vision_config.image_size
+    operations = sam_operations(config, size)
+    product, product_operations = matrix_product(device, dtype)
+
+    def in_dot_product(pixel_values):
+        with mock.patch("torch.compiler.is_compiling", return_value=True):
+            return samclip.vision_encoder(pixel_values)
+
+    def with_padding(pixel_values):
+        with mock.patch.object(SamClipVisionLayer, "forward", project_padding_too):
+            return samclip.vision_encoder(pixel_values)
+
+    def flex(pixel_values):
+        samclip.set_attn_implementation({"vision_config": "flex_attention"})
+        try:
+            return samclip.vision_encoder(pixel_values)
+        finally:
+            samclip.set_attn_implementation({"vision_config": "sdpa"})
+
+    encoders: dict[str, Callable] = {"SamModel": sam, "SAM-CLIP": samclip.vision_encoder}
+    if arguments.compile:
+        encoders["SamModel, compiled"] = torch.compile(sam)
+        encoders["SAM-CLIP, compiled"] = torch.compile(samclip.vision_encoder)
+    if device.type == "cuda":
+        encoders["SAM-CLIP, flex_attention"] = flex
+    else:  # what each step bought
+        encoders["SAM-CLIP, bias in the dot product"] = in_dot_product
+        encoders["SAM-CLIP, padding projected too"] = with_padding
+
+    for batch_size in arguments.batch_sizes:
+        pixel_values = torch.randn(batch_size, 3, size, size, device=device, dtype=dtype)
+        functions = {name: partial(run, pixel_values) for name, run in encoders.items()}
+        seconds, memory = compare(functions | {"matrix product": product}, arguments.repeats, device)
+        rates = [product_operations / s for s in seconds.pop("matrix product")]
+        print(
+            f"\n{batch_size} x {size} px; matrix product {statistics.median(rates) / 1e12:.2f} TFLOP/s\n\n"
+            "| image encoder | s | images/s | of the matrix product's rate | peak memory above the weights, GB | "
+            "speed against SamModel (lowest - highest) |\n|---|---|---|---|---|---|"
+        )
+        for name, own in seconds.items():
+            median = statistics.median(own)
+            fraction = statistics.median(batch_size * operations / s / r for s, r in zip(own, rates, strict=True))
+            print(
+                f"| {name} | {median:.3f} | {batch_size / median:.2f} | {fraction:.2f} | {memory[name]:.2f} | "
+                f"{ratios(seconds['SamModel'], own)} |"
+            )
+
+
+def text_to_masks(arguments, config: SamConfig, clip_config: CLIPVisionConfig) -> None:
+    device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
+    size = config.vision_config.image_size
+    sam = SamModel(config).to(device, dtype).eval()
+    clip = CLIPVisionModel(clip_config).to(device, dtype).eval()
+    samclip = SamClipForImageSegmentation(
+        samclip_config(
+            config,
+            vocabulary_label_ids=list(range(NUM_CLASSES)),
+            id2label={label_id: str(label_id) for label_id in range(NUM_CLASSES)},
+            logit_scale_init_value=4.6,
+        )
+    )
+    samclip = samclip.to(device, dtype).eval()
+    pixel_values = torch.randn(1, 3, size, size, device=device, dtype=dtype)
+    with torch.no_grad():
+        # A vocabulary of which every class is found: what patches of this very image embed to.
+        patches = samclip(pixel_values, both_heads=False).dense_embeds.flatten(2)[0].T
+        samclip.class_embeds = patches[:: len(patches) // NUM_CLASSES][:NUM_CLASSES].contiguous()
+    segments = {}
+
+    def compose(composition: str):
+        samclip.config.composition = composition
+        outputs = samclip(pixel_values)
+        segments[composition] = int((outputs.segment_scores > 0).sum())
+        return outputs
+
+    point = torch.full((1, 1, 1, 2), size / 2, device=device, dtype=dtype)
+    seconds, memory = compare(
+        {
+            "SamModel, one point": lambda: sam(pixel_values, input_points=point),
+            "CLIPVisionModel": lambda: clip(pixel_values, interpolate_pos_encoding=True),
+            "segments": lambda: compose("segments"),
+            "classes": lambda: compose("classes"),
+            "CLIP head alone": lambda: samclip(pixel_values, both_heads=False),
+        },
+        arguments.repeats,
+        device,
+    )
+    both = [s + c for s, c in zip(seconds["SamModel, one point"], seconds["CLIPVisionModel"], strict=True)]
+    print(
+        f"\n1 x {size} px, {NUM_CLASSES} classes\n\n| text to masks | s | peak memory above the weights, GB | time "
+        "against SamModel + CLIPVisionModel (lowest - highest) |\n|---|---|---|---|"
+    )
+    for name, own in seconds.items():
+        found = f", {segments[name]} segments" if name in segments else ""
+        title = f"SAM-CLIP, composition by {name}{found}" if found else name
+        print(f"| {title} | {statistics.median(own):.3f} | {memory[name]:.2f} | {ratios(own, both)} |")
+
+
+def ratios(numerators: list[float], denominators: list[float]) -> str:
+    own = sorted(n / d for n, d in zip(numerators, denominators, strict=True))
+    return f"{statistics.median(own):.2f} ({own[0]:.2f} - {own[-1]:.2f})"
+
+
+def samclip_config(config: SamConfig, **kwargs) -> SamClipConfig:
+    parts = ("vision_config", "prompt_encoder_config", "mask_decoder_config")
+    return SamClipConfig(**{part: getattr(config, part).to_dict() for part in parts}, has_text_tower=False, **kwargs)
+
+
+def main(argv: list[str] | None = None, config: SamConfig | None = None, clip_config=None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["encoder", "text_to_masks"])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1], help="of the encoder")
+    parser.add_argument("--compile", action="store_true", help="the compiled encoders too")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args(argv)
+    if arguments.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.exit(2, "There is no GPU that torch can use: nothing was measured.\n")
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    machine = torch.cuda.get_device_name() if arguments.device.startswith("cuda") else f"{arguments.threads} threads"
+    print(
+        f"{machine}, {arguments.dtype}, {arguments.repeats} runs, medians; torch {torch.__version__}, transformers "
+        f"{transformers.__version__}"
+    )
+    if config is None:
+        config = SamConfig(vision_config={"initializer_range": 0.02})  # its default, 1e-10, is for loading weights
+    if clip_config is None:  # ViT-B/16
+        clip_config = CLIPVisionConfig(patch_size=16)
+    with torch.no_grad():
+        {"encoder": encoder, "text_to_masks": text_to_masks}[arguments.what](arguments, config, clip_config)
+
+
+if __name__ == "__main__":
+    main()

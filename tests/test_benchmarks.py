@@ -1,0 +1,59 @@
+"""The benchmarks run, at a size that says nothing about speed."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import CLIPVisionConfig
+
+from .conftest import tiny_sam
+
+
+@pytest.fixture
+def inference():
+    path = Path(__file__).parents[1] / "benchmarks" / "inference.py"
+    spec = importlib.util.spec_from_file_location("inference_benchmark", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def sizes():
+    tower = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return tiny_sam().config, CLIPVisionConfig(**tower, image_size=32, patch_size=8)
+
+
+@pytest.mark.parametrize("what, rows", [("encoder", 4), ("text_to_masks", 5)])
+def test_every_variant_gets_its_row_of_finite_figures(inference, sizes, capsys, what, rows):
+    threads = torch.get_num_threads()
+    inference.main([what, "--repeats", "2"], *sizes)
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| S") or line.startswith("| C")]
+    assert len(table) == rows
+    for line in table:
+        assert re.search(r"\| \d+\.\d+ \(\d+\.\d+ - \d+\.\d+\) \|$", line), line
+    assert torch.get_num_threads() == threads
+
+
+def test_what_each_step_bought_is_measured_on_the_same_numbers(inference, sizes, monkeypatch):
+    results = {}
+
+    def compare(functions, repeats, device):
+        results.update({name: run() for name, run in functions.items() if name != "matrix product"})
+        return {name: [1.0] for name in functions}, dict.fromkeys(functions, 0.0)
+
+    monkeypatch.setattr(inference, "compare", compare)
+    inference.main(["encoder", "--repeats", "1"], *sizes)
+    expected = results.pop("SamModel").last_hidden_state
+    assert len(results) == 3
+    for result in results.values():
+        torch.testing.assert_close(result.last_hidden_state, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_without_a_gpu_nothing_is_measured(inference, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        inference.main(["encoder", "--device", "cuda"])
+    assert "nothing was measured" in capsys.readouterr().err
