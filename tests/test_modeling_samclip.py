@@ -1,9 +1,13 @@
 import contextlib
+import copy
 import math
+import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounter
+from torch.export import Dim
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
     AutoConfig,
@@ -255,6 +259,100 @@ class TestAnySize:
             model(random_images(1, 63, 64))
         with pytest.raises(ValueError, match="4 channels"):
             model(torch.zeros(1, 4, 64, 64))
+
+
+class TestTypesAndTransforms:
+    """What torch and transformers do with any model, they do with this one."""
+
+    @pytest.fixture
+    def inputs(self):
+        return {
+            "pixel_values": random_images(),
+            "input_points": random_points(),
+            "input_ids": INPUT_IDS,
+            "attention_mask": ATTENTION_MASK,
+        }
+
+    @staticmethod
+    def assert_close_outputs(actual, expected, tolerance):
+        for name in ("pred_masks", "iou_scores", "logits_per_image", "dense_embeds"):
+            assert actual[name].isfinite().all()
+            assert_same(actual[name].float(), expected[name], tolerance)
+
+    @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.15), (torch.float16, 0.03)])
+    @pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "converted"])
+    def test_half_precision_stays_near_float32(self, model, inputs, dtype, tolerance, autocast):
+        with torch.no_grad():
+            expected = model(**inputs)
+            if not autocast:
+                model.to(dtype)  # pixels are converted to the weights' type, as CLIP does
+            with torch.autocast("cpu", dtype, enabled=autocast):
+                self.assert_close_outputs(model(**inputs), expected, tolerance)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_half_precision_is_finite_at_1024(self, clip, dtype):
+        sam = tiny_sam(1024, 16, hidden_size=64, num_hidden_layers=2, window_size=14, global_attn_indexes=[1])
+        model = SamClipModel.from_teachers(sam, clip, {"num_hidden_layers": 1}).eval()
+        pixel_values = random_images(1, 1024, 1024)
+        with torch.no_grad():
+            expected = model(pixel_values).dense_embeds
+            assert_same(model.to(dtype)(pixel_values).dense_embeds.float(), expected, 0.05)
+
+    @pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+    def test_copies_give_the_same_numbers(self, model, inputs, copy_of):
+        with torch.no_grad():
+            self.assert_close_outputs(copy_of(model)(**inputs), model(**inputs), 1e-6)
+
+    def test_device_map_auto(self, model, inputs, tmp_path):
+        model.save_pretrained(tmp_path)
+        loaded = SamClipModel.from_pretrained(tmp_path, device_map="auto")
+        with torch.no_grad():
+            self.assert_close_outputs(loaded(**inputs), model(**inputs), 1e-6)
+
+    def test_the_meta_device_gives_shapes(self, model):
+        outputs = model.to("meta")(random_images().to("meta"), input_points=random_points().to("meta"))
+        assert outputs.pred_masks.device.type == "meta" and outputs.pred_masks.shape == (2, 3, 3, 32, 32)
+
+    def test_checkpointed_activations_give_the_same_gradients(self, model, inputs):
+        gradients = []
+        for checkpointed in (False, True):
+            copied = copy.deepcopy(model).train()
+            if checkpointed:
+                copied.activation_checkpointing_enable()
+            outputs = copied(**inputs)
+            (outputs.pred_masks.square().mean() + outputs.logits_per_image.square().mean()).backward()
+            gradients.append({n: p.grad for n, p in copied.named_parameters() if p.grad is not None})
+        assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 100
+        for name, gradient in gradients[0].items():
+            torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+    def test_two_compilations_serve_every_size(self, model, inputs):
+        counter = CompileCounter()
+        compiled = torch.compile(lambda **kwargs: model(**kwargs), fullgraph=True, backend=counter)
+        with torch.no_grad():
+            for size in ((64, 64), (96, 80), (128, 72), (48, 160), (40, 72)):
+                inputs["pixel_values"] = random_images(2, *size)
+                self.assert_close_outputs(compiled(**inputs), model(**inputs), 1e-4)
+        assert counter.frame_count == 2  # the first size by itself, then all
+
+    def test_exports_for_any_batch_and_size(self, model):
+        class Embeddings(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.model = model
+
+            def forward(self, pixel_values):
+                outputs = self.model(pixel_values)
+                return outputs.image_embeddings, outputs.image_embeds, outputs.dense_embeds
+
+        rows, columns = Dim("rows", min=2, max=64), Dim("columns", min=2, max=64)
+        shapes = {"pixel_values": {0: Dim("images", min=1, max=8), 2: 8 * rows, 3: 8 * columns}}
+        exported = torch.export.export(Embeddings(), (random_images(2, 64, 96),), dynamic_shapes=shapes).module()
+        with torch.no_grad():
+            for batch_size, height, width in ((1, 80, 48), (3, 64, 64)):
+                pixel_values = random_images(batch_size, height, width)
+                for actual, expected in zip(exported(pixel_values), Embeddings()(pixel_values), strict=True):
+                    assert_same(actual, expected)
 
 
 class TestAgainstClip:

@@ -204,11 +204,10 @@ class SamClipVisionAttention(SamVisionAttention):
     def get_rel_pos(self, q_size: int, k_size: int, rel_pos: torch.Tensor) -> torch.Tensor:
         """
         Relative position embeddings `(size, size, head_dim)` for a side of `q_size == k_size` patches, interpolated
-        from the table `(2 * trained_size - 1, head_dim)`. Differs from SAM's in staying on the table's device.
+        from the table `(2 * trained_size - 1, head_dim)`. Differs from SAM's in staying on the table's device and, as
+        `interpolate_pos_embed`, in making no case of the trained size.
         """
-        length = 2 * q_size - 1
-        if rel_pos.shape[0] != length:
-            rel_pos = F.interpolate(rel_pos.T[None].float(), size=length, mode="linear")[0].T.to(rel_pos.dtype)
+        rel_pos = F.interpolate(rel_pos.T[None].float(), size=2 * q_size - 1, mode="linear")[0].T.to(rel_pos.dtype)
         position = torch.arange(q_size, device=rel_pos.device)
         return rel_pos[position[:, None] - position[None, :] + q_size - 1]
 
@@ -234,7 +233,9 @@ class SamClipVisionAttention(SamVisionAttention):
             padding = self.qkv(hidden_states.new_zeros(1, 1, 1, hidden_states.shape[-1]))
             windows, grid = _split_into_windows(qkv, self.window_size, padding)
             attended, weights = self._attend_on_grid(windows)
-            attended = _join_windows(attended, grid)[:, :height, :width]
+            # By indices, not as a slice, which without padding is no copy: torch.compile would make a case of that.
+            rows, columns = (torch.arange(n, device=attended.device) for n in (height, width))
+            attended = _join_windows(attended, grid)[:, rows[:, None], columns]
         return self.proj(attended), weights
 
     def _attend_on_grid(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -374,10 +375,10 @@ def _split_into_windows(
     window -> `(batch_size * num_windows, window_size, window_size, channels)`, and how many windows there are in a
     column and in a row."""
     batch_size, height, width, _ = tokens.shape
-    if missing := -width % window_size:
-        tokens = torch.cat([tokens, padding.expand(batch_size, height, missing, -1)], dim=2)
-    if missing := -height % window_size:
-        tokens = torch.cat([tokens, padding.expand(batch_size, missing, tokens.shape[2], -1)], dim=1)
+    # A whole window of padding, then what is too much cut off: torch.compile would make a case of every missing size.
+    right, below = width + -width % window_size, height + -height % window_size
+    tokens = torch.cat([tokens, padding.expand(batch_size, height, window_size, -1)], dim=2)[:, :, :right]
+    tokens = torch.cat([tokens, padding.expand(batch_size, window_size, right, -1)], dim=1)[:, :below]
     tokens = tokens.unflatten(2, (-1, window_size)).unflatten(1, (-1, window_size)).transpose(2, 3)
     return tokens.flatten(0, 2), (tokens.shape[1], tokens.shape[2])
 
@@ -458,9 +459,9 @@ class SamClipVisionEncoder(SamVisionEncoder):
         self.post_init()
 
     def interpolate_pos_embed(self, grid_height: int, grid_width: int) -> torch.Tensor:
-        """The position table `(1, trained_size, trained_size, hidden_size)`, bicubically resized to the grid."""
-        if self.pos_embed.shape[1:3] == (grid_height, grid_width):
-            return self.pos_embed
+        """The position table `(1, trained_size, trained_size, hidden_size)`, bicubically resized to the grid. The
+        trained size is no case of its own, so that torch.compile and torch.export see none; there it changes
+        nothing."""
         table = self.pos_embed.permute(0, 3, 1, 2).float()
         table = F.interpolate(table, size=(grid_height, grid_width), mode="bicubic", align_corners=False)
         return table.permute(0, 2, 3, 1).to(self.pos_embed.dtype)
@@ -484,7 +485,8 @@ class SamClipVisionEncoder(SamVisionEncoder):
                 f"pixel_values are {height} x {width}; height and width must be positive multiples of the patch size, "
                 f"{patch_size}."
             )
-        hidden_states = self.patch_embed.projection(pixel_values).permute(0, 2, 3, 1)
+        projection = self.patch_embed.projection
+        hidden_states = projection(pixel_values.to(projection.weight.dtype)).permute(0, 2, 3, 1)  # as CLIP does
         if self.pos_embed is not None:
             hidden_states = hidden_states + self.interpolate_pos_embed(*hidden_states.shape[1:3])
         for layer in self.layers:
