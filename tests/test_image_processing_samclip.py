@@ -14,6 +14,7 @@ SIZES = {
     "mask_size": {"longest_edge": 32},
     "mask_pad_size": {"height": 32, "width": 32},
 }
+BOTH = pytest.mark.parametrize("processor_class", [SamClipImageProcessor, SamClipImageProcessorPil])
 
 
 def random_image(width, height, seed=0):
@@ -39,7 +40,7 @@ def test_backends_agree_to_a_few_grey_levels():
     assert difference.max() < 3 / 255 / 0.22  # three grey levels under SAM's smallest standard deviation
 
 
-@pytest.mark.parametrize("processor_class", [SamClipImageProcessor, SamClipImageProcessorPil])
+@BOTH
 def test_a_size_for_one_call_pads_to_it(processor_class):
     processor = processor_class(**SIZES)
     inputs = processor(random_image(100, 50), size={"longest_edge": 48}, return_tensors="pt")
@@ -49,13 +50,70 @@ def test_a_size_for_one_call_pads_to_it(processor_class):
     assert processor(random_image(100, 50), return_tensors="pt")["pixel_values"].shape == (1, 3, 64, 64)
 
 
-@pytest.mark.parametrize("processor_class", [SamClipImageProcessor, SamClipImageProcessorPil])
+@BOTH
 def test_saves_and_loads(processor_class, tmp_path):
     processor_class(**SIZES).save_pretrained(tmp_path)
     backend = "pil" if processor_class is SamClipImageProcessorPil else "torchvision"
     loaded = AutoImageProcessor.from_pretrained(tmp_path, backend=backend)
     assert type(loaded) is processor_class
     assert loaded.size["longest_edge"] == 64 and loaded.pad_size["height"] == 64
+
+
+@BOTH
+def test_the_same_picture_in_any_type_gives_the_same_pixels(processor_class):
+    image = random_image(60, 40)
+    pixels = np.asarray(image)
+    grey = np.asarray(image.convert("L"))
+    sixteen_bits = Image.fromarray(grey.astype(np.uint16) * 257)
+    assert sixteen_bits.mode == "I;16"
+    processor = processor_class(**SIZES)
+
+    def pixel_values(image):
+        return processor(image, return_tensors="pt")["pixel_values"]
+
+    for same in (
+        image.convert("RGBA"),
+        pixels,
+        pixels.astype(np.uint16) * 257,
+        torch.from_numpy(pixels.copy()).permute(2, 0, 1),
+        torch.from_numpy(pixels.astype(np.uint16) * 257).permute(2, 0, 1),
+        [pixels],
+    ):
+        torch.testing.assert_close(pixel_values(same), pixel_values(image), rtol=0, atol=1e-5)
+    expected = pixel_values(image.convert("L"))
+    for same in (grey, torch.from_numpy(grey.copy()), sixteen_bits, sixteen_bits.convert("I")):
+        torch.testing.assert_close(pixel_values(same), expected, rtol=0, atol=1e-5)
+
+
+@BOTH
+@pytest.mark.parametrize("size", [(1, 1), (8000, 50)])
+def test_extreme_sizes_fit_in(processor_class, size):
+    inputs = processor_class(**SIZES)(Image.new("RGB", size, "red"), return_tensors="pt")
+    assert inputs["pixel_values"].shape == (1, 3, 64, 64) and inputs["pixel_values"].isfinite().all()
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "image, sentence",
+    [
+        ([], "list of images is empty"),
+        (np.zeros((0, 5, 3), dtype=np.uint8), "no pixels"),
+        (np.full((5, 5, 3), np.nan, dtype=np.float32), "not finite"),
+        (torch.full((3, 5, 5), torch.inf), "not finite"),
+    ],
+)
+def test_images_without_a_meaning_are_refused(processor_class, image, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        processor_class(**SIZES)(image)
+
+
+def test_floats_that_look_scaled_already_are_complained_about_once(complaints):
+    processor, image = SamClipImageProcessor(**SIZES), np.asarray(random_image(60, 40)) / 255
+    processor(image)
+    assert "do_rescale=False" in complaints.text
+    complaints.clear()
+    processor(image, do_rescale=False)
+    assert not complaints.text
 
 
 class TestSemanticSegmentation:

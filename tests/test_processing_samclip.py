@@ -47,6 +47,27 @@ def test_images_may_have_different_numbers_of_prompts_and_points(processor, imag
     torch.testing.assert_close(inputs["input_points"][1, 0, 1], torch.tensor([30 * scale, 40 * scale]))
 
 
+def test_a_batch_of_different_images_and_numbers_of_prompts_gives_the_masks_of_one_at_a_time(processor, model, image):
+    images = [image, image.resize((40, 90))]
+    boxes = [[[10, 20, 30, 40]], [[1, 2, 30, 40], [5, 5, 20, 80], [0, 0, 40, 90]]]
+    points = [[[[15, 25]]], [[[3, 4]], [[9, 70]], [[20, 20]]]]
+
+    def masks(images, **prompts):
+        inputs = processor(images, **prompts)
+        with torch.no_grad():
+            outputs = model(**inputs)
+        sizes = inputs["original_sizes"], inputs["reshaped_input_sizes"], inputs.get("num_prompts")
+        return processor.post_process_masks(outputs.pred_masks, *sizes, binarize=False)
+
+    processor.image_processor.mask_size = {"longest_edge": 32}
+    for prompts in ({"input_boxes": boxes}, {"input_points": points}):
+        together = masks(images, **prompts)
+        assert [m.shape for m in together] == [(1, 3, 50, 100), (3, 3, 90, 40)]
+        for i, own in enumerate(together):
+            alone = masks(images[i], **{name: [value[i]] for name, value in prompts.items()})[0]
+            torch.testing.assert_close(own + 0, alone + 0, rtol=0, atol=1e-4 * float(alone.abs().max()))
+
+
 def test_points_without_the_level_of_prompts_are_one_prompt_as_in_sams_processor(processor, image):
     sams = SamProcessor(SamImageProcessor.from_dict(processor.image_processor.to_dict()))
     for points, labels in (([[[30, 40], [9, 5]]], [[1, 0]]), (np.array([[[30, 40]]]), None)):
@@ -92,7 +113,15 @@ def test_saves_and_loads(processor, image, tmp_path, model):
         ({"images": 1, "input_boxes": [[[0, 0, 200, 10]]]}, "leave the image"),
         ({"images": 1, "input_boxes": [[[30, 0, 20, 10]]]}, "x1 <= x2"),
         ({"images": 2, "input_points": [[[[1, 1]]]]}, "are for 1 images, but there are 2"),
-        ({"images": 2, "input_boxes": [[[0, 0, 1, 1]], [[0, 0, 1, 1], [0, 0, 1, 1]]]}, "same number of boxes"),
+        (
+            {
+                "images": 2,
+                "input_boxes": [[[0, 0, 1, 1]], [[0, 0, 1, 1]] * 2],
+                "input_points": [[[[1, 1]]] * 2, [[[1, 1]]]],
+            },
+            "as many of each",
+        ),
+        ({"images": 1, "input_points": [[[[1, 1]]]], "input_labels": [[[7]]]}, "are 1, 0 or -1"),
         ({"images": 1, "input_points": [[]]}, "at least one prompt"),
         ({"images": 1, "input_points": [[[[1, 1]]]], "input_labels": [[[1, 0]]]}, "exactly one label"),
         ({"images": 1, "input_labels": [[[1]]]}, "give input_points too"),

@@ -8,9 +8,12 @@ everything-mode's masks.
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch.utils._pytree import tree_map_only
 from transformers import SamImageProcessorPil
-from transformers.utils import is_torchvision_available
+from transformers.utils import is_torchvision_available, logging
+
+logger = logging.get_logger(__name__)
 
 # Maps of labels and of segments are resized in chunks of so many: memory grows with the picture, not with the picture
 # times the vocabulary.
@@ -24,9 +27,14 @@ class SamClipPostProcessing:
 
     def preprocess(self, images, segmentation_maps=None, size=None, pad_size=None, **kwargs):
         r"""
-        As SAM's: longest edge to `size`, bottom and right padded to a square. Differs in one thing: a `size` for this
-        call alone pads to that size.
+        As SAM's: longest edge to `size`, bottom and right padded to a square. Differs in three things: a `size` for
+        this call alone pads to that size; pictures and arrays of 16 bits a channel are brought to 8, where SAM's cut
+        them off at 255 (files are read by transformers, which does so too: open such a file yourself); arrays without
+        an axis of channels are grey.
+
+        Raises `ValueError` for no image, an image without pixels, and pixels that are not finite.
         """
+        images = _readable(images, kwargs.get("do_rescale", self.do_rescale))
         if size is not None and pad_size is None:
             edge = size if isinstance(size, int) else size["longest_edge"]
             pad_size = {"height": edge, "width": edge}
@@ -36,6 +44,11 @@ class SamClipPostProcessing:
         if pad_size is not None:
             kwargs["pad_size"] = pad_size
         return super().preprocess(images, segmentation_maps, **kwargs)
+
+    def _get_preprocess_shape(self, old_shape, longest_edge):
+        """As SAM's, but a long thin picture keeps a pixel of its short side."""
+        height, width = super()._get_preprocess_shape(old_shape, longest_edge)
+        return max(1, height), max(1, width)
 
     def post_process_semantic_segmentation(
         self, outputs, target_sizes: list[tuple[int, int]] | None = None
@@ -291,6 +304,39 @@ class SamClipPostProcessing:
         if not isinstance(self, SamImageProcessorPil):  # whose masks are arrays
             masks = [torch.from_numpy(mask) for mask in masks]
         return masks, all_scores[kept], run_lengths, all_boxes[kept]
+
+
+def _readable(images, do_rescale: bool):
+    """Images, or a list of them, as SAM's image processors read them."""
+    if isinstance(images, list | tuple):
+        if len(images) == 0:
+            raise ValueError("There is no image: the list of images is empty.")
+        return [_readable(image, do_rescale) for image in images]
+    if isinstance(images, Image.Image):
+        if images.mode.startswith("I"):  # 16 bits, in a type of 16 or of 32
+            pixels = np.asarray(images)
+            images = Image.fromarray((pixels // (257 if pixels.size and pixels.max() > 255 else 1)).astype(np.uint8))
+    elif isinstance(images, np.ndarray):
+        images = (images // 257).astype(np.uint8) if images.dtype == np.uint16 else images
+        images = images[..., None] if images.ndim == 2 else images
+    elif isinstance(images, torch.Tensor):
+        images = (images.int() // 257).to(torch.uint8) if images.dtype == torch.uint16 else images
+        images = images[None] if images.ndim == 2 else images
+    else:
+        return images  # a path or a URL; of anything else, SAM's image processor says what it is
+    if 0 in (images.size if isinstance(images, Image.Image) else images.shape):
+        raise ValueError(
+            f"An image has no pixels: {images.size if isinstance(images, Image.Image) else images.shape}."
+        )
+    if not isinstance(images, Image.Image) and "float" in str(images.dtype):
+        lowest, highest = float(images.min()), float(images.max())
+        if not np.isfinite([lowest, highest]).all():
+            raise ValueError("An image holds pixels that are not finite numbers.")
+        if do_rescale and lowest >= 0 and highest <= 1:
+            logger.warning_once(
+                "An image of floats from 0 to 1 is taken for one of 0 to 255, almost black: pass do_rescale=False."
+            )
+    return images
 
 
 class UpsampledMasks(torch.Tensor):

@@ -821,6 +821,11 @@ class SamClipModel(SamClipPreTrainedModel, SamModel):
             )
         if input_points is not None and input_labels is None:
             input_labels = torch.ones_like(input_points[..., 0], dtype=torch.int)
+        if input_masks is not None and (input_masks.ndim != 4 or input_masks.shape[:2] != (batch_size, 1)):
+            raise ValueError(
+                f"input_masks must be one for each of {batch_size} images, ({batch_size}, 1, height, width), got "
+                f"{tuple(input_masks.shape)}."
+            )
         if input_masks is not None and input_masks.shape[-2:] != (4 * grid_height, 4 * grid_width):
             raise ValueError(
                 f"input_masks are {tuple(input_masks.shape[-2:])} but must be {4 * grid_height} x {4 * grid_width}, "
@@ -912,6 +917,7 @@ class SamClipModel(SamClipPreTrainedModel, SamModel):
         position_ids: torch.LongTensor | None = None,
         reshaped_input_sizes: torch.Tensor | None = None,
         original_sizes: torch.Tensor | None = None,
+        num_prompts: torch.Tensor | None = None,
         return_loss: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> SamClipOutput:
@@ -936,8 +942,8 @@ class SamClipModel(SamClipPreTrainedModel, SamModel):
             Texts to compare every image with.
         reshaped_input_sizes (`torch.Tensor` of shape `(batch_size, 2)`, *optional*):
             Height and width of each picture without its padding, which then does not count in `image_embeds`.
-        original_sizes (`torch.Tensor` of shape `(batch_size, 2)`, *optional*):
-            Not used; the processor returns it for post-processing, so that `model(**inputs)` works.
+        original_sizes (`torch.Tensor` of shape `(batch_size, 2)`, *optional*), num_prompts (`(batch_size,)`):
+            Not used; the processor returns them for post-processing, so that `model(**inputs)` works.
         return_loss (`bool`, *optional*):
             Whether to return CLIP's contrastive loss.
         """
@@ -1165,6 +1171,11 @@ class SamClipForImageSegmentation(SamClipModel):
             raise ValueError(
                 f"This model segments by its vocabulary and takes no {', '.join(prompts)}: set_vocabulary changes the "
                 "texts, SamClipModel takes points and boxes."
+            )
+        if "labels" in kwargs:
+            raise ValueError(
+                "This model has no loss and takes no labels: a SamClipModel learns from its teachers, by the "
+                "SamClipTrainer."
             )
         vision_outputs = self.vision_encoder(pixel_values, **kwargs)
         dense_embeds = self.clip_head.project_patches(self.clip_head(vision_outputs.patch_tokens))

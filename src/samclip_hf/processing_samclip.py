@@ -48,15 +48,18 @@ class SamClipProcessor(ProcessorMixin):
             Label maps, passed to the image processor; returned as `labels`.
         input_points (nested lists or array of shape `(num_images, num_prompts, num_points, 2)`, *optional*):
             x and y in pixels of the original image. Images may have different numbers of prompts and prompts different
-            numbers of points; they are padded. As in SAM's processor, one level less means one prompt an image.
+            numbers of points; they are padded. Padding prompts changes no other; padding points are seen by the mask
+            decoder, as in transformers' SAM, and shift a prompt's mask a little. One level less means one prompt an
+            image, as in SAM's processor.
         input_labels (nested lists or array of shape `(num_images, num_prompts, num_points)`, *optional*):
-            1 inside the object, 0 outside; all 1 by default. Nested like the points.
+            1 inside the object, 0 outside, -1 none; all 1 by default. Nested like the points.
         input_boxes (nested lists or array of shape `(num_images, num_boxes, 4)`, *optional*):
-            x1, y1, x2, y2 in pixels of the original image; equally many for every image.
+            x1, y1, x2, y2 in pixels of the original image. Images may have different numbers of them; they are padded.
 
         Returns, by default as torch tensors, what the image processor gives (`pixel_values`, `original_sizes`,
-        `reshaped_input_sizes`), `input_ids` and `attention_mask`, and the prompts in pixels of `pixel_values`. Raises
-        `ValueError` where prompts and images do not match or a prompt lies outside its image.
+        `reshaped_input_sizes`), `input_ids` and `attention_mask`, and the prompts in pixels of `pixel_values`; where
+        prompts were padded, also how many there really are, `num_prompts` `(num_images,)`, which `post_process_masks`
+        takes. Raises `ValueError` where prompts and images do not match or a prompt lies outside its image.
         """
         if images is None and text is None:
             raise ValueError("Give images, text or both.")
@@ -73,7 +76,7 @@ class SamClipProcessor(ProcessorMixin):
         elif input_labels is not None:
             raise ValueError("input_labels say which of the input_points are inside: give input_points too.")
         if input_boxes is not None:
-            inputs["input_boxes"] = self._prepare_boxes(input_boxes, inputs)
+            inputs.update(self._prepare_boxes(input_boxes, inputs))
         return inputs
 
     def _prepare_points(self, input_points, input_labels, inputs) -> dict[str, torch.Tensor]:
@@ -87,7 +90,9 @@ class SamClipProcessor(ProcessorMixin):
             labels = [[np.asarray(p, dtype=np.int64).reshape(-1) for p in prompts] for prompts in nested]
         if [[len(p) for p in prompts] for prompts in points] != [[len(p) for p in prompts] for prompts in labels]:
             raise ValueError("input_labels must hold exactly one label for each of the input_points.")
-        self._check_counts("input_points", points, inputs)
+        if unknown := {int(v) for prompts in labels for p in prompts for v in p} - {1, 0, -1, POINT_PADDING}:
+            raise ValueError(f"input_labels are 1, 0 or -1, got {sorted(unknown)}.")
+        counts = self._count_prompts("input_points", points, inputs)
 
         num_prompts = max(map(len, points))
         num_points = max(len(p) for prompts in points for p in prompts)
@@ -97,29 +102,41 @@ class SamClipProcessor(ProcessorMixin):
             for j, prompt in enumerate(prompts):
                 padded_points[i, j, : len(prompt)] = self._rescale("input_points", prompt, i, inputs)
                 padded_labels[i, j, : len(prompt)] = labels[i][j]
-        return {"input_points": torch.from_numpy(padded_points), "input_labels": torch.from_numpy(padded_labels)}
+        return {
+            "input_points": torch.from_numpy(padded_points),
+            "input_labels": torch.from_numpy(padded_labels),
+            **counts,
+        }
 
-    def _prepare_boxes(self, input_boxes, inputs) -> torch.Tensor:
-        """Boxes `(num_images, num_boxes, 4)`."""
+    def _prepare_boxes(self, input_boxes, inputs) -> dict[str, torch.Tensor]:
+        """Padded boxes `(num_images, num_boxes, 4)`."""
         if _depth("input_boxes", input_boxes) != 3:
             raise ValueError(
                 "input_boxes are nested by image, box, and x1, y1, x2, y2: three levels, such as [[[10, 20, 60, 90]]] "
                 f"for one image with one box; got {_depth('input_boxes', input_boxes)}."
             )
         boxes = [np.asarray(b, dtype=np.float32).reshape(-1, 4) for b in input_boxes]
-        self._check_counts("input_boxes", boxes, inputs)
-        if len({len(b) for b in boxes}) != 1:
-            raise ValueError(f"Every image needs the same number of boxes, got {[len(b) for b in boxes]}.")
-        corners = [self._rescale("input_boxes", b.reshape(-1, 2), i, inputs) for i, b in enumerate(boxes)]
-        stacked = np.stack(corners).reshape(len(boxes), -1, 4)
-        if (stacked[..., 2:] < stacked[..., :2]).any():
-            raise ValueError("A box is x1, y1, x2, y2 with x1 <= x2 and y1 <= y2.")
-        return torch.from_numpy(stacked)
+        counts = self._count_prompts("input_boxes", boxes, inputs)
+        padded = np.zeros((len(boxes), max(map(len, boxes)), 4), dtype=np.float32)
+        for i, own in enumerate(boxes):
+            if (own[:, 2:] < own[:, :2]).any():
+                raise ValueError("A box is x1, y1, x2, y2 with x1 <= x2 and y1 <= y2.")
+            padded[i, : len(own)] = self._rescale("input_boxes", own.reshape(-1, 2), i, inputs).reshape(-1, 4)
+        return {"input_boxes": torch.from_numpy(padded), **counts}
 
-    def _check_counts(self, name: str, prompts, inputs) -> None:
+    def _count_prompts(self, name: str, prompts, inputs) -> dict[str, torch.Tensor]:
+        """`num_prompts` `(num_images,)` if images differ in it. Raises `ValueError` where images and prompts, or the
+        two kinds of prompts, do not match."""
         num_images = len(inputs["original_sizes"])
         if len(prompts) != num_images:
             raise ValueError(f"{name} are for {len(prompts)} images, but there are {num_images}.")
+        counts = torch.tensor([len(own) for own in prompts])
+        if "num_prompts" in inputs and not torch.equal(counts, inputs["num_prompts"]):
+            raise ValueError(
+                "Points and boxes given together describe the same objects, so every image must have as many of "
+                f"each: got {inputs['num_prompts'].tolist()} prompts of points and {counts.tolist()} boxes."
+            )
+        return {"num_prompts": counts} if len(counts.unique()) > 1 else {}
 
     def _rescale(self, name: str, points: np.ndarray, image_index: int, inputs) -> np.ndarray:
         """Points `(num_points, 2)` from pixels of the original image to pixels of the model's input."""
@@ -132,9 +149,11 @@ class SamClipProcessor(ProcessorMixin):
         new_height, new_width = (int(side) for side in inputs["reshaped_input_sizes"][image_index])
         return points * np.array([new_width / width, new_height / height], dtype=np.float32)
 
-    def post_process_masks(self, masks, original_sizes, reshaped_input_sizes, **kwargs):
-        """Mask logits to binary masks of the original images' sizes; see [`SamImageProcessor.post_process_masks`]."""
-        return self.image_processor.post_process_masks(masks, original_sizes, reshaped_input_sizes, **kwargs)
+    def post_process_masks(self, masks, original_sizes, reshaped_input_sizes, num_prompts=None, **kwargs):
+        """Mask logits to binary masks of the original images' sizes; see [`SamImageProcessor.post_process_masks`].
+        With `num_prompts` from the processor, of an image's own prompts only."""
+        masks = self.image_processor.post_process_masks(masks, original_sizes, reshaped_input_sizes, **kwargs)
+        return masks if num_prompts is None else [m[:n] for m, n in zip(masks, num_prompts, strict=True)]
 
     def post_process_semantic_segmentation(self, outputs, target_sizes=None):
         """See [`SamClipImageProcessor.post_process_semantic_segmentation`]."""
