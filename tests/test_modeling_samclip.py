@@ -410,6 +410,26 @@ class TestClipHead:
             assert_same(pooled[:1], head.pool(tokens[:1, :3, :4]))
             assert_same(pooled[1:], head.pool(tokens[1:, :2]))
 
+    @pytest.mark.parametrize("last_layer", ["global", "windowed"])
+    @pytest.mark.parametrize("pooling", ["max", "mean"])
+    def test_a_segment_is_an_image_of_its_own(self, clip, last_layer, pooling):
+        sam = tiny_sam(48, global_attn_indexes=[2 if last_layer == "global" else 0])  # two windows a side
+        head = randomise(SamClipModel.from_teachers(sam, clip, {"pooling": pooling})).clip_head
+        tokens = torch.randn(2, 6, 6, 32)
+        segments = torch.zeros(2, 3, 6, 6, dtype=torch.bool)
+        segments[0, 0] = True
+        segments[0, 1, :4, 1:3] = segments[1, 2, 2:, 2:] = True
+        elsewhere = torch.where(segments[:, 1:].any(dim=1)[..., None], tokens, torch.randn_like(tokens))
+        with torch.no_grad():
+            embeds = head.pool_segments(tokens, segments)
+            assert embeds.shape == (2, 3, 20)
+            assert_same(embeds[0, 0], head.pool(head(tokens[:1]))[0])  # of the whole image
+            others = head.pool_segments(elsewhere, segments)
+            for image, segment in ((0, 1), (1, 2)):
+                assert_same(others[image, segment], embeds[image, segment])
+            assert (others[0, 0] - embeds[0, 0]).abs().max() > 1e-3
+            assert head.pool_segments(tokens, torch.zeros_like(segments)).shape == (2, 3, 20)  # nothing found
+
     def test_content_mask_holds_every_cell_that_shows_the_picture(self, model):
         mask = model._content_mask(torch.zeros(2, 8, 8, 32), [[64, 17], [33, 64]])
         assert mask[0].all(dim=0).tolist() == [True] * 3 + [False] * 5
@@ -454,6 +474,8 @@ class TestOnePass:
             model(image_embeddings=embeddings, input_points=random_points(), input_boxes=torch.zeros(2, 1, 4))
         with pytest.raises(ValueError, match="must be 32 x 32"):
             model(image_embeddings=embeddings, input_masks=torch.zeros(2, 1, 8, 8))
+        with pytest.raises(ValueError, match="one for each of 2 images"):
+            model(image_embeddings=embeddings, input_masks=torch.zeros(1, 1, 32, 32))
         with pytest.raises(ValueError, match="one text per image"):
             model(random_images(2), input_ids=INPUT_IDS, return_loss=True)
 
@@ -995,6 +1017,8 @@ class TestImageSegmentation:
             segmenter.set_vocabulary(["cat"], synonyms="min", tokenizer=tokenizer)
         with pytest.raises(ValueError, match=r"more than once.*background"):
             segmenter.set_vocabulary(["cat", "background"], background=["a wall"], tokenizer=tokenizer)
+        with pytest.raises(ValueError, match="takes no labels"):
+            segmenter(random_images(), labels=torch.zeros(2, 64, 64))
         with pytest.raises(ValueError, match="takes no input_ids, input_points"):
             segmenter(random_images(), input_points=random_points(), input_ids=INPUT_IDS)
         with pytest.raises(ValueError, match=r"contain \{\}"):
