@@ -2,6 +2,7 @@ import contextlib
 import copy
 import math
 import pickle
+from itertools import islice
 
 import pytest
 import torch
@@ -297,6 +298,19 @@ class TestTypesAndTransforms:
         with torch.no_grad():
             expected = model(pixel_values).dense_embeds
             assert_same(model.to(dtype)(pixel_values).dense_embeds.float(), expected, 0.05)
+
+    def test_bfloat16_tells_points_of_a_large_image_apart(self, clip):
+        sam = tiny_sam(1024, 16, hidden_size=64, num_hidden_layers=1, global_attn_indexes=[0])
+        model = SamClipModel.from_teachers(sam, clip, {"num_hidden_layers": 1}).to(torch.bfloat16)
+        points = torch.tensor([[[[900.0, 900.0]], [[901.0, 900.0]], [[900.0, 901.0]]]])
+        labels = torch.ones(1, 3, 1, dtype=torch.int)
+        embeds = model.prompt_encoder(points, labels, None, None)[0]
+        for autocast in (False, True):  # the same rounded weights, in float32
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                expected = copy.deepcopy(model).float().prompt_encoder(points, labels, None, None)[0]
+            assert_same(embeds.float(), expected, 0.02)
+        differences = (expected[:, :1] - expected[:, 1:]).abs().amax(dim=(2, 3))
+        assert (differences > 0.1).all()
 
     @pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
     def test_copies_give_the_same_numbers(self, model, inputs, copy_of):
@@ -838,7 +852,7 @@ class TestImageSegmentation:
         segmenter.config.background_label_id = None  # something everywhere
         with torch.no_grad():
             segmenter(random_images(2), reshaped_input_sizes=[[64, 24], [40, 64]])
-        x, y = asked[0].unbind(-1)
+        x, y = torch.cat(asked, dim=1).unbind(-1)
         assert x[0].max() < 24 <= x[1].max() and y[1].max() < 40 <= y[0].max()
 
     @pytest.fixture
@@ -849,7 +863,13 @@ class TestImageSegmentation:
         def compose(patch_tokens, masks, content_mask=None):
             masks = masks[:, None] if masks.ndim == 3 else masks
             scores = torch.linspace(0.9, 0.8, masks[..., 0, 0].numel()).view(masks.shape[:2])
-            monkeypatch.setattr(segmenter, "predict_masks", lambda *_, **__: (masks[None], scores[None]))
+            answers = zip(masks, scores, strict=True)
+
+            def predict_masks(_, input_points):  # of the points asked for, which come in turn
+                chunk = list(islice(answers, input_points.shape[1]))
+                return tuple(torch.stack(part)[None] for part in zip(*chunk, strict=True))
+
+            monkeypatch.setattr(segmenter, "predict_masks", predict_masks)
             segmenter.config.composition_points = len(masks)
             logits = torch.zeros(1, 4, 8, 8)
             with torch.no_grad():

@@ -401,6 +401,23 @@ class SamClipVisionLayer(SamVisionLayer):
         return hidden_states + self.mlp(self.layer_norm2(hidden_states))
 
 
+class SamClipPositionalEmbedding(SamPositionalEmbedding):
+    """SAM's random Fourier features of positions, computed in float32 whatever the type of the weights and under
+    autocast: in bfloat16, points of a 1024 px image less than 4 px apart would be the same point."""
+
+    def forward(self, input_coords: torch.Tensor, input_shape: tuple[int, int] | None = None) -> torch.Tensor:
+        """x and y `(..., 2)`, from 0 to 1 or in pixels of an image of `input_shape` (height, width), as
+        `(..., hidden_size)`."""
+        x, y = input_coords.float().unbind(dim=-1)
+        if input_shape is not None:
+            x, y = x / input_shape[1], y / input_shape[0]
+        frequency = self.positional_embedding.float()
+        # No matrix product, which autocast would round.
+        turns = (2 * x - 1)[..., None] * frequency[0] + (2 * y - 1)[..., None] * frequency[1]
+        phase = 2 * torch.pi * turns
+        return torch.cat([phase.sin(), phase.cos()], dim=-1).to(self.positional_embedding.dtype)
+
+
 class SamClipPreTrainedModel(SamPreTrainedModel):
     config: SamClipConfig
     base_model_prefix = "samclip"
@@ -698,9 +715,10 @@ class SamClipModel(SamClipPreTrainedModel, SamModel):
     def __init__(self, config: SamClipConfig):
         # Past SamModel's own constructor, which would first build and initialise an encoder to be thrown away.
         super(SamModel, self).__init__(config)
-        self.shared_image_embedding = SamPositionalEmbedding(config.vision_config)
+        self.shared_image_embedding = SamClipPositionalEmbedding(config.vision_config)
         self.vision_encoder = SamClipVisionEncoder(config.vision_config)
         self.prompt_encoder = SamPromptEncoder(config)
+        self.prompt_encoder.shared_embedding = SamClipPositionalEmbedding(config.vision_config)  # tied, see SamModel
         # The mask decoder is no PreTrainedModel and does not learn it by itself (as in SamModel).
         config.mask_decoder_config._attn_implementation = config._attn_implementation
         self.mask_decoder = SamMaskDecoder(config.mask_decoder_config)
@@ -781,9 +799,9 @@ class SamClipModel(SamClipPreTrainedModel, SamModel):
         grid of the trained image size."""
         trained_size = self.config.prompt_encoder_config.image_embedding_size
         height, width = size if size is not None else (trained_size, trained_size)
-        table = self.shared_image_embedding.positional_embedding
-        y = (torch.arange(height, device=table.device, dtype=table.dtype) + 0.5) / height
-        x = (torch.arange(width, device=table.device, dtype=table.dtype) + 0.5) / width
+        device = self.shared_image_embedding.positional_embedding.device
+        y = (torch.arange(height, device=device) + 0.5) / height
+        x = (torch.arange(width, device=device) + 0.5) / width
         grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)
         return self.shared_image_embedding(grid).permute(2, 0, 1).unsqueeze(0)
 
@@ -1247,12 +1265,15 @@ class SamClipForImageSegmentation(SamClipModel):
             something = something * content_mask
         something = something > 0.5
         points = _spread_points(something, self.config.composition_points)
-        masks, iou_scores = self.predict_masks(
-            image_embeddings,
-            input_points=((points + 0.5) * self.config.vision_config.patch_size - 0.5)[:, :, None],
-        )
-        scores, best = (iou_scores.clamp_min(0) * _stability(masks)).max(dim=-1)  # of the three masks of a point
-        masks = masks.gather(2, best[:, :, None, None, None].expand(-1, -1, 1, *masks.shape[-2:])).squeeze(2)
+        points = ((points + 0.5) * self.config.vision_config.patch_size - 0.5)[:, :, None]
+        found = []
+        # At 1024 px each point is several copies of a 4 MB map in the mask decoder: two at a time stay in a CPU's cache.
+        for chunk in points.split(2 if points.device.type == "cpu" else points.shape[1], dim=1):
+            masks, iou_scores = self.predict_masks(image_embeddings, input_points=chunk)
+            scores, best = (iou_scores.clamp_min(0) * _stability(masks)).max(dim=-1)  # of the three masks of a point
+            best = best[:, :, None, None, None].expand(-1, -1, 1, *masks.shape[-2:])
+            found.append((masks.gather(2, best).squeeze(2), scores))
+        masks, scores = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
 
         segments = torch.zeros(*masks.shape[:2], *logits.shape[-2:], device=masks.device, dtype=torch.bool)
         for i in something.flatten(1).any(dim=1).nonzero().flatten().tolist():
