@@ -21,10 +21,16 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import yaml
 from transformers import AutoImageProcessor, AutoTokenizer, HfArgumentParser, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
 
 from samclip_hf import SamClipImageProcessor, SamClipModel, SamClipProcessor, miniature
-from samclip_hf.distillation import ClipTeacher, SamClipTrainer, SamClipTrainingArguments, SamTeacher
+from samclip_hf.distillation import (
+    ClipTeacher,
+    DataError,
+    SamClipTrainer,
+    SamClipTrainingArguments,
+    SamTeacher,
+    last_checkpoint,
+)
 
 
 def parse_arguments(argv: list[str]) -> SamClipTrainingArguments:
@@ -93,16 +99,29 @@ def main(argv: list[str]) -> None:
 
     checkpoint = args.resume_from_checkpoint
     if checkpoint in ("true", "True"):
-        checkpoint = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+        checkpoint = last_checkpoint(args.output_dir)
     elif checkpoint in ("false", "False"):
         checkpoint = None
     if checkpoint is not None:
         state = Path(checkpoint) / TRAINER_STATE_NAME
         if not state.is_file():
-            sys.exit(f"Training did not start. There is no checkpoint to resume from in {checkpoint!r}.")
+            sys.exit(f"Training did not start. There is no checkpoint to resume from in {str(checkpoint)!r}.")
         if (steps := TrainerState.load_from_json(str(state)).global_step) >= args.max_steps:
             sys.exit(f"Training did not start. {checkpoint} has all of its {steps} steps: nothing is left to do.")
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except (OSError, DataError, FloatingPointError) as error:  # a full disk, bad data, gradients that are no numbers
+        if trainer.state.global_step:
+            sys.exit(f"Training stopped after step {trainer.state.global_step}. {error}")
+        sys.exit(f"Training did not start. {error}")
+    if trainer.interruption.signal is not None:
+        trainer.save_state()
+        print(
+            f"Interrupted after step {trainer.state.global_step} of {args.max_steps}. The same command with "
+            "--resume_from_checkpoint true goes on from there.",
+            file=sys.stderr,
+        )
+        sys.exit(128 + trainer.interruption.signal)
     trainer.save_model()
     trainer.save_state()
     trainer.save_metrics("train", result.metrics)

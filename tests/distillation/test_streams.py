@@ -9,27 +9,28 @@ import pytest
 import torch
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
-from torch.utils.data import DataLoader
 
-from samclip_hf.distillation import collation
-from samclip_hf.distillation.collation import ClipBatches, SamBatches, StepStream, random_crop
-from samclip_hf.distillation.streams import decode_image, endless, open_stream
+from samclip_hf.distillation import DataError, streams
+from samclip_hf.distillation.collation import ClipBatches, SamBatches, StepLoader, StepStream, random_crop
+from samclip_hf.distillation.streams import SkippedSampleError, decode_image, open_stream
 
 from .tars import annotation, jpeg, photo, write_tar
 
 
 def clip_batches(*names, batch_size=4, sizes=(16,)) -> ClipBatches:
-    streams = [open_stream(str(name)) for name in names]
-    return ClipBatches(streams, list(sizes), teacher_image_size=8, batch_size=batch_size, min_crop=0.5)
+    opened = [open_stream(str(name)) for name in names]
+    shares = [1.0] * len(opened)
+    return ClipBatches(opened, shares, list(sizes), teacher_image_size=8, batch_size=batch_size, min_crop=0.5)
 
 
 def sam_batches(name, masks_per_image=5) -> SamBatches:
     stream = open_stream(str(name), with_masks=True)
-    return SamBatches([stream], image_size=64, batch_size=2, masks_per_image=masks_per_image, max_box_noise=2.0)
+    return SamBatches([stream], [1.0], image_size=64, batch_size=2, masks_per_image=masks_per_image, max_box_noise=2.0)
 
 
-def step_stream(seed=0, **tasks) -> StepStream:
-    return StepStream(tasks, seed=seed, shuffle_buffer=4)
+def step_loader(seed=0, shuffle_buffer=4, num_workers=0, max_bad_share=1.0, **tasks) -> StepLoader:
+    stream = StepStream(tasks, seed=seed, shuffle_buffer=shuffle_buffer)
+    return StepLoader(stream, max_bad_share, num_workers)
 
 
 # ---- opening by name ----
@@ -42,8 +43,8 @@ def test_folders_globs_parquet_and_pictures_give_the_same_columns(photos, tmp_pa
     pictures.mkdir()
     (pictures / "one.jpg").write_bytes(jpeg(0))
     for name in (photos, photos / "*.tar", tmp_path / "photos.parquet", pictures):
-        sample = next(iter(open_stream(str(name))))
-        assert sample.keys() <= {"__key__", "image"}
+        row, sample = next(open_stream(str(name)).read(0))
+        assert row == 0 and sample.keys() == {"key", "image", "json"} and sample["json"] is None
         assert decode_image(sample).size == (60, 40)
 
 
@@ -59,7 +60,7 @@ def test_data_of_the_wrong_kind_are_refused(photos, tmp_path):
     )
     with pytest.raises(ValueError, match="no column of pictures"):
         open_stream(str(tmp_path))
-    with pytest.raises(ValueError, match="no column 'json'"):
+    with pytest.raises(ValueError, match="no json with SA-1B's annotations: '0/000' is without"):
         open_stream(str(photos), with_masks=True)
     (tmp_path / "notes.txt").write_text("words")
     with pytest.raises(ValueError, match=r"a kind that is not read, '\.txt'"):
@@ -72,32 +73,33 @@ def test_data_of_the_wrong_kind_are_refused(photos, tmp_path):
         open_stream(str(tmp_path / "above"))
 
 
-# ---- passes ----
+def test_a_shard_goes_on_from_any_row(photos, tmp_path):
+    rows = {"image": [{"bytes": jpeg(n), "path": None} for n in range(4)], "__key__": list("abcd")}
+    features = Features({"image": Image(), "__key__": Value("string")})
+    Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "photos.parquet")
+    for name in (photos, tmp_path):
+        stream = open_stream(str(name))
+        whole = list(stream.read(0))
+        assert [row for row, _ in whole] == [0, 1, 2, 3]
+        for start in range(5):
+            assert list(stream.read(0, start)) == whole[start:]
 
 
-def test_every_pass_holds_every_sample_once_in_an_order_of_its_own(photos):
-    passes = [[], []]
-    for epoch, sample in islice(endless(open_stream(str(photos)), seed=0, shuffle_buffer=4), 24):
-        passes[epoch].append(sample["__key__"])
-    assert sorted(passes[0]) == sorted(passes[1]) == [f"{n:03d}" for n in range(12)]
-    assert passes[0] != passes[1]
-    again = [s["__key__"] for _, s in islice(endless(open_stream(str(photos)), seed=0, shuffle_buffer=4), 24)]
-    assert again == passes[0] + passes[1]
+def test_the_same_share_of_the_tars_is_drawn_every_time(tmp_path):
+    for number in range(20):
+        write_tar(tmp_path / f"{number:02d}.tar", {"0.jpg": jpeg(number)})
+    few, again, more = (open_stream(str(tmp_path), shards_share=share) for share in (0.1, 0.1, 0.5))
+    assert few.shards.names == again.shards.names and len(few.shards.names) == 2 and len(more.shards.names) == 10
+    assert set(few.shards.names) < set(more.shards.names)
+    with pytest.raises(ValueError, match="of tars alone"):
+        open_stream("miniature", shards_share=0.5)
 
 
-def test_processes_and_workers_share_a_pass_without_loss(photos):
-    class Keys(torch.utils.data.IterableDataset):
-        def __iter__(self):
-            return (s["__key__"] for e, s in islice(endless(open_stream(str(photos)), 0, 4), 12) if e == 0)
-
-    seen = Counter(DataLoader(Keys(), batch_size=None, num_workers=2))
-    assert sorted(seen) == [f"{n:03d}" for n in range(12)]
-    assert set(seen.values()) == {1}
-
-
-def test_an_empty_stream_ends_with_a_sentence(photos):
-    with pytest.raises(ValueError, match="no samples"):
-        next(endless(open_stream(str(photos)).take(0), seed=0, shuffle_buffer=4))
+def test_images_above_the_pixel_limit_are_not_decoded(monkeypatch):
+    sample = {"image": {"bytes": jpeg(0), "path": None}}
+    monkeypatch.setattr(streams, "MAX_PIXELS", 60 * 40 - 1)
+    with pytest.raises(SkippedSampleError, match="image too large"):
+        decode_image(sample)
 
 
 # ---- samples ----
@@ -110,7 +112,7 @@ def test_student_and_teacher_see_the_same_crop(tmp_path):
     buffer = io.BytesIO()
     PILImage.fromarray(ramp).save(buffer, format="PNG")
     write_tar(tmp_path / "0.tar", {"0.png": buffer.getvalue()})
-    batch = next(iter(step_stream(clip=clip_batches(tmp_path, batch_size=16, sizes=[32]))))["clip"]
+    batch = next(iter(step_loader(clip=clip_batches(tmp_path, batch_size=16, sizes=[32]))))["clip"]
     assert batch["images"].shape == (16, 3, 32, 32)
     assert batch["teacher_images"].shape == (16, 3, 8, 8)
     student, teacher = (batch[name].float().mean(dim=(2, 3)) for name in ("images", "teacher_images"))
@@ -129,7 +131,7 @@ def test_crops_stay_in_the_image():
 
 def test_prompts_lie_in_their_masks_and_never_in_one_of_the_whole_image(sa1b):
     kinds = set()
-    for step in islice(step_stream(sam=sam_batches(sa1b)), 8):
+    for step in islice(step_loader(sam=sam_batches(sa1b)), 8):
         batch = step["sam"]
         assert batch["content_sizes"].tolist() == [[43, 64]] * 2  # 60 x 40 resized to 64 x 43, padded below
         assert (batch["images"][:, :, 43:] == 0).all()
@@ -151,7 +153,7 @@ def test_prompts_lie_in_their_masks_and_never_in_one_of_the_whole_image(sa1b):
 
 def test_larger_images_come_in_smaller_batches(photos):
     sizes = {}
-    for step in islice(step_stream(clip=clip_batches(photos, batch_size=16, sizes=[16, 32])), 12):
+    for step in islice(step_loader(clip=clip_batches(photos, batch_size=16, sizes=[16, 32])), 12):
         number, _, size, _ = step["clip"]["images"].shape
         sizes[size] = number
     assert sizes == {16: 16, 32: 4}
@@ -159,18 +161,19 @@ def test_larger_images_come_in_smaller_batches(photos):
 
 def test_what_is_random_follows_from_the_seed(photos, sa1b):
     first, again, other = (
-        next(iter(step_stream(seed=seed, clip=clip_batches(photos), sam=sam_batches(sa1b)))) for seed in (0, 0, 1)
+        next(iter(step_loader(seed=seed, clip=clip_batches(photos), sam=sam_batches(sa1b)))) for seed in (0, 0, 1)
     )
     assert torch.equal(first["clip"]["images"], again["clip"]["images"])
     assert not torch.equal(first["clip"]["images"], other["clip"]["images"])
 
 
-def test_a_samples_crop_does_not_depend_on_what_came_before(photos):
-    task = clip_batches(photos)
-    streams = [StepStream({"clip": task}, seed=0, shuffle_buffer=buffer) for buffer in (1, 12)]
+def test_a_samples_crop_does_not_depend_on_what_came_before(tmp_path):
+    write_tar(tmp_path / "0.tar", {f"{number}.jpg": jpeg(number) for number in range(12)})
+    task = clip_batches(tmp_path)
     crops = []
-    for stream in streams:
-        images = torch.cat([step["clip"]["images"] for step in islice(stream, 3)])  # one pass
+    for buffer in (1, 12):
+        loader = step_loader(clip=task, shuffle_buffer=buffer)
+        images = torch.cat([step["clip"]["images"] for step in islice(loader, 3)])  # one pass
         crops.append(sorted(image.float().mean().item() for image in images))
     assert crops[0] == crops[1]
 
@@ -182,10 +185,12 @@ def test_corrupt_pictures_are_counted_by_cause_and_passed_over(tmp_path):
         content = {2: b"no picture", 4: content[: len(content) // 2]}.get(number, content)
         files[f"{number}.jpg"] = content
     write_tar(tmp_path / "0.tar", files)
-    step = next(iter(step_stream(clip=clip_batches(tmp_path, batch_size=12))))
-    assert len(step["clip"]["images"]) == 12  # three passes of the four good ones
-    assert step["skipped"].keys() == {"broken image"}
-    assert step["skipped"]["broken image"] >= 4
+    loader = step_loader(clip=clip_batches(tmp_path, batch_size=12))
+    step = next(iter(loader))
+    assert len(step["clip"]["images"]) == 8  # two passes of the four good ones
+    assert step["shares"] == {"clip": pytest.approx(8 / 12)}
+    assert loader.state["skipped"] == {"broken image": 4}
+    assert loader.state["seen"] == 12
 
 
 def test_other_broken_files_are_counted_by_cause_and_passed_over_too(tmp_path):
@@ -193,29 +198,81 @@ def test_other_broken_files_are_counted_by_cause_and_passed_over_too(tmp_path):
     mask[10:30, 10:30] = True
     good = json.dumps({"annotations": [annotation(mask)]}).encode()
     files = {}
-    for number in range(8):
+    for number in range(9):
         picture, annotations = jpeg(number), {3: b'{"annotations": [', 4: b"[]", 5: b"{}"}.get(number, good)
         if number == 6:
             picture = jpeg(number, size=(3000, 1))
-        files |= {f"{number}.{'png' if number == 7 else 'jpg'}": picture, f"{number}.json": annotations}
+        files[f"{number}.jpg"] = picture
+        if number != 7:
+            files[f"{number}.json"] = annotations
+        if number == 8:
+            del files["8.jpg"]
     write_tar(tmp_path / "0.tar", files)
     (tmp_path / "1.tar").write_bytes(b"")
     write_tar(tmp_path / "2.tar", files)
     whole = (tmp_path / "2.tar").read_bytes()
     (tmp_path / "2.tar").write_bytes(whole[: whole.index(b"2.json") + 600])  # in the middle of a file
 
-    seen, skipped = 0, Counter()
-    for step in islice(step_stream(sam=sam_batches(tmp_path)), 20):
-        seen += len(step["sam"]["images"])
-        skipped.update(step["skipped"])
-    assert seen == 40
-    causes = {"broken json", "no annotations", "no image", "mask and image differ in size"}
+    loader = step_loader(sam=sam_batches(tmp_path))
+    usable = Counter(step["shares"]["sam"] for step in islice(loader, 65))  # of two samples each
+    assert loader.state["seen"] == 130
+    skipped = loader.state["skipped"]
+    causes = {"broken json", "no annotations", "no image", "mask and image differ in size", "unreadable shard"}
     assert skipped.keys() == causes
-    # A pass holds three good ones and those of the third tar, and two broken tars beside the missing picture.
-    assert skipped["no annotations"] == pytest.approx(2 * skipped["broken json"], abs=2)
-    assert skipped["no image"] == pytest.approx(3 * skipped["broken json"], abs=3)
+    assert 130 - sum(skipped.values()) == 2 * usable[1.0] + usable[0.5]
     # Pictures are all there is to see where masks are not asked for.
-    assert not set(next(iter(step_stream(clip=clip_batches(tmp_path, batch_size=40))))["skipped"]) - {"no image"}
+    loader = step_loader(clip=clip_batches(tmp_path, batch_size=40))
+    next(iter(loader))
+    assert loader.state["skipped"].keys() == {"no image", "unreadable shard"}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_batch_of_nothing_usable_has_no_share(tmp_path, num_workers):
+    write_tar(tmp_path / "0.tar", {"0.jpg": b"no picture", "1.jpg": b"none either"})
+    step = next(iter(step_loader(clip=clip_batches(tmp_path), num_workers=num_workers)))
+    assert step["shares"] == {"clip": 0.0}
+    assert step["clip"]["images"].shape == (1, 3, 16, 16)
+
+
+@pytest.mark.parametrize("world_size, num_workers", [(1, 2), (2, 0), (2, 2)])
+def test_processes_and_workers_share_the_batches_of_one(photos, sa1b, world_size, num_workers):
+    tasks = {"clip": clip_batches(photos, batch_size=8, sizes=[16, 32]), "sam": sam_batches(sa1b)}
+    alone = list(islice(step_loader(**tasks), 12))
+    tasks["clip"].batch_size //= world_size
+    tasks["sam"].batch_size //= world_size
+    together = []
+    for rank in range(world_size):
+        stream = StepStream(tasks, seed=0, shuffle_buffer=4, rank=rank, world_size=world_size)
+        together.append(list(islice(StepLoader(stream, 1.0, num_workers), 12)))
+    for number, step in enumerate(alone):
+        for task in ("clip", "sam"):
+            for field, values in step[task].items():
+                shares = [process[number][task][field] for process in together]
+                dealt = torch.stack(shares, dim=1).flatten(0, 1)  # one of each process in turn
+                assert torch.equal(dealt, values)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("stop", [1, 5, 9])
+def test_a_loader_goes_on_from_its_state(photos, sa1b, num_workers, stop):
+    def loader():
+        tasks = {"clip": clip_batches(photos, sa1b, sizes=[16, 32]), "sam": sam_batches(sa1b)}
+        return step_loader(**tasks, num_workers=num_workers)
+
+    whole = list(islice(loader(), 12))
+    stopped, resumed = loader(), loader()
+    list(islice(stopped, stop))
+    resumed.load_state(json.loads(json.dumps(stopped.state)))
+    for step, expected in zip(islice(resumed, 12 - stop), whole[stop:], strict=True):
+        for task in ("clip", "sam"):
+            assert step[task].keys() == expected[task].keys()
+            assert all(torch.equal(step[task][field], values) for field, values in expected[task].items())
+
+
+def test_a_loader_without_shards_for_all_says_so(photos, caplog):
+    step_loader(clip=clip_batches(photos), num_workers=3)
+    assert "3 readers (processes x workers) share the 2 lanes of clip stream 0, which has 3 shards" in caplog.text
+    assert "read 3 times over" in caplog.text
 
 
 def test_a_long_thin_picture_keeps_a_pixel_of_its_short_side(tmp_path):
@@ -223,13 +280,13 @@ def test_a_long_thin_picture_keeps_a_pixel_of_its_short_side(tmp_path):
     mask[:, 1000:] = False
     files = {"0.jpg": jpeg(0, size=(3000, 1)), "0.json": json.dumps({"annotations": [annotation(mask)]}).encode()}
     write_tar(tmp_path / "0.tar", files)
-    batch = next(iter(step_stream(sam=sam_batches(tmp_path))))["sam"]
+    batch = next(iter(step_loader(sam=sam_batches(tmp_path))))["sam"]
     assert batch["content_sizes"].tolist() == [[1, 64]] * 2
 
 
 def test_boxes_are_in_pixels_of_the_models_input(sa1b):
     task = dataclasses.replace(sam_batches(sa1b), max_box_noise=0.0)
-    boxes = [step["sam"]["input_boxes"] for step in islice(step_stream(sam=task), 12) if "input_boxes" in step["sam"]]
+    boxes = [step["sam"]["input_boxes"] for step in islice(step_loader(sam=task), 12) if "input_boxes" in step["sam"]]
     # x1, y1, x2, y2 of both masks in the original of 60 x 40, which becomes 64 x 43.
     expected = torch.tensor([[20, 5, 29, 9], [10, 15, 49, 34]]) * torch.tensor([64 / 60, 43 / 40, 64 / 60, 43 / 40])
     found = torch.cat(boxes).flatten(0, 1).unique(dim=0)
@@ -239,15 +296,16 @@ def test_boxes_are_in_pixels_of_the_models_input(sa1b):
 def test_micro_batches_of_one_optimizer_step_share_its_rule(photos, sa1b):
     tasks = {"clip": clip_batches(photos, batch_size=16, sizes=[16, 32, 48, 64]), "sam": sam_batches(sa1b)}
     stream = StepStream(tasks, seed=0, shuffle_buffer=4, gradient_accumulation_steps=4)
-    items = list(islice(stream, 32))
+    items = list(islice(StepLoader(stream, 1.0), 32))
     rules = [(item["clip"]["images"].shape[-1], "input_boxes" in item["sam"]) for item in items]
     steps = [set(rules[start : start + 4]) for start in range(0, 32, 4)]
     assert all(len(step) == 1 for step in steps)
     assert len(set.union(*steps)) > 3
 
 
-def test_a_stream_of_nothing_but_corrupt_pictures_stops(tmp_path, monkeypatch):
-    monkeypatch.setattr(collation, "MAX_MISSES", 10)
-    write_tar(tmp_path / "0.tar", {"0.jpg": b"no picture", "1.jpg": b"none either"})
-    with pytest.raises(ValueError, match=r"could not be used, by cause: \{'broken image': 10\}"):
-        next(iter(step_stream(clip=clip_batches(tmp_path))))
+def test_too_many_samples_that_cannot_be_used_end_the_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(StepLoader, "MIN_SEEN", 10)
+    write_tar(tmp_path / "0.tar", {"0.jpg": b"no picture", "1.jpg": jpeg(1), "2.jpg": jpeg(2), "3.jpg": jpeg(3)})
+    with pytest.raises(DataError, match=r"3 of 12 samples could not be used, by cause: {'broken image': 3}.*0\.2"):
+        list(islice(step_loader(clip=clip_batches(tmp_path), max_bad_share=0.2), 9))
+    assert len(list(islice(step_loader(clip=clip_batches(tmp_path), max_bad_share=0.25), 9))) == 9

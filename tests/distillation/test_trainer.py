@@ -1,4 +1,6 @@
+import os
 import shutil
+import signal
 
 import pytest
 import torch
@@ -11,11 +13,20 @@ from transformers import (
     SamConfig,
     SamImageProcessor,
     SamModel,
+    TrainerCallback,
+    TrainerState,
 )
 from transformers.trainer_utils import set_seed
 
 from samclip_hf import SamClipModel
-from samclip_hf.distillation import ClipTeacher, SamClipTrainer, SamClipTrainingArguments, SamTeacher
+from samclip_hf.distillation import (
+    ClipTeacher,
+    DataError,
+    SamClipTrainer,
+    SamClipTrainingArguments,
+    SamTeacher,
+    last_checkpoint,
+)
 from samclip_hf.distillation.teachers import normalize
 
 from .tars import jpeg, write_tar
@@ -73,7 +84,7 @@ def test_a_stage_moves_every_parameter_that_it_trains_and_no_other(make_trainer,
 def test_gradients_reach_only_what_a_stage_trains(make_trainer, model):
     trainer = make_trainer(stage=1)
     batch = next(iter(trainer.get_train_dataloader()))
-    assert set(batch) == {"clip", "skipped"}
+    assert set(batch) == {"clip", "shares"}
     trainer.clip_loss(model, **batch["clip"]).backward()
     with_gradient = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None}
     assert with_gradient == {"clip_head"}
@@ -115,7 +126,7 @@ def test_accumulated_halves_make_the_step_of_the_whole(make_trainer, model):
         model.zero_grad()
         trainer.current_gradient_accumulation_steps = len(steps)
         for step in steps:
-            trainer.training_step(model, {**step, "skipped": {}})
+            trainer.training_step(model, {**step, "shares": {"clip": 1.0, "sam": 1.0}})
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
@@ -142,7 +153,7 @@ def test_the_log_names_every_part(make_trainer):
         *("learning_rate_head", "learning_rate_encoder", "images_per_second", "grad_norm"),
     }
     assert logged["loss"] == pytest.approx(logged["clip_loss"] + 10 * logged["sam_loss"], rel=1e-4)
-    assert metrics["train_images_seen"] == trainer._images > 8 * 2
+    assert metrics["train_images_seen"] > 8 * 2
 
 
 def test_the_clip_loss_falls(make_trainer):
@@ -167,16 +178,106 @@ def test_teachers_stay_frozen_and_out_of_the_checkpoint(make_trainer, model, sam
     assert AutoProcessor.from_pretrained(tmp_path / "run").image_processor.size["longest_edge"] == 64
 
 
-def test_a_resumed_run_ends_where_an_uninterrupted_one_does(make_trainer, model, tmp_path):
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_resumed_run_is_to_the_bit_what_it_would_have_been(make_trainer, model, tmp_path, num_workers):
     start = {name: value.clone() for name, value in model.state_dict().items()}
-    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
-    metrics = make_trainer(**settings).train().metrics
+    settings = {"max_steps": 7, "save_strategy": "steps", "save_steps": 2, "save_total_limit": None}
+    settings |= {"logging_steps": 3, "dataloader_num_workers": num_workers, "gradient_accumulation_steps": 2}
+
+    def curve(trainer):
+        return {
+            entry["step"]: {name: value for name, value in entry.items() if not name.startswith(("images_per", "epoch"))}
+            for entry in trainer.state.log_history
+            if "loss" in entry
+        }
+
+    trainer = make_trainer(**settings)
+    metrics = trainer.train().metrics
     whole = {name: value.clone() for name, value in model.state_dict().items()}
-    model.load_state_dict(start)
-    resumed = make_trainer(**settings).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2")).metrics
-    assert resumed["train_images_seen"] == metrics["train_images_seen"] > 0
-    for name, value in model.state_dict().items():
-        torch.testing.assert_close(value, whole[name], msg=name)
+    assert metrics["train_images_seen"] > 0
+    for step in (2, 4, 6):
+        model.load_state_dict(start)
+        resumed = make_trainer(**settings)
+        checkpoint = str(tmp_path / "run" / f"checkpoint-{step}")
+        assert resumed.train(resume_from_checkpoint=checkpoint).metrics["train_images_seen"] == metrics["train_images_seen"]
+        assert curve(resumed) == curve(trainer) and len(curve(resumed)) == 2
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, whole[name]), name
+
+
+def test_a_checkpoint_of_other_data_is_refused(make_trainer, tmp_path):
+    make_trainer(max_steps=1, save_strategy="steps", save_steps=1).train()
+    checkpoint = str(tmp_path / "run" / "checkpoint-1")
+    with pytest.raises(DataError, match="in another order: seed from 42 to 1; data_lanes from 16 to 8. Start a new run"):
+        make_trainer(max_steps=2, seed=1, data_lanes=8).train(resume_from_checkpoint=checkpoint)
+
+
+def test_a_half_written_checkpoint_is_passed_over(make_trainer, tmp_path, caplog):
+    assert last_checkpoint(tmp_path / "nowhere") is None
+    make_trainer(max_steps=3, save_strategy="steps", save_steps=1, save_total_limit=3).train()
+    run = tmp_path / "run"
+    assert last_checkpoint(run) == run / "checkpoint-3"
+    whole = (run / "checkpoint-3" / "trainer_state.json").read_text()
+    (run / "checkpoint-3" / "trainer_state.json").write_text(whole[: len(whole) // 2])
+    (run / "checkpoint-10").mkdir()
+    assert last_checkpoint(run) == run / "checkpoint-2"
+    assert "checkpoint-10 is not complete" in caplog.text and "checkpoint-3 is not complete" in caplog.text
+
+
+@pytest.mark.parametrize("part", ["model", "optimizer.pt", "trainer_state.json"])
+def test_a_full_disk_is_reported_before_an_earlier_checkpoint_goes(make_trainer, tmp_path, monkeypatch, part):
+    trainer = make_trainer(max_steps=2, save_strategy="steps", save_steps=1, save_total_limit=1)
+    no_space = OSError(28, "No space left on device")
+
+    def full(original):
+        def write(*args, **kwargs):
+            if trainer.state.global_step == 2:
+                raise no_space
+            return original(*args, **kwargs)
+
+        return write
+
+    owner, name = {
+        "model": (trainer, "_save"),
+        "optimizer.pt": (torch, "save"),
+        "trainer_state.json": (TrainerState, "save_to_json"),
+    }[part]
+    monkeypatch.setattr(owner, name, full(getattr(owner, name)))
+    with pytest.raises(OSError, match=r"checkpoint-2 could not be written, and was removed: .*No space left"):
+        trainer.train()
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-1"]
+    assert last_checkpoint(tmp_path / "run").name == "checkpoint-1"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_training_with_a_checkpoint(make_trainer, tmp_path, number):
+    trainer = make_trainer(max_steps=50, save_strategy="no")
+    handler = signal.getsignal(number)
+
+    class Kill(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                os.kill(os.getpid(), number)
+
+    trainer.add_callback(Kill())
+    trainer.train()
+    assert trainer.interruption.signal == number
+    assert last_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-3"
+    assert signal.getsignal(number) == handler
+
+
+def test_a_step_whose_gradient_is_no_number_is_not_taken(make_trainer, model, monkeypatch):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trainer = make_trainer(stage=1, max_steps=3, logging_steps=3)
+    monkeypatch.setattr(
+        trainer, "clip_loss", lambda model, **batch: model.clip_head.layer_norm.weight.sum() * float("nan")
+    )
+    trainer.train()
+    assert trainer.state.log_history[0]["skipped_steps"] == 3
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with pytest.raises(FloatingPointError, match="10 steps in a row"):
+        trainer = make_trainer(stage=1, max_steps=20, max_step_grad_norm=1e-9)
+        trainer.train()
 
 
 def test_training_goes_on_past_corrupt_pictures(make_trainer, tmp_path):

@@ -1,7 +1,8 @@
 """Distilling a SAM and a CLIP into one SAM-CLIP; needs the extra `train`."""
 
 from .arguments import SamClipTrainingArguments
+from .collation import DataError
 from .teachers import ClipTeacher, SamTeacher
-from .trainer import SamClipTrainer
+from .trainer import SamClipTrainer, last_checkpoint
 
-__all__ = ["ClipTeacher", "SamClipTrainer", "SamClipTrainingArguments", "SamTeacher"]
+__all__ = ["ClipTeacher", "DataError", "SamClipTrainer", "SamClipTrainingArguments", "SamTeacher", "last_checkpoint"]

@@ -44,6 +44,24 @@ class SamClipTrainingArguments(TrainingArguments):
         default_factory=lambda: ["miniature"],
         metadata={"help": "Images with SA-1B's annotations for the SAM loss, named as clip_data."},
     )
+    clip_data_shares: list[float] | None = field(
+        default=None, metadata={"help": "How much of each of clip_data to take, in any unit. By default as much of each."}
+    )
+    sam_data_shares: list[float] | None = field(
+        default=None, metadata={"help": "How much of each of sam_data to take, in any unit. By default as much of each."}
+    )
+    sam_shards_share: float = field(
+        default=1.0,
+        metadata={"help": "Of the tars of sam_data, drawn at random but always the same ones (paper: 0.057)."},
+    )
+    held_out_share: float = field(
+        default=0.01,
+        metadata={"help": "Of all samples, by their keys: left out of training, for validation (paper: 0.01)."},
+    )
+    max_bad_share: float = field(
+        default=0.1,
+        metadata={"help": "Training stops when more of the samples cannot be used; all that are skipped are counted."},
+    )
     clip_sizes: list[int] = field(
         default_factory=lambda: [224, 448],
         metadata={"help": "Resolutions of the CLIP loss in pixels; one is drawn for each step (paper: 224, 448)."},
@@ -65,7 +83,17 @@ class SamClipTrainingArguments(TrainingArguments):
     min_crop: float = field(
         default=0.5, metadata={"help": "Smallest share of an image that a random crop for the CLIP loss shows."}
     )
-    shuffle_buffer: int = field(default=1000, metadata={"help": "Samples from which a stream draws the next one."})
+    data_lanes: int = field(
+        default=16,
+        metadata={
+            "help": "Shards of a stream that are read side by side, in all processes together; best a multiple of "
+            "processes x dataloader_num_workers. Part of what decides over the order of samples, like the seed."
+        },
+    )
+    shuffle_buffer: int = field(
+        default=1000,
+        metadata={"help": "Samples of a stream that are shuffled with one another, in all processes together."},
+    )
     sam_loss_weight: float = field(
         default=10.0, metadata={"help": "Lambda in L_CLIP + lambda * L_SAM (paper, section 3: 10)."}
     )
@@ -76,17 +104,37 @@ class SamClipTrainingArguments(TrainingArguments):
         default=0.1,
         metadata={"help": "Learning rate of image encoder and SAM head, relative to the CLIP head's (paper: 0.1)."},
     )
+    max_step_grad_norm: float = field(
+        default=float("inf"),
+        metadata={
+            "help": "A step whose gradient's norm, before clipping, is larger or not finite is not taken, and counted; "
+            "ten of them in a row end the training."
+        },
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Steps are built by this package: keep it."})
     dataloader_drop_last: bool = field(default=False, metadata={"help": "Streams are endless: no effect."})
+    ignore_data_skip: bool = field(default=True, metadata={"help": "Streams resume by themselves: keep it."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
 
     def __post_init__(self):
         super().__post_init__()
         if self.max_steps <= 0:
             raise ValueError("Streams are endless: say with max_steps how many optimizer steps this stage lasts.")
-        for name in ("clip_batch_size", "sam_batch_size", "masks_per_image", "shuffle_buffer"):
+        for name in ("clip_batch_size", "sam_batch_size", "masks_per_image", "data_lanes", "shuffle_buffer"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}.")
+        for name in ("clip_data", "sam_data"):
+            names, shares = getattr(self, name), getattr(self, f"{name}_shares")
+            if shares is None:
+                setattr(self, f"{name}_shares", [1.0] * len(names))
+            elif len(shares) != len(names) or min(shares) <= 0:
+                raise ValueError(f"{name}_shares must be {len(names)} numbers above 0, one for each of {name}: {shares}.")
+        if not 0 < self.sam_shards_share <= 1:
+            raise ValueError(f"sam_shards_share is a share, above 0 and up to 1, got {self.sam_shards_share}.")
+        if not 0 <= self.held_out_share < 1:
+            raise ValueError(f"held_out_share is a share, from 0 and below 1, got {self.held_out_share}.")
+        if not 0 <= self.max_bad_share <= 1:
+            raise ValueError(f"max_bad_share is a share, from 0 to 1, got {self.max_bad_share}.")
         if not 0 < self.min_crop <= 1:
             raise ValueError(f"min_crop is a share of the image, above 0 and up to 1, got {self.min_crop}.")
         if not self.clip_sizes or min(self.clip_sizes) < 1:
@@ -97,6 +145,8 @@ class SamClipTrainingArguments(TrainingArguments):
             raise ValueError(f"encoder_learning_rate_scale must be 0 or more, got {self.encoder_learning_rate_scale}.")
         if self.clip_head_layers < 1:
             raise ValueError(f"clip_head_layers must be 1 or more, got {self.clip_head_layers}.")
+        if not self.max_step_grad_norm > 0:
+            raise ValueError(f"max_step_grad_norm must be above 0, got {self.max_step_grad_norm}.")
         if self.max_box_noise < 0:
             raise ValueError(f"max_box_noise must be 0 or more pixels, got {self.max_box_noise}.")
         if self.stage not in (1, 2, 3):

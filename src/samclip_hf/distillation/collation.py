@@ -1,10 +1,11 @@
 """
 From samples to optimizer steps: crops, prompts, batches.
 
+Which samples meet in a step follows from the seed alone, whatever the number of processes and workers (`order.py`).
 Everything random about a sample follows from (seed, epoch, its key), everything random about a step from (seed, step).
-Which samples meet in a step also depends on the number of workers and processes, which read a shard each.
 """
 
+import math
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -14,20 +15,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import IterableDataset
-from datasets.distributed import split_dataset_by_node
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import get_worker_info
+from torch.utils.data import DataLoader, get_worker_info
 from transformers.utils import logging
 
+from .order import Mixture, lanes_of
 from .prompts import box_from_mask, point_from_mask
-from .streams import SkippedSampleError, decode_image, draw_masks, endless
+from .streams import SkippedSampleError, Stream, decode_image, draw_masks
 
 logger = logging.get_logger(__name__)
 
 MIN_ASPECT = 3 / 4  # of a random crop; as torchvision's RandomResizedCrop
-MAX_MISSES = 1000  # unusable samples in a row before training stops
+
+
+class DataError(ValueError):
+    """Data with which training cannot go on."""
 
 
 @dataclass
@@ -36,8 +39,8 @@ class ClipBatches:
     Images for the CLIP loss: the same random crop for the student, at the step's resolution, and for the teacher, at
     its own.
 
-    streams (`list[IterableDataset]`):
-        From `open_stream`; their samples come in turn.
+    streams (`list[Stream]`), shares (`list[float]`):
+        From `open_stream`, mixed in proportion to their shares.
     image_sizes (`list[int]`):
         The student's resolutions in pixels; a step has one of them.
     teacher_image_size (`int`):
@@ -49,7 +52,8 @@ class ClipBatches:
         Smallest share of the image that a crop shows.
     """
 
-    streams: list[IterableDataset]
+    streams: list[Stream]
+    shares: list[float]
     image_sizes: list[int]
     teacher_image_size: int
     batch_size: int
@@ -63,7 +67,13 @@ class ClipBatches:
 
     def sample(self, raw: dict[str, Any], rng: np.random.Generator, image_size: int) -> dict[str, np.ndarray]:
         """The student's `images` and the `teacher_images`, both uint8 `(size, size, 3)`, of one crop."""
-        image = decode_image(raw)
+        return self._crop(decode_image(raw), rng, image_size)
+
+    def blank(self, image_size: int) -> dict[str, np.ndarray]:
+        """A sample of nothing, for a batch none of whose samples can be used."""
+        return self._crop(Image.new("RGB", (8, 8)), np.random.default_rng(0), image_size)
+
+    def _crop(self, image: Image.Image, rng: np.random.Generator, image_size: int) -> dict[str, np.ndarray]:
         box = random_crop(image.width, image.height, self.min_crop, rng)
         # Each with the filter of its own image processor: bilinear for SAM's, bicubic for CLIP's.
         student_image = np.array(image.resize((image_size, image_size), Image.Resampling.BILINEAR, box))
@@ -82,8 +92,8 @@ class SamBatches:
     All prompts of a step are points or all are boxes, with equal probability (SAM's own recipe, there per mask; the
     paper says neither). SAM answers a point with three masks and a box with one.
 
-    streams (`list[IterableDataset]`):
-        From `open_stream` with masks; their samples come in turn.
+    streams (`list[Stream]`), shares (`list[float]`):
+        From `open_stream` with masks, mixed in proportion to their shares.
     image_size (`int`):
         The teacher's and the student's, in pixels.
     batch_size (`int`):
@@ -94,7 +104,8 @@ class SamBatches:
         In pixels of the model's input.
     """
 
-    streams: list[IterableDataset]
+    streams: list[Stream]
+    shares: list[float]
     image_size: int
     batch_size: int
     masks_per_image: int
@@ -109,6 +120,16 @@ class SamBatches:
         its prompts in pixels of the padded image."""
         image = decode_image(raw)
         masks = draw_masks(raw, self.masks_per_image, rng)
+        return self._prompt(image, masks, rng, prompt)
+
+    def blank(self, prompt: str) -> dict[str, np.ndarray]:
+        """A sample of nothing, for a batch none of whose samples can be used."""
+        masks = [np.ones((8, 8), bool)] * self.masks_per_image
+        return self._prompt(Image.new("RGB", (8, 8)), masks, np.random.default_rng(0), prompt)
+
+    def _prompt(
+        self, image: Image.Image, masks: list[np.ndarray], rng: np.random.Generator, prompt: str
+    ) -> dict[str, np.ndarray]:
         if any(mask.shape != (image.height, image.width) for mask in masks):
             raise SkippedSampleError("mask and image differ in size")
         scale = self.image_size / max(image.size)
@@ -147,18 +168,17 @@ def random_crop(
 
 class StepStream(torch.utils.data.IterableDataset):
     r"""
-    Endless steps: dictionaries that hold, for each task ("clip", "sam"), one micro-batch, and under "skipped" the
-    samples left out on the way, by cause.
+    Endless micro-batches, in parts: every data loader worker makes its part of each, which [`StepLoader`] puts
+    together.
 
     tasks (`dict[str, ClipBatches | SamBatches]`):
         What a step consists of.
-    seed (`int`), shuffle_buffer (`int`):
-        See `endless`.
+    seed (`int`), num_lanes (`int`), shuffle_buffer (`int`):
+        See [`Mixture`].
     gradient_accumulation_steps (`int`):
-        So many items make an optimizer step, and share its rule.
+        So many micro-batches make an optimizer step, and share its rule.
     rank, world_size (`int`):
-        This process among all. Every process, and every worker of its data loader, reads its own shards; a step's rule
-        is the same in all processes.
+        This process among all.
     """
 
     def __init__(
@@ -166,65 +186,149 @@ class StepStream(torch.utils.data.IterableDataset):
         tasks: dict[str, ClipBatches | SamBatches],
         seed: int,
         shuffle_buffer: int,
+        num_lanes: int = 16,
         gradient_accumulation_steps: int = 1,
         rank: int = 0,
         world_size: int = 1,
     ):
-        self.tasks, self.seed, self.shuffle_buffer = tasks, seed, shuffle_buffer
+        self.tasks, self.seed, self.num_lanes, self.shuffle_buffer = tasks, seed, num_lanes, shuffle_buffer
         self.gradient_accumulation_steps = gradient_accumulation_steps
         self.rank, self.world_size = rank, world_size
-        uneven = [stream.num_shards for task in tasks.values() for stream in task.streams]
-        if uneven := [number for number in uneven if number % world_size]:
-            logger.warning(
-                f"{world_size} processes do not divide streams of {uneven} shards: each will read all of those to use "
-                "its share. Leave some shards out, or split them further."
-            )
-
-    @property
-    def max_workers(self) -> int:
-        """More data loader workers a process than this would find no shard to read."""
-        shards = [stream.num_shards for task in self.tasks.values() for stream in task.streams]
-        return max(1, min(shards) // self.world_size)
+        self._causes: set[str] = set()  # for which a sample was skipped, as far as this reader knows
+        # Where to begin: micro-batches so far, samples of each task that they drew in all processes, and where lanes
+        # stand. [`StepLoader`] keeps one like it.
+        self.start: dict[str, Any] = {"item": 0, "drawn": dict.fromkeys(tasks, 0), "lanes": {name: {} for name in tasks}}
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        worker = get_worker_info()
-        first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
-        samples = {}
-        for name, task in self.tasks.items():
-            own_parts = [split_dataset_by_node(stream, self.rank, self.world_size) for stream in task.streams]
-            passes = [endless(stream, self.seed, self.shuffle_buffer) for stream in own_parts]
-            samples[name] = (sample for in_turn in zip(*passes, strict=True) for sample in in_turn)
-        for item in count(first, stride):
+        info = get_worker_info()
+        worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
+        # Every process has an equal share of a micro-batch, and every worker of that: samples are dealt in turn.
+        own, readers = self.rank + self.world_size * worker, self.world_size * num_workers
+        mixtures = {
+            name: Mixture(
+                task.streams, task.shares, self.seed, self.num_lanes, self.shuffle_buffer, self.start["lanes"][name]
+            )
+            for name, task in self.tasks.items()
+        }
+        drawn = dict(self.start["drawn"])
+        for item in count(self.start["item"]):
             step = item // self.gradient_accumulation_steps
             skipped: Counter[str] = Counter()
-            batches = {}
+            part: dict[str, Any] = {"tasks": {}, "skipped": skipped, "lanes": {}}
             for index, (name, task) in enumerate(self.tasks.items()):
                 rule = task.step_rule(np.random.default_rng((self.seed, step, index)))
-                batches[name] = self._batch(samples[name], task, skipped, **rule)
-            yield {**batches, "skipped": dict(skipped)}
+                num_samples = rule.pop("num_samples") * self.world_size
+                first = drawn[name] + (own - drawn[name]) % readers
+                numbers = range(first, drawn[name] + num_samples, readers)
+                samples = {number: self._sample(task, mixtures[name], number, skipped, rule) for number in numbers}
+                drawn[name] += num_samples
+                part["tasks"][name] = {
+                    "samples": _stack({number: sample for number, sample in samples.items() if sample is not None}),
+                    "rule": rule,
+                    "planned": len(numbers),
+                }
+                part["lanes"][name] = mixtures[name].positions
+            yield part | {"item": item + 1, "drawn": dict(drawn)}
 
-    def _batch(self, samples, task, skipped: Counter[str], num_samples: int, **rule) -> dict[str, Tensor]:
-        batch: list[dict[str, np.ndarray]] = []
-        misses = 0
-        while len(batch) < num_samples:
-            epoch, raw = next(samples)
-            # Where a source names no key, its picture's bytes stand for it.
-            stored = raw["image"] or {}
-            name = raw.get("__key__") or stored.get("path")
-            key = name.encode() if name else stored.get("bytes", b"")
-            rng = np.random.default_rng((self.seed, epoch, zlib.crc32(key)))
-            try:
-                batch.append(task.sample(raw, rng, **rule))
-                misses = 0
-            except SkippedSampleError as error:
-                if str(error) not in skipped:
-                    logger.warning(f"Skipped {key[:80]!r}: {error}. The log counts such samples.")
-                skipped[str(error)] += 1
-                misses += 1
-                if misses == MAX_MISSES:
-                    raise ValueError(
-                        f"{MAX_MISSES} samples in a row could not be used, by cause: {dict(skipped)}. Is this the "
-                        "right data?"
-                    ) from error
-        tensors = {name: torch.from_numpy(np.stack([sample[name] for sample in batch])) for name in batch[0]}
-        return {name: t.permute(0, 3, 1, 2) if name.endswith("images") else t for name, t in tensors.items()}
+    def _sample(self, task, mixture: Mixture, number: int, skipped: Counter[str], rule: dict[str, Any]):
+        epoch, raw = mixture.sample(number)
+        rng = np.random.default_rng((self.seed, epoch, zlib.crc32(raw["key"].encode())))
+        try:
+            return task.sample(raw, rng, **rule)
+        except SkippedSampleError as error:
+            if str(error) not in self._causes:
+                self._causes.add(str(error))
+                logger.warning(f"Skipped {raw['key']!r}: {error}. From now on the log counts such samples.")
+            skipped[str(error)] += 1
+            return None
+
+
+class StepLoader(DataLoader):
+    r"""
+    One micro-batch after the other: dictionaries that hold for each task ("clip", "sam") its tensors, and under
+    "shares" how many of the samples planned for it could be used.
+
+    stream ([`StepStream`]):
+        Where its parts come from.
+    max_bad_share (`float`):
+        When more of the samples cannot be used, reading stops with a [`DataError`]; judged from the first 1000 on.
+    """
+
+    MIN_SEEN = 1000  # samples, before a share means something
+
+    def __init__(self, stream: StepStream, max_bad_share: float, num_workers: int = 0, **kwargs):
+        super().__init__(stream, batch_size=None, collate_fn=_unchanged, num_workers=num_workers, **kwargs)
+        self.stream, self.max_bad_share = stream, max_bad_share
+        # After the micro-batches given out so far; what was seen and skipped is this process's own.
+        self.state = {**stream.start, "seen": 0, "skipped": {}}
+        warn_of_shared_lanes(stream, num_workers)
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Goes on where a loader with this `state` stood, of any number of processes and workers."""
+        self.state = state
+        self.stream.start = {name: state[name] for name in ("item", "drawn", "lanes")}
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        parts = super().__iter__()
+        for of_workers in zip(*[parts] * max(1, self.num_workers)):
+            self._take_stock(of_workers)
+            yield self._join([part["tasks"] for part in of_workers])
+
+    def _take_stock(self, parts: tuple[dict[str, Any], ...]) -> None:
+        lanes = {name: dict(positions) for name, positions in self.state["lanes"].items()}
+        seen, skipped = self.state["seen"], Counter(self.state["skipped"])
+        for part in parts:
+            for name, positions in part["lanes"].items():
+                lanes[name].update(positions)
+            seen += sum(task["planned"] for task in part["tasks"].values())
+            skipped.update(part["skipped"])
+        position = {name: parts[0][name] for name in ("item", "drawn")}
+        self.state = {**position, "lanes": lanes, "seen": seen, "skipped": dict(skipped)}
+        if seen >= self.MIN_SEEN and skipped.total() > self.max_bad_share * seen:
+            raise DataError(
+                f"{skipped.total()} of {seen} samples could not be used, by cause: {dict(skipped)}. That is more than "
+                f"max_bad_share, {self.max_bad_share}: is this the right data?"
+            )
+
+    def _join(self, parts: list[dict[str, Any]]) -> dict[str, Any]:
+        batches: dict[str, Any] = {}
+        shares: dict[str, float] = {}
+        for name, task in self.stream.tasks.items():
+            rule = parts[0][name]["rule"]
+            stacked = [part[name]["samples"] for part in parts if part[name]["samples"]]
+            if not stacked:  # a process must take part in the step all the same
+                stacked = [_stack({0: task.blank(**rule)})]
+                shares[name] = 0.0
+            batch = {field: torch.cat([samples[field] for samples in stacked]) for field in stacked[0]}
+            order = batch.pop("numbers").argsort()  # whichever worker made them
+            batches[name] = {field: values[order] for field, values in batch.items()}
+            shares.setdefault(name, len(order) / sum(part[name]["planned"] for part in parts))
+        return {**batches, "shares": shares}
+
+
+def _unchanged(part: dict[str, Any]) -> dict[str, Any]:
+    return part
+
+
+def _stack(samples: dict[int, dict[str, np.ndarray]]) -> dict[str, Tensor]:
+    """Numbered samples as one tensor a field, channels first, and their `numbers`."""
+    if not samples:
+        return {}
+    fields = next(iter(samples.values()))
+    stacked = {field: torch.from_numpy(np.stack([sample[field] for sample in samples.values()])) for field in fields}
+    stacked = {field: t.permute(0, 3, 1, 2) if field.endswith("images") else t for field, t in stacked.items()}
+    return {**stacked, "numbers": torch.tensor(list(samples))}
+
+
+def warn_of_shared_lanes(stream: StepStream, num_workers: int) -> None:
+    """Says where several processes or workers read the same shards, each to use its share of them."""
+    readers = stream.world_size * max(1, num_workers)
+    for name, task in stream.tasks.items():
+        for number, source in enumerate(task.streams):
+            lanes = lanes_of(source, stream.num_lanes)
+            if shared := readers // math.gcd(readers, lanes) - 1:
+                logger.warning(
+                    f"{readers} readers (processes x workers) share the {lanes} lanes of {name} stream {number}, which "
+                    f"has {source.num_shards} shards: each of them is read {shared + 1} times over. Let the number of "
+                    "readers divide the lanes, see data_lanes, or split the data into more shards."
+                )

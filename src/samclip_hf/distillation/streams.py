@@ -1,7 +1,8 @@
 """
-Images and SA-1B-style masks as endless streams, from the miniature world, folders, globs, the Hub.
+Images and SA-1B-style masks, undecoded, from the miniature world, folders, globs, the Hub.
 
-Nothing is loaded whole and nothing is decoded before its turn.
+A stream is a number of shards, each a sequence of samples that can be read from any row on: what was read up to some
+row needs no reading again after an interruption. Nothing is loaded whole and nothing is decoded before its turn.
 """
 
 import glob
@@ -9,16 +10,18 @@ import io
 import json
 import os
 import re
+import tarfile
+import time
+import warnings
+import zlib
 from collections.abc import Iterator
-from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import datasets
+import fsspec
 import numpy as np
 from datasets import IterableDataset, load_dataset
-from datasets.builder import Key
-from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from PIL import Image, UnidentifiedImageError
 from pycocotools import mask as coco_mask
 from transformers.utils import logging
@@ -27,10 +30,13 @@ logger = logging.get_logger(__name__)
 
 # Columns that hold the picture, by the names that webdataset tars, parquet files and image folders use.
 IMAGE_COLUMNS = ("jpg", "jpeg", "png", "webp", "image", "img")
-# Formats that are streamed, by file ending.
-BUILDERS = {".tar": "webdataset", ".parquet": "parquet", ".arrow": "arrow"}
+# Formats that `datasets` streams, by file ending; tars are read here.
+BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}
+KINDS = (".tar", *BUILDERS)
 PICTURES = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 MAX_MASK_SHARE = 0.9  # of the image; SA-1B's larger masks are background
+MAX_PIXELS = 89_478_485  # of an image; what Pillow warns of as a decompression bomb, a quarter of a gigabyte in RGB
+MAX_RETRIES = 5  # of a remote read, after 1, 2, 4, 8 and 16 s
 WHAT_A_NAME_IS = (
     "Give a folder, a glob such as 'photos/*.tar', 'hf://datasets/owner/name/*.tar', a data set's name on the Hub, or "
     "'miniature'."
@@ -41,145 +47,254 @@ class SkippedSampleError(ValueError):
     """A sample that cannot be used; its message is the cause under which it is counted."""
 
 
-class Tars(WebDataset):
-    """`datasets`' webdataset reader, to which one bad file among many is no reason to stop: what cannot be read of a
-    tar comes as a sample without a picture, and json stays text until its turn.
+class Shards(Protocol):
+    """Where a stream's samples come from."""
+
+    names: list[str]  # of the shards
+
+    def rows(self, shard: int, start: int) -> Iterator[dict[str, Any]]:
+        """The samples of a shard from row `start` on: `key`, unique in the shard; `image`, `{"bytes", "path"}` or
+        `None`; `json` with SA-1B's annotations, where masks are asked for."""
+
+
+class TarShards:
+    """Tars in webdataset's layout, also SA-1B's: what stands in a row under one name, up to its first dot, is one
+    sample. On this machine what lies before the row is not read at all, over a network at most its own tar.
 
     A tar that was cut off between two of its files looks whole, to Python's `tarfile` too.
     """
 
-    DECODERS = {ending: decode for ending, decode in WebDataset.DECODERS.items() if ending != "json"}
+    def __init__(self, names: list[str], with_masks: bool):
+        self.names, self.with_masks = names, with_masks
 
-    def _generate_examples(self, tar_paths, tar_iterators):
-        for number, (path, iterator) in enumerate(zip(tar_paths, tar_iterators, strict=True)):
-            num_samples = 0
-            try:
-                for _, example in super()._generate_examples([path], [iterator]):
-                    yield Key(number, num_samples), example
-                    num_samples += 1
-            except Exception as error:  # tarfile, gzip, the file system and the HTTP client have each their own
-                logger.warning(f"{path} could not be read beyond {num_samples} samples: {error!r}")
-                nothing = dict.fromkeys(self.info.features)
-                yield Key(number, num_samples), nothing | {"__key__": f"{path}: {type(error).__name__}"}
+    def rows(self, shard: int, start: int) -> Iterator[dict[str, Any]]:
+        name = self.names[shard]
+        row, sample, key = -1, {}, None
+        with fsspec.open(name, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # or it remembers all of them
+                if not member.isfile():
+                    continue
+                folder, _, file_name = member.name.rpartition("/")
+                stem, _, ending = file_name.partition(".")
+                if (folder, stem) != key:
+                    if row >= start:
+                        yield sample
+                    row, key = row + 1, (folder, stem)
+                    sample = {"key": f"{Path(name).stem}/{stem}", "image": None, "json": None}
+                if row < start:
+                    continue
+                if f".{ending.lower()}" in PICTURES:
+                    sample["image"] = {"bytes": _read_member(tar, member), "path": None}
+                elif ending == "json" and self.with_masks:
+                    sample["json"] = _read_member(tar, member)
+            if row >= start:
+                yield sample
 
 
-def open_stream(name: str, split: str = "train", with_masks: bool = False) -> IterableDataset:
+def _read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    assert file is not None  # `member` is a file
+    return file.read()
+
+
+class DatasetShards:
+    """What `datasets` streams: parquet and image files, data sets on the Hub, the miniature world. Rows before the
+    first are read and thrown away."""
+
+    def __init__(self, stream: IterableDataset, name: str, with_masks: bool):
+        columns = list(stream.features or next(iter(stream), {}))
+        image_column = next((column for column in IMAGE_COLUMNS if column in columns), None)
+        if image_column is None:
+            raise ValueError(f"{name!r} has no column of pictures: found {columns}, looked for {list(IMAGE_COLUMNS)}.")
+        if with_masks and "json" not in columns:
+            raise ValueError(f"{name!r} has no column 'json' with SA-1B's annotations: found {columns}.")
+        kept = {"__key__", image_column} | ({"json"} if with_masks else set())
+        stream = stream.select_columns([column for column in columns if column in kept])
+        self.stream = stream.cast_column(image_column, datasets.Image(decode=False))
+        self.image_column = image_column
+        self.names = [f"{name} {shard}" for shard in range(stream.num_shards)]
+
+    def rows(self, shard: int, start: int) -> Iterator[dict[str, Any]]:
+        samples = self.stream.shard(num_shards=len(self.names), index=shard).skip(start)
+        for row, sample in enumerate(samples, start):
+            image = sample[self.image_column]
+            path = Path(image["path"]).name if image and image.get("path") else None
+            key = sample.get("__key__") or path or f"{shard}/{row}"
+            yield {"key": key, "image": image, "json": sample.get("json")}
+
+
+class Stream:
     r"""
-    A sharded stream of undecoded pictures: columns `__key__` (if there is one), `image` and, with masks, `json`.
+    Shards, without the samples that are held out for validation, or those alone. Which ones follows from their keys, so
+    that they are the same in every stage and run.
 
+    shards ([`Shards`]):
+        The source.
+    held_out_share (`float`):
+        How many are held out.
+    held_out (`bool`):
+        Whether this stream holds those rather than the others.
+    """
+
+    def __init__(self, shards: Shards, held_out_share: float = 0.0, held_out: bool = False):
+        self.shards, self.held_out_share, self.held_out = shards, held_out_share, held_out
+
+    @property
+    def num_shards(self) -> int:
+        """Number of shards."""
+        return len(self.shards.names)
+
+    def read(self, shard: int, start: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The samples of a shard from row `start` on, with their rows.
+
+        A remote read that fails is tried again with back-off, from where it failed. Where the rest of a shard stays
+        unreadable, it comes as one sample without an image, and the log says why."""
+        row, failures = start, 0
+        while True:
+            try:
+                for sample in self.shards.rows(shard, row):
+                    is_held_out = zlib.crc32(sample["key"].encode()) < self.held_out_share * 2**32
+                    if is_held_out == self.held_out:
+                        yield row, sample
+                    row, failures = row + 1, 0
+                return
+            except Exception as error:  # tarfile, the file system, the HTTP client and `datasets` have each their own
+                name = self.shards.names[shard]
+                if "://" in name and failures < MAX_RETRIES:
+                    logger.warning(f"{name} could not be read from row {row} on, trying again: {error!r}")
+                    time.sleep(2**failures)
+                    failures += 1
+                    continue
+                logger.warning(f"{name} could not be read from row {row} on: {error!r}")
+                yield row, {"key": name, "image": None, "cause": "unreadable shard"}
+                return
+
+
+def open_stream(
+    name: str,
+    split: str = "train",
+    with_masks: bool = False,
+    shards_share: float = 1.0,
+    held_out_share: float = 0.0,
+    held_out: bool = False,
+) -> Stream:
+    r"""
     name (`str`):
         "miniature"; a folder of `.tar` (webdataset, SA-1B's layout), `.parquet` or image files; a glob of such files,
         on this machine or on the Hub (`hf://datasets/owner/name/*.tar`); or the name of a data set on the Hub.
     split (`str`):
         Of a data set on the Hub.
     with_masks (`bool`):
-        Whether a `json` column with SA-1B's `annotations` is needed.
+        Whether SA-1B's annotations are needed.
+    shards_share (`float`):
+        Of the tars, at random but always the same ones: the paper uses 5.7 % of SA-1B's. At least one.
+    held_out_share (`float`), held_out (`bool`):
+        See [`Stream`].
 
     Raises `FileNotFoundError` where there is nothing, `ValueError` where it cannot be read, where there is no picture
     or no annotation.
     """
     try:
-        stream = _undecoded(name, split, with_masks)
-        first = next(iter(stream), None)
+        shards = _find(name, split, with_masks)
+        first = next((sample for shard in range(len(shards.names)) for sample in _first(shards, shard)), None)
     except (FileNotFoundError, ValueError):
         raise
     except Exception as error:
         raise ValueError(f"{name!r} could not be read: {error!r}. {WHAT_A_NAME_IS}") from error
     if first is None:
         raise FileNotFoundError(f"There is no sample in {name!r}. {WHAT_A_NAME_IS}")
-    return stream
+    if first["image"] is None:
+        raise ValueError(f"{name!r} has no pictures: its first sample, {first['key']!r}, holds none.")
+    if with_masks and first["json"] is None:
+        raise ValueError(f"{name!r} has no json with SA-1B's annotations: {first['key']!r} is without.")
+    if shards_share < 1:
+        if not isinstance(shards, TarShards):
+            raise ValueError(f"A share of the shards can be had of tars alone, not of {name!r}.")
+        kept = max(1, round(shards_share * len(shards.names)))
+        order = np.random.default_rng(0).permutation(len(shards.names))
+        shards.names = [shards.names[shard] for shard in sorted(order[:kept])]
+    return Stream(shards, held_out_share, held_out)
 
 
-def _undecoded(name: str, split: str, with_masks: bool) -> IterableDataset:
+def _first(shards: Shards, shard: int) -> Iterator[dict[str, Any]]:
+    """The first sample of a shard, if there is one; a broken shard among others is found out when its turn comes."""
+    try:
+        yield from [next(shards.rows(shard, 0))]
+    except StopIteration:
+        return
+    except Exception:
+        if shard == len(shards.names) - 1:
+            raise
+
+
+def _find(name: str, split: str, with_masks: bool) -> Shards:
     if name == "miniature":
         from ..miniature import streams as miniature
 
-        stream = miniature.masks() if with_masks else miniature.images()
-    else:
-        stream = _load(name, split)
-    columns = list(stream.features or next(iter(stream), {}))
-    image_column = next((column for column in IMAGE_COLUMNS if column in columns), None)
-    if image_column is None:
-        raise ValueError(f"{name!r} has no column of pictures: found {columns}, looked for {list(IMAGE_COLUMNS)}.")
-    if with_masks and "json" not in columns:
-        raise ValueError(f"{name!r} has no column 'json' with SA-1B's annotations: found {columns}.")
-    kept = {"__key__", image_column} | ({"json"} if with_masks else set())
-    stream = stream.select_columns([column for column in columns if column in kept])
-    stream = stream.cast_column(image_column, datasets.Image(decode=False))
-    return stream if image_column == "image" else stream.rename_column(image_column, "image")
-
-
-def _load(name: str, split: str) -> IterableDataset:
+        return DatasetShards(miniature.masks() if with_masks else miniature.images(), name, with_masks)
     if os.path.isdir(name):
-        for ending, builder in BUILDERS.items():
+        for ending in KINDS:
             if files := sorted(glob.glob(os.path.join(glob.escape(name), f"*{ending}"))):
-                return _read(builder, files)
-        return load_dataset("imagefolder", data_dir=name, split="train", streaming=True, drop_labels=True)
+                return _open_files(files, ending, name, with_masks)
+        stream = load_dataset("imagefolder", data_dir=name, split="train", streaming=True, drop_labels=True)
+        return DatasetShards(stream, name, with_masks)
     if files := sorted(glob.glob(name, recursive=True)):
         endings = {Path(file).suffix for file in files}
         if len(endings) > 1:
             raise ValueError(f"{name!r} matches files of several kinds, {sorted(endings)}: name one kind.")
         ending = endings.pop()
-        if ending not in BUILDERS and ending.lower() not in PICTURES:
+        if ending not in KINDS and ending.lower() not in PICTURES:
             raise ValueError(f"{name!r} matches files of a kind that is not read, {ending!r}. {WHAT_A_NAME_IS}")
-        return _read(BUILDERS.get(ending, "imagefolder"), files)
+        return _open_files(files, ending, name, with_masks)
 
     ending = Path(name).suffix
-    is_remote_file = "://" in name and ending in BUILDERS
-    is_hub_name = ending not in BUILDERS and re.fullmatch(r"(hf://datasets/)?[\w.-]+(/[\w.-]+)?", name)
+    is_remote_file = "://" in name and ending in KINDS
+    is_hub_name = ending not in KINDS and re.fullmatch(r"(hf://datasets/)?[\w.-]+(/[\w.-]+)?", name)
     if not is_remote_file and not is_hub_name:
         raise FileNotFoundError(f"No data at {name!r}: it is no folder and matches no file. {WHAT_A_NAME_IS}")
     try:
         if is_remote_file:
-            return _read(BUILDERS[ending], name)
-        return load_dataset(name.removeprefix("hf://datasets/"), split=split, streaming=True)
+            file_system, pattern = fsspec.core.url_to_fs(name)
+            found = sorted(file_system.glob(pattern)) if glob.has_magic(name) else [pattern]
+            if not found:
+                raise FileNotFoundError("it matches no file")
+            return _open_files([file_system.unstrip_protocol(path) for path in found], ending, name, with_masks)
+        stream = load_dataset(name.removeprefix("hf://datasets/"), split=split, streaming=True)
     except Exception as error:  # not found, no permission, no such split, or what the HTTP client says without network
         raise FileNotFoundError(
             f"No data at {name!r}: it is no folder, matches no file, and could not be opened on the Hub "
             f"({type(error).__name__}: {error}). {WHAT_A_NAME_IS}"
         ) from error
+    return DatasetShards(stream, name, with_masks)
 
 
-def _read(builder: str, files: str | list[str]) -> IterableDataset:
-    if builder == "webdataset":
-        return Tars(data_files=files).as_streaming_dataset(split="train")
-    return load_dataset(builder, data_files=files, split="train", streaming=True)
-
-
-def endless(stream: IterableDataset, seed: int, shuffle_buffer: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    r"""
-    Pass after pass over a stream, each holding every sample once in an order of its own that follows from (seed,
-    epoch): `(epoch, sample)` pairs. Inside a worker of a torch data loader, that worker's shards only.
-
-    This is `stream.repeat(None).shuffle(seed)`, but the sample's epoch is known, and no pass leaks into the next.
-
-    seed (`int`), shuffle_buffer (`int`):
-        Shards are permuted, and samples drawn from a buffer of that many.
-    """
-    for epoch in count():
-        # Not stream.set_epoch: data loader workers share that number, and are not in the same pass at the same time.
-        order = np.random.default_rng((seed, epoch))
-        sample = None
-        for sample in stream.shuffle(generator=order, buffer_size=shuffle_buffer):
-            yield epoch, sample
-        if sample is None:
-            raise ValueError("A stream holds no samples.")
+def _open_files(files: list[str], ending: str, name: str, with_masks: bool) -> Shards:
+    if ending == ".tar":
+        return TarShards(files, with_masks)
+    builder = BUILDERS.get(ending, "imagefolder")
+    return DatasetShards(load_dataset(builder, data_files=files, split="train", streaming=True), name, with_masks)
 
 
 def decode_image(sample: dict[str, Any]) -> Image.Image:
     """The sample's picture in RGB. Raises `SkippedSampleError` where there is none or it cannot be read."""
     stored = sample["image"]
     if stored is None:
-        raise SkippedSampleError("no image")
+        raise SkippedSampleError(sample.get("cause", "no image"))
     try:
         source = io.BytesIO(stored["bytes"]) if stored.get("bytes") else stored["path"]
-        image = Image.open(source)
-        image.load()
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, TypeError) as error:
-        raise SkippedSampleError("broken image") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # it gets its answer below
+            image = Image.open(source)
+        if image.width * image.height > MAX_PIXELS:
+            raise SkippedSampleError("image too large")
+        return image.convert("RGB")
     except Image.DecompressionBombError as error:
         raise SkippedSampleError("image too large") from error
-    return image.convert("RGB")
+    except SkippedSampleError:
+        raise
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, TypeError) as error:
+        raise SkippedSampleError("broken image") from error
 
 
 def draw_masks(sample: dict[str, Any], num_masks: int, rng: np.random.Generator) -> list[np.ndarray]:

@@ -1,28 +1,36 @@
 """The three stages of SAM-CLIP's training as one `Trainer`."""
 
 import json
+import math
+import re
+import shutil
+import signal
+import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather, gather_object
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from ..modeling_samclip import SamClipModel
 from ..processing_samclip import SamClipProcessor
 from .arguments import SamClipTrainingArguments
-from .collation import ClipBatches, SamBatches, StepStream
+from .collation import ClipBatches, DataError, SamBatches, StepLoader, StepStream
 from .losses import cosine_distillation_loss, mask_distillation_loss, mask_iou
 from .streams import open_stream
 from .teachers import ClipTeacher, SamTeacher, normalize
 
 logger = logging.get_logger(__name__)
 
-COUNTS_FILE = "images_seen_and_skipped.json"  # in every checkpoint, so that a resumed run goes on counting
+STREAM_STATE_NAME = "stream_state.json"  # in every checkpoint: where the data stand, and what was counted so far
+MAX_SKIPPED_STEPS = 10  # in a row, before training stops
 
 # What each stage trains (paper, section 4). The prompt encoder, SAM's positional embedding and the text side never do.
 TRAINED_PARTS = {1: ("clip_head",), 2: ("vision_encoder", "mask_decoder", "clip_head"), 3: ("clip_head",)}
@@ -72,15 +80,28 @@ class SamClipTrainer(Trainer):
         if self.sam_teacher is not None:
             self.sam_teacher.check(model)
         freeze(model, args.stage)
-        train_dataset = self._open_streams(args)
         super().__init__(
-            model=model, args=args, processing_class=processing_class, train_dataset=train_dataset, **kwargs
+            model=model,
+            args=args,
+            processing_class=processing_class,
+            train_dataset=self._open_streams(args),
+            **kwargs,
         )
+        self.interruption = Interruption()
+        self.add_callback(self.interruption)
+        self._loader = StepLoader(
+            self.train_dataset,
+            max_bad_share=args.max_bad_share,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory and torch.cuda.is_available(),
+            prefetch_factor=args.dataloader_prefetch_factor if args.dataloader_num_workers else None,
+        )
+        # Averages since the last log, and counts since the beginning, of this process.
         self._sums: dict[str, Tensor | float] = defaultdict(float)
         self._counts: dict[str, int] = defaultdict(int)
-        self._skipped: dict[str, int] = defaultdict(int)
-        self._images = self._images_at_log = 0  # of all processes
-        self._time_at_log = time.perf_counter()
+        self._images = 0
+        self._skipped_steps = self._skipped_steps_in_a_row = 0
+        self._images_at_log, self._time_at_log = 0, time.perf_counter()  # the former of all processes
         for teacher in (self.clip_teacher, self.sam_teacher):
             if teacher is not None:
                 teacher.to(args.device)
@@ -88,7 +109,8 @@ class SamClipTrainer(Trainer):
     def _open_streams(self, args: SamClipTrainingArguments) -> StepStream:
         tasks: dict[str, ClipBatches | SamBatches] = {
             "clip": ClipBatches(
-                [open_stream(name) for name in args.clip_data],
+                [open_stream(name, held_out_share=args.held_out_share) for name in args.clip_data],
+                shares=args.clip_data_shares,
                 image_sizes=args.clip_sizes,
                 teacher_image_size=self.clip_teacher.image_size,
                 batch_size=args.clip_batch_size,
@@ -96,8 +118,15 @@ class SamClipTrainer(Trainer):
             )
         }
         if self.sam_teacher is not None:
+            streams = [
+                open_stream(
+                    name, with_masks=True, shards_share=args.sam_shards_share, held_out_share=args.held_out_share
+                )
+                for name in args.sam_data
+            ]
             tasks["sam"] = SamBatches(
-                [open_stream(name, with_masks=True) for name in args.sam_data],
+                streams,
+                shares=args.sam_data_shares,
                 image_size=self.sam_teacher.image_size,
                 batch_size=args.sam_batch_size,
                 masks_per_image=args.masks_per_image,
@@ -107,24 +136,15 @@ class SamClipTrainer(Trainer):
             tasks,
             seed=args.seed,
             shuffle_buffer=args.shuffle_buffer,
+            num_lanes=args.data_lanes,
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             rank=args.process_index,
             world_size=args.world_size,
         )
 
-    def get_train_dataloader(self) -> DataLoader:
-        """Whole steps, already this process's own: nothing for accelerate to shard."""
-        num_workers = min(self.args.dataloader_num_workers, self.train_dataset.max_workers)
-        if num_workers < self.args.dataloader_num_workers:
-            logger.warning(f"Using {num_workers} data loader workers: the streams have no more shards a process.")
-        return DataLoader(
-            self.train_dataset,
-            batch_size=None,
-            num_workers=num_workers,
-            pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
-            prefetch_factor=self.args.dataloader_prefetch_factor if num_workers else None,
-            persistent_workers=num_workers > 0,
-        )
+    def get_train_dataloader(self) -> StepLoader:
+        """Micro-batches that are already this process's own: nothing for accelerate to shard."""
+        return self._loader
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW with a lower learning rate on image encoder and SAM head than on the CLIP head (paper, section 4)."""
@@ -157,18 +177,41 @@ class SamClipTrainer(Trainer):
         losses."""
         model.train()
         inputs = self._prepare_inputs(inputs)
-        for cause, number in inputs.pop("skipped").items():
-            self._skipped[cause] += number
+        shares = inputs.pop("shares")
         total = torch.zeros((), device=self.args.device)
         for task, batch in inputs.items():
-            self._images += len(batch["images"]) * self.args.world_size
             with self.compute_loss_context_manager():
                 loss = self.clip_loss(model, **batch) if task == "clip" else self.sam_loss(model, **batch)
-            loss = loss / self.current_gradient_accumulation_steps
+            # A sample that could not be used counts as one without a loss, whichever process met it.
+            loss = loss * shares[task]
+            if shares[task] > 0:
+                self._images += len(batch["images"])
             # Under DDP both backwards average gradients; averaging an average again changes nothing.
-            self.accelerator.backward(loss)
+            self.accelerator.backward(loss / self.current_gradient_accumulation_steps)
             total += loss.detach()
-        return total
+        self._record({"loss": total})
+        return total / self.current_gradient_accumulation_steps
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        """As in [`Trainer`]; a step whose gradient is not finite, or above `max_step_grad_norm`, is not taken, and
+        `MAX_SKIPPED_STEPS` of them in a row end the training."""
+        norm = super()._clip_grad_norm(model)
+        if self.accelerator.scaler is not None:  # float16's scaler expects infinities, and passes over them itself
+            return norm
+        value = float(norm)
+        if math.isfinite(value) and value <= self.args.max_step_grad_norm:
+            self._skipped_steps_in_a_row = 0
+            return norm
+        model.zero_grad()  # to the optimizer a parameter without gradient is none of its business
+        self._skipped_steps += 1
+        self._skipped_steps_in_a_row += 1
+        logger.warning(f"Step {self.state.global_step + 1} is not taken: its gradient's norm is {value}.")
+        if self._skipped_steps_in_a_row == MAX_SKIPPED_STEPS:
+            raise FloatingPointError(
+                f"{MAX_SKIPPED_STEPS} steps in a row had a gradient that is not finite or above max_step_grad_norm. Go "
+                "on from the last checkpoint with a lower learning rate, or in float32 where this was not."
+            )
+        return norm
 
     def clip_loss(self, model: nn.Module, images: Tensor, teacher_images: Tensor) -> Tensor:
         """L_CLIP of one micro-batch from [`ClipBatches`]."""
@@ -201,38 +244,170 @@ class SamClipTrainer(Trainer):
             self._sums[name] += value.detach()
             self._counts[name] += 1
 
+    @property
+    def _order(self) -> dict[str, Any]:
+        """What decides over the order of samples."""
+        order: dict[str, Any] = {"seed": self.args.seed, "data_lanes": self.args.data_lanes}
+        order |= {"shuffle_buffer": self.args.shuffle_buffer, "held_out_share": self.args.held_out_share}
+        for name, task in self.train_dataset.tasks.items():
+            order[f"{name}_data_shares"] = task.shares
+            order[f"number of {name}_data's shards"] = [stream.num_shards for stream in task.streams]
+        return order
+
     def _save_checkpoint(self, model: nn.Module, trial) -> None:
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-            counts = {"images": self._images, "skipped": dict(self._skipped)}
-            (folder / COUNTS_FILE).write_text(json.dumps(counts, indent=2) + "\n")
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        state = {
+            "order": self._order,
+            "streams": self._loader.state,
+            "images": self._images,
+            "skipped_steps": self._skipped_steps,
+            "log": {name: [float(total), self._counts[name]] for name, total in self._sums.items()},
+        }
+        states = gather_object([state])
+        try:
+            if self.args.should_save:
+                folder.mkdir(parents=True, exist_ok=True)
+                merged = states[0] | {
+                    "streams": _merge([state["streams"] for state in states]),
+                    "images": sum(state["images"] for state in states),
+                    "logs": [state["log"] for state in states],
+                }
+                del merged["log"]
+                (folder / STREAM_STATE_NAME).write_text(json.dumps(merged, indent=1) + "\n")
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk, by Python, torch and safetensors
+            shutil.rmtree(folder, ignore_errors=True)
+            raise OSError(
+                f"{folder} could not be written, and was removed: {error}. Earlier checkpoints are untouched; resume "
+                "from the last one when there is space."
+            ) from error
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # What comes next, the trainer's state, says that a checkpoint is complete: so must be every process's part.
+        self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        path = Path(resume_from_checkpoint) / COUNTS_FILE
-        if path.is_file():
-            counts = json.loads(path.read_text())
-            self._images = self._images_at_log = counts["images"]
-            self._skipped.update(counts["skipped"])
+        state = json.loads((Path(resume_from_checkpoint) / STREAM_STATE_NAME).read_text())
+        if changed := [f"{name} from {was} to {now}" for name, was, now in _differences(state["order"], self._order)]:
+            raise DataError(
+                f"{resume_from_checkpoint} cannot go on with other data in another order: {'; '.join(changed)}. Start a "
+                "new run from its weights with --model instead."
+            )
+        # The trainer reads its own state only later.
+        step = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME)).global_step
+        item = step * self.args.gradient_accumulation_steps
+        if item != state["streams"]["item"]:
+            logger.warning(
+                f"{resume_from_checkpoint} was made with another gradient_accumulation_steps: every sample's turn stays "
+                "the same, but steps divide otherwise."
+            )
+        streams = state["streams"] | {"item": item}
+        is_first = self.args.process_index == 0  # which counts on for all
+        if not is_first:
+            streams |= {"seen": 0, "skipped": {}}
+        self._loader.load_state(streams)
+        self._images = state["images"] if is_first else 0
+        self._images_at_log = state["images"]
+        self._skipped_steps = state["skipped_steps"]
+        if self.args.process_index < len(state["logs"]):
+            for name, (total, count) in state["logs"][self.args.process_index].items():
+                self._sums[name], self._counts[name] = total, count
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in [`Trainer`]; adds this process's averages since the last log, learning rates by part of the model,
-        images a second, and how many samples were skipped so far, by cause."""
+        """As in [`Trainer`]; adds averages since the last log, learning rates by part of the model, images a second,
+        memory, and how many samples and steps were skipped so far; of all processes together."""
+        own = {
+            "sums": {name: (float(total), self._counts[name]) for name, total in self._sums.items()},
+            "images": self._images,
+            "skipped": self._loader.state["skipped"],
+        }
+        processes = gather_object([own])
+        images = sum(process["images"] for process in processes)
         if "loss" in logs:
-            logs.update({name: float(total) / self._counts[name] for name, total in sorted(self._sums.items())})
+            for name in sorted({name for process in processes for name in process["sums"]}):
+                totals, counts = zip(*(p["sums"][name] for p in processes if name in p["sums"]), strict=True)
+                logs[name] = sum(totals) / sum(counts)
             self._sums.clear()
             self._counts.clear()
             logs.pop("learning_rate", None)
             logs.update({f"learning_rate_{group['name']}": group["lr"] for group in self.optimizer.param_groups})
             now = time.perf_counter()
-            logs["images_per_second"] = (self._images - self._images_at_log) / (now - self._time_at_log)
-            self._images_at_log, self._time_at_log = self._images, now
+            logs["images_per_second"] = (images - self._images_at_log) / (now - self._time_at_log)
+            self._images_at_log, self._time_at_log = images, now
+            if torch.cuda.is_available():
+                logs["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         if "train_runtime" in logs:  # the last log of a run, which train() returns too
             del logs["train_samples_per_second"]  # of a batch size that is not used
-            logs["train_images_seen"] = self._images
-        logs.update({f"skipped_{cause.replace(' ', '_')}": number for cause, number in self._skipped.items()})
+            logs["train_images_seen"] = images
+        skipped = sum((Counter(process["skipped"]) for process in processes), Counter())
+        logs.update({f"skipped_{cause.replace(' ', '_')}": number for cause, number in skipped.items()})
+        if self._skipped_steps:
+            logs["skipped_steps"] = self._skipped_steps
         super().log(logs, start_time)
+
+
+class Interruption(TrainerCallback):
+    """On SIGTERM or Ctrl-C training ends after the step at hand with a checkpoint; a second Ctrl-C ends it at once."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None  # that ended the training
+        self._received: signal.Signals | None = None
+        self._handlers: dict[signal.Signals, Any] = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Takes the signals."""
+        if threading.current_thread() is not threading.main_thread():  # the only one to which signals come
+            return
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._handlers[number] = signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame) -> None:
+        self._received = signal.Signals(number)
+        logger.warning(f"{self._received.name}: saving a checkpoint after this step.")
+        signal.signal(number, self._handlers[self._received])
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Asks for a checkpoint and the end, in all processes if in one."""
+        number = int(gather(torch.tensor([self._received or 0], device=args.device)).max())
+        if number:
+            self.signal = signal.Signals(number)
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Gives the signals back."""
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+
+def last_checkpoint(output_dir: str | Path) -> Path | None:
+    """The newest complete checkpoint in a folder; what is half-written is passed over, with a warning."""
+    folders = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    for folder in sorted(folders, key=lambda path: int(path.name.split("-")[1]), reverse=True):
+        try:
+            TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+            json.loads((folder / STREAM_STATE_NAME).read_text())
+        except (OSError, ValueError, TypeError):
+            logger.warning(f"{folder} is not complete: its writing was interrupted. Passing over it.")
+        else:
+            return folder
+    return None
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    return [(name, old.get(name), new.get(name)) for name in {**old, **new} if old.get(name) != new.get(name)]
+
+
+def _merge(states: list[dict[str, Any]]) -> dict[str, Any]:
+    """The stream states of all processes as one: each knows the lanes it read."""
+    merged = states[0] | {"lanes": {name: {} for name in states[0]["lanes"]}}
+    for state in states:
+        for name, positions in state["lanes"].items():
+            merged["lanes"][name].update(positions)
+    merged["seen"] = sum(state["seen"] for state in states)
+    merged["skipped"] = dict(sum((Counter(state["skipped"]) for state in states), Counter()))
+    return merged
 
 
 def freeze(model: SamClipModel, stage: int) -> None:

@@ -46,7 +46,7 @@ MASK_FEATURES = Features(
 )
 
 
-def images(seed: int = 0, num_shards: int = 16, num_images: int = 131_072) -> IterableDataset:
+def images(seed: int = 0, num_shards: int = 256, num_images: int = 131_072) -> IterableDataset:
     """Images without captions for the CLIP loss: `jpg`, `__key__`, `__url__`.
 
     Half of them show a single object, half are scenes of none to four; held-out pairs are among them.
@@ -56,7 +56,7 @@ def images(seed: int = 0, num_shards: int = 16, num_images: int = 131_072) -> It
     )
 
 
-def masks(seed: int = 0, num_shards: int = 16, num_images: int = 32_768) -> IterableDataset:
+def masks(seed: int = 0, num_shards: int = 128, num_images: int = 32_768) -> IterableDataset:
     """Images with SA-1B's annotations for the SAM loss: `jpg`, `json`, `__key__`, `__url__`; one to four objects."""
     return IterableDataset.from_generator(
         _masks, features=MASK_FEATURES, gen_kwargs={"shards": _shards(seed, num_shards, num_images)}
