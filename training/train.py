@@ -107,7 +107,7 @@ def main(argv: list[str]) -> None:
         if not state.is_file():
             sys.exit(f"Training did not start. There is no checkpoint to resume from in {str(checkpoint)!r}.")
         if (steps := TrainerState.load_from_json(str(state)).global_step) >= args.max_steps:
-            sys.exit(f"Training did not start. {checkpoint} has all of its {steps} steps: nothing is left to do.")
+            sys.exit(f"Training did not start. {checkpoint} has all of its {steps} steps, and the model.")
     try:
         result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except (OSError, DataError, FloatingPointError) as error:  # a full disk, bad data, gradients that are no numbers

@@ -235,8 +235,10 @@ def test_a_batch_of_nothing_usable_has_no_share(tmp_path, num_workers):
 
 
 @pytest.mark.parametrize("world_size, num_workers", [(1, 2), (2, 0), (2, 2)])
-def test_processes_and_workers_share_the_batches_of_one(photos, sa1b, world_size, num_workers):
-    tasks = {"clip": clip_batches(photos, batch_size=8, sizes=[16, 32]), "sam": sam_batches(sa1b)}
+def test_processes_and_workers_share_the_batches_of_one(photos, sa1b, tmp_path, world_size, num_workers):
+    rows = {"image": [{"bytes": jpeg(n), "path": None} for n in range(9)]}
+    Dataset.from_dict(rows, features=Features({"image": Image()})).to_parquet(tmp_path / "photos.parquet")
+    tasks = {"clip": clip_batches(photos, tmp_path, batch_size=8, sizes=[16, 32]), "sam": sam_batches(sa1b)}
     alone = list(islice(step_loader(**tasks), 12))
     tasks["clip"].batch_size //= world_size
     tasks["sam"].batch_size //= world_size

@@ -106,6 +106,6 @@ def test_a_finished_run_is_not_run_once_more(train, recipe, tmp_path):
     path = recipe("\n".join([*settings, "report_to: none", "save_strategy: steps", "save_steps: 1"]))
     train.main([path])
     before = (tmp_path / "run" / "train_results.json").read_text()
-    with pytest.raises(SystemExit, match="checkpoint-1 has all of its 1 steps"):
+    with pytest.raises(SystemExit, match="checkpoint-1 has all of its 1 steps, and the model"):
         train.main([path, "--resume_from_checkpoint", "true"])
     assert (tmp_path / "run" / "train_results.json").read_text() == before

@@ -117,7 +117,9 @@ class DatasetShards:
 
     def rows(self, shard: int, start: int) -> Iterator[dict[str, Any]]:
         samples = self.stream.shard(num_shards=len(self.names), index=shard).skip(start)
-        for row, sample in enumerate(samples, start):
+        # Not `iter(samples)`, which in a data loader's worker would hand out that worker's part alone.
+        for row, batch in enumerate(samples.iter(batch_size=1), start):
+            sample = {column: values[0] for column, values in batch.items()}
             image = sample[self.image_column]
             path = Path(image["path"]).name if image and image.get("path") else None
             key = sample.get("__key__") or path or f"{shard}/{row}"
