@@ -1267,7 +1267,7 @@ class SamClipForImageSegmentation(SamClipModel):
         points = _spread_points(something, self.config.composition_points)
         points = ((points + 0.5) * self.config.vision_config.patch_size - 0.5)[:, :, None]
         found = []
-        # At 1024 px each point is several copies of a 4 MB map in the mask decoder: two at a time stay in a CPU's cache.
+        # At 1024 px a point is several copies of a 4 MB map in the mask decoder: two at a time stay in a CPU's cache.
         for chunk in points.split(2 if points.device.type == "cpu" else points.shape[1], dim=1):
             masks, iou_scores = self.predict_masks(image_embeddings, input_points=chunk)
             scores, best = (iou_scores.clamp_min(0) * _stability(masks)).max(dim=-1)  # of the three masks of a point

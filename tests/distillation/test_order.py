@@ -73,7 +73,9 @@ def test_a_mixture_goes_on_from_its_positions_without_reading_what_it_has_read(s
     after = mix(*resumed, positions=before.positions)
     assert keys(after, range(stop, stop + 8)) == whole[stop : stop + 8]
     # At most its window again for each lane, and what the eight samples need.
-    assert all(len(source.reads) <= 2 * (12 // lanes + 1) * lanes for source, lanes in zip(resumed, (4, 2), strict=True))
+    assert all(
+        len(source.reads) <= 2 * (12 // lanes + 1) * lanes for source, lanes in zip(resumed, (4, 2), strict=True)
+    )
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 4), (4, 1), (3, 2), (2, 3)])

@@ -271,8 +271,10 @@ def test_a_loader_goes_on_from_its_state(photos, sa1b, num_workers, stop):
             assert all(torch.equal(step[task][field], values) for field, values in expected[task].items())
 
 
-def test_a_loader_without_shards_for_all_says_so(photos, caplog):
-    step_loader(clip=clip_batches(photos), num_workers=3)
+def test_processes_that_must_share_shards_are_told(photos, caplog):
+    StepLoader(StepStream({"clip": clip_batches(photos)}, seed=0, shuffle_buffer=4, world_size=2), 1.0)
+    assert "share" not in caplog.text
+    StepLoader(StepStream({"clip": clip_batches(photos)}, seed=0, shuffle_buffer=4, world_size=3), 1.0)
     assert "3 readers (processes x workers) share the 2 lanes of clip stream 0, which has 3 shards" in caplog.text
     assert "read 3 times over" in caplog.text
 

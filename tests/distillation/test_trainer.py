@@ -186,7 +186,9 @@ def test_a_resumed_run_is_to_the_bit_what_it_would_have_been(make_trainer, model
 
     def curve(trainer):
         return {
-            entry["step"]: {name: value for name, value in entry.items() if not name.startswith(("images_per", "epoch"))}
+            entry["step"]: {
+                name: value for name, value in entry.items() if not name.startswith(("images_per", "epoch"))
+            }
             for entry in trainer.state.log_history
             if "loss" in entry
         }
@@ -199,7 +201,10 @@ def test_a_resumed_run_is_to_the_bit_what_it_would_have_been(make_trainer, model
         model.load_state_dict(start)
         resumed = make_trainer(**settings)
         checkpoint = str(tmp_path / "run" / f"checkpoint-{step}")
-        assert resumed.train(resume_from_checkpoint=checkpoint).metrics["train_images_seen"] == metrics["train_images_seen"]
+        assert (
+            resumed.train(resume_from_checkpoint=checkpoint).metrics["train_images_seen"]
+            == metrics["train_images_seen"]
+        )
         assert curve(resumed) == curve(trainer) and len(curve(resumed)) == 2
         for name, value in model.state_dict().items():
             assert torch.equal(value, whole[name]), name
@@ -208,7 +213,9 @@ def test_a_resumed_run_is_to_the_bit_what_it_would_have_been(make_trainer, model
 def test_a_checkpoint_of_other_data_is_refused(make_trainer, tmp_path):
     make_trainer(max_steps=1, save_strategy="steps", save_steps=1).train()
     checkpoint = str(tmp_path / "run" / "checkpoint-1")
-    with pytest.raises(DataError, match="in another order: seed from 42 to 1; data_lanes from 16 to 8. Start a new run"):
+    with pytest.raises(
+        DataError, match=r"in another order: seed from 42 to 1; data_lanes from 16 to 8. Start a new run"
+    ):
         make_trainer(max_steps=2, seed=1, data_lanes=8).train(resume_from_checkpoint=checkpoint)
 
 

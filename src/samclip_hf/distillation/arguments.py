@@ -45,10 +45,12 @@ class SamClipTrainingArguments(TrainingArguments):
         metadata={"help": "Images with SA-1B's annotations for the SAM loss, named as clip_data."},
     )
     clip_data_shares: list[float] | None = field(
-        default=None, metadata={"help": "How much of each of clip_data to take, in any unit. By default as much of each."}
+        default=None,
+        metadata={"help": "How much of each of clip_data to take, in any unit. By default as much of each."},
     )
     sam_data_shares: list[float] | None = field(
-        default=None, metadata={"help": "How much of each of sam_data to take, in any unit. By default as much of each."}
+        default=None,
+        metadata={"help": "How much of each of sam_data to take, in any unit. By default as much of each."},
     )
     sam_shards_share: float = field(
         default=1.0,
@@ -107,8 +109,8 @@ class SamClipTrainingArguments(TrainingArguments):
     max_step_grad_norm: float = field(
         default=float("inf"),
         metadata={
-            "help": "A step whose gradient's norm, before clipping, is larger or not finite is not taken, and counted; "
-            "ten of them in a row end the training."
+            "help": "A step whose gradient's norm, before clipping, is larger or not finite is not taken, and is "
+            "counted; ten of them in a row end the training."
         },
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Steps are built by this package: keep it."})
@@ -128,7 +130,9 @@ class SamClipTrainingArguments(TrainingArguments):
             if shares is None:
                 setattr(self, f"{name}_shares", [1.0] * len(names))
             elif len(shares) != len(names) or min(shares) <= 0:
-                raise ValueError(f"{name}_shares must be {len(names)} numbers above 0, one for each of {name}: {shares}.")
+                raise ValueError(
+                    f"{name}_shares must be {len(names)} numbers above 0, one for each of {name}: {shares}."
+                )
         if not 0 < self.sam_shards_share <= 1:
             raise ValueError(f"sam_shards_share is a share, above 0 and up to 1, got {self.sam_shards_share}.")
         if not 0 <= self.held_out_share < 1:

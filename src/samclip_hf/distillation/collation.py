@@ -197,7 +197,11 @@ class StepStream(torch.utils.data.IterableDataset):
         self._causes: set[str] = set()  # for which a sample was skipped, as far as this reader knows
         # Where to begin: micro-batches so far, samples of each task that they drew in all processes, and where lanes
         # stand. [`StepLoader`] keeps one like it.
-        self.start: dict[str, Any] = {"item": 0, "drawn": dict.fromkeys(tasks, 0), "lanes": {name: {} for name in tasks}}
+        self.start: dict[str, Any] = {
+            "item": 0,
+            "drawn": dict.fromkeys(tasks, 0),
+            "lanes": {name: {} for name in tasks},
+        }
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         info = get_worker_info()
@@ -243,7 +247,7 @@ class StepStream(torch.utils.data.IterableDataset):
             return None
 
 
-class StepLoader(DataLoader):
+class StepLoader:
     r"""
     One micro-batch after the other: dictionaries that hold for each task ("clip", "sam") its tensors, and under
     "shares" how many of the samples planned for it could be used.
@@ -257,7 +261,9 @@ class StepLoader(DataLoader):
     MIN_SEEN = 1000  # samples, before a share means something
 
     def __init__(self, stream: StepStream, max_bad_share: float, num_workers: int = 0, **kwargs):
-        super().__init__(stream, batch_size=None, collate_fn=_unchanged, num_workers=num_workers, **kwargs)
+        self.parts: DataLoader = DataLoader(
+            stream, batch_size=None, collate_fn=_unchanged, num_workers=num_workers, **kwargs
+        )
         self.stream, self.max_bad_share = stream, max_bad_share
         # After the micro-batches given out so far; what was seen and skipped is this process's own.
         self.state = {**stream.start, "seen": 0, "skipped": {}}
@@ -269,8 +275,9 @@ class StepLoader(DataLoader):
         self.stream.start = {name: state[name] for name in ("item", "drawn", "lanes")}
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        parts = super().__iter__()
-        for of_workers in zip(*[parts] * max(1, self.num_workers)):
+        parts = iter(self.parts)
+        while True:
+            of_workers = tuple(next(parts) for _ in range(max(1, self.parts.num_workers)))
             self._take_stock(of_workers)
             yield self._join([part["tasks"] for part in of_workers])
 
@@ -306,7 +313,7 @@ class StepLoader(DataLoader):
         return {**batches, "shares": shares}
 
 
-def _unchanged(part: dict[str, Any]) -> dict[str, Any]:
+def _unchanged(part: Any) -> Any:
     return part
 
 
@@ -328,7 +335,7 @@ def warn_of_shared_lanes(stream: StepStream, num_workers: int) -> None:
             lanes = lanes_of(source, stream.num_lanes)
             if shared := readers // math.gcd(readers, lanes) - 1:
                 logger.warning(
-                    f"{readers} readers (processes x workers) share the {lanes} lanes of {name} stream {number}, which "
-                    f"has {source.num_shards} shards: each of them is read {shared + 1} times over. Let the number of "
-                    "readers divide the lanes, see data_lanes, or split the data into more shards."
+                    f"{readers} readers (processes x workers) share the {lanes} lanes of {name} stream {number}, "
+                    f"which has {source.num_shards} shards: each of them is read {shared + 1} times over. Let the "
+                    "number of readers divide the lanes, see data_lanes, or split the data into more shards."
                 )

@@ -1,10 +1,10 @@
 """
 In which order samples come: the same one for any number of processes and data loader workers.
 
-Samples are numbered. Their numbers are dealt in turns of `num_lanes` to a fixed number of lanes, a lane reads shards of
-its own one after the other, and processes and workers share the lanes out among themselves: one that needs a sample
-knows its lane and its place there. So a global batch holds the same samples whoever reads them, and a run goes on after
-an interruption from where each lane stood.
+Samples are numbered. Their numbers are dealt to a fixed number of lanes, a lane reads shards of its own one after the
+other, and processes and workers share the lanes out among themselves: one that needs a sample knows its lane and its
+place there. So a global batch holds the same samples whoever reads them, and a run goes on after an interruption from
+where each lane stood.
 """
 
 from collections.abc import Iterator
@@ -56,12 +56,13 @@ class Lane:
         return epoch, sample
 
     def _read(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        epoch, turn, row, number = self.position
+        epoch, first_turn, row, number = self.position
         empty_passes = 0
         while True:
             before = number
             order = np.random.default_rng((self.seed, epoch)).permutation(self.stream.num_shards)
-            for turn, shard in list(enumerate(order.tolist()[self.lane :: self.num_lanes]))[turn:]:
+            own = order.tolist()[self.lane :: self.num_lanes]
+            for turn, shard in enumerate(own[first_turn:], first_turn):
                 rows = self.stream.read(shard, row)
                 while window := list(islice(rows, self.window)):
                     row = window[0][0]
@@ -73,7 +74,7 @@ class Lane:
             empty_passes = empty_passes + 1 if number == before else 0
             if empty_passes == MAX_EMPTY_PASSES:
                 raise ValueError("A stream holds no samples.")
-            epoch, turn, row = epoch + 1, 0, 0
+            epoch, first_turn = epoch + 1, 0
 
 
 class Mixture:

@@ -69,10 +69,11 @@ class TarShards:
 
     def rows(self, shard: int, start: int) -> Iterator[dict[str, Any]]:
         name = self.names[shard]
-        row, sample, key = -1, {}, None
+        row, key = -1, None
+        sample: dict[str, Any] = {}
         with fsspec.open(name, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             while (member := tar.next()) is not None:
-                tar.members.clear()  # or it remembers all of them
+                tar.members.clear()  # type: ignore[attr-defined]  # or it remembers all of them
                 if not member.isfile():
                     continue
                 folder, _, file_name = member.name.rpartition("/")
@@ -128,8 +129,8 @@ class DatasetShards:
 
 class Stream:
     r"""
-    Shards, without the samples that are held out for validation, or those alone. Which ones follows from their keys, so
-    that they are the same in every stage and run.
+    Shards, without the samples that are held out for validation, or those alone. Which ones follows from their keys,
+    so that they are the same in every stage and run.
 
     shards ([`Shards`]):
         The source.

@@ -110,7 +110,7 @@ class SamClipTrainer(Trainer):
         tasks: dict[str, ClipBatches | SamBatches] = {
             "clip": ClipBatches(
                 [open_stream(name, held_out_share=args.held_out_share) for name in args.clip_data],
-                shares=args.clip_data_shares,
+                shares=args.clip_data_shares or [],
                 image_sizes=args.clip_sizes,
                 teacher_image_size=self.clip_teacher.image_size,
                 batch_size=args.clip_batch_size,
@@ -126,7 +126,7 @@ class SamClipTrainer(Trainer):
             ]
             tasks["sam"] = SamBatches(
                 streams,
-                shares=args.sam_data_shares,
+                shares=args.sam_data_shares or [],
                 image_size=self.sam_teacher.image_size,
                 batch_size=args.sam_batch_size,
                 masks_per_image=args.masks_per_image,
@@ -208,8 +208,8 @@ class SamClipTrainer(Trainer):
         logger.warning(f"Step {self.state.global_step + 1} is not taken: its gradient's norm is {value}.")
         if self._skipped_steps_in_a_row == MAX_SKIPPED_STEPS:
             raise FloatingPointError(
-                f"{MAX_SKIPPED_STEPS} steps in a row had a gradient that is not finite or above max_step_grad_norm. Go "
-                "on from the last checkpoint with a lower learning rate, or in float32 where this was not."
+                f"{MAX_SKIPPED_STEPS} steps in a row had a gradient that is not finite or above max_step_grad_norm. "
+                "Go on from the last checkpoint with a lower learning rate, or in float32 where this was not."
             )
         return norm
 
@@ -292,16 +292,16 @@ class SamClipTrainer(Trainer):
         state = json.loads((Path(resume_from_checkpoint) / STREAM_STATE_NAME).read_text())
         if changed := [f"{name} from {was} to {now}" for name, was, now in _differences(state["order"], self._order)]:
             raise DataError(
-                f"{resume_from_checkpoint} cannot go on with other data in another order: {'; '.join(changed)}. Start a "
-                "new run from its weights with --model instead."
+                f"{resume_from_checkpoint} cannot go on with other data in another order: {'; '.join(changed)}. Start "
+                "a new run from its weights with --model instead."
             )
         # The trainer reads its own state only later.
         step = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME)).global_step
         item = step * self.args.gradient_accumulation_steps
         if item != state["streams"]["item"]:
             logger.warning(
-                f"{resume_from_checkpoint} was made with another gradient_accumulation_steps: every sample's turn stays "
-                "the same, but steps divide otherwise."
+                f"{resume_from_checkpoint} was made with another gradient_accumulation_steps: every sample's turn "
+                "stays the same, but steps divide otherwise."
             )
         streams = state["streams"] | {"item": item}
         is_first = self.args.process_index == 0  # which counts on for all
