@@ -14,10 +14,10 @@ def point_from_mask(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
     Returns x and y `(2,)`.
     """
-    pixels = np.flatnonzero(mask)
+    pixels = np.flatnonzero(mask.T)  # column by column, as decoded run lengths lie in memory
     if len(pixels) == 0:
         raise ValueError("An empty mask has no point.")
-    y, x = divmod(int(pixels[rng.integers(len(pixels))]), mask.shape[1])
+    x, y = divmod(int(pixels[rng.integers(len(pixels))]), mask.shape[0])
     return np.array([x, y], dtype=np.float32)
 
 

@@ -29,7 +29,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 # Columns that hold the picture, by the names that webdataset tars, parquet files and image folders use.
-IMAGE_COLUMNS = ("jpg", "jpeg", "png", "webp", "image", "img")
+IMAGE_COLUMNS = ("jpg", "jpeg", "png", "webp", "image", "images", "img")
 # Formats that `datasets` streams, by file ending; tars are read here.
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}
 KINDS = (".tar", *BUILDERS)
@@ -329,7 +329,7 @@ def draw_masks(sample: dict[str, Any], num_masks: int, rng: np.random.Generator)
     for index in set(chosen.tolist()):
         segmentation = annotations[index]["segmentation"]
         try:
-            decoded[index] = coco_mask.decode(segmentation).astype(bool)
+            decoded[index] = coco_mask.decode(segmentation).view(bool)
         except Exception as error:  # pycocotools raises whatever its C code meets
             raise SkippedSampleError("broken mask") from error
         if not decoded[index].any():
