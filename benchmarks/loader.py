@@ -4,9 +4,8 @@ How many samples a second one core makes ready for training: reading, decoding, 
     python benchmarks/loader.py                         # photographs drawn here, of the usual sizes
     python benchmarks/loader.py --photos 'photos/*.tar' --sa1b 'sa1b/*.tar'
 
-First the task as training does it, from tars; then the decoders alone on the same pictures: Pillow, Pillow with the
-JPEG's own reduced scales, torchvision. Each is the median of `--repeats` passes on one thread, and a ratio to the first
-of its table, so that machines can be compared.
+First the tasks as training does them; then decoders alone on the same pictures: Pillow, Pillow with the JPEG's own
+reduced scales, torchvision. Each is the median of `--repeats` passes on one thread.
 """
 
 import argparse
@@ -38,7 +37,9 @@ def photograph(rng: np.random.Generator, width: int, height: int) -> bytes:
     pixels = np.zeros((height, width, 3), dtype=np.float32)
     for scale in (4, 16, 64, 256):
         coarse = rng.normal(0, scale**0.5, (height // scale + 2, width // scale + 2, 3)).astype(np.float32)
-        channels = [Image.fromarray(coarse[..., c]).resize((width, height), Image.Resampling.BICUBIC) for c in range(3)]
+        channels = [
+            Image.fromarray(coarse[..., c]).resize((width, height), Image.Resampling.BICUBIC) for c in range(3)
+        ]
         pixels += 4 * np.stack(channels, axis=-1)
     buffer = io.BytesIO()
     Image.fromarray((128 + pixels).clip(0, 255).astype(np.uint8)).save(buffer, format="JPEG", quality=90)
@@ -67,6 +68,16 @@ def draw_data(folder: Path) -> tuple[str, str]:
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
     return str(folder / "photos.tar"), str(folder / "sa1b.tar")
+
+
+def miniature_tasks() -> dict[str, ClipBatches | SamBatches]:
+    """What `training/configs/miniature_stage2.yaml` reads."""
+    return {
+        "CLIP loss, 64 px": ClipBatches([open_stream("miniature")], [1.0], [64], 64, batch_size=64, min_crop=0.08),
+        "SAM loss, 128 px, 6 masks": SamBatches(
+            [open_stream("miniature", with_masks=True)], [1.0], 128, batch_size=3, masks_per_image=6, max_box_noise=2.5
+        ),
+    }
 
 
 def rate(work: Callable[[], int], repeats: int) -> float:
@@ -136,7 +147,11 @@ def main() -> None:
         sam = SamBatches([streams["sa1b"]], [1.0], 1024, batch_size=2, masks_per_image=32, max_box_noise=20.0)
         print(f"| SAM loss, 1024 px, 32 masks | {task_rate(sam, arguments.num_images, arguments.repeats):.1f} |")
 
-        print("\n| decode and resize alone, images a second (times Pillow's) | 224 px | 448 px | 1024 px |\n|---|---|---|---|")
+        for name, task in miniature_tasks().items():
+            print(f"| miniature: {name} | {task_rate(task, 256, arguments.repeats):.1f} |")
+
+        print("\n| decode and resize alone, images a second (times Pillow's) | 224 px | 448 px | 1024 px |")
+        print("|---|---|---|---|")
         for name, stream in streams.items():
             samples = islice((sample for shard in range(stream.num_shards) for _, sample in stream.read(shard)), None)
             contents = [sample["image"]["bytes"] for sample in islice(samples, arguments.num_images)]

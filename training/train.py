@@ -29,6 +29,7 @@ from samclip_hf.distillation import (
     SamClipTrainer,
     SamClipTrainingArguments,
     SamTeacher,
+    TeacherStore,
     last_checkpoint,
 )
 
@@ -77,11 +78,12 @@ def build_trainer(args: SamClipTrainingArguments) -> SamClipTrainer:
     set_seed(args.seed)  # a new student's LayerNorm and MLP are random, and Trainer seeds only later
     sam = miniature.sam_teacher() if args.sam_teacher == "miniature" else args.sam_teacher
     clip = miniature.clip_teacher() if args.clip_teacher == "miniature" else args.clip_teacher
-    clip_teacher = ClipTeacher(clip)
+    clip_teacher = ClipTeacher(clip) if args.clip_teacher_store is None else TeacherStore(args.clip_teacher_store)
     sam_teacher = SamTeacher(sam) if args.stage == 2 else None
     if args.model is None:
         head = {"num_hidden_layers": args.clip_head_layers, "pooling": args.clip_head_pooling}
-        model = SamClipModel.from_teachers(sam_teacher.model if sam_teacher else sam, clip_teacher.model, head)
+        clip_model = clip_teacher.model if isinstance(clip_teacher, ClipTeacher) else clip
+        model = SamClipModel.from_teachers(sam_teacher.model if sam_teacher else sam, clip_model, head)
         image_processor = SamClipImageProcessor.from_dict(AutoImageProcessor.from_pretrained(sam).to_dict())
         processor = SamClipProcessor(image_processor, AutoTokenizer.from_pretrained(clip))
     else:

@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoTokenizer, CLIPImageProcessor, SamImageProcessor
 
 from samclip_hf import SamClipImageProcessor, SamClipProcessor, miniature
-from samclip_hf.distillation import ClipTeacher, SamTeacher
+from samclip_hf.distillation import ClipTeacher, SamClipTrainer, SamClipTrainingArguments, SamTeacher
 
 from .tars import annotation, jpeg, photo, write_tar
 
@@ -67,3 +67,33 @@ def clip_teacher(teacher_folders) -> ClipTeacher:
 def processor(teacher_folders) -> SamClipProcessor:
     tokenizer = AutoTokenizer.from_pretrained(miniature.clip_teacher())
     return SamClipProcessor(SamClipImageProcessor.from_pretrained(teacher_folders["sam"]), tokenizer)
+
+
+@pytest.fixture
+def make_trainer(model, clip_teacher, sam_teacher, processor, photos, sa1b, tmp_path):
+    """A trainer on the tiny tars; arguments override."""
+
+    def make(stage: int = 2, clip_teacher=clip_teacher, **arguments) -> SamClipTrainer:
+        settings = {
+            "output_dir": str(tmp_path / "run"),
+            "clip_data": [str(photos)],
+            "sam_data": [str(sa1b)],
+            "clip_sizes": [32, 64],
+            "clip_batch_size": 4,
+            "sam_batch_size": 2,
+            "masks_per_image": 2,
+            "shuffle_buffer": 4,
+            "max_steps": 3,
+            "learning_rate": 1e-3,
+            "weight_decay": 0.0,
+            "warmup_steps": 0,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "use_cpu": True,
+        } | arguments
+        args = SamClipTrainingArguments(stage=stage, **settings)
+        return SamClipTrainer(model, args, clip_teacher, sam_teacher, processing_class=processor)
+
+    return make

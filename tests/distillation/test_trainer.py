@@ -22,45 +22,12 @@ from samclip_hf import SamClipModel
 from samclip_hf.distillation import (
     ClipTeacher,
     DataError,
-    SamClipTrainer,
-    SamClipTrainingArguments,
     SamTeacher,
     last_checkpoint,
 )
 from samclip_hf.distillation.teachers import normalize
 
 from .tars import jpeg, write_tar
-
-
-@pytest.fixture
-def make_trainer(model, clip_teacher, sam_teacher, processor, photos, sa1b, tmp_path):
-    """A trainer on the tiny tars; arguments override."""
-
-    def make(stage: int = 2, student: SamClipModel = model, **arguments) -> SamClipTrainer:
-        settings = {
-            "output_dir": str(tmp_path / "run"),
-            "clip_data": [str(photos)],
-            "sam_data": [str(sa1b)],
-            "clip_sizes": [32, 64],
-            "clip_batch_size": 4,
-            "sam_batch_size": 2,
-            "masks_per_image": 2,
-            "shuffle_buffer": 4,
-            "max_steps": 3,
-            "learning_rate": 1e-3,
-            "weight_decay": 0.0,
-            "warmup_steps": 0,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-            "use_cpu": True,
-        } | arguments
-        args = SamClipTrainingArguments(stage=stage, **settings)
-        return SamClipTrainer(student, args, clip_teacher, sam_teacher, processing_class=processor)
-
-    return make
-
 
 TRAINED = {
     1: ("clip_head.",),

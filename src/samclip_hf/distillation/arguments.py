@@ -30,6 +30,13 @@ class SamClipTrainingArguments(TrainingArguments):
     clip_teacher: str = field(
         default="miniature", metadata={"help": "A CLIPModel on the Hub or in a folder, or 'miniature'."}
     )
+    clip_teacher_store: str | None = field(
+        default=None,
+        metadata={
+            "help": "A folder from cache_teacher.py: the CLIP teacher's embeddings, computed once. Training then does "
+            "not run the teacher; a new model still takes its text tower from it."
+        },
+    )
     clip_head_layers: int = field(
         default=3, metadata={"help": "Transformer layers of a new model's CLIP head (paper, appendix A: 3)."}
     )

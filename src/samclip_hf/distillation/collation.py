@@ -22,15 +22,29 @@ from transformers.utils import logging
 
 from .order import Mixture, lanes_of
 from .prompts import box_from_mask, point_from_mask
-from .streams import SkippedSampleError, Stream, decode_image, draw_masks
+from .streams import DataError, SkippedSampleError, Stream, decode_image, draw_masks
 
 logger = logging.get_logger(__name__)
 
+# Each with the filter of its own image processor: bilinear for SAM's, bicubic for CLIP's.
+STUDENT_FILTER, TEACHER_FILTER = Image.Resampling.BILINEAR, Image.Resampling.BICUBIC
 MIN_ASPECT = 3 / 4  # of a random crop; as torchvision's RandomResizedCrop
 
 
-class DataError(ValueError):
-    """Data with which training cannot go on."""
+@dataclass
+class StoreDescription:
+    """What the embeddings in a store are of (`store.py`); stores with equal descriptions are equal."""
+
+    teacher: str
+    text_projection: list[float]  # its first values, by which a student knows its teacher
+    projection_dim: int
+    image_size: int
+    image_mean: list[float]
+    image_std: list[float]
+    seed: int
+    min_crop: float
+    num_crops: int
+    shards: list[list[str]]  # file names by data set
 
 
 @dataclass
@@ -50,6 +64,8 @@ class ClipBatches:
         number of pixels (CVNets' variable batch sampler; paper, section 4).
     min_crop (`float`):
         Smallest share of the image that a crop shows.
+    store (`StoreDescription`, *optional*):
+        Of the stored embeddings that the streams' samples bring along, instead of images for the teacher.
     """
 
     streams: list[Stream]
@@ -58,6 +74,7 @@ class ClipBatches:
     teacher_image_size: int
     batch_size: int
     min_crop: float
+    store: StoreDescription | None = None
 
     def step_rule(self, rng: np.random.Generator) -> dict[str, Any]:
         """The number of images of a step, and what its samples have in common: the resolution."""
@@ -65,22 +82,30 @@ class ClipBatches:
         num_samples = max(1, int(self.batch_size * (min(self.image_sizes) / image_size) ** 2))
         return {"num_samples": num_samples, "image_size": image_size}
 
-    def sample(self, raw: dict[str, Any], rng: np.random.Generator, image_size: int) -> dict[str, np.ndarray]:
-        """The student's `images` and the `teacher_images`, both uint8 `(size, size, 3)`, of one crop."""
-        return self._crop(decode_image(raw), rng, image_size)
+    def sample(self, raw: dict[str, Any], seed: int, epoch: int, image_size: int) -> dict[str, np.ndarray]:
+        """The student's `images` and the `teacher_images`, both uint8 `(size, size, 3)`, of one crop; with a store
+        `teacher_embeds` `(projection_dim,)` instead of the latter."""
+        image = decode_image(raw)
+        if self.store is None:
+            crop = draw_crop(image, self.min_crop, sample_rng(seed, epoch, raw["key"]))
+            teacher_images = cut(image, crop, self.teacher_image_size, TEACHER_FILTER)
+            return {"images": cut(image, crop, image_size, STUDENT_FILTER), "teacher_images": teacher_images}
+        number = epoch % self.store.num_crops
+        teacher_embeds = raw["embeds"][number].astype(np.float32)
+        if np.isnan(teacher_embeds).any():
+            raise SkippedSampleError("no stored embedding")
+        crop = draw_crop(image, self.min_crop, sample_rng(self.store.seed, number, raw["key"]))
+        return {"images": cut(image, crop, image_size, STUDENT_FILTER), "teacher_embeds": teacher_embeds}
 
     def blank(self, image_size: int) -> dict[str, np.ndarray]:
         """A sample of nothing, for a batch none of whose samples can be used."""
-        return self._crop(Image.new("RGB", (8, 8)), np.random.default_rng(0), image_size)
-
-    def _crop(self, image: Image.Image, rng: np.random.Generator, image_size: int) -> dict[str, np.ndarray]:
-        box = random_crop(image.width, image.height, self.min_crop, rng)
-        # Each with the filter of its own image processor: bilinear for SAM's, bicubic for CLIP's.
-        student_image = np.array(image.resize((image_size, image_size), Image.Resampling.BILINEAR, box))
-        teacher_image = np.array(image.resize((self.teacher_image_size,) * 2, Image.Resampling.BICUBIC, box))
-        if rng.random() < 0.5:
-            student_image, teacher_image = student_image[:, ::-1], teacher_image[:, ::-1]
-        return {"images": student_image, "teacher_images": teacher_image}
+        images = np.zeros((image_size, image_size, 3), dtype=np.uint8)
+        if self.store is None:
+            return {
+                "images": images,
+                "teacher_images": np.zeros((self.teacher_image_size,) * 2 + (3,), dtype=np.uint8),
+            }
+        return {"images": images, "teacher_embeds": np.ones(self.store.projection_dim, dtype=np.float32)}
 
 
 @dataclass
@@ -115,10 +140,11 @@ class SamBatches:
         """The number of images of a step, and what its samples have in common: the kind of prompt."""
         return {"num_samples": self.batch_size, "prompt": "point" if rng.random() < 0.5 else "box"}
 
-    def sample(self, raw: dict[str, Any], rng: np.random.Generator, prompt: str) -> dict[str, np.ndarray]:
+    def sample(self, raw: dict[str, Any], seed: int, epoch: int, prompt: str) -> dict[str, np.ndarray]:
         """One padded image, uint8 `(image_size, image_size, 3)`, the `content_sizes` `(2,)` of the picture in it, and
         its prompts in pixels of the padded image."""
         image = decode_image(raw)
+        rng = sample_rng(seed, epoch, raw["key"])
         masks = draw_masks(raw, self.masks_per_image, rng)
         return self._prompt(image, masks, rng, prompt)
 
@@ -146,6 +172,30 @@ class SamBatches:
             boxes = [box_from_mask(mask, rng, self.max_box_noise / scale) for mask in masks]
             sample["input_boxes"] = np.stack(boxes) * np.tile(to_input, 2)
         return sample
+
+
+def sample_rng(seed: int, epoch: int, key: str) -> np.random.Generator:
+    """What decides over all that is random about a sample, whoever reads it and whatever was read before."""
+    return np.random.default_rng((seed, epoch, zlib.crc32(key.encode())))
+
+
+@dataclass
+class Crop:
+    """A part of an image, to be resized to a square."""
+
+    box: tuple[float, float, float, float]  # left, upper, right, lower
+    is_flipped: bool
+
+
+def draw_crop(image: Image.Image, min_share: float, rng: np.random.Generator) -> Crop:
+    """A random part, in half of the cases flipped; see [`random_crop`]."""
+    return Crop(random_crop(image.width, image.height, min_share, rng), rng.random() < 0.5)
+
+
+def cut(image: Image.Image, crop: Crop, size: int, resample: Image.Resampling) -> np.ndarray:
+    """The crop, uint8 `(size, size, 3)`."""
+    pixels = np.array(image.resize((size, size), resample, crop.box))
+    return pixels[:, ::-1] if crop.is_flipped else pixels
 
 
 def random_crop(
@@ -236,9 +286,8 @@ class StepStream(torch.utils.data.IterableDataset):
 
     def _sample(self, task, mixture: Mixture, number: int, skipped: Counter[str], rule: dict[str, Any]):
         epoch, raw = mixture.sample(number)
-        rng = np.random.default_rng((self.seed, epoch, zlib.crc32(raw["key"].encode())))
         try:
-            return task.sample(raw, rng, **rule)
+            return task.sample(raw, self.seed, epoch, **rule)
         except SkippedSampleError as error:
             if str(error) not in self._causes:
                 self._causes.add(str(error))

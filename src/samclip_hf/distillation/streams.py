@@ -43,6 +43,10 @@ WHAT_A_NAME_IS = (
 )
 
 
+class DataError(ValueError):
+    """Data with which training cannot go on."""
+
+
 class SkippedSampleError(ValueError):
     """A sample that cannot be used; its message is the cause under which it is counted."""
 
@@ -55,6 +59,13 @@ class Shards(Protocol):
     def rows(self, shard: int, start: int) -> Iterator[dict[str, Any]]:
         """The samples of a shard from row `start` on: `key`, unique in the shard; `image`, `{"bytes", "path"}` or
         `None`; `json` with SA-1B's annotations, where masks are asked for."""
+
+
+class Embeds(Protocol):
+    """What a teacher says about the samples of a stream."""
+
+    def read(self, shard: int) -> tuple[list[str], np.ndarray]:
+        """Keys of a shard's samples, in order, and an array with as many rows."""
 
 
 class TarShards:
@@ -142,6 +153,7 @@ class Stream:
 
     def __init__(self, shards: Shards, held_out_share: float = 0.0, held_out: bool = False):
         self.shards, self.held_out_share, self.held_out = shards, held_out_share, held_out
+        self.embeds: Embeds | None = None  # with which every sample comes, see `store.py`
 
     @property
     def num_shards(self) -> int:
@@ -154,14 +166,24 @@ class Stream:
         A remote read that fails is tried again with back-off, from where it failed. Where the rest of a shard stays
         unreadable, it comes as one sample without an image, and the log says why."""
         row, failures = start, 0
+        keys, embeds = self.embeds.read(shard) if self.embeds is not None else ([], None)
         while True:
             try:
                 for sample in self.shards.rows(shard, row):
                     is_held_out = zlib.crc32(sample["key"].encode()) < self.held_out_share * 2**32
+                    if embeds is not None:
+                        if row >= len(keys) or keys[row] != sample["key"]:
+                            raise DataError(
+                                f"Row {row} of {self.shards.names[shard]} is {sample['key']!r}, but its stored "
+                                "embedding is of another sample: the data changed since. Make the store anew."
+                            )
+                        sample["embeds"] = embeds[row]
                     if is_held_out == self.held_out:
                         yield row, sample
                     row, failures = row + 1, 0
                 return
+            except DataError:
+                raise
             except Exception as error:  # tarfile, the file system, the HTTP client and `datasets` have each their own
                 name = self.shards.names[shard]
                 if "://" in name and failures < MAX_RETRIES:

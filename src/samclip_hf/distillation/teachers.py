@@ -48,6 +48,17 @@ class Teacher(nn.Module):
         return super().train(False)
 
 
+def check_text_space(student: SamClipModel, text_projection: Tensor) -> None:
+    """Raises `ValueError` where the student's text space is not that of the CLIP teacher whose text projection's first
+    values are given."""
+    own = student.text_projection.weight.detach().float().cpu().flatten()[: len(text_projection)]
+    if own.shape != text_projection.shape or not torch.allclose(own, text_projection.float().cpu(), atol=1e-2):
+        raise ValueError(
+            "The student's text tower is not this CLIP teacher's, so that images would be taught another text space "
+            "than the student's texts. Name the CLIP that the student was built from as clip_teacher."
+        )
+
+
 class ClipTeacher(Teacher):
     r"""
     name_or_path (`str`):
@@ -65,13 +76,7 @@ class ClipTeacher(Teacher):
                 f"The student's text space has {student_dim} dimensions, the CLIP teacher's {own_dim}: the student "
                 "was built from another CLIP. Name that one as clip_teacher, or build a new student."
             )
-        student_weight = student.text_projection.weight.detach().float().cpu()
-        own_weight = self.model.text_projection.weight.float().cpu()
-        if student_weight.shape != own_weight.shape or not torch.allclose(student_weight, own_weight, atol=1e-2):
-            raise ValueError(
-                "The student's text tower is not this CLIP teacher's, so that images would be taught another text "
-                "space than the student's texts. Name the CLIP that the student was built from as clip_teacher."
-            )
+        check_text_space(student, self.model.text_projection.weight.flatten())
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:

@@ -22,9 +22,10 @@ from transformers.utils import logging
 from ..modeling_samclip import SamClipModel
 from ..processing_samclip import SamClipProcessor
 from .arguments import SamClipTrainingArguments
-from .collation import ClipBatches, DataError, SamBatches, StepLoader, StepStream
+from .collation import ClipBatches, SamBatches, StepLoader, StepStream
 from .losses import cosine_distillation_loss, mask_distillation_loss, mask_iou
-from .streams import open_stream
+from .store import TeacherStore
+from .streams import DataError, open_stream
 from .teachers import ClipTeacher, SamTeacher, normalize
 
 logger = logging.get_logger(__name__)
@@ -47,8 +48,10 @@ class SamClipTrainer(Trainer):
         The student. What the stage does not train is frozen.
     args ([`SamClipTrainingArguments`]):
         The stage and its numbers.
-    clip_teacher ([`ClipTeacher`]), sam_teacher ([`SamTeacher`], needed in stage 2):
-        Frozen; moved to the student's device, not saved.
+    clip_teacher ([`ClipTeacher`] or [`TeacherStore`]):
+        Frozen; moved to the student's device, not saved. Or its embeddings, computed before.
+    sam_teacher ([`SamTeacher`], needed in stage 2):
+        As the CLIP teacher.
     processing_class ([`SamClipProcessor`]):
         Saved with the student; its size and normalisation are the student's.
     """
@@ -60,7 +63,7 @@ class SamClipTrainer(Trainer):
         self,
         model: SamClipModel,
         args: SamClipTrainingArguments,
-        clip_teacher: ClipTeacher,
+        clip_teacher: ClipTeacher | TeacherStore,
         sam_teacher: SamTeacher | None = None,
         processing_class: SamClipProcessor | None = None,
         **kwargs,
@@ -71,7 +74,6 @@ class SamClipTrainer(Trainer):
             raise ValueError("Give the student's processor as processing_class: it says how the student sees images.")
         self.clip_teacher = clip_teacher
         self.sam_teacher = sam_teacher if args.stage == 2 else None
-        clip_teacher.check(model)
         patch_size = model.config.vision_config.patch_size
         if bad := [size for size in args.clip_sizes if size % patch_size]:
             raise ValueError(f"clip_sizes {bad} are not multiples of the student's patch size, {patch_size}.")
@@ -84,7 +86,7 @@ class SamClipTrainer(Trainer):
             model=model,
             args=args,
             processing_class=processing_class,
-            train_dataset=self._open_streams(args),
+            train_dataset=self._open_streams(model, args),
             **kwargs,
         )
         self.interruption = Interruption()
@@ -103,18 +105,28 @@ class SamClipTrainer(Trainer):
         self._skipped_steps = self._skipped_steps_in_a_row = 0
         self._images_at_log, self._time_at_log = 0, time.perf_counter()  # the former of all processes
         for teacher in (self.clip_teacher, self.sam_teacher):
-            if teacher is not None:
+            if isinstance(teacher, nn.Module):
                 teacher.to(args.device)
 
-    def _open_streams(self, args: SamClipTrainingArguments) -> StepStream:
+    def _open_streams(self, student: SamClipModel, args: SamClipTrainingArguments) -> StepStream:
+        streams = [open_stream(name, held_out_share=args.held_out_share) for name in args.clip_data]
+        if isinstance(self.clip_teacher, TeacherStore):
+            self.clip_teacher.check(student, streams, args.min_crop)
+            self.clip_teacher.attach(streams)
+            store = self.clip_teacher.description
+            teacher_image_size = store.image_size
+        else:
+            self.clip_teacher.check(student)
+            store, teacher_image_size = None, self.clip_teacher.image_size
         tasks: dict[str, ClipBatches | SamBatches] = {
             "clip": ClipBatches(
-                [open_stream(name, held_out_share=args.held_out_share) for name in args.clip_data],
+                streams,
                 shares=args.clip_data_shares or [],
                 image_sizes=args.clip_sizes,
-                teacher_image_size=self.clip_teacher.image_size,
+                teacher_image_size=teacher_image_size,
                 batch_size=args.clip_batch_size,
                 min_crop=args.min_crop,
+                store=store,
             )
         }
         if self.sam_teacher is not None:
@@ -213,11 +225,19 @@ class SamClipTrainer(Trainer):
             )
         return norm
 
-    def clip_loss(self, model: nn.Module, images: Tensor, teacher_images: Tensor) -> Tensor:
+    def clip_loss(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        teacher_images: Tensor | None = None,
+        teacher_embeds: Tensor | None = None,
+    ) -> Tensor:
         """L_CLIP of one micro-batch from [`ClipBatches`]."""
-        target = self.clip_teacher(teacher_images)
+        if teacher_embeds is None:
+            assert isinstance(self.clip_teacher, ClipTeacher) and teacher_images is not None  # the samples' other kind
+            teacher_embeds = self.clip_teacher(teacher_images)
         outputs = model(pixel_values=normalize(images, self.image_mean, self.image_std))
-        loss = cosine_distillation_loss(outputs.image_embeds, target)["cosine"]
+        loss = cosine_distillation_loss(outputs.image_embeds, teacher_embeds)["cosine"]
         self._record({"clip_loss": loss, f"cosine_{images.shape[-1]}px": 1 - loss})
         return loss
 

@@ -1,0 +1,119 @@
+"""Stored embeddings teach what the teacher itself would."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from samclip_hf.distillation import ClipTeacher, DataError, TeacherStore
+from samclip_hf.distillation.store import shard_path
+from samclip_hf.distillation.streams import open_stream
+
+from .tars import jpeg, write_tar
+
+SCRIPT = Path(__file__).parents[2] / "training" / "cache_teacher.py"
+
+
+@pytest.fixture(scope="module")
+def cache_teacher():
+    spec = importlib.util.spec_from_file_location("cache_teacher", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+@pytest.fixture
+def arguments(teacher_folders, photos, tmp_path):
+    """Of the script, for the tiny teacher on three tars of four photographs."""
+    names = ["--clip_teacher", teacher_folders["clip"], "--clip_data", photos, "--output_dir", tmp_path / "store"]
+    return [str(word) for word in [*names, "--num_crops", 2, "--batch_size", 6, "--use_cpu"]]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_stored_embeddings_are_the_teachers_of_the_crops_that_training_draws(
+    cache_teacher,
+    arguments,
+    clip_teacher,
+    tmp_path,
+    make_trainer,
+    num_workers,
+):
+    cache_teacher([*arguments, "--num_workers", str(num_workers)])
+    settings = {"stage": 1, "clip_batch_size": 4, "clip_sizes": [32], "held_out_share": 0.2}
+    online = make_trainer(**settings)
+    stored = make_trainer(**settings, clip_teacher=TeacherStore(tmp_path / "store"))
+    steps = zip(online.get_train_dataloader(), stored.get_train_dataloader(), strict=True)
+    for _, (first, second) in zip(range(3), steps, strict=False):  # no lane begins a third pass
+        assert torch.equal(first["clip"]["images"], second["clip"]["images"])
+        expected = torch.nn.functional.normalize(clip_teacher(first["clip"]["teacher_images"]), dim=-1)
+        torch.testing.assert_close(second["clip"]["teacher_embeds"], expected, atol=1e-3, rtol=0)
+        losses = [t.clip_loss(t.model, **s["clip"]).item() for t, s in ((online, first), (stored, second))]
+        assert losses[1] == pytest.approx(losses[0], abs=1e-3)
+
+
+def test_training_from_a_store_never_runs_the_teacher(cache_teacher, arguments, make_trainer, tmp_path, monkeypatch):
+    cache_teacher(arguments)
+    monkeypatch.setattr(ClipTeacher, "forward", None)
+    for stage in (1, 2, 3):
+        trainer = make_trainer(stage, clip_teacher=TeacherStore(tmp_path / "store"), max_steps=6)
+        trainer.train()
+        losses = [entry["clip_loss"] for entry in trainer.state.log_history if "clip_loss" in entry]
+        assert np.isfinite(losses).all() and len(losses) == 6
+
+
+def test_what_is_there_is_not_computed_again(cache_teacher, arguments, tmp_path):
+    cache_teacher(arguments)
+    paths = [shard_path(tmp_path / "store", 0, shard) for shard in range(3)]
+    whole = [path.read_bytes() for path in paths]
+    paths[1].unlink()
+    paths[2].write_bytes(b"left alone")
+    with pytest.raises(ValueError, match=r"not finished: 1 shards are missing, .*000001\.parquet"):
+        TeacherStore(tmp_path / "store")
+    cache_teacher(arguments)
+    assert [path.read_bytes() for path in paths] == [whole[0], whole[1], b"left alone"]
+
+
+def test_what_cannot_be_used_is_counted_and_has_no_embedding(cache_teacher, arguments, tmp_path, capsys):
+    write_tar(tmp_path / "0.tar", {"0.jpg": jpeg(0), "1.jpg": b"no picture", "2.jpg": jpeg(2)})
+    cache_teacher([*arguments, "--clip_data", str(tmp_path / "0.tar")])
+    assert "3 images embedded, 1 of which cannot be used, by cause: {'broken image': 1}" in capsys.readouterr().out
+    stream = open_stream(str(tmp_path / "0.tar"))
+    TeacherStore(tmp_path / "store").attach([stream])
+    embeds = [sample["embeds"] for _, sample in stream.read(0)]
+    assert [np.isnan(e).all() for e in embeds] == [False, True, False] and embeds[0].shape == (2, 20)
+
+
+def test_another_store_is_not_overwritten(cache_teacher, arguments):
+    cache_teacher(arguments)
+    with pytest.raises(SystemExit, match="holds a store with other seed, min_crop: name another"):
+        cache_teacher([*arguments, "--seed", "1", "--min_crop", "0.1"])
+
+
+def test_a_store_of_something_else_is_refused(cache_teacher, arguments, model, photos, sa1b, tmp_path):
+    cache_teacher(arguments)
+    store = TeacherStore(tmp_path / "store")
+    streams = [open_stream(str(photos))]
+    store.check(model, streams, 0.5)
+    with pytest.raises(ValueError, match=r"crops with min_crop 0\.5, not 0\.08"):
+        store.check(model, streams, 0.08)
+    with pytest.raises(ValueError, match=r"of other data: \[3\] shards where clip_data has \[1\]"):
+        store.check(model, [open_stream(str(sa1b))], 0.5)
+    description = tmp_path / "store" / "store.json"
+    description.write_text(json.dumps(json.loads(description.read_text()) | {"text_projection": [9.0] * 64}))
+    with pytest.raises(ValueError, match="text tower is not this CLIP teacher's"):
+        TeacherStore(tmp_path / "store").check(model, streams, 0.5)
+    with pytest.raises(FileNotFoundError, match="There is no store in"):
+        TeacherStore(tmp_path)
+
+
+def test_data_that_changed_since_are_refused(cache_teacher, arguments, tmp_path):
+    write_tar(tmp_path / "0.tar", {"0.jpg": jpeg(0), "1.jpg": jpeg(1)})
+    cache_teacher([*arguments, "--clip_data", str(tmp_path / "0.tar")])
+    write_tar(tmp_path / "0.tar", {"0.jpg": jpeg(0), "other.jpg": jpeg(1)})
+    stream = open_stream(str(tmp_path / "0.tar"))
+    TeacherStore(tmp_path / "store").attach([stream])
+    with pytest.raises(DataError, match=r"Row 1 of .*is '0/other', but its stored embedding is of another sample"):
+        list(stream.read(0))
