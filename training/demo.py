@@ -45,7 +45,7 @@ def main() -> None:
     arguments = parser.parse_args()
     output_dir: Path = arguments.output_dir
     output_dir.mkdir(parents=True, exist_ok=True)
-    for number in STEPS:  # an earlier run's checkpoints would make this one refuse its folder
+    for number in STEPS:  # nothing of an earlier run
         shutil.rmtree(output_dir / f"stage{number}", ignore_errors=True)
 
     seconds, images_seen = {}, {}

@@ -59,7 +59,7 @@ def parse_arguments(argv: list[str]) -> SamClipTrainingArguments:
                 recipe += [f"--{name}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in values)]
     for argument in argv:
         name = argument.removeprefix("--").split("=")[0].replace("-", "_")
-        if argument.startswith("--") and name not in [*known, "help"]:
+        if argument.startswith("--") and name not in [*known, "help"] and name.removeprefix("no_") not in known:
             parser.exit(2, f"Command line: {unknown(name, known)}\n")
     try:
         return parser.parse_args_into_dataclasses(recipe + argv)[0]
@@ -102,8 +102,15 @@ def main(argv: list[str]) -> None:
     checkpoint = args.resume_from_checkpoint
     if checkpoint in ("true", "True"):
         checkpoint = last_checkpoint(args.output_dir)
-    elif checkpoint in ("false", "False"):
+        if checkpoint is None:
+            print(f"There is no checkpoint in {args.output_dir} yet: starting from the beginning.", file=sys.stderr)
+    elif checkpoint in (None, "false", "False"):
         checkpoint = None
+        if (earlier := last_checkpoint(args.output_dir)) is not None:
+            sys.exit(
+                f"Training did not start. {earlier} is of an earlier run: go on with it, --resume_from_checkpoint "
+                "true, or name another output_dir."
+            )
     if checkpoint is not None:
         state = Path(checkpoint) / TRAINER_STATE_NAME
         if not state.is_file():

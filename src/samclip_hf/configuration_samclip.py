@@ -55,6 +55,9 @@ class SamClipConfig(SamConfig):
         The label that stands for "none of the classes", or `None` where every pixel belongs to a class.
     background_threshold (`float`, *optional*):
         Where that label has no texts: it wins where no class is as probable as this.
+    label_tokens (`list[list[int]]`, *optional*, defaults to `[]`):
+        The names of the labels but background's, in their order, as the tokenizer gives them: by these, object
+        detection knows a name of the vocabulary.
     has_text_tower (`bool`, *optional*, defaults to `True`):
         `False` where it was left out and only the checkpoint's own vocabulary is known.
     composition (`"segments"` or `"classes"`, *optional*, defaults to `"segments"`):
@@ -80,10 +83,12 @@ class SamClipConfig(SamConfig):
         text_config: CLIPTextConfig
         clip_head_config: SamClipHeadConfig
         vocabulary_label_ids: list[int]
+        label_tokens: list[list[int]]
     else:
         text_config: dict | PreTrainedConfig | None = None
         clip_head_config: dict | PreTrainedConfig | None = None
         vocabulary_label_ids: list[int] | None = None
+        label_tokens: list[list[int]] | None = None
     logit_scale_init_value: float = 2.6592
     background_label_id: int | None = None
     background_threshold: float | None = None
@@ -103,6 +108,8 @@ class SamClipConfig(SamConfig):
             self.clip_head_config = SamClipHeadConfig(**self.clip_head_config)
         if self.vocabulary_label_ids is None:
             self.vocabulary_label_ids = []
+        if self.label_tokens is None:
+            self.label_tokens = []
         super().__post_init__(**kwargs)
 
     @classmethod

@@ -5,10 +5,12 @@ everything-mode's masks.
 `SamClipImageProcessor` runs on torchvision, `SamClipImageProcessorPil` on PIL and numpy for installations without it.
 """
 
+import os
+
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils._pytree import tree_map_only
 from transformers import SamImageProcessorPil
 from transformers.utils import is_torchvision_available, logging
@@ -28,9 +30,9 @@ class SamClipPostProcessing:
     def preprocess(self, images, segmentation_maps=None, size=None, pad_size=None, **kwargs):
         r"""
         As SAM's: longest edge to `size`, bottom and right padded to a square. Differs in three things: a `size` for
-        this call alone pads to that size; pictures and arrays of 16 bits a channel are brought to 8, where SAM's cut
-        them off at 255 (files are read by transformers, which does so too: open such a file yourself); arrays without
-        an axis of channels are grey.
+        this call alone pads to that size; images of 16 bits a channel are brought to 8, where SAM's cut them off at
+        255; arrays without an axis of channels are grey. A file is turned as its EXIF orientation says, a picture in
+        memory is taken as it is.
 
         Raises `ValueError` for no image, an image without pixels, and pixels that are not finite.
         """
@@ -323,11 +325,13 @@ def _readable(images, do_rescale: bool):
         images = (images.int() // 257).to(torch.uint8) if images.dtype == torch.uint16 else images
         images = images[None] if images.ndim == 2 else images
     else:
-        return images  # a path or a URL; of anything else, SAM's image processor says what it is
-    if 0 in (images.size if isinstance(images, Image.Image) else images.shape):
-        raise ValueError(
-            f"An image has no pixels: {images.size if isinstance(images, Image.Image) else images.shape}."
-        )
+        if not isinstance(images, str | os.PathLike) or not os.path.isfile(images):
+            return images  # a URL; of anything else, SAM's image processor says what it is
+        with Image.open(images) as image:
+            return _readable(ImageOps.exif_transpose(image), do_rescale)
+    shape = images.size if isinstance(images, Image.Image) else images.shape
+    if 0 in shape:
+        raise ValueError(f"An image has no pixels: {tuple(shape)}.")
     if not isinstance(images, Image.Image) and "float" in str(images.dtype):
         lowest, highest = float(images.min()), float(images.max())
         if not np.isfinite([lowest, highest]).all():
@@ -476,7 +480,7 @@ def _segment_map(
     area of every segment's mask `(num_segments,)`. Only `chosen` segments `(num_segments,)` take part."""
     masks, scores = outputs.segment_masks[index], outputs.segment_scores[index]
     numbers = (scores > 0 if chosen is None else chosen & (scores > 0)).nonzero().flatten()
-    area = torch.zeros_like(scores)
+    area = torch.zeros_like(scores, dtype=torch.float32)  # float16 counts pixels to 65,504
 
     def votes(start: int, chunk: torch.Tensor) -> torch.Tensor:
         own = numbers[start : start + len(chunk)]

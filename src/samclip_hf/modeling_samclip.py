@@ -7,11 +7,10 @@ before SAM's neck; the text tower, its projection and the logit scale are CLIP's
 
 import functools
 import itertools
-import math
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -25,6 +24,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutpu
 from transformers.models.sam.modeling_sam import (
     SamImageSegmentationOutput,
     SamMaskDecoder,
+    SamMLPBlock,
+    SamPatchEmbeddings,
     SamPositionalEmbedding,
     SamPreTrainedModel,
     SamPromptEncoder,
@@ -32,6 +33,7 @@ from transformers.models.sam.modeling_sam import (
     SamVisionEncoder,
     SamVisionEncoderOutput,
     SamVisionLayer,
+    SamVisionNeck,
 )
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, logging
@@ -45,6 +47,7 @@ logger = logging.get_logger(__name__)
 POINTS_PER_CLASS = 3  # paper, section 5: one to three
 TEXTS_PER_BATCH = 256  # a thousand names in eighty templates do not fit at once
 CLASSES_PER_CHUNK = 32  # pass through the mask decoder together
+CERTAIN = 20.0  # logits between what is certain and what is impossible, e^-20; finite, so that maps can be resized
 BIAS_CHUNK = 2**21  # values of an attention bias that a thread has at a time: 8 MB in float32
 
 
@@ -151,6 +154,8 @@ class SamClipVocabulary:
         The label that stands for "none of the classes".
     background_threshold (`float`, *optional*):
         Where background has no texts: it wins where no class is as probable as this.
+    label_tokens (`list[list[int]]`):
+        The names of the labels but background's, in their order, as the tokenizer gives them.
     """
 
     class_embeds: torch.Tensor
@@ -158,6 +163,7 @@ class SamClipVocabulary:
     id2label: dict[int, str]
     background_label_id: int | None = None
     background_threshold: float | None = None
+    label_tokens: list[list[int]] = field(default_factory=list)
 
 
 @dataclass
@@ -392,8 +398,13 @@ class SamClipVisionLayer(SamVisionLayer):
     """SAM's layer around [`SamClipVisionAttention`], which has the windows inside."""
 
     def __init__(self, config, window_size: int):
-        super().__init__(config, window_size)
+        # Past SAM's own constructor, which looks for an attention of its own and knows no flex_attention.
+        super(SamVisionLayer, self).__init__()
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.attn = SamClipVisionAttention(config, window_size)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = SamMLPBlock(config)
+        self.window_size = window_size
 
     def forward(self, hidden_states: torch.Tensor, groups: SamClipPatchGroups | None = None) -> torch.Tensor:
         """Tokens and groups as in [`SamClipVisionAttention`]."""
@@ -424,6 +435,14 @@ class SamClipPreTrainedModel(SamPreTrainedModel):
     input_modalities: tuple[str, ...] = ("image", "text")
     _no_split_modules = ["SamClipVisionLayer"]
     _supports_flex_attn = True
+
+    def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs) -> None:
+        """As in [`PreTrainedModel`], which warns of configurations that belong to no model of their own."""
+        if isinstance(attn_implementation, str):
+            for name in ("prompt_encoder_config", "mask_decoder_config", "clip_head_config"):
+                if (config := getattr(self.config, name, None)) is not None:
+                    config._attn_implementation = attn_implementation
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -471,8 +490,20 @@ class SamClipVisionEncoder(SamVisionEncoder):
     _supports_flex_attn = True
 
     def __init__(self, config):
-        super().__init__(config)
-        self.layers = nn.ModuleList(SamClipVisionLayer(config, layer.window_size) for layer in self.layers)
+        # Past SAM's own constructor, which would first build and initialise layers to be thrown away.
+        super(SamVisionEncoder, self).__init__(config)
+        self.image_size = config.image_size
+        self.patch_embed = SamPatchEmbeddings(config)
+        self.pos_embed = None
+        if config.use_abs_pos:
+            grid_size = config.image_size // config.patch_size
+            self.pos_embed = nn.Parameter(torch.zeros(1, grid_size, grid_size, config.hidden_size))
+        self.layers = nn.ModuleList(
+            SamClipVisionLayer(config, 0 if number in config.global_attn_indexes else config.window_size)
+            for number in range(config.num_hidden_layers)
+        )
+        self.neck = SamVisionNeck(config)
+        self.gradient_checkpointing = False
         self.post_init()
 
     def interpolate_pos_embed(self, grid_height: int, grid_width: int) -> torch.Tensor:
@@ -494,6 +525,10 @@ class SamClipVisionEncoder(SamVisionEncoder):
         if pixel_values is None:
             raise ValueError("You have to specify pixel_values")
         patch_size = self.config.patch_size
+        if pixel_values.ndim != 4:
+            raise ValueError(
+                f"pixel_values must be (batch_size, num_channels, height, width), got {tuple(pixel_values.shape)}."
+            )
         _, channels, height, width = pixel_values.shape
         if channels != self.config.num_channels:
             raise ValueError(f"pixel_values have {channels} channels, the model takes {self.config.num_channels}.")
@@ -753,7 +788,8 @@ class SamClipModel(SamClipPreTrainedModel, SamModel):
         clip_head_config (`dict` or [`SamClipHeadConfig`], *optional*):
             Number of layers, pooling and MLP width. The projection size is always the CLIP teacher's.
 
-        Raises `TypeError` where a teacher is of another kind, `ValueError` where sizes do not fit.
+        Raises `TypeError` where a teacher is of another kind, `ValueError` where sizes do not fit and for an unknown
+        key of `clip_head_config`.
         """
         sam = load_teacher(SamModel, sam, "sam")
         clip = load_teacher(CLIPModel, clip, "clip")
@@ -761,6 +797,10 @@ class SamClipModel(SamClipPreTrainedModel, SamModel):
             clip_head_config = clip_head_config.to_dict()
         projection_dim = clip.config.projection_dim
         head = dict(clip_head_config or {})
+        if unknown := sorted(head.keys() - SamClipHeadConfig.__dataclass_fields__.keys()):
+            raise ValueError(
+                f"A CLIP head has no {', '.join(unknown)}: it has num_hidden_layers, pooling and mlp_hidden_size."
+            )
         if head.setdefault("projection_dim", projection_dim) != projection_dim:
             raise ValueError(
                 f"clip_head_config asks for projection_dim {head['projection_dim']}, but the CLIP teacher's text "
@@ -836,6 +876,11 @@ class SamClipModel(SamClipPreTrainedModel, SamModel):
             raise ValueError(
                 "Points and boxes given together describe the same objects, so there must be as many of each: got "
                 f"{input_points.shape[1]} and {input_boxes.shape[1]} prompts."
+            )
+        if input_points is not None and input_labels is not None and input_labels.shape != input_points.shape[:-1]:
+            raise ValueError(
+                f"input_labels must be one for each of the input_points, {tuple(input_points.shape[:-1])}, got "
+                f"{tuple(input_labels.shape)}."
             )
         if input_points is not None and input_labels is None:
             input_labels = torch.ones_like(input_points[..., 0], dtype=torch.int)
@@ -966,7 +1011,9 @@ class SamClipModel(SamClipPreTrainedModel, SamModel):
             Whether to return CLIP's contrastive loss.
         """
         if (pixel_values is None) == (image_embeddings is None):
-            raise ValueError("Give either pixel_values or image_embeddings, and not both.")
+            raise ValueError(
+                "Give either pixel_values or image_embeddings, and not both; get_text_features embeds texts alone."
+            )
         has_prompts = any(prompt is not None for prompt in (input_points, input_boxes, input_masks))
         asks_clip_head = input_ids is not None or not has_prompts
         if asks_clip_head and pixel_values is None:
@@ -1035,6 +1082,7 @@ class SamClipForImageSegmentation(SamClipModel):
             config.id2label,
             config.background_label_id,
             config.background_threshold,
+            config.label_tokens,
         )
 
     def set_vocabulary(self, *args, **kwargs) -> "SamClipForImageSegmentation":
@@ -1044,6 +1092,7 @@ class SamClipForImageSegmentation(SamClipModel):
         self.config.vocabulary_label_ids = vocabulary.label_ids
         self.config.background_label_id = vocabulary.background_label_id
         self.config.background_threshold = vocabulary.background_threshold
+        self.config.label_tokens = vocabulary.label_tokens
         self.config.id2label = vocabulary.id2label
         self.config.label2id = {name: label_id for label_id, name in vocabulary.id2label.items()}
         return self
@@ -1060,7 +1109,7 @@ class SamClipForImageSegmentation(SamClipModel):
     def embed_vocabulary(
         self,
         labels: Sequence[str | Sequence[str]],
-        background: Sequence[str] | float = (),
+        background: Sequence[str] | float | None = (),
         templates: Sequence[str] = ("a photo of a {}",),
         tokenizer: PreTrainedTokenizerBase | None = None,
         synonyms: Literal["max", "mean"] = "max",
@@ -1085,8 +1134,9 @@ class SamClipForImageSegmentation(SamClipModel):
         Raises `ValueError` for no labels, an empty or doubled name, a template without `{}`, a text longer than the
         text tower reads, a threshold that is no probability.
         """
-        if isinstance(labels, str) or len(labels) == 0:
+        if isinstance(labels, str) or not isinstance(labels, Sequence) or len(labels) == 0:
             raise ValueError(f'A vocabulary is a list of at least one name, such as ["cat", "sofa"]; got {labels!r}.')
+        background = () if background is None else getattr(background, "item", lambda: background)()  # numpy's too
         threshold = background if isinstance(background, float) else None
         if threshold is not None and not 0 < threshold < 1:
             raise ValueError(f"As a threshold, background must be a probability between 0 and 1, got {threshold}.")
@@ -1097,9 +1147,9 @@ class SamClipForImageSegmentation(SamClipModel):
             raise ValueError(
                 f'background must be a list of texts, such as ["a wall", "sky"], or a threshold; got {background!r}.'
             )
-        if isinstance(templates, str) or not templates or not all("{}" in template for template in templates):
-            raise ValueError(f"templates must be a list of sentences that contain {{}}, got {templates!r}.")
-        groups = [[label] if isinstance(label, str) else list(label) for label in labels]
+        if isinstance(templates, str) or not templates or not all(t.count("{}") == 1 for t in templates):
+            raise ValueError(f"templates must be a list of sentences that contain {{}} once, got {templates!r}.")
+        groups: list[list[Any]] = [list(label) if isinstance(label, list | tuple) else [label] for label in labels]
         names = [name for group in groups for name in group]
         if not all(groups) or not all(isinstance(name, str) and name.strip() for name in names):
             raise ValueError(f"Every label must be a name or a list of names, and no name empty; got {labels!r}.")
@@ -1115,10 +1165,11 @@ class SamClipForImageSegmentation(SamClipModel):
         label_ids = [0] * len(texts_of_background)
         texts = [[text] for text in texts_of_background]  # one embedding for each list
         for label_id, group in enumerate(groups, start=first_class):
-            filled = [[template.format(name) for template in templates] for name in group]
+            filled = [[template.replace("{}", name) for template in templates] for name in group]
             filled = [[text for texts_of_name in filled for text in texts_of_name]] if synonyms == "mean" else filled
             label_ids += [label_id] * len(filled)
             texts += filled
+        tokenizer = self._tokenizer() if tokenizer is None else tokenizer
         features = self._embed_texts([text for group in texts for text in group], tokenizer)
         means = [group.mean(dim=0) for group in features.split([len(group) for group in texts])]
         return SamClipVocabulary(
@@ -1127,14 +1178,23 @@ class SamClipForImageSegmentation(SamClipModel):
             {0: "background"} | id2label if has_background else id2label,
             0 if has_background else None,
             threshold,
+            [tokenizer([group[0]], return_tensors="pt")["input_ids"][0].tolist() for group in groups],
         )
 
-    def _embed_texts(self, texts: list[str], tokenizer: PreTrainedTokenizerBase | None) -> torch.Tensor:
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        """The one saved beside this model's checkpoint."""
+        if not self.config.name_or_path:
+            raise ValueError("This model was not loaded from a folder or the Hub: give its tokenizer.")
+        try:
+            return AutoTokenizer.from_pretrained(self.config.name_or_path)
+        except Exception as error:  # transformers guesses at tokenizers, and fails in many ways
+            raise ValueError(
+                f"There is no tokenizer beside the model in {self.config.name_or_path!r}: save the processor there "
+                "too, or give the tokenizer."
+            ) from error
+
+    def _embed_texts(self, texts: list[str], tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
         """`(num_texts, projection_dim)`, of length 1."""
-        if tokenizer is None:
-            if not self.config.name_or_path:
-                raise ValueError("This model was not loaded from a folder or the Hub: give its tokenizer.")
-            tokenizer = AutoTokenizer.from_pretrained(self.config.name_or_path)
         features = []
         for start in range(0, len(texts), TEXTS_PER_BATCH):
             batch = texts[start : start + TEXTS_PER_BATCH]
@@ -1149,16 +1209,17 @@ class SamClipForImageSegmentation(SamClipModel):
     def classify(self, embeds: torch.Tensor, vocabulary: SamClipVocabulary) -> torch.Tensor:
         """
         Logits `(..., num_labels)` of embeddings `(..., projection_dim)` of length 1: scaled cosine similarity to the
-        label's most similar text. With a threshold for background, its logit is the one that wins against a class
-        exactly where the class's probability among the classes is below.
+        label's most similar text. With a threshold for background, that is certain where no class is as probable, and
+        impossible elsewhere: it takes nothing from the classes' own probabilities.
         """
         similarity = embeds @ vocabulary.class_embeds.to(embeds.dtype).T * self.logit_scale.exp()
         label_ids = torch.tensor(vocabulary.label_ids, device=embeds.device)
         logits = similarity.new_full((*embeds.shape[:-1], len(vocabulary.id2label)), -torch.inf)
         logits = logits.scatter_reduce(-1, label_ids.expand_as(similarity), similarity, "amax")
         if vocabulary.background_threshold is not None:
-            background = logits.logsumexp(dim=-1) + math.log(vocabulary.background_threshold)
-            logits[..., vocabulary.background_label_id] = background
+            highest = logits.amax(dim=-1)
+            is_background = (highest - logits.logsumexp(dim=-1)).exp() < vocabulary.background_threshold
+            logits[..., vocabulary.background_label_id] = highest + torch.where(is_background, CERTAIN, -CERTAIN)
         return logits
 
     @can_return_tuple
@@ -1323,7 +1384,8 @@ class SamClipForImageSegmentation(SamClipModel):
         points = torch.stack([cells % grid_width, cells // grid_width], dim=-1)[:, None]
         points = (points + 0.5) * self.config.vision_config.patch_size - 0.5
         prompts = F.interpolate(
-            probabilities[image, label][:, None].logit(eps=1e-4),  # SAM's mask prompts are logits
+            # SAM's mask prompts are logits; in bfloat16, all that is near enough to 1 would be infinite.
+            probabilities[image, label][:, None].float().logit(eps=1e-4).to(image_embeddings.dtype),
             size=(4 * grid_height, 4 * grid_width),
             mode="bilinear",
             align_corners=False,
@@ -1365,8 +1427,8 @@ class SamClipForObjectDetection(SamClipForImageSegmentation):
     """
     Boxes around what a text names: the segments of [`SamClipForImageSegmentation`], scored against a text.
 
-    A text alone has no probability, so it takes the place of the checkpoint's vocabulary: its share of that
-    vocabulary's softmax. A text of the vocabulary has its own probability.
+    A name of the checkpoint's vocabulary has the probability that it has there. Any other text is taken as it stands,
+    so write a sentence like those that the CLIP teacher read: its score is its share of the vocabulary's softmax.
     """
 
     @can_return_tuple
@@ -1377,6 +1439,7 @@ class SamClipForObjectDetection(SamClipForImageSegmentation):
         attention_mask: torch.Tensor | None = None,
         reshaped_input_sizes: torch.Tensor | None = None,
         original_sizes: torch.Tensor | None = None,
+        vocabulary: SamClipVocabulary | None = None,
         **kwargs,
     ) -> SamClipObjectDetectionOutput:
         r"""
@@ -1384,7 +1447,7 @@ class SamClipForObjectDetection(SamClipForImageSegmentation):
             From the image processor.
         input_ids, attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`):
             One text for each image.
-        reshaped_input_sizes, original_sizes (`torch.Tensor` of shape `(batch_size, 2)`, *optional*):
+        reshaped_input_sizes, original_sizes (`torch.Tensor` of shape `(batch_size, 2)`, *optional*), vocabulary:
             As in [`SamClipForImageSegmentation`].
         """
         if len(input_ids) != len(pixel_values):
@@ -1393,10 +1456,17 @@ class SamClipForObjectDetection(SamClipForImageSegmentation):
             raise ValueError(
                 'Segments found class by class cannot be scored against a text: set composition="segments".'
             )
-        outputs = super().forward(pixel_values, reshaped_input_sizes, original_sizes, **kwargs)
+        outputs = super().forward(pixel_values, reshaped_input_sizes, original_sizes, vocabulary=vocabulary, **kwargs)
         text_embeds = F.normalize(self.get_text_features(input_ids, attention_mask).pooler_output, dim=-1)
         similarity = (outputs["segment_embeds"] @ text_embeds[:, :, None]).squeeze(-1) * self.logit_scale.exp()
         scores = (similarity - outputs["segment_logits"].logsumexp(dim=-1)).exp().clamp_max(1)
+        vocabulary = self.vocabulary if vocabulary is None else vocabulary
+        first_label = len(vocabulary.id2label) - len(vocabulary.label_tokens)
+        for number, text in enumerate(input_ids):
+            tokens = text if attention_mask is None else text[attention_mask[number].bool()]
+            if tokens.tolist() in vocabulary.label_tokens:
+                label_id = first_label + vocabulary.label_tokens.index(tokens.tolist())
+                scores[number] = outputs["segment_logits"][number].softmax(dim=-1)[:, label_id]
         return SamClipObjectDetectionOutput(**outputs, object_scores=scores * (outputs["segment_scores"] > 0))
 
 

@@ -54,23 +54,29 @@ class SamClipImageSegmentationPipeline(ImageSegmentationPipeline):
         self, candidate_labels=None, hypothesis_template=None, background=None, synonyms=None, **kwargs
     ):
         preprocess_params, forward_params, postprocess_params = super()._sanitize_parameters(**kwargs)
-        options = {"templates": hypothesis_template, "background": background, "synonyms": synonyms}
-        options = {name: value for name, value in options.items() if value is not None}
-        if candidate_labels is not None:
-            if isinstance(hypothesis_template, str):
-                options["templates"] = [hypothesis_template]
-            vocabulary = self._embed_vocabulary(candidate_labels, **options)
+        names = ("candidate_labels", "hypothesis_template", "background", "synonyms")
+        asked = dict(zip(names, (candidate_labels, hypothesis_template, background, synonyms), strict=True))
+        asked = {name: value for name, value in asked.items() if value is not None}
+        if asked:
+            # What was said when the pipeline was made holds for a call that says nothing of it.
+            asked = getattr(self, "_defaults", {}) | asked
+            if "candidate_labels" not in asked:
+                raise ValueError(f"{', '.join(sorted(asked))} belong to candidate_labels, and there are none.")
+            if not hasattr(self, "_forward_params"):  # the pipeline is being made
+                self._defaults = asked
+            vocabulary = self._embed_vocabulary(**asked)
             forward_params["vocabulary"] = vocabulary
             postprocess_params["id2label"] = vocabulary.id2label
-        elif options:
-            raise ValueError(f"{', '.join(sorted(options))} belong to candidate_labels, and there are none.")
         return preprocess_params, forward_params, postprocess_params
 
-    def _embed_vocabulary(self, labels: Sequence, **options):
+    def _embed_vocabulary(self, candidate_labels: Sequence, hypothesis_template=None, **options):
         """The same vocabulary as last time, if it is asked for again."""
-        key = (repr(labels), repr(options))
+        if hypothesis_template is not None:
+            is_one = isinstance(hypothesis_template, str)
+            options["templates"] = [hypothesis_template] if is_one else hypothesis_template
+        key = (repr(candidate_labels), repr(options))
         if getattr(self, "_vocabulary", (None, None))[0] != key:
-            self._vocabulary = key, self.model.embed_vocabulary(labels, tokenizer=self.tokenizer, **options)
+            self._vocabulary = key, self.model.embed_vocabulary(candidate_labels, tokenizer=self.tokenizer, **options)
         return self._vocabulary[1]
 
     def _forward(self, model_inputs, vocabulary=None):

@@ -77,20 +77,26 @@ class SamClipProcessor(ProcessorMixin):
             raise ValueError("input_labels say which of the input_points are inside: give input_points too.")
         if input_boxes is not None:
             inputs.update(self._prepare_boxes(input_boxes, inputs))
+        counts = inputs.pop("num_prompts", None)
+        if counts is not None and len(counts.unique()) > 1:  # where some were padded
+            inputs["num_prompts"] = counts
+        if merged["images_kwargs"]["return_tensors"] != "pt":  # as everything else
+            arrays = {name: value.numpy() for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+            inputs.update(arrays)
         return inputs
 
     def _prepare_points(self, input_points, input_labels, inputs) -> dict[str, torch.Tensor]:
         """Padded points `(num_images, num_prompts, num_points, 2)` and their labels."""
         nested = _by_prompt("input_points", input_points, ("image", "prompt", "point", "x and y"))
-        points = [[np.asarray(p, dtype=np.float32).reshape(-1, 2) for p in prompts] for prompts in nested]
+        points = [[_coordinates("input_points", p, "x and y", 2) for p in prompts] for prompts in nested]
         if input_labels is None:
             labels = [[np.ones(len(p), dtype=np.int64) for p in prompts] for prompts in points]
         else:
             nested = _by_prompt("input_labels", input_labels, ("image", "prompt", "point"))
-            labels = [[np.asarray(p, dtype=np.int64).reshape(-1) for p in prompts] for prompts in nested]
+            labels = [[np.asarray(p).reshape(-1) for p in prompts] for prompts in nested]
         if [[len(p) for p in prompts] for prompts in points] != [[len(p) for p in prompts] for prompts in labels]:
             raise ValueError("input_labels must hold exactly one label for each of the input_points.")
-        if unknown := {int(v) for prompts in labels for p in prompts for v in p} - {1, 0, -1, POINT_PADDING}:
+        if unknown := {v.item() for prompts in labels for p in prompts for v in p} - {1, 0, -1, POINT_PADDING}:
             raise ValueError(f"input_labels are 1, 0 or -1, got {sorted(unknown)}.")
         counts = self._count_prompts("input_points", points, inputs)
 
@@ -115,7 +121,7 @@ class SamClipProcessor(ProcessorMixin):
                 "input_boxes are nested by image, box, and x1, y1, x2, y2: three levels, such as [[[10, 20, 60, 90]]] "
                 f"for one image with one box; got {_depth('input_boxes', input_boxes)}."
             )
-        boxes = [np.asarray(b, dtype=np.float32).reshape(-1, 4) for b in input_boxes]
+        boxes = [_coordinates("input_boxes", b, "x1, y1, x2 and y2", 4) for b in input_boxes]
         counts = self._count_prompts("input_boxes", boxes, inputs)
         padded = np.zeros((len(boxes), max(map(len, boxes)), 4), dtype=np.float32)
         for i, own in enumerate(boxes):
@@ -125,7 +131,7 @@ class SamClipProcessor(ProcessorMixin):
         return {"input_boxes": torch.from_numpy(padded), **counts}
 
     def _count_prompts(self, name: str, prompts, inputs) -> dict[str, torch.Tensor]:
-        """`num_prompts` `(num_images,)` if images differ in it. Raises `ValueError` where images and prompts, or the
+        """`num_prompts` `(num_images,)`. Raises `ValueError` where images and prompts, or the
         two kinds of prompts, do not match."""
         num_images = len(inputs["original_sizes"])
         if len(prompts) != num_images:
@@ -136,7 +142,7 @@ class SamClipProcessor(ProcessorMixin):
                 "Points and boxes given together describe the same objects, so every image must have as many of "
                 f"each: got {inputs['num_prompts'].tolist()} prompts of points and {counts.tolist()} boxes."
             )
-        return {"num_prompts": counts} if len(counts.unique()) > 1 else {}
+        return {"num_prompts": counts}
 
     def _rescale(self, name: str, points: np.ndarray, image_index: int, inputs) -> np.ndarray:
         """Points `(num_points, 2)` from pixels of the original image to pixels of the model's input."""
@@ -173,8 +179,17 @@ class SamClipProcessor(ProcessorMixin):
         return [*super().model_input_names, "original_sizes", "reshaped_input_sizes"]
 
 
+def _coordinates(name: str, nested, meaning: str, size: int) -> np.ndarray:
+    """Of shape `(number, size)`."""
+    if any(len(own) != size for own in nested):
+        raise ValueError(f"{name} need {meaning}, {size} numbers each, got {[len(own) for own in nested]}.")
+    return np.asarray(nested, dtype=np.float32).reshape(-1, size)
+
+
 def _depth(name: str, nested) -> int:
     """How many levels of lists or array axes there are, down to the numbers."""
+    if isinstance(nested, str):
+        raise ValueError(f"{name} are numbers, got {nested!r}.")
     if not hasattr(nested, "__len__") or (hasattr(nested, "ndim") and nested.ndim == 0):
         return 0
     if len(nested) == 0:

@@ -181,7 +181,7 @@ def test_a_checkpoint_of_other_data_is_refused(make_trainer, tmp_path):
     make_trainer(max_steps=1, save_strategy="steps", save_steps=1).train()
     checkpoint = str(tmp_path / "run" / "checkpoint-1")
     with pytest.raises(
-        DataError, match=r"in another order: seed from 42 to 1; data_lanes from 16 to 8. Start a new run"
+        DataError, match=r"with something else: seed from 42 to 1; data_lanes from 16 to 8. Start a new run"
     ):
         make_trainer(max_steps=2, seed=1, data_lanes=8).train(resume_from_checkpoint=checkpoint)
 

@@ -231,8 +231,14 @@ def open_stream(
         raise FileNotFoundError(f"There is no sample in {name!r}. {WHAT_A_NAME_IS}")
     if first["image"] is None:
         raise ValueError(f"{name!r} has no pictures: its first sample, {first['key']!r}, holds none.")
-    if with_masks and first["json"] is None:
-        raise ValueError(f"{name!r} has no json with SA-1B's annotations: {first['key']!r} is without.")
+    if with_masks:
+        try:
+            draw_masks(first, 1, np.random.default_rng(0))
+        except SkippedSampleError as error:
+            if str(error) == "no annotations":  # rather than broken ones, which others may not be
+                raise ValueError(
+                    f"{name!r} has no json with SA-1B's annotations: {first['key']!r} is without."
+                ) from error
     if shards_share < 1:
         if not isinstance(shards, TarShards):
             raise ValueError(f"A share of the shards can be had of tars alone, not of {name!r}.")

@@ -266,8 +266,8 @@ class SamClipTrainer(Trainer):
 
     @property
     def _order(self) -> dict[str, Any]:
-        """What decides over the order of samples."""
-        order: dict[str, Any] = {"seed": self.args.seed, "data_lanes": self.args.data_lanes}
+        """What a checkpoint must have been made with: the stage, and what decides over the order of samples."""
+        order: dict[str, Any] = {"stage": self.args.stage, "seed": self.args.seed, "data_lanes": self.args.data_lanes}
         order |= {"shuffle_buffer": self.args.shuffle_buffer, "held_out_share": self.args.held_out_share}
         for name, task in self.train_dataset.tasks.items():
             order[f"{name}_data_shares"] = task.shares
@@ -312,7 +312,7 @@ class SamClipTrainer(Trainer):
         state = json.loads((Path(resume_from_checkpoint) / STREAM_STATE_NAME).read_text())
         if changed := [f"{name} from {was} to {now}" for name, was, now in _differences(state["order"], self._order)]:
             raise DataError(
-                f"{resume_from_checkpoint} cannot go on with other data in another order: {'; '.join(changed)}. Start "
+                f"{resume_from_checkpoint} cannot go on with something else: {'; '.join(changed)}. Start "
                 "a new run from its weights with --model instead."
             )
         # The trainer reads its own state only later.
