@@ -126,6 +126,21 @@ class TestAttention:
             with torch.no_grad():  # on a CPU, the kernel has no gradients
                 assert_same(attention(hidden_states)[0], brute_force(attention, hidden_states)[1])
 
+    def test_a_checkpoint_is_loaded_with_any_attention(self, model, tmp_path, caplog):
+        model.save_pretrained(tmp_path)
+        pixel_values = random_images(1)
+        with torch.no_grad():
+            expected = model(pixel_values).dense_embeds
+            for implementation in ("eager", "flex_attention"):
+                for loaded in (
+                    SamClipModel.from_pretrained(tmp_path, attn_implementation=implementation),
+                    SamClipModel.from_pretrained(tmp_path),
+                ):
+                    loaded.set_attn_implementation(implementation)
+                    assert loaded.vision_encoder.config._attn_implementation == implementation
+                    assert_same(loaded.eval()(pixel_values).dense_embeds, expected)
+        assert "attention implementation for the sub-config" not in caplog.text
+
     @pytest.mark.parametrize("chunk", [1, 100, 10**6])
     def test_groups_of_patches_know_nothing_of_one_another(self, attention, chunk, monkeypatch):
         monkeypatch.setattr(modeling_samclip, "BIAS_CHUNK", chunk)
@@ -785,6 +800,18 @@ class TestImageSegmentation:
             # What is something has the probability that it has among the classes.
             torch.testing.assert_close(highest[expected > 0], probability[expected > 0])
         assert 0 < expected.count_nonzero() < 500
+
+    @pytest.mark.parametrize("composition", ["segments", "classes"])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_half_precision_segments(self, segmenter, composition, dtype):
+        segmenter.config.composition = composition
+        segmenter.config.background_label_id = None  # something everywhere
+        segmenter.logit_scale.data.fill_(6.0)  # names that are certain: their probability rounds to 1
+        with torch.no_grad():
+            outputs = segmenter.to(dtype)(random_images())
+        assert (outputs.segment_scores > 0).any() or composition == "segments"  # which random weights do not find
+        assert outputs.segment_masks.isfinite().all()
+        assert outputs.segment_masks.dtype == outputs.segment_scores.dtype == dtype
 
     def test_a_vocabulary_of_one_call_leaves_the_checkpoints_own(self, segmenter):
         vocabulary = segmenter.embed_vocabulary(["dog", "bird"], tokenizer=WordTokenizer())

@@ -34,7 +34,7 @@ WORDS = {
 def assert_same_segments(actual, expected):
     assert [s["label"] for s in actual] == [s["label"] for s in expected]
     for one, other in zip(actual, expected, strict=True):
-        assert one["score"] == pytest.approx(other["score"], abs=1e-4)
+        assert one["score"] == other["score"] or one["score"] == pytest.approx(other["score"], abs=1e-4)
         differs = np.asarray(one["mask"]) != np.asarray(other["mask"])
         assert differs.mean() < 1e-3  # rounding, at a mask's edge
 
@@ -87,6 +87,23 @@ def test_a_vocabulary_is_embedded_once(segmenter, images, monkeypatch):
     assert len(embedded) == 1 and len(embedded[0]) == 6
     segmenter(images, candidate_labels=labels)
     assert len(embedded) == 2
+
+
+def test_what_a_pipeline_was_made_with_holds_until_a_call_says_otherwise(segmenter, images):
+    words = {"candidate_labels": ["red dotted shape", "blue solid shape"], "hypothesis_template": "a {}"}
+    made = pipeline("zero-shot-image-segmentation", model=miniature.checkpoint(), **words)
+    for other in ({}, {"hypothesis_template": "the {}"}, {"candidate_labels": ["dog"]}, {"background": 0.5}):
+        actual = made(images[0], subtask="semantic", **other)
+        assert_same_segments(actual, segmenter(images[0], subtask="semantic", **words | other))
+
+
+def test_a_threshold_for_background_takes_nothing_from_the_names(segmenter, images):
+    words = WORDS | {"threshold": 0.9}
+    sure = segmenter(images[0], **words)
+    assert sure
+    by_threshold = segmenter(images[0], **words | {"background": 0.5})
+    assert {segment["label"] for segment in sure} <= {segment["label"] for segment in by_threshold}
+    assert all(segment["score"] > 0.9 for segment in by_threshold)
 
 
 def test_without_labels_it_has_the_checkpoints_own(segmenter, images):

@@ -85,6 +85,25 @@ def test_prompts_follow_a_size_for_one_call(processor, image):
     assert inputs["input_points"].flatten().tolist() == [32.0, 16.0]
 
 
+def test_points_are_scaled_in_each_direction_by_itself(processor):
+    image = Image.new("RGB", (20, 33))  # resized to 39 x 64: 1.95 and 1.94 times
+    inputs = processor(image, input_points=[[[[20, 33]]]], input_boxes=[[[0, 0, 20, 33]]])
+    torch.testing.assert_close(inputs["input_points"][0, 0, 0], torch.tensor([39.0, 64.0]))
+    torch.testing.assert_close(inputs["input_boxes"][0, 0], torch.tensor([0.0, 0.0, 39.0, 64.0]))
+
+
+def test_prompts_come_in_the_type_of_everything_else(processor, image):
+    inputs = processor(
+        [image, image],
+        "a",
+        input_points=[[[[1, 1]]] * 2, [[[1, 1]]]],
+        images_kwargs={"return_tensors": "np"},
+        text_kwargs={"return_tensors": "np"},
+    )
+    assert {type(value) for value in inputs.values()} == {np.ndarray}
+    assert inputs["num_prompts"].tolist() == [2, 1]
+
+
 def test_text_is_tokenised_and_padded(processor, tokenizer, image):
     inputs = processor(image, text=["a cat", "dog"])
     expected = tokenizer(["a cat", "dog"], padding=True, return_tensors="pt")
@@ -121,7 +140,21 @@ def test_saves_and_loads(processor, image, tmp_path, model):
             },
             "as many of each",
         ),
+        (
+            {
+                "images": 2,
+                "input_boxes": [[[0, 0, 1, 1]] * 2, [[0, 0, 1, 1]]],
+                "input_points": [[[[1, 1]]] * 2] * 2,
+            },
+            "as many of each",
+        ),
+        ({"images": 1, "input_points": [[[[1, 1]]]], "input_boxes": [[[0, 0, 1, 1]] * 2]}, "as many of each"),
         ({"images": 1, "input_points": [[[[1, 1]]]], "input_labels": [[[7]]]}, "are 1, 0 or -1"),
+        ({"images": 1, "input_points": [[[[1, 1]]]], "input_labels": [[[0.7]]]}, r"are 1, 0 or -1, got \[0.7\]"),
+        ({"images": 1, "input_points": [[[[60, 10, 50, 3]]]]}, "need x and y, 2 numbers each, got \\[4\\]"),
+        ({"images": 1, "input_boxes": [[[10, 10, 50, 50] * 2]]}, "need x1, y1, x2 and y2, 4 numbers each"),
+        ({"images": 1, "input_boxes": [[[60, 10, 50]]]}, "4 numbers each"),
+        ({"images": 1, "input_boxes": [[["a", 10, 50, 50]]]}, "are numbers, got 'a'"),
         ({"images": 1, "input_points": [[]]}, "at least one prompt"),
         ({"images": 1, "input_points": [[[[1, 1]]]], "input_labels": [[[1, 0]]]}, "exactly one label"),
         ({"images": 1, "input_labels": [[[1]]]}, "give input_points too"),

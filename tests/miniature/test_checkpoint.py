@@ -73,12 +73,15 @@ def test_stock_zero_shot_classification_agrees_with_the_direct_call(student):
 def test_stock_zero_shot_detection_boxes_the_segments_of_a_name(complaints):
     image = Image.fromarray(evaluation_scene(seed=5, index=13).image).resize((200, 150))
     detect = pipeline("zero-shot-object-detection", model=miniature.checkpoint())
-    boxes = detect(image, candidate_labels=[f"a {CLASS_NAMES[13]}", f"a {CLASS_NAMES[20]}"])
+    boxes = detect(image, candidate_labels=[CLASS_NAMES[13], CLASS_NAMES[20]])
+    sentences = detect(image, candidate_labels=[f"a {CLASS_NAMES[13]}", f"a {CLASS_NAMES[20]}"])
     segments = pipeline("image-segmentation", model=miniature.checkpoint())(image, overlap_mask_area_threshold=0)
     assert not complaints.records
-    assert [box["label"] for box in boxes] == [f"a {CLASS_NAMES[13]}"]
-    # In the vocabulary, so of the same probability; and around the same mask.
-    assert boxes[0]["score"] == pytest.approx(segments[0]["score"], abs=0.02)
+    # A name of the vocabulary has the probability that it has there, and so has the sentence that stands for it there.
+    assert [box["label"] for box in boxes] == [CLASS_NAMES[13]]
+    assert [box["label"] for box in sentences] == [f"a {CLASS_NAMES[13]}"]
+    assert boxes[0]["score"] == pytest.approx(segments[0]["score"], abs=1e-4)
+    assert sentences[0]["score"] == pytest.approx(segments[0]["score"], abs=0.02)
     rows, columns = np.nonzero(np.asarray(segments[0]["mask"]))
     box = [boxes[0]["box"][side] for side in ("xmin", "ymin", "xmax", "ymax")]
     assert box == pytest.approx([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1], abs=1)

@@ -109,3 +109,19 @@ def test_a_finished_run_is_not_run_once_more(train, recipe, tmp_path):
     with pytest.raises(SystemExit, match="checkpoint-1 has all of its 1 steps, and the model"):
         train.main([path, "--resume_from_checkpoint", "true"])
     assert (tmp_path / "run" / "train_results.json").read_text() == before
+
+
+def test_a_folder_that_holds_another_run_is_left_alone(train, recipe, tmp_path, capsys):
+    settings = ["stage: 1", "clip_sizes: [64]", "clip_batch_size: 2", "shuffle_buffer: 2", "report_to: none"]
+    path = recipe("\n".join([*settings, "save_strategy: steps", "save_steps: 1"]))
+    train.main([path, "--max_steps", "1", "--resume_from_checkpoint", "true"])
+    assert "no checkpoint in" in capsys.readouterr().err  # and so it said that it starts from the beginning
+    with pytest.raises(SystemExit, match="checkpoint-1 is of an earlier run: go on with it"):
+        train.main([path, "--max_steps", "2"])
+    with pytest.raises(SystemExit, match="cannot go on with something else: stage from 1 to 3"):
+        train.main([path, "--max_steps", "2", "--stage", "3", "--resume_from_checkpoint", "true"])
+
+
+def test_an_argument_may_be_denied_by_its_other_name(train, recipe):
+    args = train.parse_arguments([recipe("max_steps: 1"), "--no_dataloader_pin_memory"])
+    assert args.dataloader_pin_memory is False
