@@ -811,7 +811,6 @@ class TestImageSegmentation:
             outputs = segmenter.to(dtype)(random_images())
         assert (outputs.segment_scores > 0).any() or composition == "segments"  # which random weights do not find
         assert outputs.segment_masks.isfinite().all()
-        assert outputs.segment_masks.dtype == outputs.segment_scores.dtype == dtype
 
     def test_a_vocabulary_of_one_call_leaves_the_checkpoints_own(self, segmenter):
         vocabulary = segmenter.embed_vocabulary(["dog", "bird"], tokenizer=WordTokenizer())
