@@ -131,6 +131,10 @@ def main(argv: list[str]) -> None:
             file=sys.stderr,
         )
         sys.exit(128 + trainer.interruption.signal)
+    if args.lora_r:
+        if trainer.is_world_process_zero():
+            trainer.model.save_pretrained(Path(args.output_dir) / "adapter")
+        trainer.model = trainer.model.merge_and_unload()  # a plain checkpoint, for the next stage and everyone else
     trainer.save_model()
     trainer.save_state()
     trainer.save_metrics("train", result.metrics)

@@ -1,9 +1,11 @@
+import copy
 import os
 import shutil
 import signal
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import (
     AutoModel,
     AutoProcessor,
@@ -324,3 +326,52 @@ def test_a_clip_teacher_with_another_text_space_is_refused(model, clip_teacher):
 def test_arguments_that_cannot_be_meant_are_refused(make_trainer, arguments, sentence):
     with pytest.raises((ValueError, FileNotFoundError), match=sentence):
         make_trainer(**arguments)
+
+
+# ---- LoRA ----
+
+
+def test_adapters_train_save_load_and_merge_to_a_plain_checkpoint(make_trainer, model, tmp_path):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    base = copy.deepcopy(model)
+    trainer = make_trainer(max_steps=4, lora_r=2, learning_rate=1e-2)
+    trainer.train()
+    trained = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    parts = {name.split(".")[2] for name in trained}
+    assert parts == {"vision_encoder", "mask_decoder", "clip_head"}
+    assert all("lora_" in name or "clip_head.modules_to_save" in name for name in trained)
+    assert {group["name"] for group in trainer.optimizer.param_groups} == {"encoder", "head"}
+
+    pixel_values, points = torch.randn(1, 3, 64, 64), torch.tensor([[[[20.0, 30.0]]]])
+    adapted = trainer.model.eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        expected = adapted(pixel_values=pixel_values, input_points=points, input_ids=torch.tensor([[48, 5, 49]]))
+        loaded = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+        merged = loaded.merge_and_unload()
+        assert type(merged) is SamClipModel and merged.state_dict().keys() == before.keys()
+        merged.save_pretrained(tmp_path / "merged")
+        for other in (merged, SamClipModel.from_pretrained(tmp_path / "merged").eval()):
+            actual = other(pixel_values=pixel_values, input_points=points, input_ids=torch.tensor([[48, 5, 49]]))
+            for name in ("pred_masks", "iou_scores", "image_embeds", "logits_per_image"):
+                torch.testing.assert_close(actual[name], expected[name], atol=1e-5, rtol=1e-4)
+    moved = {name.split(".")[0] for name, value in merged.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == {"vision_encoder", "mask_decoder", "clip_head"}
+
+
+def test_adapters_resume_to_the_bit(make_trainer, model, tmp_path):
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "lora_r": 2}
+    trainer = make_trainer(**settings)
+    trainer.train()
+    whole = {name: value.clone() for name, value in trainer.model.merge_and_unload().state_dict().items()}
+    model.load_state_dict(start)
+    resumed = make_trainer(**settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    for name, value in resumed.model.merge_and_unload().state_dict().items():
+        assert torch.equal(value, whole[name]), name
+
+
+def test_adapters_are_for_stage_2(make_trainer):
+    with pytest.raises(ValueError, match="for stage 2 alone; got 4 in stage 1"):
+        make_trainer(stage=1, lora_r=4)

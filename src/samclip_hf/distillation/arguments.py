@@ -120,6 +120,13 @@ class SamClipTrainingArguments(TrainingArguments):
             "counted; ten of them in a row end the training."
         },
     )
+    lora_r: int = field(
+        default=0,
+        metadata={
+            "help": "In stage 2: train LoRA adapters of this rank on image encoder and mask decoder, instead of all "
+            "their weights; the CLIP head in full. 0: no adapters."
+        },
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Steps are built by this package: keep it."})
     dataloader_drop_last: bool = field(default=False, metadata={"help": "Streams are endless: no effect."})
     ignore_data_skip: bool = field(default=True, metadata={"help": "Streams resume by themselves: keep it."})
@@ -162,6 +169,8 @@ class SamClipTrainingArguments(TrainingArguments):
             raise ValueError(f"max_box_noise must be 0 or more pixels, got {self.max_box_noise}.")
         if self.stage not in (1, 2, 3):
             raise ValueError(f"stage must be 1, 2 or 3, got {self.stage}.")
+        if self.lora_r < 0 or (self.lora_r and self.stage != 2):
+            raise ValueError(f"lora_r is 0 or more, and for stage 2 alone; got {self.lora_r} in stage {self.stage}.")
         # DDP must expect that a micro-batch of one teacher leaves the other head alone.
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = True

@@ -34,6 +34,11 @@ STREAM_STATE_NAME = "stream_state.json"  # in every checkpoint: where the data s
 MAX_SKIPPED_STEPS = 10  # in a row, before training stops
 
 # What each stage trains (paper, section 4). The prompt encoder, SAM's positional embedding and the text side never do.
+# With LoRA, what gets adapters instead: every matrix of the image encoder's and the mask decoder's transformers.
+ADAPTED_MODULES = (
+    r"vision_encoder\.layers\.\d+\.(attn\.(qkv|proj)|mlp\.lin[12])"
+    r"|mask_decoder\.transformer\..*\.([qkv]_proj|out_proj|mlp\.lin[12])"
+)
 TRAINED_PARTS = {1: ("clip_head",), 2: ("vision_encoder", "mask_decoder", "clip_head"), 3: ("clip_head",)}
 
 
@@ -81,12 +86,17 @@ class SamClipTrainer(Trainer):
         self.image_mean, self.image_std = image_processor.image_mean, image_processor.image_std
         if self.sam_teacher is not None:
             self.sam_teacher.check(model)
+        train_dataset = self._open_streams(model, args)
         freeze(model, args.stage)
+        student = add_adapters(model, args.lora_r) if args.lora_r else model
+        trainable = sum(p.numel() for p in student.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in student.parameters())
+        logger.warning(f"Training {trainable / 1e6:.2f} of {total / 1e6:.2f} M parameters.")
         super().__init__(
-            model=model,
+            model=student,
             args=args,
             processing_class=processing_class,
-            train_dataset=self._open_streams(model, args),
+            train_dataset=train_dataset,
             **kwargs,
         )
         self.interruption = Interruption()
@@ -428,6 +438,15 @@ def _merge(states: list[dict[str, Any]]) -> dict[str, Any]:
     merged["seen"] = sum(state["seen"] for state in states)
     merged["skipped"] = dict(sum((Counter(state["skipped"]) for state in states), Counter()))
     return merged
+
+
+def add_adapters(model: SamClipModel, rank: int) -> nn.Module:
+    """The model with LoRA on image encoder and mask decoder, and the CLIP head trained in full: a `PeftModel`, whose
+    `merge_and_unload()` is a plain [`SamClipModel`] again."""
+    from peft import LoraConfig, get_peft_model
+
+    settings = LoraConfig(r=rank, lora_alpha=rank, target_modules=ADAPTED_MODULES, modules_to_save=["clip_head"])
+    return get_peft_model(model, settings)
 
 
 def freeze(model: SamClipModel, stage: int) -> None:
