@@ -6,6 +6,7 @@ import signal
 import pytest
 import torch
 from peft import PeftModel
+from PIL import Image
 from transformers import (
     AutoModel,
     AutoProcessor,
@@ -375,3 +376,42 @@ def test_adapters_resume_to_the_bit(make_trainer, model, tmp_path):
 def test_adapters_are_for_stage_2(make_trainer):
     with pytest.raises(ValueError, match="for stage 2 alone; got 4 in stage 1"):
         make_trainer(stage=1, lora_r=4)
+
+
+# ---- evaluation ----
+
+
+def test_an_evaluation_measures_and_draws_what_is_held_out_and_leaves_training_alone(make_trainer, model, tmp_path):
+    settings = {"max_steps": 4, "held_out_share": 0.4, "logging_steps": 4}
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    plain = make_trainer(**settings)
+    plain.train()
+    whole = {name: value.clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(start)
+    texts = {"panel_texts": ["ab", "cd"], "eval_strategy": "steps", "eval_steps": 2, "eval_batches": 3}
+    trainer = make_trainer(**settings, **texts)
+    trainer.train()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, whole[name]), name
+    logs = [[e for e in t.state.log_history if "loss" in e] for t in (plain, trainer)]
+    assert logs[0][0]["clip_loss"] == logs[1][0]["clip_loss"]
+
+    evaluations = [entry for entry in trainer.state.log_history if "eval_clip_loss" in entry]
+    assert [entry["step"] for entry in evaluations] == [2, 4]
+    assert evaluations[0].keys() >= {"eval_sam_loss", "eval_clip_loss"}
+    again = trainer.evaluate()
+    assert again["eval_clip_loss"] == evaluations[1]["eval_clip_loss"]
+    train, held_out = (
+        {sample["key"] for stream in s.tasks["clip"].streams for n in range(3) for _, sample in stream.read(n)}
+        for s in (trainer.train_dataset, trainer.eval_dataset)
+    )
+    assert held_out and not train & held_out
+    panels = sorted(path.name for path in (tmp_path / "run" / "panels").iterdir())
+    assert panels == ["step_000002.png", "step_000004.png"]
+    with Image.open(tmp_path / "run" / "panels" / panels[0]) as picture:
+        assert min(picture.size) > 200
+
+
+def test_an_evaluation_needs_something_held_out(make_trainer):
+    with pytest.raises(ValueError, match="held_out_share is 0"):
+        make_trainer(eval_strategy="steps", eval_steps=2, held_out_share=0.0)

@@ -127,6 +127,18 @@ class SamClipTrainingArguments(TrainingArguments):
             "their weights; the CLIP head in full. 0: no adapters."
         },
     )
+    eval_batches: int = field(
+        default=8,
+        metadata={
+            "help": "With eval_strategy and eval_steps: micro-batches of held-out samples, always the same ones."
+        },
+    )
+    panel_texts: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Texts whose places the panel shows that every evaluation draws, such as 'a photo of a dog'."
+        },
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Steps are built by this package: keep it."})
     dataloader_drop_last: bool = field(default=False, metadata={"help": "Streams are endless: no effect."})
     ignore_data_skip: bool = field(default=True, metadata={"help": "Streams resume by themselves: keep it."})
@@ -136,7 +148,14 @@ class SamClipTrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.max_steps <= 0:
             raise ValueError("Streams are endless: say with max_steps how many optimizer steps this stage lasts.")
-        for name in ("clip_batch_size", "sam_batch_size", "masks_per_image", "data_lanes", "shuffle_buffer"):
+        for name in (
+            "clip_batch_size",
+            "sam_batch_size",
+            "masks_per_image",
+            "data_lanes",
+            "shuffle_buffer",
+            "eval_batches",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}.")
         for name in ("clip_data", "sam_data"):
@@ -151,6 +170,8 @@ class SamClipTrainingArguments(TrainingArguments):
             raise ValueError(f"sam_shards_share is a share, above 0 and up to 1, got {self.sam_shards_share}.")
         if not 0 <= self.held_out_share < 1:
             raise ValueError(f"held_out_share is a share, from 0 and below 1, got {self.held_out_share}.")
+        if self.eval_strategy != "no" and self.held_out_share == 0:
+            raise ValueError("An evaluation needs held-out samples: held_out_share is 0.")
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError(f"max_bad_share is a share, from 0 to 1, got {self.max_bad_share}.")
         if not 0 < self.min_crop <= 1:

@@ -11,11 +11,14 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate.utils import gather, gather_object
+from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerState
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
@@ -24,6 +27,7 @@ from ..processing_samclip import SamClipProcessor
 from .arguments import SamClipTrainingArguments
 from .collation import ClipBatches, SamBatches, StepLoader, StepStream
 from .losses import cosine_distillation_loss, mask_distillation_loss, mask_iou
+from .panel import PanelRow, draw_panel, resize_mask, text_map, to_image
 from .store import TeacherStore
 from .streams import DataError, open_stream
 from .teachers import ClipTeacher, SamTeacher, normalize
@@ -63,6 +67,7 @@ class SamClipTrainer(Trainer):
 
     args: SamClipTrainingArguments
     optimizer: torch.optim.Optimizer  # from create_optimizer, before the first step
+    control: TrainerControl
 
     def __init__(
         self,
@@ -97,6 +102,8 @@ class SamClipTrainer(Trainer):
             args=args,
             processing_class=processing_class,
             train_dataset=train_dataset,
+            # The samples that training never sees; those of one order, whatever the number of processes.
+            eval_dataset=self._open_streams(model, args, held_out=True) if args.eval_strategy != "no" else None,
             **kwargs,
         )
         self.interruption = Interruption()
@@ -118,8 +125,11 @@ class SamClipTrainer(Trainer):
             if isinstance(teacher, nn.Module):
                 teacher.to(args.device)
 
-    def _open_streams(self, student: SamClipModel, args: SamClipTrainingArguments) -> StepStream:
-        streams = [open_stream(name, held_out_share=args.held_out_share) for name in args.clip_data]
+    def _open_streams(
+        self, student: SamClipModel, args: SamClipTrainingArguments, held_out: bool = False
+    ) -> StepStream:
+        share: dict[str, Any] = {"held_out_share": args.held_out_share, "held_out": held_out}
+        streams = [open_stream(name, **share) for name in args.clip_data]
         if isinstance(self.clip_teacher, TeacherStore):
             self.clip_teacher.check(student, streams, args.min_crop)
             self.clip_teacher.attach(streams)
@@ -141,9 +151,7 @@ class SamClipTrainer(Trainer):
         }
         if self.sam_teacher is not None:
             streams = [
-                open_stream(
-                    name, with_masks=True, shards_share=args.sam_shards_share, held_out_share=args.held_out_share
-                )
+                open_stream(name, with_masks=True, shards_share=args.sam_shards_share, **share)
                 for name in args.sam_data
             ]
             tasks["sam"] = SamBatches(
@@ -268,6 +276,75 @@ class SamClipTrainer(Trainer):
         self._record({"sam_loss": loss, f"mask_iou_{prompt}": mask_iou(outputs.pred_masks, teacher_masks)})
         return self.args.sam_loss_weight * loss
 
+    @torch.no_grad()
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Every figure of the training's own log on `eval_batches` micro-batches of held-out samples, always the same
+        ones, and a picture of the first of them, `panels/step_*.png`."""
+        stream = self.eval_dataset if eval_dataset is None else eval_dataset
+        model = self.accelerator.unwrap_model(self.model).eval()
+        training_sums, training_counts = self._sums, self._counts
+        self._sums, self._counts = defaultdict(float), defaultdict(int)
+        for number, batch in zip(range(self.args.eval_batches), StepLoader(stream, max_bad_share=1.0), strict=False):
+            inputs = self._prepare_inputs(batch)
+            del inputs["shares"]
+            with self.compute_loss_context_manager():
+                for task, tensors in inputs.items():
+                    self.clip_loss(model, **tensors) if task == "clip" else self.sam_loss(model, **tensors)
+                if number == 0 and self.args.should_save:
+                    self._draw_panel(model, inputs)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._averages().items()}
+        self._sums, self._counts = training_sums, training_counts
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _draw_panel(self, model: SamClipModel, inputs: dict[str, Any]) -> None:
+        batch = dict(inputs.get("sam", inputs["clip"]))
+        images, sizes = batch.pop("images"), batch.pop("content_sizes", None)
+        rows = []
+        for number in range(min(4, len(images))):
+            size = None if sizes is None else sizes[number]
+            row = PanelRow(to_image(images[number], size))
+            one = images[number : number + 1]
+            if size is not None and self.sam_teacher is not None:
+                prompt = {name: value[number : number + 1, :1] for name, value in batch.items()}
+                prompt["multimask_output"] = False
+                height, width = row.image.shape[:2]
+                teacher_mask = self.sam_teacher(one, size[None], **prompt)[0][0, 0, 0]
+                pixel_values = normalize(one, self.image_mean, self.image_std, size[None])
+                student_mask = model(pixel_values=pixel_values, **prompt).pred_masks[0, 0, 0]
+                row.teacher_mask = resize_mask(teacher_mask, images.shape[-2:])[:height, :width]
+                row.student_mask = resize_mask(student_mask, images.shape[-2:])[:height, :width]
+                if "input_points" in prompt:
+                    row.point = prompt["input_points"][0, 0, 0].cpu().numpy()
+                else:
+                    row.box = prompt["input_boxes"][0, 0].cpu().numpy()
+            if self.args.panel_texts:
+                content = one[:, :, : row.image.shape[0], : row.image.shape[1]]
+                size_of_clip = (max(self.args.clip_sizes),) * 2
+                resized = F.interpolate(content.float(), size=size_of_clip, mode="bilinear", antialias=True)
+                texts = text_map(model, normalize(resized, self.image_mean, self.image_std), self._panel_embeds(model))
+                row.texts = np.asarray(
+                    Image.fromarray(texts.astype(np.uint8)).resize(row.image.shape[1::-1], Image.Resampling.NEAREST)
+                )
+            rows.append(row)
+        path = Path(self.args.output_dir) / "panels" / f"step_{self.state.global_step:06d}.png"
+        draw_panel(path, rows, self.args.panel_texts, f"held-out images, step {self.state.global_step}")
+
+    def _panel_embeds(self, model: SamClipModel) -> Tensor:
+        tokens = self.processing_class.tokenizer(self.args.panel_texts, padding=True, return_tensors="pt")
+        features = model.get_text_features(**tokens.to(self.args.device)).pooler_output
+        return F.normalize(features.float(), dim=-1)
+
+    def _averages(self) -> dict[str, float]:
+        """Of everything recorded since the last time, over all processes."""
+        processes = gather_object([{name: (float(t), self._counts[name]) for name, t in self._sums.items()}])
+        names = sorted({name for sums in processes for name in sums})
+        pairs = {name: [sums[name] for sums in processes if name in sums] for name in names}
+        self._sums.clear()
+        self._counts.clear()
+        return {name: sum(t for t, _ in of) / sum(number for _, number in of) for name, of in pairs.items()}
+
     def _record(self, values: dict[str, Tensor]) -> None:
         """Adds to the averages that the next log shows; stays on the device until then."""
         for name, value in values.items():
@@ -348,19 +425,10 @@ class SamClipTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in [`Trainer`]; adds averages since the last log, learning rates by part of the model, images a second,
         memory, and how many samples and steps were skipped so far; of all processes together."""
-        own = {
-            "sums": {name: (float(total), self._counts[name]) for name, total in self._sums.items()},
-            "images": self._images,
-            "skipped": self._loader.state["skipped"],
-        }
-        processes = gather_object([own])
+        processes = gather_object([{"images": self._images, "skipped": self._loader.state["skipped"]}])
         images = sum(process["images"] for process in processes)
         if "loss" in logs:
-            for name in sorted({name for process in processes for name in process["sums"]}):
-                totals, counts = zip(*(p["sums"][name] for p in processes if name in p["sums"]), strict=True)
-                logs[name] = sum(totals) / sum(counts)
-            self._sums.clear()
-            self._counts.clear()
+            logs.update(self._averages())
             logs.pop("learning_rate", None)
             logs.update({f"learning_rate_{group['name']}": group["lr"] for group in self.optimizer.param_groups})
             now = time.perf_counter()
