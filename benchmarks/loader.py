@@ -75,7 +75,13 @@ def miniature_tasks() -> dict[str, ClipBatches | SamBatches]:
     return {
         "CLIP loss, 64 px": ClipBatches([open_stream("miniature")], [1.0], [64], 64, batch_size=64, min_crop=0.08),
         "SAM loss, 128 px, 6 masks": SamBatches(
-            [open_stream("miniature", with_masks=True)], [1.0], 128, batch_size=3, masks_per_image=6, max_box_noise=2.5
+            [open_stream("miniature", with_masks=True)],
+            [1.0],
+            128,
+            [128],
+            batch_size=3,
+            masks_per_image=6,
+            max_box_noise=2.5,
         ),
     }
 
@@ -144,7 +150,7 @@ def main() -> None:
         for size in (224, 448, 1024):
             task = ClipBatches([streams["photos"]], [1.0], [size], 224, batch_size=8, min_crop=0.5)
             print(f"| CLIP loss, {size} px | {task_rate(task, arguments.num_images, arguments.repeats):.1f} |")
-        sam = SamBatches([streams["sa1b"]], [1.0], 1024, batch_size=2, masks_per_image=32, max_box_noise=20.0)
+        sam = SamBatches([streams["sa1b"]], [1.0], 1024, [1024], batch_size=2, masks_per_image=32, max_box_noise=20.0)
         print(f"| SAM loss, 1024 px, 32 masks | {task_rate(sam, arguments.num_images, arguments.repeats):.1f} |")
 
         for name, task in miniature_tasks().items():

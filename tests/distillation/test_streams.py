@@ -25,7 +25,15 @@ def clip_batches(*names, batch_size=4, sizes=(16,)) -> ClipBatches:
 
 def sam_batches(name, masks_per_image=5) -> SamBatches:
     stream = open_stream(str(name), with_masks=True)
-    return SamBatches([stream], [1.0], image_size=64, batch_size=2, masks_per_image=masks_per_image, max_box_noise=2.0)
+    return SamBatches(
+        [stream],
+        [1.0],
+        image_size=64,
+        student_sizes=[64],
+        batch_size=2,
+        masks_per_image=masks_per_image,
+        max_box_noise=2.0,
+    )
 
 
 def step_loader(seed=0, shuffle_buffer=4, num_workers=0, max_bad_share=1.0, **tasks) -> StepLoader:

@@ -415,3 +415,22 @@ def test_an_evaluation_measures_and_draws_what_is_held_out_and_leaves_training_a
 def test_an_evaluation_needs_something_held_out(make_trainer):
     with pytest.raises(ValueError, match="held_out_share is 0"):
         make_trainer(eval_strategy="steps", eval_steps=2, held_out_share=0.0)
+
+
+def test_a_student_may_see_other_sizes_than_the_sam_teacher(make_trainer, model):
+    trainer = make_trainer(sam_sizes=[32, 64, 128])
+    kinds = set()
+    for _, batch in zip(range(24), trainer.get_train_dataloader(), strict=False):
+        images = batch["sam"]["images"]
+        student_images = batch["sam"].get("student_images", images)
+        kinds.add((student_images.shape[-1], "input_boxes" in batch["sam"]))
+        assert images.shape[-1] == 64
+        loss = trainer.sam_loss(model, **batch["sam"])
+        # The student is the teacher: at the teacher's size nothing is to be learnt, at others something.
+        assert (loss.item() < 1e-6) == (student_images.shape[-1] == 64)
+    assert kinds == {(size, box) for size in (32, 64, 128) for box in (True, False)}
+
+
+def test_sizes_of_the_sam_loss_are_whole_patches(make_trainer):
+    with pytest.raises(ValueError, match=r"sam_sizes \[30\] are not multiples of the student's patch size, 8"):
+        make_trainer(sam_sizes=[30, 64])

@@ -85,6 +85,14 @@ class SamClipTrainingArguments(TrainingArguments):
     sam_batch_size: int = field(
         default=4, metadata={"help": "Images for the SAM loss a process and micro-batch (paper: 32 in all)."}
     )
+    sam_sizes: list[int] = field(
+        default_factory=list,
+        metadata={
+            "help": "Resolutions at which the student sees images for the SAM loss; one is drawn for each step. By "
+            "default the teacher's alone, as in the paper; others, and SAM's size among clip_sizes, work against a "
+            "student that is a SAM at one size and a CLIP at another."
+        },
+    )
     masks_per_image: int = field(default=32, metadata={"help": "Prompts an image for the SAM loss (paper: 32)."})
     max_box_noise: float = field(
         default=20.0, metadata={"help": "Largest noise of a box prompt, in pixels of the model's input (SAM: 20)."}

@@ -120,7 +120,9 @@ class SamBatches:
     streams (`list[Stream]`), shares (`list[float]`):
         From `open_stream` with masks, mixed in proportion to their shares.
     image_size (`int`):
-        The teacher's and the student's, in pixels.
+        The teacher's, in pixels.
+    student_sizes (`list[int]`):
+        The student's resolutions; a step has one of them.
     batch_size (`int`):
         Images a process and step.
     masks_per_image (`int`):
@@ -132,37 +134,42 @@ class SamBatches:
     streams: list[Stream]
     shares: list[float]
     image_size: int
+    student_sizes: list[int]
     batch_size: int
     masks_per_image: int
     max_box_noise: float
 
     def step_rule(self, rng: np.random.Generator) -> dict[str, Any]:
-        """The number of images of a step, and what its samples have in common: the kind of prompt."""
-        return {"num_samples": self.batch_size, "prompt": "point" if rng.random() < 0.5 else "box"}
+        """Number of images of a step, and what its samples have in common: kind of prompt, student's resolution."""
+        prompt = "point" if rng.random() < 0.5 else "box"
+        return {"num_samples": self.batch_size, "prompt": prompt, "student_size": int(rng.choice(self.student_sizes))}
 
-    def sample(self, raw: dict[str, Any], seed: int, epoch: int, prompt: str) -> dict[str, np.ndarray]:
+    def sample(
+        self, raw: dict[str, Any], seed: int, epoch: int, prompt: str, student_size: int
+    ) -> dict[str, np.ndarray]:
         """One padded image, uint8 `(image_size, image_size, 3)`, the `content_sizes` `(2,)` of the picture in it, and
-        its prompts in pixels of the padded image."""
+        its prompts in pixels of the padded image; where the student's size is another one, also its
+        `student_images`."""
         image = decode_image(raw)
         rng = sample_rng(seed, epoch, raw["key"])
         masks = draw_masks(raw, self.masks_per_image, rng)
-        return self._prompt(image, masks, rng, prompt)
+        return self._prompt(image, masks, rng, prompt, student_size)
 
-    def blank(self, prompt: str) -> dict[str, np.ndarray]:
+    def blank(self, prompt: str, student_size: int) -> dict[str, np.ndarray]:
         """A sample of nothing, for a batch none of whose samples can be used."""
         masks = [np.ones((8, 8), bool)] * self.masks_per_image
-        return self._prompt(Image.new("RGB", (8, 8)), masks, np.random.default_rng(0), prompt)
+        return self._prompt(Image.new("RGB", (8, 8)), masks, np.random.default_rng(0), prompt, student_size)
 
     def _prompt(
-        self, image: Image.Image, masks: list[np.ndarray], rng: np.random.Generator, prompt: str
+        self, image: Image.Image, masks: list[np.ndarray], rng: np.random.Generator, prompt: str, student_size: int
     ) -> dict[str, np.ndarray]:
         if any(mask.shape != (image.height, image.width) for mask in masks):
             raise SkippedSampleError("mask and image differ in size")
         scale = self.image_size / max(image.size)
-        width, height = (max(1, int(side * scale + 0.5)) for side in image.size)
-        padded = np.zeros((self.image_size, self.image_size, 3), dtype=np.uint8)
-        padded[:height, :width] = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
+        padded, (height, width) = _pad(image, self.image_size)
         sample = {"images": padded, "content_sizes": np.array([height, width])}
+        if student_size != self.image_size:
+            sample["student_images"], _ = _pad(image, student_size)
 
         to_input = np.array([width / image.width, height / image.height], dtype=np.float32)
         if prompt == "point":
@@ -172,6 +179,14 @@ class SamBatches:
             boxes = [box_from_mask(mask, rng, self.max_box_noise / scale) for mask in masks]
             sample["input_boxes"] = np.stack(boxes) * np.tile(to_input, 2)
         return sample
+
+
+def _pad(image: Image.Image, size: int) -> tuple[np.ndarray, tuple[int, int]]:
+    """Longest edge resized to `size`, the rest black, as SAM's processor does; and the picture's height and width."""
+    width, height = (max(1, int(side * size / max(image.size) + 0.5)) for side in image.size)
+    padded = np.zeros((size, size, 3), dtype=np.uint8)
+    padded[:height, :width] = np.asarray(image.resize((width, height), STUDENT_FILTER))
+    return padded, (height, width)
 
 
 def sample_rng(seed: int, epoch: int, key: str) -> np.random.Generator:

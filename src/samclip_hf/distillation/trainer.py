@@ -85,8 +85,9 @@ class SamClipTrainer(Trainer):
         self.clip_teacher = clip_teacher
         self.sam_teacher = sam_teacher if args.stage == 2 else None
         patch_size = model.config.vision_config.patch_size
-        if bad := [size for size in args.clip_sizes if size % patch_size]:
-            raise ValueError(f"clip_sizes {bad} are not multiples of the student's patch size, {patch_size}.")
+        for name in ("clip_sizes", "sam_sizes"):
+            if bad := [size for size in getattr(args, name) if size % patch_size]:
+                raise ValueError(f"{name} {bad} are not multiples of the student's patch size, {patch_size}.")
         image_processor = processing_class.image_processor
         self.image_mean, self.image_std = image_processor.image_mean, image_processor.image_std
         if self.sam_teacher is not None:
@@ -158,6 +159,7 @@ class SamClipTrainer(Trainer):
                 streams,
                 shares=args.sam_data_shares or [],
                 image_size=self.sam_teacher.image_size,
+                student_sizes=args.sam_sizes or [self.sam_teacher.image_size],
                 batch_size=args.sam_batch_size,
                 masks_per_image=args.masks_per_image,
                 max_box_noise=args.max_box_noise,
@@ -259,13 +261,25 @@ class SamClipTrainer(Trainer):
         self._record({"clip_loss": loss, f"cosine_{images.shape[-1]}px": 1 - loss})
         return loss
 
-    def sam_loss(self, model: nn.Module, images: Tensor, content_sizes: Tensor, **prompts) -> Tensor:
-        """lambda * L_SAM of one micro-batch from [`SamBatches`]."""
+    def sam_loss(
+        self, model: nn.Module, images: Tensor, content_sizes: Tensor, student_images: Tensor | None = None, **prompts
+    ) -> Tensor:
+        """lambda * L_SAM of one micro-batch from [`SamBatches`]. Where the student sees another size than the teacher,
+        the teacher's masks are resized to the student's."""
         assert self.sam_teacher is not None  # only stage 2 has SAM batches
         prompt = "point" if "input_points" in prompts else "box"
         prompts["multimask_output"] = prompt == "point"
         teacher_masks, teacher_iou = self.sam_teacher(images, content_sizes, **prompts)
+        if student_images is not None:
+            scale = student_images.shape[-1] / images.shape[-1]
+            images, content_sizes = student_images, (content_sizes * scale).round().long().clamp_min(1)
+            for name in prompts.keys() & {"input_points", "input_boxes"}:
+                prompts[name] = (prompts[name] + 0.5) * scale - 0.5
         outputs = model(pixel_values=normalize(images, self.image_mean, self.image_std, content_sizes), **prompts)
+        size = outputs.pred_masks.shape[-2:]
+        if teacher_masks.shape[-2:] != size:
+            resized = F.interpolate(teacher_masks.flatten(0, 1).float(), size, mode="bilinear", antialias=True)
+            teacher_masks = resized.view(*teacher_masks.shape[:-2], *size)
         parts = mask_distillation_loss(outputs.pred_masks, teacher_masks, outputs.iou_scores, teacher_iou)
         loss = (
             self.args.focal_weight * parts["focal"]
@@ -301,6 +315,7 @@ class SamClipTrainer(Trainer):
     def _draw_panel(self, model: SamClipModel, inputs: dict[str, Any]) -> None:
         batch = dict(inputs.get("sam", inputs["clip"]))
         images, sizes = batch.pop("images"), batch.pop("content_sizes", None)
+        batch.pop("student_images", None)
         rows = []
         for number in range(min(4, len(images))):
             size = None if sizes is None else sizes[number]
