@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
+
+from samclip_hf.distillation import SamClipTrainingArguments
 
 TRAINING = Path(__file__).parents[2] / "training"
 RECIPES = sorted((TRAINING / "configs").glob("*.yaml"))
@@ -125,3 +128,30 @@ def test_a_folder_that_holds_another_run_is_left_alone(train, recipe, tmp_path, 
 def test_an_argument_may_be_denied_by_its_other_name(train, recipe):
     args = train.parse_arguments([recipe("max_steps: 1"), "--no_dataloader_pin_memory"])
     assert args.dataloader_pin_memory is False
+
+
+def test_accelerates_files_are_what_accelerate_reads():
+    files = sorted((TRAINING / "accelerate").glob("*.yaml"))
+    assert len(files) == 4
+    for path in files:
+        config = load_config_from_file(str(path))
+        assert config.num_processes > 1 and config.mixed_precision == "bf16"
+
+
+def test_costs_are_those_that_are_known(monkeypatch):
+    monkeypatch.syspath_prepend(str(TRAINING))
+    spec = importlib.util.spec_from_file_location("cost", TRAINING / "cost.py")
+    cost = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(cost)
+    monkeypatch.setattr(cost, "config_of", lambda cls, name, otherwise: cls(**otherwise))
+    args = SamClipTrainingArguments(output_dir="unused", stage=1, max_steps=1, use_cpu=True)
+    costs = cost.Costs(args)
+    # ViT-L/14 at 224 px takes 162 GFLOP, ViT-B's encoder 35 (12 layers) and each of the head's 3 layers 3 x 2.8.
+    assert costs.clip(224) / 1e9 == pytest.approx(162 + 35 + 3 * 3 * 2.8, rel=0.03)
+    args.clip_teacher_store = "somewhere"
+    assert costs.clip(224) / 1e9 == pytest.approx(35 + 3 * 3 * 2.8, rel=0.05)
+    args.stage = 2
+    # Twice the encoder's 972 (its windows' padding included) for the teacher's and the student's forward pass, and
+    # twice that for the student's backward pass.
+    encoder_only = 4 * 0.972e12
+    assert encoder_only < cost.Costs(args).sam(1024) < 1.35 * encoder_only

@@ -107,6 +107,11 @@ class SamClipTrainer(Trainer):
             eval_dataset=self._open_streams(model, args, held_out=True) if args.eval_strategy != "no" else None,
             **kwargs,
         )
+        if self.is_deepspeed_enabled and args.stage == 2:
+            raise ValueError(
+                "Stage 2 calls backward twice in a step, and under DeepSpeed every one would step the optimizer. Use "
+                "DDP or FSDP."
+            )
         self.interruption = Interruption()
         self.add_callback(self.interruption)
         self._loader = StepLoader(
