@@ -81,11 +81,16 @@ def build_trainer(args: SamClipTrainingArguments) -> SamClipTrainer:
     clip_teacher = ClipTeacher(clip) if args.clip_teacher_store is None else TeacherStore(args.clip_teacher_store)
     sam_teacher = SamTeacher(sam) if args.stage == 2 else None
     if args.model is None:
+        base = args.sam_student or (sam_teacher.model if sam_teacher else sam)
         head = {"num_hidden_layers": args.clip_head_layers, "pooling": args.clip_head_pooling}
         clip_model = clip_teacher.model if isinstance(clip_teacher, ClipTeacher) else clip
-        model = SamClipModel.from_teachers(sam_teacher.model if sam_teacher else sam, clip_model, head)
-        image_processor = SamClipImageProcessor.from_dict(AutoImageProcessor.from_pretrained(sam).to_dict())
+        model = SamClipModel.from_teachers(base, clip_model, head)
+        image_processor = SamClipImageProcessor.from_dict(
+            AutoImageProcessor.from_pretrained(args.sam_student or sam).to_dict()
+        )
         processor = SamClipProcessor(image_processor, AutoTokenizer.from_pretrained(clip))
+    elif args.sam_student is not None:
+        raise ValueError("model and sam_student both say what the student starts from: leave one out.")
     else:
         model = SamClipModel.from_pretrained(args.model, use_safetensors=True)
         processor = SamClipProcessor.from_pretrained(args.model)

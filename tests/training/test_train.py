@@ -1,12 +1,15 @@
 """The training script's own job: reading a recipe and the command line."""
 
 import importlib.util
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
+from transformers import SamConfig, SamModel
 
+from samclip_hf import SamClipModel, miniature
 from samclip_hf.distillation import SamClipTrainingArguments
 
 TRAINING = Path(__file__).parents[2] / "training"
@@ -155,3 +158,23 @@ def test_costs_are_those_that_are_known(monkeypatch):
     # twice that for the student's backward pass.
     encoder_only = 4 * 0.972e12
     assert encoder_only < cost.Costs(args).sam(1024) < 1.35 * encoder_only
+
+
+def test_a_student_may_start_from_a_smaller_sam_than_its_teacher(train, recipe, tmp_path, capsys):
+    teacher = SamModel.from_pretrained(miniature.sam_teacher())
+    settings = teacher.config.to_dict()
+    settings["vision_config"] |= {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    settings["vision_config"] |= {"mlp_dim": 64, "global_attn_indexes": [1]}
+    SamModel(SamConfig.from_dict(settings)).save_pretrained(tmp_path / "small")
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (source := Path(miniature.sam_teacher()) / name).exists():
+            shutil.copy(source, tmp_path / "small")
+    lines = ["stage: 2", "max_steps: 2", "clip_sizes: [64]", "clip_batch_size: 2", "sam_batch_size: 1"]
+    lines += ["masks_per_image: 2", "shuffle_buffer: 16", "report_to: none", f"sam_student: {tmp_path / 'small'}"]
+    path = recipe("\n".join(lines))
+    train.main([path])
+    student = SamClipModel.from_pretrained(tmp_path / "run")
+    assert student.config.vision_config.hidden_size == 32
+    assert student.config.vision_config.num_hidden_layers == 2
+    with pytest.raises(SystemExit, match="leave one out"):
+        train.main([path, "--model", str(tmp_path / "run")])

@@ -27,6 +27,13 @@ class SamClipTrainingArguments(TrainingArguments):
     sam_teacher: str = field(
         default="miniature", metadata={"help": "A SamModel on the Hub or in a folder, or 'miniature'."}
     )
+    sam_student: str | None = field(
+        default=None,
+        metadata={
+            "help": "A SamModel that a new student starts from where it is not the sam_teacher itself, such as ViT-B "
+            "below a ViT-H teacher."
+        },
+    )
     clip_teacher: str = field(
         default="miniature", metadata={"help": "A CLIPModel on the Hub or in a folder, or 'miniature'."}
     )
