@@ -70,20 +70,18 @@ def draw_data(folder: Path) -> tuple[str, str]:
     return str(folder / "photos.tar"), str(folder / "sa1b.tar")
 
 
-def miniature_tasks() -> dict[str, ClipBatches | SamBatches]:
-    """What `training/configs/miniature_stage2.yaml` reads."""
-    return {
-        "CLIP loss, 64 px": ClipBatches([open_stream("miniature")], [1.0], [64], 64, batch_size=64, min_crop=0.08),
-        "SAM loss, 128 px, 6 masks": SamBatches(
-            [open_stream("miniature", with_masks=True)],
-            [1.0],
-            128,
-            [128],
-            batch_size=3,
-            masks_per_image=6,
-            max_box_noise=2.5,
-        ),
-    }
+def clip_task(
+    data: str, size: int, teacher_size: int = 224, batch_size: int = 8, min_crop: float = 0.5
+) -> ClipBatches:
+    """Of one resolution."""
+    streams = [open_stream(data)]
+    return ClipBatches(streams, [1.0], [size], teacher_size, batch_size, shuffle_buffer=64, min_crop=min_crop)
+
+
+def sam_task(data: str, size: int, batch_size: int = 2, masks: int = 32) -> SamBatches:
+    """Of one resolution."""
+    streams = [open_stream(data, with_masks=True)]
+    return SamBatches(streams, [1.0], size, [size], batch_size, masks, max_box_noise=20.0, shuffle_buffer=64)
 
 
 def rate(work: Callable[[], int], repeats: int) -> float:
@@ -99,7 +97,7 @@ def rate(work: Callable[[], int], repeats: int) -> float:
 
 def task_rate(task: ClipBatches | SamBatches, num_images: int, repeats: int) -> float:
     """Samples a second as a data loader's worker makes them."""
-    parts = iter(StepStream({"task": task}, seed=0, shuffle_buffer=num_images))
+    parts = iter(StepStream({"task": task}, seed=0))
 
     def work() -> int:
         batch = task.batch_size
@@ -145,20 +143,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         photos, sa1b = draw_data(Path(folder)) if not arguments.photos or not arguments.sa1b else ("", "")
         photos, sa1b = arguments.photos or photos, arguments.sa1b or sa1b
-        streams = {"photos": open_stream(photos), "sa1b": open_stream(sa1b, with_masks=True)}
         print("| training's own samples, one core | images a second |\n|---|---|")
-        for size in (224, 448, 1024):
-            task = ClipBatches([streams["photos"]], [1.0], [size], 224, batch_size=8, min_crop=0.5)
-            print(f"| CLIP loss, {size} px | {task_rate(task, arguments.num_images, arguments.repeats):.1f} |")
-        sam = SamBatches([streams["sa1b"]], [1.0], 1024, [1024], batch_size=2, masks_per_image=32, max_box_noise=20.0)
-        print(f"| SAM loss, 1024 px, 32 masks | {task_rate(sam, arguments.num_images, arguments.repeats):.1f} |")
-
-        for name, task in miniature_tasks().items():
-            print(f"| miniature: {name} | {task_rate(task, 256, arguments.repeats):.1f} |")
+        tasks: dict[str, ClipBatches | SamBatches] = {
+            "miniature: CLIP loss, 64 px": clip_task("miniature", 64, 64, batch_size=64, min_crop=0.08),
+            "miniature: SAM loss, 128 px, 6 masks": sam_task("miniature", 128, batch_size=3, masks=6),
+            **{f"photographs: CLIP loss, {size} px": clip_task(photos, size) for size in (224, 448, 1024)},
+            "SA-1B: SAM loss, 1024 px, 32 masks": sam_task(sa1b, 1024),
+        }
+        for name, task in tasks.items():
+            number = 256 if "miniature" in name else arguments.num_images
+            print(f"| {name} | {task_rate(task, number, arguments.repeats):.1f} |")
 
         print("\n| decode and resize alone, images a second (times Pillow's) | 224 px | 448 px | 1024 px |")
         print("|---|---|---|---|")
-        for name, stream in streams.items():
+        for name, stream in {"photographs": open_stream(photos), "SA-1B": open_stream(sa1b)}.items():
             samples = islice((sample for shard in range(stream.num_shards) for _, sample in stream.read(shard)), None)
             contents = [sample["image"]["bytes"] for sample in islice(samples, arguments.num_images)]
             rates: dict[str, list[float]] = {}

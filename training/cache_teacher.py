@@ -22,7 +22,7 @@ from tqdm import tqdm
 from samclip_hf import miniature
 from samclip_hf.distillation import ClipTeacher
 from samclip_hf.distillation.store import begin, describe, fill, shard_path
-from samclip_hf.distillation.streams import open_stream
+from samclip_hf.distillation.streams import UNREADABLE_SHARD, open_stream
 
 
 def main(argv: list[str]) -> None:
@@ -71,6 +71,10 @@ def main(argv: list[str]) -> None:
             progress.update(part["is_last"])
             progress.set_postfix(images=samples, unusable=causes.total())
     print(f"{samples} images embedded, {causes.total()} of which cannot be used, by cause: {dict(causes)}.")
+    if lost := causes[UNREADABLE_SHARD]:
+        sys.exit(
+            f"{lost} shards could not be read to their ends and were not stored. The same command tries them again."
+        )
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ What a recipe costs, before it is run: operations, hours, disk.
     python training/cost.py training/configs/vit_b_stage*.yaml --num_processes 8
 
 Operations are counted by torch in a forward and backward pass of student and teachers, without memory or a GPU. Hours
-assume that a card does 40 % of its peak in bfloat16, a guess not measured here, and a loader that keeps up.
+assume that a card does 40 % of its peak in bfloat16, a guess not measured here, a loader that keeps up, and no
+recomputation of activations.
 Sizes of models come from the Hub; where there is no network, names are taken for SAM ViT-B and CLIP ViT-L/14.
 """
 
@@ -19,6 +20,7 @@ from transformers import CLIPConfig, CLIPModel, SamConfig, SamModel
 
 from samclip_hf import SamClipConfig, SamClipModel, miniature
 from samclip_hf.distillation import SamClipTrainingArguments
+from samclip_hf.distillation.collation import num_images
 from samclip_hf.distillation.trainer import add_adapters, freeze
 
 UTILISATION = 0.4
@@ -125,7 +127,7 @@ def row(path: str, num_processes: int) -> str:
     per_step = images = 0.0
     parts = []
     for size in args.clip_sizes:
-        number = max(1, int(args.clip_batch_size * (min(args.clip_sizes) / size) ** 2)) * micro_batches
+        number = num_images(args.clip_batch_size, args.clip_sizes, size) * micro_batches
         operations = costs.clip(size)
         parts.append(f"{size} px: {short(operations / 1e9)}")
         per_step += number * operations / len(args.clip_sizes)

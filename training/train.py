@@ -120,15 +120,19 @@ def main(argv: list[str]) -> None:
         state = Path(checkpoint) / TRAINER_STATE_NAME
         if not state.is_file():
             sys.exit(f"Training did not start. There is no checkpoint to resume from in {str(checkpoint)!r}.")
-        if (steps := TrainerState.load_from_json(str(state)).global_step) >= args.max_steps:
-            sys.exit(f"Training did not start. {checkpoint} has all of its {steps} steps, and the model.")
+        if TrainerState.load_from_json(str(state)).global_step >= args.max_steps:
+            if (Path(args.output_dir) / "train_results.json").is_file():
+                sys.exit(f"Training did not start. {checkpoint} has all of its {args.max_steps} steps, and the model.")
+            trainer._load_from_checkpoint(str(checkpoint))  # it was stopped before it saved the model
+            save(trainer, {})
+            return
     try:
         result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except (OSError, DataError, FloatingPointError) as error:  # a full disk, bad data, gradients that are no numbers
         if trainer.state.global_step:
             sys.exit(f"Training stopped after step {trainer.state.global_step}. {error}")
         sys.exit(f"Training did not start. {error}")
-    if trainer.interruption.signal is not None:
+    if trainer.interruption.signal is not None and trainer.state.global_step < args.max_steps:
         trainer.save_state()
         print(
             f"Interrupted after step {trainer.state.global_step} of {args.max_steps}. The same command with "
@@ -136,13 +140,18 @@ def main(argv: list[str]) -> None:
             file=sys.stderr,
         )
         sys.exit(128 + trainer.interruption.signal)
-    if args.lora_r:
+    save(trainer, result.metrics)
+
+
+def save(trainer: SamClipTrainer, metrics: dict[str, float]) -> None:
+    """The model and what is said of it, into the output folder; with LoRA merged, and the adapters beside it."""
+    if trainer.args.lora_r:
         if trainer.is_world_process_zero():
-            trainer.model.save_pretrained(Path(args.output_dir) / "adapter")
+            trainer.model.save_pretrained(Path(trainer.args.output_dir) / "adapter")
         trainer.model = trainer.model.merge_and_unload()  # a plain checkpoint, for the next stage and everyone else
     trainer.save_model()
     trainer.save_state()
-    trainer.save_metrics("train", result.metrics)
+    trainer.save_metrics("train", metrics)
 
 
 if __name__ == "__main__":

@@ -13,13 +13,15 @@ class Numbers:
 
     def __init__(self, lengths, name="a"):
         self.names = [f"{name}{shard}" for shard in range(len(lengths))]
+        self.is_remote = False
         self.lengths = lengths
         self.reads = []  # rows handed out
 
-    def rows(self, shard, start):
+    def rows(self, shard, start, wanted):
         for row in range(start, self.lengths[shard]):
             self.reads.append((shard, row))
-            yield {"key": f"{self.names[shard]}/{row}", "image": None}
+            if wanted(key := f"{self.names[shard]}/{row}"):
+                yield row, {"key": key, "image": None}
 
 
 def keys(mixture, numbers):
@@ -131,25 +133,25 @@ def test_a_stream_of_nothing_ends_with_a_sentence():
 class Flaky(Numbers):
     """Fails once at every row."""
 
-    def __init__(self, lengths, scheme):
+    def __init__(self, lengths, is_remote):
         super().__init__(lengths)
-        self.names = [f"{scheme}{name}" for name in self.names]
+        self.is_remote = is_remote
         self.failed = set()
 
-    def rows(self, shard, start):
+    def rows(self, shard, start, wanted):
         for row in range(start, self.lengths[shard]):
             if (shard, row) not in self.failed:
                 self.failed.add((shard, row))
                 raise ConnectionError("gone")
-            yield {"key": f"{row}", "image": None}
+            yield row, {"key": f"{row}", "image": None}
 
 
 def test_a_remote_read_that_fails_is_tried_again_where_it_failed(monkeypatch):
     waits = []
     monkeypatch.setattr("samclip_hf.distillation.streams.time.sleep", waits.append)
-    assert [row for row, _ in Stream(Flaky([4], "https://")).read(0)] == [0, 1, 2, 3]
+    assert [row for row, _ in Stream(Flaky([4], is_remote=True)).read(0)] == [0, 1, 2, 3]
     assert waits == [1, 1, 1, 1]
-    broken = list(Stream(Flaky([4], "/")).read(0))  # a file here will not get better
+    broken = list(Stream(Flaky([4], is_remote=False)).read(0))  # a file here will not get better
     assert [(row, sample["cause"]) for row, sample in broken] == [(0, "unreadable shard")]
 
 
@@ -158,11 +160,11 @@ def test_a_remote_shard_that_stays_away_is_given_up(monkeypatch):
     monkeypatch.setattr("samclip_hf.distillation.streams.time.sleep", waits.append)
 
     class Gone(Numbers):
-        def rows(self, shard, start):
+        def rows(self, shard, start, wanted):
             raise OSError("gone")
 
     source = Gone([4])
-    source.names = ["https://nowhere"]
+    source.is_remote = True
     assert [sample["cause"] for _, sample in Stream(source).read(0)] == ["unreadable shard"]
     assert waits == [1, 2, 4, 8, 16]
 

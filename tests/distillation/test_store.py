@@ -96,15 +96,17 @@ def test_a_store_of_something_else_is_refused(cache_teacher, arguments, model, p
     cache_teacher(arguments)
     store = TeacherStore(tmp_path / "store")
     streams = [open_stream(str(photos))]
-    store.check(model, streams, 0.5)
+    store.check(model, streams, 0.5, "miniature")
     with pytest.raises(ValueError, match=r"crops with min_crop 0\.5, not 0\.08"):
-        store.check(model, streams, 0.08)
+        store.check(model, streams, 0.08, "miniature")
     with pytest.raises(ValueError, match=r"of other data: \[3\] shards where clip_data has \[1\]"):
-        store.check(model, [open_stream(str(sa1b))], 0.5)
+        store.check(model, [open_stream(str(sa1b))], 0.5, "miniature")
+    with pytest.raises(ValueError, match=r"holds embeddings of clip.*, and clip_teacher is openai/other"):
+        store.check(model, streams, 0.5, "openai/other")
     description = tmp_path / "store" / "store.json"
     description.write_text(json.dumps(json.loads(description.read_text()) | {"text_projection": [9.0] * 64}))
     with pytest.raises(ValueError, match="text tower is not this CLIP teacher's"):
-        TeacherStore(tmp_path / "store").check(model, streams, 0.5)
+        TeacherStore(tmp_path / "store").check(model, streams, 0.5, "miniature")
     with pytest.raises(FileNotFoundError, match="There is no store in"):
         TeacherStore(tmp_path)
 
@@ -117,3 +119,17 @@ def test_data_that_changed_since_are_refused(cache_teacher, arguments, tmp_path)
     TeacherStore(tmp_path / "store").attach([stream])
     with pytest.raises(DataError, match=r"Row 1 of .*is '0/other', but its stored embedding is of another sample"):
         list(stream.read(0))
+
+
+def test_a_shard_that_cannot_be_read_is_tried_again_next_time(cache_teacher, arguments, tmp_path):
+    write_tar(tmp_path / "0.tar", {"0.jpg": jpeg(0), "1.jpg": jpeg(1)})
+    whole = (tmp_path / "0.tar").read_bytes()
+    (tmp_path / "0.tar").write_bytes(whole[: whole.index(b"1.jpg") + 600])
+    words = [*arguments, "--clip_data", str(tmp_path / "0.tar")]
+    with pytest.raises(SystemExit, match="1 shards could not be read to their ends and were not stored"):
+        cache_teacher(words)
+    (tmp_path / "0.tar").write_bytes(whole)
+    cache_teacher(words)
+    stream = open_stream(str(tmp_path / "0.tar"))
+    TeacherStore(tmp_path / "store").attach([stream])
+    assert len([sample["embeds"] for _, sample in stream.read(0)]) == 2

@@ -1,4 +1,5 @@
 import copy
+import math
 import os
 import shutil
 import signal
@@ -120,10 +121,16 @@ def test_the_log_names_every_part(make_trainer):
     assert logged.keys() >= {
         *("loss", "clip_loss", "sam_loss", "sam_focal", "sam_dice", "sam_iou_head"),
         *("cosine_32px", "cosine_64px", "mask_iou_point", "mask_iou_box"),
-        *("learning_rate_head", "learning_rate_encoder", "images_per_second", "grad_norm"),
+        *("learning_rate_head", "learning_rate_encoder", "images_per_second", "peak_memory_gb"),
+        *("grad_norm", "grad_norm_clip_head", "grad_norm_vision_encoder", "grad_norm_mask_decoder"),
     }
     assert logged["loss"] == pytest.approx(logged["clip_loss"] + 10 * logged["sam_loss"], rel=1e-4)
     assert metrics["train_images_seen"] > 8 * 2
+    one_step = make_trainer(max_steps=1)
+    one_step.train()
+    logged = one_step.state.log_history[0]
+    parts = [logged[f"grad_norm_{part}"] for part in ("clip_head", "vision_encoder", "mask_decoder")]
+    assert logged["grad_norm"] == pytest.approx(math.hypot(*parts), rel=1e-4)
 
 
 def test_the_clip_loss_falls(make_trainer):
@@ -157,7 +164,7 @@ def test_a_resumed_run_is_to_the_bit_what_it_would_have_been(make_trainer, model
     def curve(trainer):
         return {
             entry["step"]: {
-                name: value for name, value in entry.items() if not name.startswith(("images_per", "epoch"))
+                name: value for name, value in entry.items() if not name.startswith(("images_per", "epoch", "peak"))
             }
             for entry in trainer.state.log_history
             if "loss" in entry
@@ -403,7 +410,7 @@ def test_an_evaluation_measures_and_draws_what_is_held_out_and_leaves_training_a
     assert again["eval_clip_loss"] == evaluations[1]["eval_clip_loss"]
     train, held_out = (
         {sample["key"] for stream in s.tasks["clip"].streams for n in range(3) for _, sample in stream.read(n)}
-        for s in (trainer.train_dataset, trainer.eval_dataset)
+        for s in (trainer.train_dataset, trainer._open_streams(model, trainer.args, held_out=True))
     )
     assert held_out and not train & held_out
     panels = sorted(path.name for path in (tmp_path / "run" / "panels").iterdir())

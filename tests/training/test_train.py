@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
+from safetensors.torch import load_file
 from transformers import SamConfig, SamModel
 
 from samclip_hf import SamClipModel, miniature
@@ -117,6 +118,19 @@ def test_a_finished_run_is_not_run_once_more(train, recipe, tmp_path):
     assert (tmp_path / "run" / "train_results.json").read_text() == before
 
 
+def test_a_run_that_was_stopped_before_it_saved_its_model_is_finished(train, recipe, tmp_path):
+    settings = ["stage: 2", "max_steps: 1", "clip_sizes: [64]", "clip_batch_size: 2", "sam_batch_size: 1", "lora_r: 2"]
+    lines = [*settings, "masks_per_image: 2", "shuffle_buffer: 16", "report_to: none", "save_steps: 1"]
+    path = recipe("\n".join(lines))
+    train.main([path])
+    whole = load_file(tmp_path / "run" / "model.safetensors")
+    for name in ("model.safetensors", "train_results.json"):
+        (tmp_path / "run" / name).unlink()
+    train.main([path, "--resume_from_checkpoint", "true"])
+    for name, value in load_file(tmp_path / "run" / "model.safetensors").items():
+        assert torch.equal(value, whole[name]), name
+
+
 def test_a_folder_that_holds_another_run_is_left_alone(train, recipe, tmp_path, capsys):
     settings = ["stage: 1", "clip_sizes: [64]", "clip_batch_size: 2", "shuffle_buffer: 2", "report_to: none"]
     path = recipe("\n".join([*settings, "save_strategy: steps", "save_steps: 1"]))
@@ -135,7 +149,7 @@ def test_an_argument_may_be_denied_by_its_other_name(train, recipe):
 
 def test_accelerates_files_are_what_accelerate_reads():
     files = sorted((TRAINING / "accelerate").glob("*.yaml"))
-    assert len(files) == 4
+    assert len(files) == 3
     for path in files:
         config = load_config_from_file(str(path))
         assert config.num_processes > 1 and config.mixed_precision == "bf16"

@@ -116,7 +116,10 @@ class SamClipTrainingArguments(TrainingArguments):
     )
     shuffle_buffer: int = field(
         default=1000,
-        metadata={"help": "Samples of a stream that are shuffled with one another, in all processes together."},
+        metadata={"help": "Samples of clip_data that are shuffled with one another, and held, in all processes."},
+    )
+    sam_shuffle_buffer: int = field(
+        default=200, metadata={"help": "The same of sam_data, whose samples take about a megabyte each."}
     )
     sam_loss_weight: float = field(
         default=10.0, metadata={"help": "Lambda in L_CLIP + lambda * L_SAM (paper, section 3: 10)."}
@@ -169,6 +172,7 @@ class SamClipTrainingArguments(TrainingArguments):
             "masks_per_image",
             "data_lanes",
             "shuffle_buffer",
+            "sam_shuffle_buffer",
             "eval_batches",
         ):
             if getattr(self, name) < 1:
@@ -199,6 +203,8 @@ class SamClipTrainingArguments(TrainingArguments):
             raise ValueError(f"encoder_learning_rate_scale must be 0 or more, got {self.encoder_learning_rate_scale}.")
         if self.clip_head_layers < 1:
             raise ValueError(f"clip_head_layers must be 1 or more, got {self.clip_head_layers}.")
+        if not self.max_grad_norm > 0:
+            raise ValueError("max_grad_norm must be above 0, inf for no clipping: by it, steps gone wrong are found.")
         if not self.max_step_grad_norm > 0:
             raise ValueError(f"max_step_grad_norm must be above 0, got {self.max_step_grad_norm}.")
         if self.max_box_noise < 0:
@@ -209,4 +215,4 @@ class SamClipTrainingArguments(TrainingArguments):
             raise ValueError(f"lora_r is 0 or more, and for stage 2 alone; got {self.lora_r} in stage {self.stage}.")
         # DDP must expect that a micro-batch of one teacher leaves the other head alone.
         if self.ddp_find_unused_parameters is None:
-            self.ddp_find_unused_parameters = True
+            self.ddp_find_unused_parameters = self.stage == 2

@@ -6,8 +6,9 @@ Everything random about a sample follows from (seed, epoch, its key), everything
 """
 
 import math
+import signal
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
@@ -20,9 +21,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 from transformers.utils import logging
 
-from .order import Mixture, lanes_of
+from .order import Mixture, Position, lanes_of
 from .prompts import box_from_mask, point_from_mask
-from .streams import DataError, SkippedSampleError, Stream, decode_image, draw_masks
+from .streams import UNREADABLE_SHARD, DataError, SkippedSampleError, Stream, decode_image, draw_masks
 
 logger = logging.get_logger(__name__)
 
@@ -60,8 +61,9 @@ class ClipBatches:
     teacher_image_size (`int`):
         The teacher's.
     batch_size (`int`):
-        Images a process and step at the smallest of `image_sizes`; at a larger one as many as have about the same
-        number of pixels (CVNets' variable batch sampler; paper, section 4).
+        Images a process and step at the smallest of `image_sizes`; see `num_images` for larger ones.
+    shuffle_buffer (`int`):
+        Of each stream, see [`Mixture`].
     min_crop (`float`):
         Smallest share of the image that a crop shows.
     store (`StoreDescription`, *optional*):
@@ -73,14 +75,14 @@ class ClipBatches:
     image_sizes: list[int]
     teacher_image_size: int
     batch_size: int
+    shuffle_buffer: int
     min_crop: float
     store: StoreDescription | None = None
 
     def step_rule(self, rng: np.random.Generator) -> dict[str, Any]:
         """The number of images of a step, and what its samples have in common: the resolution."""
         image_size = int(rng.choice(self.image_sizes))
-        num_samples = max(1, int(self.batch_size * (min(self.image_sizes) / image_size) ** 2))
-        return {"num_samples": num_samples, "image_size": image_size}
+        return {"num_samples": num_images(self.batch_size, self.image_sizes, image_size), "image_size": image_size}
 
     def sample(self, raw: dict[str, Any], seed: int, epoch: int, image_size: int) -> dict[str, np.ndarray]:
         """The student's `images` and the `teacher_images`, both uint8 `(size, size, 3)`, of one crop; with a store
@@ -108,6 +110,12 @@ class ClipBatches:
         return {"images": images, "teacher_embeds": np.ones(self.store.projection_dim, dtype=np.float32)}
 
 
+def num_images(batch_size: int, image_sizes: list[int], image_size: int) -> int:
+    """How many images of a size have about as many pixels as `batch_size` of the smallest size (CVNets' variable batch
+    sampler; paper, section 4). Rounded for a process: what processes have together can differ by that."""
+    return max(1, int(batch_size * (min(image_sizes) / image_size) ** 2))
+
+
 @dataclass
 class SamBatches:
     r"""
@@ -129,6 +137,8 @@ class SamBatches:
         Prompts of each image; masks are drawn twice where an image has fewer.
     max_box_noise (`float`):
         In pixels of the model's input.
+    shuffle_buffer (`int`):
+        Of each stream, see [`Mixture`].
     """
 
     streams: list[Stream]
@@ -138,6 +148,7 @@ class SamBatches:
     batch_size: int
     masks_per_image: int
     max_box_noise: float
+    shuffle_buffer: int
 
     def step_rule(self, rng: np.random.Generator) -> dict[str, Any]:
         """Number of images of a step, and what its samples have in common: kind of prompt, student's resolution."""
@@ -238,7 +249,7 @@ class StepStream(torch.utils.data.IterableDataset):
 
     tasks (`dict[str, ClipBatches | SamBatches]`):
         What a step consists of.
-    seed (`int`), num_lanes (`int`), shuffle_buffer (`int`):
+    seed (`int`), num_lanes (`int`):
         See [`Mixture`].
     gradient_accumulation_steps (`int`):
         So many micro-batches make an optimizer step, and share its rule.
@@ -250,13 +261,12 @@ class StepStream(torch.utils.data.IterableDataset):
         self,
         tasks: dict[str, ClipBatches | SamBatches],
         seed: int,
-        shuffle_buffer: int,
         num_lanes: int = 16,
         gradient_accumulation_steps: int = 1,
         rank: int = 0,
         world_size: int = 1,
     ):
-        self.tasks, self.seed, self.num_lanes, self.shuffle_buffer = tasks, seed, num_lanes, shuffle_buffer
+        self.tasks, self.seed, self.num_lanes = tasks, seed, num_lanes
         self.gradient_accumulation_steps = gradient_accumulation_steps
         self.rank, self.world_size = rank, world_size
         self._causes: set[str] = set()  # for which a sample was skipped, as far as this reader knows
@@ -275,7 +285,7 @@ class StepStream(torch.utils.data.IterableDataset):
         own, readers = self.rank + self.world_size * worker, self.world_size * num_workers
         mixtures = {
             name: Mixture(
-                task.streams, task.shares, self.seed, self.num_lanes, self.shuffle_buffer, self.start["lanes"][name]
+                task.streams, task.shares, self.seed, self.num_lanes, task.shuffle_buffer, self.start["lanes"][name]
             )
             for name, task in self.tasks.items()
         }
@@ -283,7 +293,7 @@ class StepStream(torch.utils.data.IterableDataset):
         for item in count(self.start["item"]):
             step = item // self.gradient_accumulation_steps
             skipped: Counter[str] = Counter()
-            part: dict[str, Any] = {"tasks": {}, "skipped": skipped, "lanes": {}}
+            part: dict[str, Any] = {"tasks": {}, "lanes": {}}
             for index, (name, task) in enumerate(self.tasks.items()):
                 rule = task.step_rule(np.random.default_rng((self.seed, step, index)))
                 num_samples = rule.pop("num_samples") * self.world_size
@@ -297,7 +307,7 @@ class StepStream(torch.utils.data.IterableDataset):
                     "planned": len(numbers),
                 }
                 part["lanes"][name] = mixtures[name].positions
-            yield part | {"item": item + 1, "drawn": dict(drawn)}
+            yield part | {"item": item + 1, "drawn": dict(drawn), "skipped": dict(skipped)}
 
     def _sample(self, task, mixture: Mixture, number: int, skipped: Counter[str], rule: dict[str, Any]):
         epoch, raw = mixture.sample(number)
@@ -319,24 +329,33 @@ class StepLoader:
     stream ([`StepStream`]):
         Where its parts come from.
     max_bad_share (`float`):
-        When more of the samples cannot be used, reading stops with a [`DataError`]; judged from the first 1000 on.
+        When more of the last thousand samples or so cannot be used, or of the shards begun so far, reading stops with
+        a [`DataError`].
     """
 
     MIN_SEEN = 1000  # samples, before a share means something
 
     def __init__(self, stream: StepStream, max_bad_share: float, num_workers: int = 0, **kwargs):
         self.parts: DataLoader = DataLoader(
-            stream, batch_size=None, collate_fn=_unchanged, num_workers=num_workers, **kwargs
+            stream,
+            batch_size=None,
+            collate_fn=_unchanged,
+            num_workers=num_workers,
+            worker_init_fn=_leave_signals_to_the_trainer,
+            **kwargs,
         )
         self.stream, self.max_bad_share = stream, max_bad_share
         # After the micro-batches given out so far; what was seen and skipped is this process's own.
-        self.state = {**stream.start, "seen": 0, "skipped": {}}
+        self.state: dict[str, Any] = {**stream.start, "seen": 0, "skipped": {}}
+        self._recent: deque[tuple[int, int]] = deque()  # samples seen and skipped, by micro-batch
         warn_of_shared_lanes(stream, num_workers)
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Goes on where a loader with this `state` stood, of any number of processes and workers."""
-        self.state = state
-        self.stream.start = {name: state[name] for name in ("item", "drawn", "lanes")}
+        """Goes on where a loader with this `state`, or what JSON makes of it, stood, of any number of processes and
+        workers."""
+        lanes = {task: {name: Position(*p) for name, p in of.items()} for task, of in state["lanes"].items()}
+        self.state = state | {"lanes": lanes}
+        self.stream.start = {name: self.state[name] for name in ("item", "drawn", "lanes")}
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         parts = iter(self.parts)
@@ -346,19 +365,35 @@ class StepLoader:
             yield self._join([part["tasks"] for part in of_workers])
 
     def _take_stock(self, parts: tuple[dict[str, Any], ...]) -> None:
-        lanes = {name: dict(positions) for name, positions in self.state["lanes"].items()}
-        seen, skipped = self.state["seen"], Counter(self.state["skipped"])
-        for part in parts:
-            for name, positions in part["lanes"].items():
-                lanes[name].update(positions)
-            seen += sum(task["planned"] for task in part["tasks"].values())
-            skipped.update(part["skipped"])
-        position = {name: parts[0][name] for name in ("item", "drawn")}
-        self.state = {**position, "lanes": lanes, "seen": seen, "skipped": dict(skipped)}
-        if seen >= self.MIN_SEEN and skipped.total() > self.max_bad_share * seen:
+        seen = sum(task["planned"] for part in parts for task in part["tasks"].values())
+        skipped = sum((Counter(part["skipped"]) for part in parts), Counter())
+        self.state = {
+            "item": parts[0]["item"],
+            "drawn": parts[0]["drawn"],
+            "lanes": furthest([self.state["lanes"], *(part["lanes"] for part in parts)]),
+            "seen": self.state["seen"] + seen,
+            "skipped": dict(Counter(self.state["skipped"]) + skipped),
+        }
+        self._recent.append((seen, skipped.total()))
+        while sum(seen for seen, _ in self._recent) - self._recent[0][0] >= self.MIN_SEEN:
+            self._recent.popleft()
+        self._judge()
+
+    def _judge(self) -> None:
+        seen, bad = (sum(numbers) for numbers in zip(*self._recent, strict=True))
+        if seen < self.MIN_SEEN:
+            return
+        if bad > self.max_bad_share * seen:
             raise DataError(
-                f"{skipped.total()} of {seen} samples could not be used, by cause: {dict(skipped)}. That is more than "
-                f"max_bad_share, {self.max_bad_share}: is this the right data?"
+                f"{bad} of the last {seen} samples could not be used. That is more than max_bad_share, "
+                f"{self.max_bad_share}: is this the right data? So far, by cause: {self.state['skipped']}."
+            )
+        unreadable = self.state["skipped"].get(UNREADABLE_SHARD, 0)
+        begun = sum(position.shards + 1 for lanes in self.state["lanes"].values() for position in lanes.values())
+        if unreadable > self.max_bad_share * begun:
+            raise DataError(
+                f"{unreadable} of {begun} shards could not be read to their ends, as the log says one by one. That is "
+                f"more than max_bad_share, {self.max_bad_share}."
             )
 
     def _join(self, parts: list[dict[str, Any]]) -> dict[str, Any]:
@@ -375,6 +410,23 @@ class StepLoader:
             batches[name] = {field: values[order] for field, values in batch.items()}
             shares.setdefault(name, len(order) / sum(part[name]["planned"] for part in parts))
         return {**batches, "shares": shares}
+
+
+def furthest(states: list[dict[str, dict[str, Position]]]) -> dict[str, dict[str, Position]]:
+    """Of every lane of every task its furthest position: what one reader knows of another's lanes may be old."""
+    merged: dict[str, dict[str, Position]] = {name: {} for name in states[0]}
+    for state in states:
+        for task, lanes in state.items():
+            for lane, position in lanes.items():
+                if lane not in merged[task] or position.samples > merged[task][lane].samples:
+                    merged[task][lane] = position
+    return merged
+
+
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """Launchers and schedulers signal every process of a job; workers are needed to the end of the step."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _unchanged(part: Any) -> Any:

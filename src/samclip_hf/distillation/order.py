@@ -9,13 +9,23 @@ where each lane stood.
 
 from collections.abc import Iterator
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from .streams import Stream
 
 MAX_EMPTY_PASSES = 10  # of a lane, which finds other shards in each
+
+
+class Position(NamedTuple):
+    """Where a lane stands: at the beginning of a window."""
+
+    epoch: int = 0
+    turn: int = 0  # in its shards of the epoch
+    row: int = 0
+    samples: int = 0  # before it
+    shards: int = 0  # begun before this one
 
 
 class Lane:
@@ -29,8 +39,8 @@ class Lane:
         Which of the lanes this is.
     window (`int`):
         Samples that are shuffled with one another, and held undecoded.
-    position (`tuple[int, int, int, int]`, *optional*):
-        Where to begin, from an earlier `position`: epoch, turn in its shards, row, and samples before them.
+    position (`Position`, *optional*):
+        Where to begin, from an earlier one.
     """
 
     def __init__(
@@ -40,11 +50,11 @@ class Lane:
         lane: int,
         num_lanes: int,
         window: int,
-        position: tuple[int, int, int, int] | None = None,
+        position: Position | None = None,
     ):
         self.stream, self.seed, self.lane, self.num_lanes, self.window = stream, seed, lane, num_lanes, window
-        self.position = (0, 0, 0, 0) if position is None else position
-        self._next = self.position[3]
+        self.position = position or Position()
+        self._next = self.position.samples
         self._samples = self._read()
 
     def sample(self, number: int) -> tuple[int, dict[str, Any]]:
@@ -56,7 +66,7 @@ class Lane:
         return epoch, sample
 
     def _read(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        epoch, first_turn, row, number = self.position
+        epoch, first_turn, row, number, shards = self.position
         empty_passes = 0
         while True:
             before = number
@@ -64,12 +74,14 @@ class Lane:
             own = order.tolist()[self.lane :: self.num_lanes]
             for turn, shard in enumerate(own[first_turn:], first_turn):
                 rows = self.stream.read(shard, row)
+                shards += 1
                 while window := list(islice(rows, self.window)):
                     row = window[0][0]
-                    self.position = (epoch, turn, row, number)
+                    self.position = Position(epoch, turn, row, number, shards - 1)
                     for index in np.random.default_rng((self.seed, epoch, shard, row)).permutation(len(window)):
                         yield epoch, window[index][1]
                     number += len(window)
+                    window.clear()  # before the next one fills
                 row = 0
             empty_passes = empty_passes + 1 if number == before else 0
             if empty_passes == MAX_EMPTY_PASSES:
@@ -91,7 +103,7 @@ class Mixture:
         Of a stream with as many shards. One with fewer shards has the largest divisor of this number that they fill.
     shuffle_buffer (`int`):
         Samples of a stream that are shuffled with one another, in all its lanes together.
-    positions (`dict[str, list[int]]`):
+    positions (`dict[str, Position]`):
         Where lanes begin, by "stream/lane"; those not named begin at the beginning.
     """
 
@@ -104,7 +116,7 @@ class Mixture:
         seed: int,
         num_lanes: int,
         shuffle_buffer: int,
-        positions: dict[str, list[int]],
+        positions: dict[str, Position],
     ):
         self.streams, self.seed, self.num_lanes = streams, seed, num_lanes
         self.shuffle_buffer, self.start = shuffle_buffer, positions
@@ -128,22 +140,21 @@ class Mixture:
         num_lanes = self.lanes_of[index]
         name = f"{index}/{place % num_lanes}"
         if name not in self._lanes:
-            position = self.start.get(name)
             self._lanes[name] = Lane(
                 self.streams[index],
                 self.seed,
                 lane=place % num_lanes,
                 num_lanes=num_lanes,
                 window=max(1, self.shuffle_buffer // num_lanes),
-                position=None if position is None else (position[0], position[1], position[2], position[3]),
+                position=self.start.get(name),
             )
         turns_before += period * self._turns_of[index]
         return self._lanes[name].sample(turns_before * (self.num_lanes // num_lanes) + place // num_lanes)
 
     @property
-    def positions(self) -> dict[str, list[int]]:
+    def positions(self) -> dict[str, Position]:
         """Of the lanes read so far."""
-        return {name: list(lane.position) for name, lane in self._lanes.items()}
+        return {name: lane.position for name, lane in self._lanes.items()}
 
 
 def lanes_of(stream: Stream, num_lanes: int) -> int:

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..modeling_samclip import SamClipModel
 from .collation import TEACHER_FILTER, StoreDescription, cut, draw_crop, sample_rng
-from .streams import SkippedSampleError, Stream, decode_image
+from .streams import UNREADABLE_SHARD, SkippedSampleError, Stream, decode_image
 from .teachers import ClipTeacher, check_text_space
 
 DESCRIPTION_NAME = "store.json"
@@ -57,8 +57,11 @@ class TeacherStore:
                 "cache_teacher.py command goes on with it."
             )
 
-    def check(self, student: SamClipModel, streams: list[Stream], min_crop: float) -> None:
+    def check(self, student: SamClipModel, streams: list[Stream], min_crop: float, teacher: str) -> None:
         """Raises `ValueError` where the embeddings are not those that this training needs."""
+        own, asked = Path(self.description.teacher).name, Path(teacher).name
+        if asked not in (own, "miniature"):
+            raise ValueError(f"{self.folder} holds embeddings of {own}, and clip_teacher is {teacher}.")
         check_text_space(student, torch.tensor(self.description.text_projection))
         if min_crop != self.description.min_crop:
             raise ValueError(
@@ -184,12 +187,14 @@ def fill(
 ) -> Iterator[dict[str, Any]]:
     r"""
     Writes the shards (number of the data set, number in it) that are not there yet; yields after every batch what came
-    of it: number of `samples`, `causes` for which some cannot be used, and whether that ended a shard.
+    of it: number of `samples`, `causes` for which some cannot be used, and whether that ended a shard. A shard that
+    cannot be read to its end is not written.
     """
     missing = [one for one in shards if not shard_path(folder, *one).is_file()]
     crops = Crops(streams, missing, description, max(1, batch_size // description.num_crops))
     embeds: dict[tuple[int, int], list[np.ndarray]] = {}
     keys: dict[tuple[int, int], list[str]] = {}
+    unreadable: set[tuple[int, int]] = set()
     for part in DataLoader(crops, batch_size=None, collate_fn=_unchanged, num_workers=num_workers):
         shard = part["shard"]
         usable = np.array(part["usable"], dtype=bool)
@@ -198,14 +203,19 @@ def fill(
             values[usable] = _embed(teacher, part["images"], device).reshape(-1, *values.shape[1:])
         embeds.setdefault(shard, []).append(values)
         keys.setdefault(shard, []).extend(part["keys"])
-        if part["is_last"]:
+        if UNREADABLE_SHARD in part["causes"]:
+            unreadable.add(shard)
+        if part["is_last"] and shard in unreadable:  # the next time it may be read
+            del keys[shard], embeds[shard]
+        elif part["is_last"]:
             _write(shard_path(folder, *shard), keys.pop(shard), np.concatenate(embeds.pop(shard)))
         yield {"samples": len(usable), "causes": part["causes"], "is_last": part["is_last"]}
 
 
 def _embed(teacher: ClipTeacher, images: list[np.ndarray], device: torch.device) -> np.ndarray:
     batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-    embeds: Tensor = teacher(batch.to(device))
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        embeds: Tensor = teacher(batch.to(device))
     # Only their direction is learnt; of unit length they cannot overflow float16.
     return torch.nn.functional.normalize(embeds.float(), dim=-1).cpu().numpy().astype(np.float16)
 

@@ -14,7 +14,8 @@ import tarfile
 import time
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +23,7 @@ import datasets
 import fsspec
 import numpy as np
 from datasets import IterableDataset, load_dataset
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from pycocotools import mask as coco_mask
 from transformers.utils import logging
 
@@ -36,6 +37,7 @@ KINDS = (".tar", *BUILDERS)
 PICTURES = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 MAX_MASK_SHARE = 0.9  # of the image; SA-1B's larger masks are background
 MAX_PIXELS = 89_478_485  # of an image; what Pillow warns of as a decompression bomb, a quarter of a gigabyte in RGB
+UNREADABLE_SHARD = "unreadable shard"  # the cause under which the rest of one is counted, as one sample
 MAX_RETRIES = 5  # of a remote read, after 1, 2, 4, 8 and 16 s
 WHAT_A_NAME_IS = (
     "Give a folder, a glob such as 'photos/*.tar', 'hf://datasets/owner/name/*.tar', a data set's name on the Hub, or "
@@ -55,10 +57,11 @@ class Shards(Protocol):
     """Where a stream's samples come from."""
 
     names: list[str]  # of the shards
+    is_remote: bool  # so that a read that fails may succeed the next time
 
-    def rows(self, shard: int, start: int) -> Iterator[dict[str, Any]]:
-        """The samples of a shard from row `start` on: `key`, unique in the shard; `image`, `{"bytes", "path"}` or
-        `None`; `json` with SA-1B's annotations, where masks are asked for."""
+    def rows(self, shard: int, start: int, wanted: Callable[[str], bool]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The samples of a shard from row `start` on whose keys are wanted, with their rows: `key`, unique in the
+        shard; `image`, `{"bytes", "path"}` or `None`; `json` with SA-1B's annotations, where masks are asked for."""
 
 
 class Embeds(Protocol):
@@ -77,31 +80,34 @@ class TarShards:
 
     def __init__(self, names: list[str], with_masks: bool):
         self.names, self.with_masks = names, with_masks
+        self.is_remote = any("://" in name for name in names)
 
-    def rows(self, shard: int, start: int) -> Iterator[dict[str, Any]]:
+    def rows(self, shard: int, start: int, wanted: Callable[[str], bool]) -> Iterator[tuple[int, dict[str, Any]]]:
         name = self.names[shard]
-        row, key = -1, None
-        sample: dict[str, Any] = {}
+        row, stem = -1, None
+        sample: dict[str, Any] | None = None  # the one being read, if it is wanted
         with fsspec.open(name, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             while (member := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # or it remembers all of them
                 if not member.isfile():
                     continue
                 folder, _, file_name = member.name.rpartition("/")
-                stem, _, ending = file_name.partition(".")
-                if (folder, stem) != key:
-                    if row >= start:
-                        yield sample
-                    row, key = row + 1, (folder, stem)
-                    sample = {"key": f"{Path(name).stem}/{stem}", "image": None, "json": None}
-                if row < start:
+                own_stem, _, ending = file_name.partition(".")
+                if (folder, own_stem) != stem:
+                    if sample is not None:
+                        yield row, sample
+                    row, stem = row + 1, (folder, own_stem)
+                    key = f"{Path(name).stem}/{own_stem}"
+                    is_wanted = row >= start and wanted(key)
+                    sample = {"key": key, "image": None, "json": None} if is_wanted else None
+                if sample is None:  # passed over without reading
                     continue
                 if f".{ending.lower()}" in PICTURES:
                     sample["image"] = {"bytes": _read_member(tar, member), "path": None}
                 elif ending == "json" and self.with_masks:
                     sample["json"] = _read_member(tar, member)
-            if row >= start:
-                yield sample
+            if sample is not None:
+                yield row, sample
 
 
 def _read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
@@ -114,7 +120,8 @@ class DatasetShards:
     """What `datasets` streams: parquet and image files, data sets on the Hub, the miniature world. Rows before the
     first are read and thrown away."""
 
-    def __init__(self, stream: IterableDataset, name: str, with_masks: bool):
+    def __init__(self, stream: IterableDataset, name: str, with_masks: bool, is_remote: bool = False):
+        self.is_remote = is_remote
         columns = list(stream.features or next(iter(stream), {}))
         image_column = next((column for column in IMAGE_COLUMNS if column in columns), None)
         if image_column is None:
@@ -125,9 +132,9 @@ class DatasetShards:
         stream = stream.select_columns([column for column in columns if column in kept])
         self.stream = stream.cast_column(image_column, datasets.Image(decode=False))
         self.image_column = image_column
-        self.names = [f"{name} {shard}" for shard in range(stream.num_shards)]
+        self.names = [f"{Path(name).name} {shard}" for shard in range(stream.num_shards)]
 
-    def rows(self, shard: int, start: int) -> Iterator[dict[str, Any]]:
+    def rows(self, shard: int, start: int, wanted: Callable[[str], bool]) -> Iterator[tuple[int, dict[str, Any]]]:
         samples = self.stream.shard(num_shards=len(self.names), index=shard).skip(start)
         # Not `iter(samples)`, which in a data loader's worker would hand out that worker's part alone.
         for row, batch in enumerate(samples.iter(batch_size=1), start):
@@ -135,7 +142,8 @@ class DatasetShards:
             image = sample[self.image_column]
             path = Path(image["path"]).name if image and image.get("path") else None
             key = sample.get("__key__") or path or f"{shard}/{row}"
-            yield {"key": key, "image": image, "json": sample.get("json")}
+            if wanted(key):
+                yield row, {"key": key, "image": image, "json": sample.get("json")}
 
 
 class Stream:
@@ -160,6 +168,10 @@ class Stream:
         """Number of shards."""
         return len(self.shards.names)
 
+    def is_wanted(self, key: str) -> bool:
+        """Whether a sample of this key belongs to the stream."""
+        return (zlib.crc32(key.encode()) < self.held_out_share * 2**32) == self.held_out
+
     def read(self, shard: int, start: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
         """The samples of a shard from row `start` on, with their rows.
 
@@ -169,30 +181,28 @@ class Stream:
         keys, embeds = self.embeds.read(shard) if self.embeds is not None else ([], None)
         while True:
             try:
-                for sample in self.shards.rows(shard, row):
-                    is_held_out = zlib.crc32(sample["key"].encode()) < self.held_out_share * 2**32
+                for number, sample in self.shards.rows(shard, row, self.is_wanted):
                     if embeds is not None:
-                        if row >= len(keys) or keys[row] != sample["key"]:
+                        if number >= len(keys) or keys[number] != sample["key"]:
                             raise DataError(
-                                f"Row {row} of {self.shards.names[shard]} is {sample['key']!r}, but its stored "
+                                f"Row {number} of {self.shards.names[shard]} is {sample['key']!r}, but its stored "
                                 "embedding is of another sample: the data changed since. Make the store anew."
                             )
-                        sample["embeds"] = embeds[row]
-                    if is_held_out == self.held_out:
-                        yield row, sample
-                    row, failures = row + 1, 0
+                        sample["embeds"] = embeds[number]
+                    yield number, sample
+                    row, failures = number + 1, 0
                 return
             except DataError:
                 raise
             except Exception as error:  # tarfile, the file system, the HTTP client and `datasets` have each their own
                 name = self.shards.names[shard]
-                if "://" in name and failures < MAX_RETRIES:
+                if self.shards.is_remote and failures < MAX_RETRIES:
                     logger.warning(f"{name} could not be read from row {row} on, trying again: {error!r}")
                     time.sleep(2**failures)
                     failures += 1
                     continue
                 logger.warning(f"{name} could not be read from row {row} on: {error!r}")
-                yield row, {"key": name, "image": None, "cause": "unreadable shard"}
+                yield row, {"key": name, "image": None, "cause": UNREADABLE_SHARD}
                 return
 
 
@@ -222,23 +232,17 @@ def open_stream(
     """
     try:
         shards = _find(name, split, with_masks)
-        first = next((sample for shard in range(len(shards.names)) for sample in _first(shards, shard)), None)
+        first = next((samples for shard in range(len(shards.names)) if (samples := _first(shards, shard))), None)
     except (FileNotFoundError, ValueError):
         raise
     except Exception as error:
         raise ValueError(f"{name!r} could not be read: {error!r}. {WHAT_A_NAME_IS}") from error
     if first is None:
         raise FileNotFoundError(f"There is no sample in {name!r}. {WHAT_A_NAME_IS}")
-    if first["image"] is None:
-        raise ValueError(f"{name!r} has no pictures: its first sample, {first['key']!r}, holds none.")
-    if with_masks:
-        try:
-            draw_masks(first, 1, np.random.default_rng(0))
-        except SkippedSampleError as error:
-            if str(error) == "no annotations":  # rather than broken ones, which others may not be
-                raise ValueError(
-                    f"{name!r} has no json with SA-1B's annotations: {first['key']!r} is without."
-                ) from error
+    if all(sample["image"] is None for sample in first):
+        raise ValueError(f"{name!r} has no pictures: its first samples, such as {first[0]['key']!r}, hold none.")
+    if with_masks and all(_is_without_annotations(sample) for sample in first):
+        raise ValueError(f"{name!r} has no json with SA-1B's annotations: {first[0]['key']!r} is without.")
     if shards_share < 1:
         if not isinstance(shards, TarShards):
             raise ValueError(f"A share of the shards can be had of tars alone, not of {name!r}.")
@@ -248,15 +252,24 @@ def open_stream(
     return Stream(shards, held_out_share, held_out)
 
 
-def _first(shards: Shards, shard: int) -> Iterator[dict[str, Any]]:
-    """The first sample of a shard, if there is one; a broken shard among others is found out when its turn comes."""
+def _first(shards: Shards, shard: int) -> list[dict[str, Any]]:
+    """A shard's first few samples; a broken shard among others is found out when its turn comes."""
+    samples: list[dict[str, Any]] = []
     try:
-        yield from [next(shards.rows(shard, 0))]
-    except StopIteration:
-        return
+        for _, sample in islice(shards.rows(shard, 0, lambda key: True), 8):
+            samples.append(sample)
     except Exception:
-        if shard == len(shards.names) - 1:
+        if not samples and shard == len(shards.names) - 1:
             raise
+    return samples
+
+
+def _is_without_annotations(sample: dict[str, Any]) -> bool:
+    try:
+        draw_masks(sample, 1, np.random.default_rng(0))
+    except SkippedSampleError as error:
+        return str(error) == "no annotations"  # rather than broken ones
+    return False
 
 
 def _find(name: str, split: str, with_masks: bool) -> Shards:
@@ -297,14 +310,15 @@ def _find(name: str, split: str, with_masks: bool) -> Shards:
             f"No data at {name!r}: it is no folder, matches no file, and could not be opened on the Hub "
             f"({type(error).__name__}: {error}). {WHAT_A_NAME_IS}"
         ) from error
-    return DatasetShards(stream, name, with_masks)
+    return DatasetShards(stream, name, with_masks, is_remote=True)
 
 
 def _open_files(files: list[str], ending: str, name: str, with_masks: bool) -> Shards:
     if ending == ".tar":
         return TarShards(files, with_masks)
     builder = BUILDERS.get(ending, "imagefolder")
-    return DatasetShards(load_dataset(builder, data_files=files, split="train", streaming=True), name, with_masks)
+    stream = load_dataset(builder, data_files=files, split="train", streaming=True)
+    return DatasetShards(stream, name, with_masks, is_remote="://" in files[0])
 
 
 def decode_image(sample: dict[str, Any]) -> Image.Image:
@@ -324,7 +338,7 @@ def decode_image(sample: dict[str, Any]) -> Image.Image:
         raise SkippedSampleError("image too large") from error
     except SkippedSampleError:
         raise
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, TypeError) as error:
+    except Exception as error:  # Pillow's plugins raise whatever they meet
         raise SkippedSampleError("broken image") from error
 
 
@@ -344,7 +358,7 @@ def draw_masks(sample: dict[str, Any], num_masks: int, rng: np.random.Generator)
             for annotation in stored["annotations"]
             if 0 < annotation["area"] <= MAX_MASK_SHARE * float(np.prod(annotation["segmentation"]["size"]))
         ]
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # no json, or no text
         raise SkippedSampleError("broken json") from error
     except (KeyError, TypeError) as error:
         raise SkippedSampleError("no annotations") from error

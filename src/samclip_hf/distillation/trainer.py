@@ -5,9 +5,11 @@ import math
 import re
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections import Counter, defaultdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +27,21 @@ from transformers.utils import logging
 from ..modeling_samclip import SamClipModel
 from ..processing_samclip import SamClipProcessor
 from .arguments import SamClipTrainingArguments
-from .collation import ClipBatches, SamBatches, StepLoader, StepStream
+from .collation import ClipBatches, SamBatches, StepLoader, StepStream, furthest
 from .losses import cosine_distillation_loss, mask_distillation_loss, mask_iou
 from .panel import PanelRow, draw_panel, resize_mask, text_map, to_image
 from .store import TeacherStore
 from .streams import DataError, open_stream
 from .teachers import ClipTeacher, SamTeacher, normalize
 
+try:
+    import resource
+except ImportError:  # not on Windows
+    resource = None  # type: ignore[assignment]
+
 logger = logging.get_logger(__name__)
 
+MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes
 STREAM_STATE_NAME = "stream_state.json"  # in every checkpoint: where the data stand, and what was counted so far
 MAX_SKIPPED_STEPS = 10  # in a row, before training stops
 
@@ -97,28 +105,29 @@ class SamClipTrainer(Trainer):
         student = add_adapters(model, args.lora_r) if args.lora_r else model
         trainable = sum(p.numel() for p in student.parameters() if p.requires_grad)
         total = sum(p.numel() for p in student.parameters())
-        logger.warning(f"Training {trainable / 1e6:.2f} of {total / 1e6:.2f} M parameters.")
+        if args.should_log:
+            logger.warning(f"Training {trainable / 1e6:.2f} of {total / 1e6:.2f} M parameters.")
         super().__init__(
             model=student,
             args=args,
             processing_class=processing_class,
             train_dataset=train_dataset,
-            # The samples that training never sees; those of one order, whatever the number of processes.
-            eval_dataset=self._open_streams(model, args, held_out=True) if args.eval_strategy != "no" else None,
+            eval_dataset=self._read_held_out(model, args) if args.eval_strategy != "no" else None,
             **kwargs,
         )
-        if self.is_deepspeed_enabled and args.stage == 2:
+        if self.is_deepspeed_enabled:
             raise ValueError(
-                "Stage 2 calls backward twice in a step, and under DeepSpeed every one would step the optimizer. Use "
-                "DDP or FSDP."
+                "DeepSpeed steps the optimizer in every backward pass; stage 2 has two in a step, and a step that is "
+                "not to be taken would be. Use DDP or FSDP."
             )
+        if self.is_fsdp_enabled and args.lora_r:
+            raise ValueError("Adapters under FSDP are not supported: use DDP, for which LoRA leaves the memory.")
         self.interruption = Interruption()
         self.add_callback(self.interruption)
         self._loader = StepLoader(
             self.train_dataset,
             max_bad_share=args.max_bad_share,
             num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory and torch.cuda.is_available(),
             prefetch_factor=args.dataloader_prefetch_factor if args.dataloader_num_workers else None,
         )
         # Averages since the last log, and counts since the beginning, of this process.
@@ -131,13 +140,19 @@ class SamClipTrainer(Trainer):
             if isinstance(teacher, nn.Module):
                 teacher.to(args.device)
 
+    def _read_held_out(self, student: SamClipModel, args: SamClipTrainingArguments) -> list[dict[str, Any]]:
+        """The micro-batches that every evaluation sees, read once: a hundred rows may have to be passed over for each
+        held-out one."""
+        loader = StepLoader(self._open_streams(student, args, held_out=True), max_bad_share=1.0)
+        return list(islice(loader, args.eval_batches))
+
     def _open_streams(
         self, student: SamClipModel, args: SamClipTrainingArguments, held_out: bool = False
     ) -> StepStream:
         share: dict[str, Any] = {"held_out_share": args.held_out_share, "held_out": held_out}
         streams = [open_stream(name, **share) for name in args.clip_data]
         if isinstance(self.clip_teacher, TeacherStore):
-            self.clip_teacher.check(student, streams, args.min_crop)
+            self.clip_teacher.check(student, streams, args.min_crop, args.clip_teacher)
             self.clip_teacher.attach(streams)
             store = self.clip_teacher.description
             teacher_image_size = store.image_size
@@ -151,6 +166,7 @@ class SamClipTrainer(Trainer):
                 image_sizes=args.clip_sizes,
                 teacher_image_size=teacher_image_size,
                 batch_size=args.clip_batch_size,
+                shuffle_buffer=1 if held_out else args.shuffle_buffer,
                 min_crop=args.min_crop,
                 store=store,
             )
@@ -168,13 +184,13 @@ class SamClipTrainer(Trainer):
                 batch_size=args.sam_batch_size,
                 masks_per_image=args.masks_per_image,
                 max_box_noise=args.max_box_noise,
+                shuffle_buffer=1 if held_out else args.sam_shuffle_buffer,
             )
         return StepStream(
             tasks,
             seed=args.seed,
-            shuffle_buffer=args.shuffle_buffer,
-            num_lanes=args.data_lanes,
-            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            num_lanes=1 if held_out else args.data_lanes,
+            gradient_accumulation_steps=1 if held_out else args.gradient_accumulation_steps,
             rank=args.process_index,
             world_size=args.world_size,
         )
@@ -217,8 +233,11 @@ class SamClipTrainer(Trainer):
         shares = inputs.pop("shares")
         total = torch.zeros((), device=self.args.device)
         for task, batch in inputs.items():
+            recorded = dict(self._sums), dict(self._counts)
             with self.compute_loss_context_manager():
                 loss = self.clip_loss(model, **batch) if task == "clip" else self.sam_loss(model, **batch)
+            if shares[task] == 0:  # a batch of nothing, which is not to be seen in the averages
+                self._sums, self._counts = defaultdict(float, recorded[0]), defaultdict(int, recorded[1])
             # A sample that could not be used counts as one without a loss, whichever process met it.
             loss = loss * shares[task]
             if shares[task] > 0:
@@ -232,6 +251,11 @@ class SamClipTrainer(Trainer):
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         """As in [`Trainer`]; a step whose gradient is not finite, or above `max_step_grad_norm`, is not taken, and
         `MAX_SKIPPED_STEPS` of them in a row end the training."""
+        parts = TRAINED_PARTS[self.args.stage] if self.accelerator.scaler is None else ()  # its gradients are scaled
+        for part in parts:
+            names = self.accelerator.unwrap_model(model).named_parameters()
+            gradients = [p.grad for name, p in names if f"{part}." in name and p.grad is not None]
+            self._record({f"grad_norm_{part}": torch.nn.utils.get_total_norm(gradients)})
         norm = super()._clip_grad_norm(model)
         if self.accelerator.scaler is not None:  # float16's scaler expects infinities, and passes over them itself
             return norm
@@ -260,7 +284,8 @@ class SamClipTrainer(Trainer):
         """L_CLIP of one micro-batch from [`ClipBatches`]."""
         if teacher_embeds is None:
             assert isinstance(self.clip_teacher, ClipTeacher) and teacher_images is not None  # the samples' other kind
-            teacher_embeds = self.clip_teacher(teacher_images)
+            with self.accelerator.autocast():
+                teacher_embeds = self.clip_teacher(teacher_images)
         outputs = model(pixel_values=normalize(images, self.image_mean, self.image_std))
         loss = cosine_distillation_loss(outputs.image_embeds, teacher_embeds)["cosine"]
         self._record({"clip_loss": loss, f"cosine_{images.shape[-1]}px": 1 - loss})
@@ -274,7 +299,8 @@ class SamClipTrainer(Trainer):
         assert self.sam_teacher is not None  # only stage 2 has SAM batches
         prompt = "point" if "input_points" in prompts else "box"
         prompts["multimask_output"] = prompt == "point"
-        teacher_masks, teacher_iou = self.sam_teacher(images, content_sizes, **prompts)
+        with self.accelerator.autocast():
+            teacher_masks, teacher_iou = self.sam_teacher(images, content_sizes, **prompts)
         if student_images is not None:
             scale = student_images.shape[-1] / images.shape[-1]
             images, content_sizes = student_images, (content_sizes * scale).round().long().clamp_min(1)
@@ -299,25 +325,30 @@ class SamClipTrainer(Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Every figure of the training's own log on `eval_batches` micro-batches of held-out samples, always the same
         ones, and a picture of the first of them, `panels/step_*.png`."""
-        stream = self.eval_dataset if eval_dataset is None else eval_dataset
+        batches = self.eval_dataset if eval_dataset is None else eval_dataset
         model = self.accelerator.unwrap_model(self.model).eval()
         training_sums, training_counts = self._sums, self._counts
         self._sums, self._counts = defaultdict(float), defaultdict(int)
-        for number, batch in zip(range(self.args.eval_batches), StepLoader(stream, max_bad_share=1.0), strict=False):
-            inputs = self._prepare_inputs(batch)
-            del inputs["shares"]
+        for number, batch in enumerate(batches):
+            inputs = self._prepare_inputs(dict(batch))
+            shares = inputs.pop("shares")
+            inputs = {task: tensors for task, tensors in inputs.items() if shares[task] > 0}
             with self.compute_loss_context_manager():
                 for task, tensors in inputs.items():
                     self.clip_loss(model, **tensors) if task == "clip" else self.sam_loss(model, **tensors)
-                if number == 0 and self.args.should_save:
-                    self._draw_panel(model, inputs)
+                if number == 0:  # in every process: where the model is sharded, all must take part
+                    rows = self._panel_rows(model, inputs)
+                    if self.args.should_save:
+                        path = Path(self.args.output_dir) / "panels" / f"step_{self.state.global_step:06d}.png"
+                        title = f"held-out images, step {self.state.global_step}"
+                        draw_panel(path, rows, self.args.panel_texts, title)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._averages().items()}
         self._sums, self._counts = training_sums, training_counts
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _draw_panel(self, model: SamClipModel, inputs: dict[str, Any]) -> None:
+    def _panel_rows(self, model: SamClipModel, inputs: dict[str, Any]) -> list[PanelRow]:
         batch = dict(inputs.get("sam", inputs["clip"]))
         images, sizes = batch.pop("images"), batch.pop("content_sizes", None)
         batch.pop("student_images", None)
@@ -348,8 +379,7 @@ class SamClipTrainer(Trainer):
                     Image.fromarray(texts.astype(np.uint8)).resize(row.image.shape[1::-1], Image.Resampling.NEAREST)
                 )
             rows.append(row)
-        path = Path(self.args.output_dir) / "panels" / f"step_{self.state.global_step:06d}.png"
-        draw_panel(path, rows, self.args.panel_texts, f"held-out images, step {self.state.global_step}")
+        return rows
 
     def _panel_embeds(self, model: SamClipModel) -> Tensor:
         tokens = self.processing_class.tokenizer(self.args.panel_texts, padding=True, return_tensors="pt")
@@ -375,8 +405,9 @@ class SamClipTrainer(Trainer):
     def _order(self) -> dict[str, Any]:
         """What a checkpoint must have been made with: the stage, and what decides over the order of samples."""
         order: dict[str, Any] = {"stage": self.args.stage, "seed": self.args.seed, "data_lanes": self.args.data_lanes}
-        order |= {"shuffle_buffer": self.args.shuffle_buffer, "held_out_share": self.args.held_out_share}
+        order["held_out_share"] = self.args.held_out_share
         for name, task in self.train_dataset.tasks.items():
+            order[f"shuffle_buffer of {name}_data"] = task.shuffle_buffer
             order[f"{name}_data_shares"] = task.shares
             order[f"number of {name}_data's shards"] = [stream.num_shards for stream in task.streams]
         return order
@@ -393,7 +424,10 @@ class SamClipTrainer(Trainer):
         states = gather_object([state])
         try:
             if self.args.should_save:
-                folder.mkdir(parents=True, exist_ok=True)
+                shutil.rmtree(
+                    folder, ignore_errors=True
+                )  # of an earlier attempt, whose state would vouch for this one
+                folder.mkdir(parents=True)
                 merged = states[0] | {
                     "streams": _merge([state["streams"] for state in states]),
                     "images": sum(state["images"] for state in states),
@@ -456,6 +490,8 @@ class SamClipTrainer(Trainer):
             self._images_at_log, self._time_at_log = images, now
             if torch.cuda.is_available():
                 logs["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+            elif resource is not None:
+                logs["peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MAXRSS_UNIT / 1e9
         if "train_runtime" in logs:  # the last log of a run, which train() returns too
             del logs["train_samples_per_second"]  # of a batch size that is not used
             logs["train_images_seen"] = images
@@ -484,7 +520,8 @@ class Interruption(TrainerCallback):
     def _receive(self, number: int, frame) -> None:
         self._received = signal.Signals(number)
         logger.warning(f"{self._received.name}: saving a checkpoint after this step.")
-        signal.signal(number, self._handlers[self._received])
+        if self._received == signal.SIGINT:  # launchers and schedulers may send the other one twice by themselves
+            signal.signal(number, self._handlers[self._received])
 
     def on_step_end(self, args, state, control, **kwargs):
         """Asks for a checkpoint and the end, in all processes if in one."""
@@ -518,14 +555,12 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, An
 
 
 def _merge(states: list[dict[str, Any]]) -> dict[str, Any]:
-    """The stream states of all processes as one: each knows the lanes it read."""
-    merged = states[0] | {"lanes": {name: {} for name in states[0]["lanes"]}}
-    for state in states:
-        for name, positions in state["lanes"].items():
-            merged["lanes"][name].update(positions)
-    merged["seen"] = sum(state["seen"] for state in states)
-    merged["skipped"] = dict(sum((Counter(state["skipped"]) for state in states), Counter()))
-    return merged
+    """The stream states of all processes as one."""
+    return states[0] | {
+        "lanes": furthest([state["lanes"] for state in states]),
+        "seen": sum(state["seen"] for state in states),
+        "skipped": dict(sum((Counter(state["skipped"]) for state in states), Counter())),
+    }
 
 
 def add_adapters(model: SamClipModel, rank: int) -> nn.Module:
