@@ -122,7 +122,13 @@ def test_sigterm_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path, processes, 
 
 def test_what_two_processes_know_of_each_others_data_is_never_old(tmp_path):
     settings = {"clip_batch_size": 4, "sam_batch_size": 1, "dataloader_num_workers": 0, "save_steps": 2}
-    settings |= {"save_total_limit": 9, "eval_strategy": "steps", "eval_steps": 3, "eval_batches": 2, "panel_texts": ["a red shape"]}
+    settings |= {
+        "save_total_limit": 9,
+        "eval_strategy": "steps",
+        "eval_steps": 3,
+        "eval_batches": 2,
+        "panel_texts": ["a red shape"],
+    }
     run(tmp_path / "run", processes=2, max_steps=6, **settings)  # in which both take part in an evaluation
     run(
         tmp_path / "run",

@@ -20,7 +20,7 @@ from accelerate.utils import gather, gather_object
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
@@ -488,6 +488,9 @@ class SamClipTrainer(Trainer):
             now = time.perf_counter()
             logs["images_per_second"] = (images - self._images_at_log) / (now - self._time_at_log)
             self._images_at_log, self._time_at_log = images, now
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
+                    callback.training_bar.set_postfix_str(f"{logs['images_per_second']:.0f} images/s")
             if torch.cuda.is_available():
                 logs["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
             elif resource is not None:
