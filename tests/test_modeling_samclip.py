@@ -865,9 +865,9 @@ class TestImageSegmentation:
             outputs = segmenter(random_images(2, 48, 64), reshaped_input_sizes=[[48, 32], [20, 64]])
         assert calls == ["encoder"]
         assert outputs.logits.shape == (2, 4, 6, 8)
-        assert outputs.segment_masks.shape == (2, 24, 24, 32)
-        assert outputs.segment_logits.shape == (2, 24, 4)
-        assert outputs.segment_scores.shape == (2, 24)
+        assert outputs.segment_masks.shape == (2, 16, 24, 32)
+        assert outputs.segment_logits.shape == (2, 16, 4)
+        assert outputs.segment_scores.shape == (2, 16)
         assert outputs.content_sizes.tolist() == [[6, 4], [2.5, 8]]
 
     def test_nothing_is_asked_of_the_sam_head_where_there_is_only_padding(self, segmenter, monkeypatch):

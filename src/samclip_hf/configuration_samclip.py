@@ -63,7 +63,7 @@ class SamClipConfig(SamConfig):
     composition (`"segments"` or `"classes"`, *optional*, defaults to `"segments"`):
         How both heads are composed: [`SamClipForImageSegmentation.compose_heads`], or the paper's way,
         [`SamClipForImageSegmentation.compose_heads_by_class`].
-    composition_points (`int`, *optional*, defaults to 24):
+    composition_points (`int`, *optional*, defaults to 16):
         With `"segments"`: points at which the SAM head is asked what is there.
 
     Example:
@@ -94,7 +94,7 @@ class SamClipConfig(SamConfig):
     background_threshold: float | None = None
     has_text_tower: bool = True
     composition: Literal["segments", "classes"] = "segments"
-    composition_points: int = 24
+    composition_points: int = 16
 
     def __post_init__(self, **kwargs):
         if self.text_config is None:
