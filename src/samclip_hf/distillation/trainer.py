@@ -338,7 +338,7 @@ class SamClipTrainer(Trainer):
                     self.clip_loss(model, **tensors) if task == "clip" else self.sam_loss(model, **tensors)
                 if number == 0:  # in every process: where the model is sharded, all must take part
                     rows = self._panel_rows(model, inputs)
-                    if self.args.should_save:
+                    if rows and self.args.should_save:
                         path = Path(self.args.output_dir) / "panels" / f"step_{self.state.global_step:06d}.png"
                         title = f"held-out images, step {self.state.global_step}"
                         draw_panel(path, rows, self.args.panel_texts, title)
@@ -349,7 +349,9 @@ class SamClipTrainer(Trainer):
         return metrics
 
     def _panel_rows(self, model: SamClipModel, inputs: dict[str, Any]) -> list[PanelRow]:
-        batch = dict(inputs.get("sam", inputs["clip"]))
+        if not inputs:
+            return []
+        batch = dict(inputs.get("sam") or inputs["clip"])
         images, sizes = batch.pop("images"), batch.pop("content_sizes", None)
         batch.pop("student_images", None)
         rows = []
