@@ -439,6 +439,7 @@ class SamClipPreTrainedModel(SamPreTrainedModel):
     def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs) -> None:
         """As in [`PreTrainedModel`], which warns of configurations that belong to no model of their own."""
         if isinstance(attn_implementation, str):
+            self.get_correct_attn_implementation(attn_implementation)  # raises before anything has changed
             for name in ("prompt_encoder_config", "mask_decoder_config", "clip_head_config"):
                 if (config := getattr(self.config, name, None)) is not None:
                     config._attn_implementation = attn_implementation
