@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from PIL import Image
 from transformers import MaskGenerationPipeline, SamImageProcessor, SamImageProcessorPil, SamModel, pipeline
 
@@ -58,7 +60,11 @@ def assert_same(actual, expected, min_masks=5):
             assert run_lengths == stock_run_lengths
 
 
-@pytest.mark.parametrize("crops_n_layers", [0, 1])
+# Before that, SAM's own image processor stacks crops of different sizes, and fails.
+stacks_no_crops = pytest.mark.skipif(Version(transformers.__version__) < Version("5.23"), reason="SAM's crops fail")
+
+
+@pytest.mark.parametrize("crops_n_layers", [0, pytest.param(1, marks=stacks_no_crops)])
 def test_masks_scores_boxes_and_run_lengths_are_sams(sam, samclip, image, crops_n_layers):
     options = {"crops_n_layers": crops_n_layers, "points_per_crop": 6 - 2 * crops_n_layers}
     expected = generate(sam, SamImageProcessor, image, **options)

@@ -347,7 +347,11 @@ class TestTypesAndTransforms:
         for checkpointed in (False, True):
             copied = copy.deepcopy(model).train()
             if checkpointed:
-                copied.activation_checkpointing_enable()
+                # transformers' name for it before and since
+                enable = (
+                    getattr(copied, "activation_checkpointing_enable", None) or copied.gradient_checkpointing_enable
+                )
+                enable()
             outputs = copied(**inputs)
             (outputs.pred_masks.square().mean() + outputs.logits_per_image.square().mean()).backward()
             gradients.append({n: p.grad for n, p in copied.named_parameters() if p.grad is not None})

@@ -328,7 +328,7 @@ def _readable(images, do_rescale: bool):
         if not isinstance(images, str | os.PathLike) or not os.path.isfile(images):
             return images  # a URL; of anything else, SAM's image processor says what it is
         with Image.open(images) as image:
-            return _readable(ImageOps.exif_transpose(image), do_rescale)
+            return _readable(ImageOps.exif_transpose(image), do_rescale).convert("RGB")
     shape = images.size if isinstance(images, Image.Image) else images.shape
     if 0 in shape:
         raise ValueError(f"An image has no pixels: {tuple(shape)}.")

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from packaging.version import Version
 from safetensors.torch import load_file
 
 from samclip_hf import miniature
@@ -70,7 +71,13 @@ def test_two_processes_and_accumulated_micro_batches_learn_what_one_learns_at_on
         assert curve(tmp_path / other) == pytest.approx(curve(tmp_path / "one"), rel=1e-3)
 
 
-@pytest.mark.parametrize(("processes", "num_workers"), [(1, 2), (2, 0)])
+# torch before 2.12 does not know the device "cpu:0", to which transformers loads what several CPU processes resume from.
+resumes_on_cpus = pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.12"), reason="torch lacks the device cpu:0"
+)
+
+
+@pytest.mark.parametrize(("processes", "num_workers"), [(1, 2), pytest.param(2, 0, marks=resumes_on_cpus)])
 def test_a_killed_run_ends_to_the_bit_where_an_uninterrupted_one_does(tmp_path, processes, num_workers):
     settings = {
         "max_steps": 16,
@@ -120,6 +127,7 @@ def test_sigterm_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path, processes, 
     assert last_checkpoint(tmp_path) is not None
 
 
+@resumes_on_cpus
 def test_what_two_processes_know_of_each_others_data_is_never_old(tmp_path):
     settings = {"clip_batch_size": 4, "sam_batch_size": 1, "dataloader_num_workers": 0, "save_steps": 2}
     settings |= {
