@@ -320,10 +320,10 @@ def _readable(images, do_rescale: bool):
             images = Image.fromarray((pixels // (257 if pixels.size and pixels.max() > 255 else 1)).astype(np.uint8))
     elif isinstance(images, np.ndarray):
         images = (images // 257).astype(np.uint8) if images.dtype == np.uint16 else images
-        images = images[..., None] if images.ndim == 2 else images
+        images = images[..., None].repeat(3, axis=-1) if images.ndim == 2 else images
     elif isinstance(images, torch.Tensor):
         images = (images.int() // 257).to(torch.uint8) if images.dtype == torch.uint16 else images
-        images = images[None] if images.ndim == 2 else images
+        images = images[None].expand(3, -1, -1) if images.ndim == 2 else images
     else:
         if not isinstance(images, str | os.PathLike) or not os.path.isfile(images):
             return images  # a URL; of anything else, SAM's image processor says what it is

@@ -71,7 +71,7 @@ def test_two_processes_and_accumulated_micro_batches_learn_what_one_learns_at_on
         assert curve(tmp_path / other) == pytest.approx(curve(tmp_path / "one"), rel=1e-3)
 
 
-# torch before 2.12 does not know the device "cpu:0", to which transformers loads what several CPU processes resume from.
+# torch before 2.12 does not know the device "cpu:0", to which transformers loads what several processes resume from.
 resumes_on_cpus = pytest.mark.skipif(
     Version(torch.__version__) < Version("2.12"), reason="torch lacks the device cpu:0"
 )
