@@ -4,6 +4,7 @@ import math
 import pickle
 from itertools import islice
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -788,6 +789,13 @@ class TestImageSegmentation:
         mean = torch.stack([F.normalize(feature, dim=0) for feature in features]).mean(dim=0)
         assert vocabulary.label_ids == [0, 1] and vocabulary.id2label == {0: "sofa", 1: "tree"}
         assert_same(vocabulary.class_embeds[0], F.normalize(mean, dim=0))
+
+    def test_names_and_thresholds_may_be_numpys(self, segmenter):
+        tokenizer = WordTokenizer()
+        plain = segmenter.embed_vocabulary(["cat", "sofa"], 0.5, tokenizer=tokenizer)
+        numpys = segmenter.embed_vocabulary(np.array(["cat", "sofa"]), np.float32(0.5), tokenizer=tokenizer)
+        assert numpys.id2label == plain.id2label and numpys.background_threshold == 0.5
+        assert torch.equal(numpys.class_embeds, plain.class_embeds)
 
     def test_a_threshold_makes_background_of_what_no_class_is_as_probable_for(self, segmenter):
         tokenizer = WordTokenizer()

@@ -11,6 +11,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import torch
@@ -1135,13 +1136,14 @@ class SamClipForImageSegmentation(SamClipModel):
         Raises `ValueError` for no labels, an empty or doubled name, a template without `{}`, a text longer than the
         text tower reads, a threshold that is no probability.
         """
-        if isinstance(labels, str) or not isinstance(labels, Sequence) or len(labels) == 0:
+        if isinstance(labels, str) or not hasattr(labels, "__len__") or len(labels) == 0:
             raise ValueError(f'A vocabulary is a list of at least one name, such as ["cat", "sofa"]; got {labels!r}.')
-        background = () if background is None else getattr(background, "item", lambda: background)()  # numpy's too
-        threshold = background if isinstance(background, float) else None
+        threshold: float | None = None
+        texts_of_background: Any = () if background is None else background
+        if isinstance(background, Real) and not isinstance(background, Integral):  # numpy's too
+            threshold, texts_of_background = float(background), ()
         if threshold is not None and not 0 < threshold < 1:
             raise ValueError(f"As a threshold, background must be a probability between 0 and 1, got {threshold}.")
-        texts_of_background = () if isinstance(background, float) else background
         if isinstance(texts_of_background, str | int) or not all(
             isinstance(text, str) and text.strip() for text in texts_of_background
         ):
@@ -1457,11 +1459,11 @@ class SamClipForObjectDetection(SamClipForImageSegmentation):
             raise ValueError(
                 'Segments found class by class cannot be scored against a text: set composition="segments".'
             )
+        vocabulary = self.vocabulary if vocabulary is None else vocabulary
         outputs = super().forward(pixel_values, reshaped_input_sizes, original_sizes, vocabulary=vocabulary, **kwargs)
         text_embeds = F.normalize(self.get_text_features(input_ids, attention_mask).pooler_output, dim=-1)
         similarity = (outputs["segment_embeds"] @ text_embeds[:, :, None]).squeeze(-1) * self.logit_scale.exp()
         scores = (similarity - outputs["segment_logits"].logsumexp(dim=-1)).exp().clamp_max(1)
-        vocabulary = self.vocabulary if vocabulary is None else vocabulary
         first_label = len(vocabulary.id2label) - len(vocabulary.label_tokens)
         for number, text in enumerate(input_ids):
             tokens = text if attention_mask is None else text[attention_mask[number].bool()]
