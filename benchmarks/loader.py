@@ -157,7 +157,7 @@ def main() -> None:
         print("\n| decode and resize alone, images a second (times Pillow's) | 224 px | 448 px | 1024 px |")
         print("|---|---|---|---|")
         for name, stream in {"photographs": open_stream(photos), "SA-1B": open_stream(sa1b)}.items():
-            samples = islice((sample for shard in range(stream.num_shards) for _, sample in stream.read(shard)), None)
+            samples = (sample for shard in range(stream.num_shards) for _, sample in stream.read(shard))
             contents = [sample["image"]["bytes"] for sample in islice(samples, arguments.num_images)]
             rates: dict[str, list[float]] = {}
             for size in (224, 448, 1024):

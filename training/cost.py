@@ -1,12 +1,12 @@
 """
-What a recipe costs, before it is run: operations, hours, disk.
+What a recipe costs, before it is run: operations and hours.
 
     python training/cost.py training/configs/vit_b_stage*.yaml --num_processes 8
 
 Operations are counted by torch in a forward and backward pass of student and teachers, without memory or a GPU. Hours
 assume that a card does 40 % of its peak in bfloat16, a guess not measured here, a loader that keeps up, and no
-recomputation of activations.
-Sizes of models come from the Hub; where there is no network, names are taken for SAM ViT-B and CLIP ViT-L/14.
+recomputation of activations. Sizes of models come from the Hub; where there is no network, names are taken for SAM
+ViT-B and CLIP ViT-L/14.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from train import parse_arguments
 from transformers import CLIPConfig, CLIPModel, SamConfig, SamModel
 
-from samclip_hf import SamClipConfig, SamClipModel, miniature
+from samclip_hf import SamClipModel, miniature
 from samclip_hf.distillation import SamClipTrainingArguments
 from samclip_hf.distillation.collation import num_images
 from samclip_hf.distillation.trainer import add_adapters, freeze
@@ -64,34 +64,23 @@ class Costs:
         self.args = args
         sam_config = config_of(SamConfig, args.sam_teacher, {})
         clip_config = config_of(CLIPConfig, args.clip_teacher, VIT_L_14)
-        config = SamClipConfig(
-            vision_config=sam_config.vision_config.to_dict(),
-            prompt_encoder_config=sam_config.prompt_encoder_config.to_dict(),
-            mask_decoder_config=sam_config.mask_decoder_config.to_dict(),
-            text_config=clip_config.text_config.to_dict(),
-            clip_head_config={
-                "num_hidden_layers": args.clip_head_layers,
-                "projection_dim": clip_config.projection_dim,
-            },
-            # The fused kernels count what they do, which is more than has to be done.
-            attn_implementation="eager",
-        )
+        head = {"num_hidden_layers": args.clip_head_layers}
         with torch.device("meta"):
-            self.student = SamClipModel(config)
             self.clip_teacher = CLIPModel(clip_config).requires_grad_(False)
             self.sam_teacher = SamModel(sam_config).requires_grad_(False)
-            freeze(self.student, args.stage)
-            self.trained = add_adapters(self.student, args.lora_r) if args.lora_r else self.student
-        self.student.train()
+            student = SamClipModel.from_teachers(self.sam_teacher, self.clip_teacher, head).train()
+            # The fused kernels count what they do, which is more than has to be done.
+            student.set_attn_implementation("eager")
+            freeze(student, args.stage)
+            self.student = add_adapters(student, args.lora_r) if args.lora_r else student
         self.teacher_size = clip_config.vision_config.image_size
         self.sam_size = sam_config.vision_config.image_size
-        self.projection_dim = clip_config.projection_dim
 
     def clip(self, size: int) -> float:
         """Of an image for the CLIP loss, its teacher included."""
 
         def step() -> None:
-            self.trained(pixel_values=torch.zeros(1, 3, size, size, device="meta")).image_embeds.sum().backward()
+            self.student(pixel_values=torch.zeros(1, 3, size, size, device="meta")).image_embeds.sum().backward()
             if self.args.clip_teacher_store is None:
                 pixel_values = torch.zeros(1, 3, self.teacher_size, self.teacher_size, device="meta")
                 self.clip_teacher.get_image_features(pixel_values=pixel_values)
@@ -105,7 +94,7 @@ class Costs:
 
         def step() -> None:
             pixel_values = torch.zeros(1, 3, size, size, device="meta")
-            outputs = self.trained(pixel_values=pixel_values, input_points=points, input_labels=labels)
+            outputs = self.student(pixel_values=pixel_values, input_points=points, input_labels=labels)
             (outputs.pred_masks.sum() + outputs.iou_scores.sum()).backward()
             pixel_values = torch.zeros(1, 3, self.sam_size, self.sam_size, device="meta")
             with torch.no_grad():
