@@ -11,7 +11,8 @@ from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
 from samclip_hf.distillation import DataError, streams
-from samclip_hf.distillation.collation import ClipBatches, SamBatches, StepLoader, StepStream, random_crop
+from samclip_hf.distillation.collation import ClipBatches, SamBatches, StepLoader, StepStream
+from samclip_hf.distillation.crops import random_crop
 from samclip_hf.distillation.streams import SkippedSampleError, decode_image, open_stream
 
 from .tars import annotation, jpeg, photo, write_tar

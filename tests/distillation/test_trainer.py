@@ -408,9 +408,10 @@ def test_an_evaluation_measures_and_draws_what_is_held_out_and_leaves_training_a
     assert evaluations[0].keys() >= {"eval_sam_loss", "eval_clip_loss"}
     again = trainer.evaluate()
     assert again["eval_clip_loss"] == evaluations[1]["eval_clip_loss"]
+    streams = trainer.train_dataset.tasks["clip"].streams
     train, held_out = (
-        {sample["key"] for stream in s.tasks["clip"].streams for n in range(3) for _, sample in stream.read(n)}
-        for s in (trainer.train_dataset, trainer._open_streams(model, trainer.args, held_out=True))
+        {sample["key"] for stream in part for number in range(3) for _, sample in stream.read(number)}
+        for part in (streams, [stream.complement() for stream in streams])
     )
     assert held_out and not train & held_out
     panels = sorted(path.name for path in (tmp_path / "run" / "panels").iterdir())

@@ -7,7 +7,6 @@ Everything random about a sample follows from (seed, epoch, its key), everything
 
 import math
 import signal
-import zlib
 from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,31 +20,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 from transformers.utils import logging
 
+from .crops import STUDENT_FILTER, TEACHER_FILTER, cut, draw_crop, sample_rng
 from .order import Mixture, Position, lanes_of
 from .prompts import box_from_mask, point_from_mask
+from .store import StoreDescription, as_it_is
 from .streams import UNREADABLE_SHARD, DataError, SkippedSampleError, Stream, decode_image, draw_masks
 
 logger = logging.get_logger(__name__)
-
-# Each with the filter of its own image processor: bilinear for SAM's, bicubic for CLIP's.
-STUDENT_FILTER, TEACHER_FILTER = Image.Resampling.BILINEAR, Image.Resampling.BICUBIC
-MIN_ASPECT = 3 / 4  # of a random crop; as torchvision's RandomResizedCrop
-
-
-@dataclass
-class StoreDescription:
-    """What the embeddings in a store are of (`store.py`); stores with equal descriptions are equal."""
-
-    teacher: str
-    text_projection: list[float]  # its first values, by which a student knows its teacher
-    projection_dim: int
-    image_size: int
-    image_mean: list[float]
-    image_std: list[float]
-    seed: int
-    min_crop: float
-    num_crops: int
-    shards: list[list[str]]  # file names by data set
 
 
 @dataclass
@@ -88,26 +69,24 @@ class ClipBatches:
         """The student's `images` and the `teacher_images`, both uint8 `(size, size, 3)`, of one crop; with a store
         `teacher_embeds` `(projection_dim,)` instead of the latter."""
         image = decode_image(raw)
+        if self.store is not None:  # whose crops are drawn again and again
+            seed, epoch = self.store.seed, epoch % self.store.num_crops
+        crop = draw_crop(image, self.min_crop, sample_rng(seed, epoch, raw["key"]))
+        sample = {"images": cut(image, crop, image_size, STUDENT_FILTER)}
         if self.store is None:
-            crop = draw_crop(image, self.min_crop, sample_rng(seed, epoch, raw["key"]))
-            teacher_images = cut(image, crop, self.teacher_image_size, TEACHER_FILTER)
-            return {"images": cut(image, crop, image_size, STUDENT_FILTER), "teacher_images": teacher_images}
-        number = epoch % self.store.num_crops
-        teacher_embeds = raw["embeds"][number].astype(np.float32)
+            return sample | {"teacher_images": cut(image, crop, self.teacher_image_size, TEACHER_FILTER)}
+        teacher_embeds = raw["embeds"][epoch].astype(np.float32)
         if np.isnan(teacher_embeds).any():
             raise SkippedSampleError("no stored embedding")
-        crop = draw_crop(image, self.min_crop, sample_rng(self.store.seed, number, raw["key"]))
-        return {"images": cut(image, crop, image_size, STUDENT_FILTER), "teacher_embeds": teacher_embeds}
+        return sample | {"teacher_embeds": teacher_embeds}
 
     def blank(self, image_size: int) -> dict[str, np.ndarray]:
         """A sample of nothing, for a batch none of whose samples can be used."""
-        images = np.zeros((image_size, image_size, 3), dtype=np.uint8)
+        sample = {"images": np.zeros((image_size, image_size, 3), dtype=np.uint8)}
         if self.store is None:
-            return {
-                "images": images,
-                "teacher_images": np.zeros((self.teacher_image_size,) * 2 + (3,), dtype=np.uint8),
-            }
-        return {"images": images, "teacher_embeds": np.ones(self.store.projection_dim, dtype=np.float32)}
+            size = self.teacher_image_size
+            return sample | {"teacher_images": np.zeros((size, size, 3), dtype=np.uint8)}
+        return sample | {"teacher_embeds": np.ones(self.store.projection_dim, dtype=np.float32)}
 
 
 def num_images(batch_size: int, image_sizes: list[int], image_size: int) -> int:
@@ -198,48 +177,6 @@ def _pad(image: Image.Image, size: int) -> tuple[np.ndarray, tuple[int, int]]:
     padded = np.zeros((size, size, 3), dtype=np.uint8)
     padded[:height, :width] = np.asarray(image.resize((width, height), STUDENT_FILTER))
     return padded, (height, width)
-
-
-def sample_rng(seed: int, epoch: int, key: str) -> np.random.Generator:
-    """What decides over all that is random about a sample, whoever reads it and whatever was read before."""
-    return np.random.default_rng((seed, epoch, zlib.crc32(key.encode())))
-
-
-@dataclass
-class Crop:
-    """A part of an image, to be resized to a square."""
-
-    box: tuple[float, float, float, float]  # left, upper, right, lower
-    is_flipped: bool
-
-
-def draw_crop(image: Image.Image, min_share: float, rng: np.random.Generator) -> Crop:
-    """A random part, in half of the cases flipped; see [`random_crop`]."""
-    return Crop(random_crop(image.width, image.height, min_share, rng), rng.random() < 0.5)
-
-
-def cut(image: Image.Image, crop: Crop, size: int, resample: Image.Resampling) -> np.ndarray:
-    """The crop, uint8 `(size, size, 3)`."""
-    pixels = np.array(image.resize((size, size), resample, crop.box))
-    return pixels[:, ::-1] if crop.is_flipped else pixels
-
-
-def random_crop(
-    width: int, height: int, min_share: float, rng: np.random.Generator
-) -> tuple[float, float, float, float]:
-    """A random box (left, upper, right, lower) of between `min_share` and all of the image, with an aspect between 3:4
-    and 4:3, to be resized to a square. The paper does not state its augmentation; this is torchvision's
-    RandomResizedCrop."""
-    for _ in range(10):
-        area = width * height * rng.uniform(min_share, 1.0)
-        aspect = np.exp(rng.uniform(np.log(MIN_ASPECT), -np.log(MIN_ASPECT)))
-        crop_width, crop_height = np.sqrt(area * aspect), np.sqrt(area / aspect)
-        if crop_width <= width and crop_height <= height:
-            left, upper = rng.uniform(0, width - crop_width), rng.uniform(0, height - crop_height)
-            return left, upper, left + crop_width, upper + crop_height
-    side = min(width, height)  # a long image: the largest square, somewhere
-    left, upper = rng.uniform(0, width - side), rng.uniform(0, height - side)
-    return left, upper, left + side, upper + side
 
 
 class StepStream(torch.utils.data.IterableDataset):
@@ -339,7 +276,7 @@ class StepLoader:
         self.parts: DataLoader = DataLoader(
             stream,
             batch_size=None,
-            collate_fn=_unchanged,
+            collate_fn=as_it_is,
             num_workers=num_workers,
             worker_init_fn=_leave_signals_to_the_trainer,
             **kwargs,
@@ -427,10 +364,6 @@ def _leave_signals_to_the_trainer(worker: int) -> None:
     """Launchers and schedulers signal every process of a job; workers are needed to the end of the step."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-
-
-def _unchanged(part: Any) -> Any:
-    return part
 
 
 def _stack(samples: dict[int, dict[str, np.ndarray]]) -> dict[str, Tensor]:

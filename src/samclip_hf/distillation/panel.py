@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from ..modeling_samclip import SamClipModel
@@ -25,11 +24,11 @@ class PanelRow:
 
 
 @torch.no_grad()
-def text_map(model: SamClipModel, pixel_values: Tensor, text_embeds: Tensor) -> np.ndarray:
-    """The most similar of the texts `(num_texts, projection_dim)` to each patch of one image, at the image's size."""
+def text_map(model: SamClipModel, pixel_values: Tensor, text_embeds: Tensor, size: tuple[int, int]) -> np.ndarray:
+    """The most similar of the texts `(num_texts, projection_dim)` to each patch of one image, as a map of `size`."""
     dense_embeds = model(pixel_values=pixel_values).dense_embeds.float()
     similarity = torch.einsum("bdhw,td->bthw", F.normalize(dense_embeds, dim=1), text_embeds.float())
-    similarity = F.interpolate(similarity, size=pixel_values.shape[-2:], mode="bilinear", align_corners=False)
+    similarity = F.interpolate(similarity, size=size, mode="bilinear", align_corners=False)
     return similarity[0].argmax(dim=0).cpu().numpy()
 
 
@@ -83,4 +82,4 @@ def draw_panel(path: Path, rows: list[PanelRow], texts: list[str], title: str) -
 def to_image(images: Tensor, content_size: Tensor | None) -> np.ndarray:
     """One uint8 image `(3, height, width)` without its padding, channels last."""
     height, width = images.shape[-2:] if content_size is None else content_size.tolist()
-    return np.asarray(Image.fromarray(images[:, :height, :width].permute(1, 2, 0).cpu().numpy()))
+    return images[:, :height, :width].permute(1, 2, 0).cpu().numpy()

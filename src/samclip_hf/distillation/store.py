@@ -22,11 +22,27 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..modeling_samclip import SamClipModel
-from .collation import TEACHER_FILTER, StoreDescription, cut, draw_crop, sample_rng
+from .crops import TEACHER_FILTER, cut, draw_crop, sample_rng
 from .streams import UNREADABLE_SHARD, SkippedSampleError, Stream, decode_image
 from .teachers import ClipTeacher, check_text_space
 
 DESCRIPTION_NAME = "store.json"
+
+
+@dataclass
+class StoreDescription:
+    """What the embeddings in a store are of; stores with equal descriptions are equal."""
+
+    teacher: str
+    text_projection: list[float]  # its first values, by which a student knows its teacher
+    projection_dim: int
+    image_size: int
+    image_mean: list[float]
+    image_std: list[float]
+    seed: int
+    min_crop: float
+    num_crops: int
+    shards: list[list[str]]  # file names by data set
 
 
 class TeacherStore:
@@ -195,7 +211,7 @@ def fill(
     embeds: dict[tuple[int, int], list[np.ndarray]] = {}
     keys: dict[tuple[int, int], list[str]] = {}
     unreadable: set[tuple[int, int]] = set()
-    for part in DataLoader(crops, batch_size=None, collate_fn=_unchanged, num_workers=num_workers):
+    for part in DataLoader(crops, batch_size=None, collate_fn=as_it_is, num_workers=num_workers):
         shard = part["shard"]
         usable = np.array(part["usable"], dtype=bool)
         values = np.full((len(usable), description.num_crops, description.projection_dim), np.nan, np.float16)
@@ -229,5 +245,6 @@ def _write(path: Path, keys: list[str], embeds: np.ndarray) -> None:
     temporary.replace(path)
 
 
-def _unchanged(part: Any) -> Any:
+def as_it_is(part: Any) -> Any:
+    """For a data loader, whose own collation would turn numbers and counts into tensors."""
     return part

@@ -163,6 +163,12 @@ class Stream:
         self.shards, self.held_out_share, self.held_out = shards, held_out_share, held_out
         self.embeds: Embeds | None = None  # with which every sample comes, see `store.py`
 
+    def complement(self) -> "Stream":
+        """The samples of the same shards that are not in this stream."""
+        other = Stream(self.shards, self.held_out_share, not self.held_out)
+        other.embeds = self.embeds
+        return other
+
     @property
     def num_shards(self) -> int:
         """Number of shards."""
@@ -212,7 +218,6 @@ def open_stream(
     with_masks: bool = False,
     shards_share: float = 1.0,
     held_out_share: float = 0.0,
-    held_out: bool = False,
 ) -> Stream:
     r"""
     name (`str`):
@@ -224,8 +229,8 @@ def open_stream(
         Whether SA-1B's annotations are needed.
     shards_share (`float`):
         Of the tars, at random but always the same ones: the paper uses 5.7 % of SA-1B's. At least one.
-    held_out_share (`float`), held_out (`bool`):
-        See [`Stream`].
+    held_out_share (`float`):
+        See [`Stream`]; its complement holds the held-out samples.
 
     Raises `FileNotFoundError` where there is nothing, `ValueError` where it cannot be read, where there is no picture
     or no annotation.
@@ -249,7 +254,7 @@ def open_stream(
         kept = max(1, round(shards_share * len(shards.names)))
         order = np.random.default_rng(0).permutation(len(shards.names))
         shards.names = [shards.names[shard] for shard in sorted(order[:kept])]
-    return Stream(shards, held_out_share, held_out)
+    return Stream(shards, held_out_share)
 
 
 def _first(shards: Shards, shard: int) -> list[dict[str, Any]]:

@@ -1,5 +1,7 @@
 """The three stages of SAM-CLIP's training as one `Trainer`."""
 
+import contextlib
+import dataclasses
 import json
 import math
 import re
@@ -9,15 +11,14 @@ import sys
 import threading
 import time
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate.utils import gather, gather_object
-from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
@@ -45,12 +46,12 @@ MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes
 STREAM_STATE_NAME = "stream_state.json"  # in every checkpoint: where the data stand, and what was counted so far
 MAX_SKIPPED_STEPS = 10  # in a row, before training stops
 
-# What each stage trains (paper, section 4). The prompt encoder, SAM's positional embedding and the text side never do.
 # With LoRA, what gets adapters instead: every matrix of the image encoder's and the mask decoder's transformers.
 ADAPTED_MODULES = (
     r"vision_encoder\.layers\.\d+\.(attn\.(qkv|proj)|mlp\.lin[12])"
     r"|mask_decoder\.transformer\..*\.([qkv]_proj|out_proj|mlp\.lin[12])"
 )
+# What each stage trains (paper, section 4). The prompt encoder, SAM's positional embedding and the text side never do.
 TRAINED_PARTS = {1: ("clip_head",), 2: ("vision_encoder", "mask_decoder", "clip_head"), 3: ("clip_head",)}
 
 
@@ -112,7 +113,7 @@ class SamClipTrainer(Trainer):
             args=args,
             processing_class=processing_class,
             train_dataset=train_dataset,
-            eval_dataset=self._read_held_out(model, args) if args.eval_strategy != "no" else None,
+            eval_dataset=self._read_held_out(train_dataset, args.eval_batches) if args.eval_strategy != "no" else None,
             **kwargs,
         )
         if self.is_deepspeed_enabled:
@@ -140,17 +141,19 @@ class SamClipTrainer(Trainer):
             if isinstance(teacher, nn.Module):
                 teacher.to(args.device)
 
-    def _read_held_out(self, student: SamClipModel, args: SamClipTrainingArguments) -> list[dict[str, Any]]:
+    def _read_held_out(self, training: StepStream, num_batches: int) -> list[dict[str, Any]]:
         """The micro-batches that every evaluation sees, read once: a hundred rows may have to be passed over for each
         held-out one."""
-        loader = StepLoader(self._open_streams(student, args, held_out=True), max_bad_share=1.0)
-        return list(islice(loader, args.eval_batches))
+        tasks = {
+            name: dataclasses.replace(task, streams=[s.complement() for s in task.streams], shuffle_buffer=1)
+            for name, task in training.tasks.items()
+        }
+        stream = StepStream(tasks, training.seed, num_lanes=1, rank=training.rank, world_size=training.world_size)
+        return list(islice(StepLoader(stream, max_bad_share=1.0), num_batches))
 
-    def _open_streams(
-        self, student: SamClipModel, args: SamClipTrainingArguments, held_out: bool = False
-    ) -> StepStream:
-        share: dict[str, Any] = {"held_out_share": args.held_out_share, "held_out": held_out}
-        streams = [open_stream(name, **share) for name in args.clip_data]
+    def _open_streams(self, student: SamClipModel, args: SamClipTrainingArguments) -> StepStream:
+        share = args.held_out_share
+        streams = [open_stream(name, held_out_share=share) for name in args.clip_data]
         if isinstance(self.clip_teacher, TeacherStore):
             self.clip_teacher.check(student, streams, args.min_crop, args.clip_teacher)
             self.clip_teacher.attach(streams)
@@ -166,14 +169,14 @@ class SamClipTrainer(Trainer):
                 image_sizes=args.clip_sizes,
                 teacher_image_size=teacher_image_size,
                 batch_size=args.clip_batch_size,
-                shuffle_buffer=1 if held_out else args.shuffle_buffer,
+                shuffle_buffer=args.shuffle_buffer,
                 min_crop=args.min_crop,
                 store=store,
             )
         }
         if self.sam_teacher is not None:
             streams = [
-                open_stream(name, with_masks=True, shards_share=args.sam_shards_share, **share)
+                open_stream(name, with_masks=True, shards_share=args.sam_shards_share, held_out_share=share)
                 for name in args.sam_data
             ]
             tasks["sam"] = SamBatches(
@@ -184,13 +187,13 @@ class SamClipTrainer(Trainer):
                 batch_size=args.sam_batch_size,
                 masks_per_image=args.masks_per_image,
                 max_box_noise=args.max_box_noise,
-                shuffle_buffer=1 if held_out else args.sam_shuffle_buffer,
+                shuffle_buffer=args.sam_shuffle_buffer,
             )
         return StepStream(
             tasks,
             seed=args.seed,
-            num_lanes=1 if held_out else args.data_lanes,
-            gradient_accumulation_steps=1 if held_out else args.gradient_accumulation_steps,
+            num_lanes=args.data_lanes,
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
             rank=args.process_index,
             world_size=args.world_size,
         )
@@ -233,11 +236,10 @@ class SamClipTrainer(Trainer):
         shares = inputs.pop("shares")
         total = torch.zeros((), device=self.args.device)
         for task, batch in inputs.items():
-            recorded = dict(self._sums), dict(self._counts)
-            with self.compute_loss_context_manager():
+            # A batch of nothing is not to be seen in the averages.
+            recording = self._recording_apart() if shares[task] == 0 else contextlib.nullcontext()
+            with recording, self.compute_loss_context_manager():
                 loss = self.clip_loss(model, **batch) if task == "clip" else self.sam_loss(model, **batch)
-            if shares[task] == 0:  # a batch of nothing, which is not to be seen in the averages
-                self._sums, self._counts = defaultdict(float, recorded[0]), defaultdict(int, recorded[1])
             # A sample that could not be used counts as one without a loss, whichever process met it.
             loss = loss * shares[task]
             if shares[task] > 0:
@@ -251,14 +253,15 @@ class SamClipTrainer(Trainer):
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         """As in [`Trainer`]; a step whose gradient is not finite, or above `max_step_grad_norm`, is not taken, and
         `MAX_SKIPPED_STEPS` of them in a row end the training."""
-        parts = TRAINED_PARTS[self.args.stage] if self.accelerator.scaler is None else ()  # its gradients are scaled
-        for part in parts:
-            names = self.accelerator.unwrap_model(model).named_parameters()
-            gradients = [p.grad for name, p in names if f"{part}." in name and p.grad is not None]
-            self._record({f"grad_norm_{part}": torch.nn.utils.get_total_norm(gradients)})
-        norm = super()._clip_grad_norm(model)
         if self.accelerator.scaler is not None:  # float16's scaler expects infinities, and passes over them itself
-            return norm
+            return super()._clip_grad_norm(model)
+        gradients: dict[str, list[Tensor]] = {part: [] for part in TRAINED_PARTS[self.args.stage]}
+        for name, parameter in self.accelerator.unwrap_model(model).named_parameters():
+            if parameter.grad is not None:
+                gradients[next(part for part in gradients if f"{part}." in name)].append(parameter.grad)
+        for part, own in gradients.items():
+            self._record({f"grad_norm_{part}": torch.nn.utils.get_total_norm(own)})
+        norm = super()._clip_grad_norm(model)
         value = float(norm)
         if math.isfinite(value) and value <= self.args.max_step_grad_norm:
             self._skipped_steps_in_a_row = 0
@@ -327,13 +330,11 @@ class SamClipTrainer(Trainer):
         ones, and a picture of the first of them, `panels/step_*.png`."""
         batches = self.eval_dataset if eval_dataset is None else eval_dataset
         model = self.accelerator.unwrap_model(self.model).eval()
-        training_sums, training_counts = self._sums, self._counts
-        self._sums, self._counts = defaultdict(float), defaultdict(int)
-        for number, batch in enumerate(batches):
-            inputs = self._prepare_inputs(dict(batch))
-            shares = inputs.pop("shares")
-            inputs = {task: tensors for task, tensors in inputs.items() if shares[task] > 0}
-            with self.compute_loss_context_manager():
+        with self._recording_apart(), self.compute_loss_context_manager():
+            for number, batch in enumerate(batches):
+                inputs = self._prepare_inputs(dict(batch))
+                shares = inputs.pop("shares")
+                inputs = {task: tensors for task, tensors in inputs.items() if shares[task] > 0}
                 for task, tensors in inputs.items():
                     self.clip_loss(model, **tensors) if task == "clip" else self.sam_loss(model, **tensors)
                 if number == 0:  # in every process: where the model is sharded, all must take part
@@ -342,8 +343,7 @@ class SamClipTrainer(Trainer):
                         path = Path(self.args.output_dir) / "panels" / f"step_{self.state.global_step:06d}.png"
                         title = f"held-out images, step {self.state.global_step}"
                         draw_panel(path, rows, self.args.panel_texts, title)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._averages().items()}
-        self._sums, self._counts = training_sums, training_counts
+            metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._averages().items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -376,10 +376,8 @@ class SamClipTrainer(Trainer):
                 content = one[:, :, : row.image.shape[0], : row.image.shape[1]]
                 size_of_clip = (max(self.args.clip_sizes),) * 2
                 resized = F.interpolate(content.float(), size=size_of_clip, mode="bilinear", antialias=True)
-                texts = text_map(model, normalize(resized, self.image_mean, self.image_std), self._panel_embeds(model))
-                row.texts = np.asarray(
-                    Image.fromarray(texts.astype(np.uint8)).resize(row.image.shape[1::-1], Image.Resampling.NEAREST)
-                )
+                pixel_values = normalize(resized, self.image_mean, self.image_std)
+                row.texts = text_map(model, pixel_values, self._panel_embeds(model), row.image.shape[:2])
             rows.append(row)
         return rows
 
@@ -387,6 +385,16 @@ class SamClipTrainer(Trainer):
         tokens = self.processing_class.tokenizer(self.args.panel_texts, padding=True, return_tensors="pt")
         features = model.get_text_features(**tokens.to(self.args.device)).pooler_output
         return F.normalize(features.float(), dim=-1)
+
+    @contextlib.contextmanager
+    def _recording_apart(self) -> Iterator[None]:
+        """What is recorded meanwhile does not enter the training's averages."""
+        sums, counts = self._sums, self._counts
+        self._sums, self._counts = defaultdict(float), defaultdict(int)
+        try:
+            yield
+        finally:
+            self._sums, self._counts = sums, counts
 
     def _averages(self) -> dict[str, float]:
         """Of everything recorded since the last time, over all processes."""
@@ -416,27 +424,21 @@ class SamClipTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial) -> None:
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        state = {
-            "order": self._order,
-            "streams": self._loader.state,
-            "images": self._images,
-            "skipped_steps": self._skipped_steps,
-            "log": {name: [float(total), self._counts[name]] for name, total in self._sums.items()},
-        }
-        states = gather_object([state])
+        log = {name: [float(total), self._counts[name]] for name, total in self._sums.items()}
+        processes = gather_object([{"streams": self._loader.state, "images": self._images, "log": log}])
         try:
             if self.args.should_save:
-                shutil.rmtree(
-                    folder, ignore_errors=True
-                )  # of an earlier attempt, whose state would vouch for this one
+                # What an earlier attempt left, whose state would vouch for this one.
+                shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir(parents=True)
-                merged = states[0] | {
-                    "streams": _merge([state["streams"] for state in states]),
-                    "images": sum(state["images"] for state in states),
-                    "logs": [state["log"] for state in states],
+                state = {
+                    "order": self._order,
+                    "streams": _merge([process["streams"] for process in processes]),
+                    "images": sum(process["images"] for process in processes),
+                    "skipped_steps": self._skipped_steps,
+                    "logs": [process["log"] for process in processes],
                 }
-                del merged["log"]
-                (folder / STREAM_STATE_NAME).write_text(json.dumps(merged, indent=1) + "\n")
+                (folder / STREAM_STATE_NAME).write_text(json.dumps(state, indent=1) + "\n")
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:  # a full disk, by Python, torch and safetensors
             shutil.rmtree(folder, ignore_errors=True)
@@ -453,9 +455,11 @@ class SamClipTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         state = json.loads((Path(resume_from_checkpoint) / STREAM_STATE_NAME).read_text())
-        if changed := [f"{name} from {was} to {now}" for name, was, now in _differences(state["order"], self._order)]:
+        was, now = state["order"], self._order
+        if changed := [name for name in {**was, **now} if was.get(name) != now.get(name)]:
+            changes = "; ".join(f"{name} from {was.get(name)} to {now.get(name)}" for name in changed)
             raise DataError(
-                f"{resume_from_checkpoint} cannot go on with something else: {'; '.join(changed)}. Start "
+                f"{resume_from_checkpoint} cannot go on with something else: {changes}. Start "
                 "a new run from its weights with --model instead."
             )
         # The trainer reads its own state only later.
@@ -553,10 +557,6 @@ def last_checkpoint(output_dir: str | Path) -> Path | None:
         else:
             return folder
     return None
-
-
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    return [(name, old.get(name), new.get(name)) for name in {**old, **new} if old.get(name) != new.get(name)]
 
 
 def _merge(states: list[dict[str, Any]]) -> dict[str, Any]:
