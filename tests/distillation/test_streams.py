@@ -46,8 +46,8 @@ def sam_batches(name, masks_per_image=5) -> SamBatches:
     )
 
 
-def step_loader(seed=0, num_workers=0, max_bad_share=1.0, **tasks) -> StepLoader:
-    stream = StepStream(tasks, seed=seed)
+def step_loader(seed=0, num_workers=0, max_bad_share=1.0, num_lanes=16, **tasks) -> StepLoader:
+    stream = StepStream(tasks, seed=seed, num_lanes=num_lanes)
     return StepLoader(stream, max_bad_share, num_workers)
 
 
@@ -231,13 +231,18 @@ def test_other_broken_files_are_counted_by_cause_and_passed_over_too(tmp_path):
     whole = (tmp_path / "2.tar").read_bytes()
     (tmp_path / "2.tar").write_bytes(whole[: whole.index(b"2.json") + 600])  # in the middle of a file
 
-    loader = step_loader(sam=sam_batches(tmp_path))
+    loader = step_loader(sam=sam_batches(tmp_path), num_lanes=1)  # in which pass follows pass
     usable = Counter(step["shares"]["sam"] for step in islice(loader, 65))  # of two samples each
-    assert loader.state["seen"] == 130
-    skipped = loader.state["skipped"]
-    causes = {"broken json", "no annotations", "no image", "mask and image differ in size", "unreadable shard"}
-    assert skipped.keys() == causes
-    assert 130 - sum(skipped.values()) == 2 * usable[1.0] + usable[0.5]
+    # A pass holds nine samples of the first tar, three good; the second, which is one; two good of the third, its rest.
+    assert loader.state["seen"] == 130 == 10 * (9 + 1 + 3)
+    assert 2 * usable[1.0] + usable[0.5] == 10 * (3 + 2)
+    assert loader.state["skipped"] == {
+        "broken json": 10,
+        "no annotations": 30,
+        "mask and image differ in size": 10,
+        "no image": 10,
+        "unreadable shard": 20,
+    }
     # Pictures are all there is to see where masks are not asked for.
     loader = step_loader(clip=clip_batches(tmp_path, batch_size=40))
     next(iter(loader))
