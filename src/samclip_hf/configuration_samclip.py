@@ -114,9 +114,9 @@ class SamClipConfig(SamConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
-        """As in [`PreTrainedConfig`]; refuses other models' configurations but SAM's, which lack the CLIP side."""
+        """As in [`PreTrainedConfig`]; refuses other models' configurations, SAM's and CLIP's too."""
         model_type = config_dict.get("model_type", cls.model_type)
-        if model_type not in (cls.model_type, "sam"):
+        if model_type != cls.model_type:
             raise ValueError(
                 f"This checkpoint holds a model of type {model_type!r}, not a SAM-CLIP. "
                 "SamClipModel.from_teachers(sam, clip) builds a SAM-CLIP from a SAM and a CLIP."

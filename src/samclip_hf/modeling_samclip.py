@@ -11,7 +11,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -451,7 +451,7 @@ class SamClipPreTrainedModel(SamPreTrainedModel):
         """
         `False`: everything here is initialised by `transformers.initialization`, which leaves loaded weights alone.
         Of code that may do otherwise, transformers (5.23) passes over the modules without weights of their own, and
-        CLIP's text tower, missing in a SAM checkpoint, would start as CLIP's does not.
+        CLIP's text tower, where a checkpoint lacks it, would start as CLIP's does not.
         """
         return False
 
@@ -1123,7 +1123,9 @@ class SamClipForImageSegmentation(SamClipModel):
             Names of the classes. A list in place of a name holds synonyms: the first names the label.
         background (`Sequence[str]` or `float`, *optional*):
             Either texts of what belongs to no class ("a wall", "an empty scene"), used as they are, or a threshold:
-            what no class is as probable as that for, among the classes, is background. With either, label 0 becomes
+            what no class is as probable as that for, among the classes, is background. The likeliest of n classes has
+            at least 1/n, so thresholds up to that, and any for a single class, make no background. It also decides
+            where the SAM head is asked. With either, label 0 becomes
             "background" and the classes follow; without, something of the vocabulary is everywhere.
         templates (`Sequence[str]`, *optional*):
             Sentences with a `{}` for the name, such as those in `samclip_hf.templates`; a name's embedding is the mean
@@ -1140,11 +1142,11 @@ class SamClipForImageSegmentation(SamClipModel):
             raise ValueError(f'A vocabulary is a list of at least one name, such as ["cat", "sofa"]; got {labels!r}.')
         threshold: float | None = None
         texts_of_background: Any = () if background is None else background
-        if isinstance(background, Real) and not isinstance(background, Integral):  # numpy's too
+        if isinstance(background, Real):  # numpy's too
             threshold, texts_of_background = float(background), ()
         if threshold is not None and not 0 < threshold < 1:
             raise ValueError(f"As a threshold, background must be a probability between 0 and 1, got {threshold}.")
-        if isinstance(texts_of_background, str | int) or not all(
+        if isinstance(texts_of_background, str) or not all(
             isinstance(text, str) and text.strip() for text in texts_of_background
         ):
             raise ValueError(
@@ -1159,7 +1161,11 @@ class SamClipForImageSegmentation(SamClipModel):
         if synonyms not in ("max", "mean"):
             raise ValueError(f'synonyms must be "max" or "mean", got {synonyms!r}.')
         has_background = threshold is not None or len(texts_of_background) > 0
-        counts = Counter([*names, "background"] if has_background else names)
+        if has_background and "background" in names:
+            raise ValueError(
+                'With a background, that is what label 0 is called: give the class "background" another name.'
+            )
+        counts = Counter(names)
         if doubled := sorted(name for name, count in counts.items() if count > 1):
             raise ValueError(f"These names appear more than once in the vocabulary: {doubled}.")
 

@@ -19,7 +19,7 @@ class SamClipImageSegmentationPipeline(ImageSegmentationPipeline):
     >>> from samclip_hf import miniature
 
     >>> segmenter = pipeline("zero-shot-image-segmentation", model=miniature.checkpoint())
-    >>> segments = segmenter("photo.png", candidate_labels=["green zigzag shape", "red solid shape"], background=0.5)
+    >>> segments = segmenter("photo.png", candidate_labels=["green zigzag shape"], background=["a wall"])
     ```"""
 
     _load_tokenizer = True

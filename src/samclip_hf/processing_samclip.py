@@ -90,10 +90,10 @@ class SamClipProcessor(ProcessorMixin):
         nested = _by_prompt("input_points", input_points, ("image", "prompt", "point", "x and y"))
         points = [[_coordinates("input_points", p, "x and y", 2) for p in prompts] for prompts in nested]
         if input_labels is None:
-            labels = [[np.ones(len(p), dtype=np.int64) for p in prompts] for prompts in points]
+            labels = [[np.ones(len(p)) for p in prompts] for prompts in points]
         else:
             nested = _by_prompt("input_labels", input_labels, ("image", "prompt", "point"))
-            labels = [[np.asarray(p).reshape(-1) for p in prompts] for prompts in nested]
+            labels = [[np.asarray(p, dtype=np.float64).reshape(-1) for p in prompts] for prompts in nested]
         if [[len(p) for p in prompts] for prompts in points] != [[len(p) for p in prompts] for prompts in labels]:
             raise ValueError("input_labels must hold exactly one label for each of the input_points.")
         if unknown := {v.item() for prompts in labels for p in prompts for v in p} - {1, 0, -1, POINT_PADDING}:
@@ -194,7 +194,10 @@ def _depth(name: str, nested) -> int:
         return 0
     if len(nested) == 0:
         raise ValueError(f"Every image needs at least one prompt in {name}, and every prompt a point or a box.")
-    return 1 + max(_depth(name, inner) for inner in nested)
+    depths = {_depth(name, inner) for inner in nested}
+    if len(depths) > 1:
+        raise ValueError(f"{name} are nested unevenly: {nested!r}.")
+    return 1 + depths.pop()
 
 
 def _by_prompt(name: str, nested, levels: tuple[str, ...]) -> list:

@@ -233,7 +233,7 @@ def test_other_broken_files_are_counted_by_cause_and_passed_over_too(tmp_path):
 
     loader = step_loader(sam=sam_batches(tmp_path), num_lanes=1)  # in which pass follows pass
     usable = Counter(step["shares"]["sam"] for step in islice(loader, 65))  # of two samples each
-    # A pass: nine samples of the first tar, three good; the second, which is one; two good ones of the third, its rest.
+    # A pass: nine of the first tar, three good; the second, which is one; two good ones of the third; its rest.
     assert loader.state["seen"] == 130 == 10 * (9 + 1 + 3)
     assert 2 * usable[1.0] + usable[0.5] == 10 * (3 + 2)
     assert loader.state["skipped"] == {
