@@ -1,0 +1,108 @@
+"""Mean intersection over union of label maps."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from datasets import Features, List, Value
+
+from .accumulating import AccumulatingMetric
+
+
+class MeanIoU(AccumulatingMetric):
+    r"""
+    Semantic segmentation as PASCAL VOC scores it (Everingham et al., 2010): one confusion matrix over the pixels of
+    all images, and the mean over labels of intersection over union.
+
+    predictions, references (lists of integer arrays of shape `(height, width)`):
+        Label maps; images may differ in size.
+    num_labels (`int`):
+        Background included, where there is one.
+    ignore_index (`int`):
+        In references: pixels that do not count. A prediction there must still be a label.
+    boundary_width (`int`):
+        In pixels. Leaves out all pixels with another label in the reference within that chessboard distance, where
+        `ignore_index` is a label too: how well regions are named, whatever their outlines.
+
+    `compute` returns `mean_iou`, over the labels that occur in truth or prediction; `mean_accuracy`, over those that
+    occur in truth; `overall_accuracy`; `iou_per_label` and `accuracy_per_label`, with `None` for the labels that do
+    not enter the mean; and `num_pixels` that counted. `ValueError` where none did, where a prediction or a reference
+    is not a label, or where the two differ in shape.
+    """
+
+    input_features = Features({name: List(List(Value("int64"))) for name in ("predictions", "references")})
+
+    def __init__(self, num_labels: int, ignore_index: int = 255, boundary_width: int = 0, **module_arguments: Any):
+        super().__init__(**module_arguments)
+        self.num_labels = num_labels
+        self.ignore_index = ignore_index
+        self.boundary_width = boundary_width
+
+    def image_mean_iou(self, prediction: np.ndarray, reference: np.ndarray) -> float | None:
+        """The mean IoU of one image by itself, to sort images by; `None` where all of it is ignored. Adds nothing."""
+        state = self._measure([prediction], [reference])
+        return self._result(state)["mean_iou"] if state["confusion"].any() else None
+
+    def _measure(self, predictions: Iterable[np.ndarray], references: Iterable[np.ndarray]) -> dict[str, Any]:
+        confusion = np.zeros((self.num_labels, self.num_labels), dtype=np.int64)  # rows are the truth
+        for prediction, reference in zip(map(np.asarray, predictions), map(np.asarray, references), strict=True):
+            if prediction.shape != reference.shape or reference.ndim != 2:
+                raise ValueError(
+                    f"Label maps are of one shape (height, width), not {prediction.shape} and {reference.shape}."
+                )
+            counts = reference != self.ignore_index
+            self._check_labels("prediction", prediction)
+            self._check_labels("reference", reference[counts])
+            if self.boundary_width:
+                counts &= ~near_boundary(reference, self.boundary_width)
+            pairs = reference[counts].astype(np.int64) * self.num_labels + prediction[counts].astype(np.int64)
+            confusion += np.bincount(pairs, minlength=confusion.size).reshape(confusion.shape)
+        return {"confusion": confusion}
+
+    def _check_labels(self, name: str, labels: np.ndarray) -> None:
+        if not np.issubdtype(labels.dtype, np.integer):
+            raise ValueError(f"Labels are integers, but the {name} has {labels.dtype}.")
+        if labels.size and not 0 <= labels.min() <= labels.max() < self.num_labels:
+            raise ValueError(
+                f"Labels are 0 to {self.num_labels - 1}, but the {name} has {labels.min()} to {labels.max()}."
+            )
+
+    def _result(self, state: dict[str, Any]) -> dict[str, Any]:
+        confusion = state["confusion"]
+        if not confusion.any():
+            raise ValueError("No pixel counts: the references are ignored altogether, or all boundary.")
+        correct, truth, predicted = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)
+        iou, accuracy = ratios(correct, truth + predicted - correct), ratios(correct, truth)
+        return {
+            "mean_iou": mean(iou),
+            "mean_accuracy": mean(accuracy),
+            "overall_accuracy": (correct.sum() / confusion.sum()).item(),
+            "iou_per_label": iou,
+            "accuracy_per_label": accuracy,
+            "num_pixels": confusion.sum().item(),
+        }
+
+
+def near_boundary(label_map: np.ndarray, width: int) -> np.ndarray:
+    """
+    Where `(height, width)` labels have another one within `width` pixels (chessboard distance): the largest label of
+    the window is not the smallest.
+    """
+
+    def largest(labels: torch.Tensor) -> torch.Tensor:
+        return F.max_pool2d(labels, kernel_size=2 * width + 1, stride=1, padding=width)
+
+    labels = torch.as_tensor(label_map.astype(np.float64))[None]
+    return (largest(labels) != -largest(-labels))[0].numpy()
+
+
+def ratios(counts: np.ndarray, totals: np.ndarray) -> list[float | None]:
+    return [count / total if total else None for count, total in zip(counts.tolist(), totals.tolist(), strict=True)]
+
+
+def mean(values: list[float | None]) -> float:
+    present = [value for value in values if value is not None]
+    return math.fsum(present) / len(present)
