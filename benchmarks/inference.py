@@ -16,7 +16,6 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from unittest import mock
 
 import torch
@@ -25,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, CLIPVisionModel, SamConfig, SamModel
 
 from samclip_hf import SamClipConfig, SamClipForImageSegmentation, SamClipModel
+from samclip_hf.evaluation.cost import peak, reset_peak
 from samclip_hf.modeling_samclip import SamClipVisionLayer
 
 NUM_CLASSES = 20
@@ -47,26 +47,6 @@ def compare(functions: dict[str, Callable], repeats: int, device: torch.device) 
             memory[name] = (peak(device) - before) / 1e9
             del result
     return seconds, memory
-
-
-def reset_peak(device: torch.device) -> float:
-    """Bytes in use, from which on the peak is measured."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    if (clear := Path("/proc/self/clear_refs")).exists():
-        clear.write_text("5")  # the peak starts over at what is resident now
-    return peak(device)
-
-
-def peak(device: torch.device) -> float:
-    """Most bytes in use since; `nan` where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return float("nan")
-    return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
 
 
 def matrix_product(device: torch.device, dtype: torch.dtype) -> tuple[Callable, float]:

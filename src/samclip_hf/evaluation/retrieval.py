@@ -1,0 +1,66 @@
+"""Retrieval of images by captions and of captions by images (paper, section 5, table 1)."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from .metrics import AccumulatingMetric, RecallAtK
+from .models import Candidate, ImageText
+from .pictures import captioned
+from .protocol import Protocol
+from .samples import CaptionedImage, DataSet
+
+
+class Retrieval(Protocol[CaptionedImage]):
+    """
+    Images and captions are compared as they are, without templates. What the paper calls R@1 is the mean of both
+    directions (its baselines match their own papers only so); all three figures are given by their names.
+
+    size (`int`, *optional*):
+        As in [`ZeroShotClassification`].
+    """
+
+    name = "retrieval"
+
+    def __init__(self, data: DataSet[CaptionedImage], size: int | None = None):
+        super().__init__(data)
+        self.size = size
+
+    def applies_to(self, model: Candidate) -> bool:
+        return isinstance(model, ImageText)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            **self.data.description,
+            "size": self.size or "each model's own image processor",
+            "crop": "middle square" if self.size else "each model's own image processor",
+            "captions": "as they are; cut where longer than the text tower reads",
+            "ties": "count against",
+        }
+
+    def new_metrics(self) -> dict[str, AccumulatingMetric]:
+        return {"recall": RecallAtK()}
+
+    def prepare(self, model: ImageText) -> None:
+        pass
+
+    def judge(self, model: ImageText, samples: list[CaptionedImage], metrics) -> list[float]:
+        image_embeds = model.embed_images([sample.image() for sample in samples], self.size).cpu()
+        text_embeds = model.embed_texts([caption for sample in samples for caption in sample.captions]).cpu()
+        per_image = text_embeds.split([len(sample.captions) for sample in samples])
+        metrics["recall"].add_batch(predictions=image_embeds.numpy(), references=[own.numpy() for own in per_image])
+        # What an image's rank is, is known when all have been seen; its similarity to its own captions is known now.
+        return [(own @ embed).mean().item() for embed, own in zip(image_embeds, per_image, strict=True)]
+
+    def figures(self, metrics) -> dict[str, float | None]:
+        figures = metrics["recall"].compute()
+        return {"mean_recall@1": figures["mean_recall@1"], **figures}
+
+    def illustrate(self, model: ImageText, sample: CaptionedImage) -> list[tuple[str, np.ndarray]]:
+        image = sample.image()
+        with torch.inference_mode():
+            similarities = model.embed_texts(sample.captions) @ model.embed_images([image], self.size)[0]
+        lines = [f"{value:.2f} {text}" for text, value in zip(sample.captions, similarities.tolist(), strict=True)]
+        pixels = np.asarray(image)
+        return [("image", pixels), ("its captions", captioned(pixels, lines))]
