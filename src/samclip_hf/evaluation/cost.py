@@ -92,7 +92,7 @@ class Cost(Task):
             figures |= {
                 f"{title}, GMAC": counter.get_total_flops() / 2e9,
                 f"{title}, s": statistics.median(seconds),
-                f"{title}, GB": memory / 1e9,
+                f"{title}, MB": memory / 1e6,
             }
         return Outcome(figures, 1, time.perf_counter() - start)
 

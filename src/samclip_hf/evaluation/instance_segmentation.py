@@ -1,6 +1,6 @@
 """
-Segmentation of objects from points and boxes: mask AP from a detector's boxes (paper, section 5, table 1), and mean IoU
-from one point or one box (Kirillov et al. 2023, section 7.1).
+Segmentation of objects from points and boxes: mask AP from a detector's boxes (paper, section 5, table 1), and mean
+IoU from one point or one box (Kirillov et al. 2023, section 7.1).
 """
 
 import zlib
@@ -110,9 +110,7 @@ class PromptedSegmentation(Protocol[ImageWithObjects]):
     name = "prompts"
     batch_size = 1
 
-    def __init__(
-        self, data: DataSet[ImageWithObjects], point: Literal["center", "random"] = "center", seed: int = 0
-    ):
+    def __init__(self, data: DataSet[ImageWithObjects], point: Literal["center", "random"] = "center", seed: int = 0):
         super().__init__(data)
         self.point, self.seed = point, seed
 
@@ -160,7 +158,7 @@ class PromptedSegmentation(Protocol[ImageWithObjects]):
         masks, scores = model.predict_masks(image, points=torch.from_numpy(points))
         from_boxes, _ = model.predict_masks(image, boxes=torch.from_numpy(boxes))
         likely = [mask[score.argmax()].numpy() for mask, score in zip(masks, scores, strict=True)]
-        oracle = [max(mask.numpy(), key=lambda m: iou(m, truth)) for mask, truth in zip(masks, truths, strict=True)]  # noqa: B023
+        oracle = [max(mask.numpy(), key=lambda m: iou(m, truth)) for mask, truth in zip(masks, truths, strict=True)]
         found = {"point_miou": likely, "point_oracle_miou": oracle, "box_miou": list(from_boxes[:, 0].numpy())}
         return truths, points, boxes, found
 

@@ -172,13 +172,19 @@ class Promptable(Candidate):
         for chunk in prompts.float().split(PROMPTS_AT_ONCE):
             chunk = (chunk.unflatten(-1, (-1, 2)) * scale).flatten(1).to(self.model.device, self.model.dtype)
             prompt = {"input_points": chunk[None, :, None]} if boxes is None else {"input_boxes": chunk[None]}
-            outputs = self.model(image_embeddings=embeddings, multimask_output=boxes is None, **prompt)
+            logits, ious = self._decode(embeddings, multimask_output=boxes is None, **prompt)
             own = self.processor.post_process_masks(
-                outputs.pred_masks.float().cpu(), inputs["original_sizes"], inputs["reshaped_input_sizes"]
+                logits.float().cpu(), inputs["original_sizes"], inputs["reshaped_input_sizes"]
             )
             masks.append(torch.as_tensor(own[0]))
-            scores.append(outputs.iou_scores[0].float().cpu())
+            scores.append(ious[0].float().cpu())
         return torch.cat(masks), torch.cat(scores)
+
+    def _decode(self, image_embeddings: Tensor, **prompts) -> tuple[Tensor, Tensor]:
+        """Mask logits `(1, num_prompts, num_masks, height, width)` and predicted IoUs `(1, num_prompts,
+        num_masks)`."""
+        outputs = self.model(image_embeddings=image_embeddings, **prompts)
+        return outputs.pred_masks, outputs.iou_scores
 
     def generate_masks(self, image: Image.Image, **thresholds) -> np.ndarray:
         """Everything mode: `(num_masks, height, width)` of type bool, by the stock `mask-generation` pipeline."""
@@ -244,6 +250,9 @@ class Clip(ImageText):
 class SamClip(ImageText, Promptable):
     """Any SAM-CLIP. `model` is a [`SamClipForImageSegmentation`]; what a [`SamClipModel`] does, it does by that."""
 
+    def _decode(self, image_embeddings: Tensor, **prompts) -> tuple[Tensor, Tensor]:
+        return self.model.predict_masks(image_embeddings, **prompts)
+
     def _image_features(self, **keywords) -> Tensor:
         return self.model.get_image_features(**keywords).pooler_output
 
@@ -280,8 +289,8 @@ class Cascade(Candidate):
 
     @torch.inference_mode()
     def name_masks(self, image: Image.Image, masks: np.ndarray, text_embeds: Tensor) -> Tensor:
-        """Similarities `(num_masks, num_texts)`: CLIP sees the box around each mask, what is outside of the mask in the
-        normalisation's mean colour."""
+        """Similarities `(num_masks, num_texts)`: CLIP sees the box around each mask, what is outside of the mask in
+        the normalisation's mean colour."""
         pixels = np.asarray(image)
         mean = np.asarray(self.clip.image_processor.image_mean) * 255
         crops = []

@@ -150,8 +150,8 @@ class HeadProbing(Probing):
     def describe(self) -> dict[str, Any]:
         return {
             **super().describe(),
-            "heads": "linear: batch norm, 1x1 convolution; DeepLabv3: torchvision's; PSPNet: pooled to 1, 2, 3, 6 bins",
-            "training": f"AdamW, {self.steps} steps of {BATCH_SIZE} images, learning rate {self.learning_rate}, cosine",
+            "heads": "linear: batch norm, 1x1 convolution; DeepLabv3: torchvision's; PSPNet: 1, 2, 3, 6 bins",
+            "training": f"AdamW, {self.steps} steps of {BATCH_SIZE} images, rate {self.learning_rate}, cosine",
         }
 
     def run(self, model: Candidate) -> Outcome | None:

@@ -115,9 +115,7 @@ class Protocol(Task, Generic[SampleType]):
         return Outcome(self.figures(metrics), len(scores), time.perf_counter() - start, extremes)
 
 
-def own_batches(
-    samples: Iterable[SampleType], batch_size: int, title: str
-) -> Iterator[tuple[int, list[SampleType]]]:
+def own_batches(samples: Iterable[SampleType], batch_size: int, title: str) -> Iterator[tuple[int, list[SampleType]]]:
     """This process's batches, every so-manieth, each with the place of its first sample; the first process shows how
     far all of them are."""
     state = PartialState()

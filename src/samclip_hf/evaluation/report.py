@@ -1,11 +1,10 @@
-"""What comes out of an evaluation: `results.json`, a table beside the paper's figures, panels, and model-index data."""
+"""What comes out of an evaluation: `results.json`, a table beside the paper's figures, panels, model-index data."""
 
 import json
 import os
 import platform
 import subprocess
 import textwrap
-from collections.abc import Sequence
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
@@ -28,16 +27,16 @@ class Results:
 
     folder (`Path`):
         Of `results.json`; what it holds already is taken over.
-    command (`Sequence[str]`):
+    command (`str`):
         To stand in it.
     """
 
-    def __init__(self, folder: Path, command: Sequence[str]):
+    def __init__(self, folder: Path, command: str):
         self.path = folder / "results.json"
         self.content: dict[str, Any] = {"tasks": {}}
         if self.path.exists():
             self.content = json.loads(self.path.read_text())
-        self.content["command"] = list(command)
+        self.content["command"] = command
         self.content["environment"] = environment()
 
     def holds(self, key: str, task: Task, model: Candidate) -> bool:
@@ -69,8 +68,8 @@ class Results:
         os.replace(temporary, self.path)
 
     def markdown(self) -> str:
-        """All figures but those of single classes, models in columns; where the paper has the figure too, its SAM-CLIP's
-        and, for a SAM-CLIP, by how much that is missed or passed."""
+        """All figures but those of single classes, models in columns; where the paper has the figure too, its
+        SAM-CLIP's and, for a SAM-CLIP, by how much that is missed or passed."""
         tasks = self.content["tasks"]
         names = list(dict.fromkeys(name for entry in tasks.values() for name in entry["models"]))
         kinds = {name: e["models"][name]["kind"] for e in tasks.values() for name in names if name in e["models"]}

@@ -107,7 +107,8 @@ class LabelMaps(Protocol[SegmentedImage]):
         assert self.data.names is not None
         by_texts = self.data.background is not None and self.background_threshold is None
         first = int(self.data.background is not None)  # label 0 has no name to look for
-        names = [(label, name) for label, synonyms in enumerate(self.data.names) for name in synonyms if label >= first]
+        classes = enumerate(self.data.names[first:], start=first)
+        names = [(label, name) for label, synonyms in classes for name in synonyms]
         embeds = [model.embed_names([name for _, name in names], self.templates)]
         labels = [label for label, _ in names]
         if by_texts:
@@ -138,8 +139,8 @@ class SemanticSegmentation(LabelMaps):
     size (`int`):
         Of the image's shorter side in pixels; 448 in the paper.
     window (`int`, *optional*), stride (`int`, *optional*, defaults to half of `window`):
-        The resized image is seen through square windows of this side, and logits are averaged where they overlap, as is
-        common for CLIPs. By default, in one piece.
+        The resized image is seen through square windows of this side, and logits are averaged where they overlap, as
+        is common for CLIPs. By default, in one piece.
     """
 
     name = "semantic"
