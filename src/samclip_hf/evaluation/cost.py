@@ -4,6 +4,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,7 @@ class Cost(Task):
             by_text["by text, cascade"] = CascadeSegmentation(data, generation=self.generation)
         for title, protocol in by_text.items():
             protocol.prepare(model)
-            jobs[title] = lambda protocol=protocol: protocol.predict(model, image)
+            jobs[title] = partial(protocol.predict, model, image)
         return jobs
 
 

@@ -5,7 +5,7 @@ What all protocols share: how a model is taken through a data set, by any number
 import itertools
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic
 
@@ -50,13 +50,15 @@ class Task(ABC):
         """The protocol, to stand beside the figures: the data, and what the literature does in several ways."""
 
     @abstractmethod
-    def run(self, model: Candidate) -> Outcome | None:
+    def run(self, model: Any) -> Outcome | None:
         """Judges the model. To be called by all processes; `None` on all but the first."""
 
 
 class Protocol(Task, Generic[SampleType]):
     """
     A task whose samples are judged one after another, each on its own.
+
+    A subclass names the kind of model that it takes, which `applies_to` has asked for.
 
     data (`DataSet`):
         In the order in which they come; a process takes every so-manieth batch.
@@ -72,13 +74,11 @@ class Protocol(Task, Generic[SampleType]):
         """Empty ones, by name."""
 
     @abstractmethod
-    def prepare(self, model: Candidate) -> None:
+    def prepare(self, model: Any) -> None:
         """What is done once a model, such as embedding class names."""
 
     @abstractmethod
-    def judge(
-        self, model: Candidate, samples: list[SampleType], metrics: dict[str, AccumulatingMetric]
-    ) -> list[float]:
+    def judge(self, model: Any, samples: list[SampleType], metrics: dict[str, AccumulatingMetric]) -> list[float]:
         """Adds the samples to the metrics. Returns for each how well the model did, by which pictures are chosen."""
 
     @abstractmethod
@@ -86,16 +86,17 @@ class Protocol(Task, Generic[SampleType]):
         """What the metrics come to."""
 
     @abstractmethod
-    def illustrate(self, model: Candidate, sample: SampleType) -> list[tuple[str, np.ndarray]]:
+    def illustrate(self, model: Any, sample: SampleType) -> list[tuple[str, np.ndarray]]:
         """Titles and pictures `(height, width, 3)` of what goes in, the truth, and what the model makes of it."""
 
-    def run(self, model: Candidate) -> Outcome | None:
+    def run(self, model: Any) -> Outcome | None:
         """
         Every process takes whole batches, in turns; the batches, and so the figures, are the same whatever the number
         of processes. Raises `ValueError` where there are no samples.
         """
         state = PartialState()
-        metrics, scores = self.new_metrics(), {}
+        metrics = self.new_metrics()
+        scores: dict[int, float] = {}  # by place
         self.prepare(model)
         start = time.perf_counter()
         for first, batch in own_batches(self.data.samples, self.batch_size, f"{self.name}, {model.name}"):
@@ -119,7 +120,7 @@ def own_batches(samples: Iterable[SampleType], batch_size: int, title: str) -> I
     """This process's batches, every so-manieth, each with the place of its first sample; the first process shows how
     far all of them are."""
     state = PartialState()
-    total = len(samples) if hasattr(samples, "__len__") else None
+    total = len(samples) if isinstance(samples, Sized) else None
     with tqdm(total=total, desc=title, unit="image", disable=not state.is_main_process) as progress:
         for number, batch in enumerate(batched(samples, batch_size)):
             if number % state.num_processes == state.process_index:

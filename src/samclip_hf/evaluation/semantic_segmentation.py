@@ -21,6 +21,8 @@ from .pictures import with_labels
 from .protocol import Protocol
 from .samples import IGNORED, DataSet, SegmentedImage
 
+NEVER = -1e9  # a logit; finite, because interpolation multiplies it by 0
+
 
 class LabelMaps(Protocol[SegmentedImage]):
     """
@@ -70,10 +72,10 @@ class LabelMaps(Protocol[SegmentedImage]):
         return {"mean_iou": MeanIoU(num_labels=len(self.label_names), ignore_index=IGNORED)}
 
     @abstractmethod
-    def predict(self, model: Candidate, image: Image.Image) -> np.ndarray:
+    def predict(self, model: Any, image: Image.Image) -> np.ndarray:
         """Labels `(height, width)`."""
 
-    def judge(self, model: Candidate, samples: list[SegmentedImage], metrics) -> list[float]:
+    def judge(self, model: Any, samples: list[SegmentedImage], metrics) -> list[float]:
         scores = []
         for sample in samples:
             predicted, truth = self.predict(model, sample.image()), sample.label_map()
@@ -91,7 +93,7 @@ class LabelMaps(Protocol[SegmentedImage]):
         }
         return {key: figures[key] for key in ("mean_iou", "mean_accuracy", "overall_accuracy")} | by_name
 
-    def illustrate(self, model: Candidate, sample: SegmentedImage) -> list[tuple[str, np.ndarray]]:
+    def illustrate(self, model: Any, sample: SegmentedImage) -> list[tuple[str, np.ndarray]]:
         image = sample.image()
         pixels = np.asarray(image)
         has_background = self.data.background is not None
@@ -117,9 +119,9 @@ class LabelMaps(Protocol[SegmentedImage]):
         return torch.cat(embeds), torch.tensor(labels, device=embeds[0].device)
 
     def by_label(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Of logits of texts `(num_texts, ...)` the highest of each label, `(num_labels, ...)`; -inf without texts."""
+        """Of logits of texts `(num_texts, ...)` the highest of each label, `(num_labels, ...)`; `NEVER` where none."""
         index = labels.view(-1, *[1] * (logits.ndim - 1)).expand_as(logits)
-        empty = logits.new_full((len(self.label_names), *logits.shape[1:]), -torch.inf)
+        empty = logits.new_full((len(self.label_names), *logits.shape[1:]), NEVER)
         return empty.scatter_reduce(0, index, logits, "amax")
 
     def decide(self, logits: Tensor) -> Tensor:
