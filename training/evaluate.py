@@ -2,14 +2,20 @@
 Judges models by the paper's protocols, on the same images in the same run.
 
     accelerate launch training/evaluate.py --model runs/stage3 --output_dir runs/evaluation
+    accelerate launch training/evaluate.py --model MODEL SAM CLIP SAM+CLIP --data data \
+        --task classification:imagenet semantic:voc21 composed:voc21 cascade:voc21 cost:1024x1024
 
-The models may be SAM-CLIPs, SAMs, CLIPs and cascades of the two, "SAM+CLIP". Writes `results.json`, `results.md` and a
-panel of pictures for every task and model. What `results.json` holds already is not done again.
+A task is a protocol, a colon, and a data set: one known by name, below --data, or a path. Without a colon, it is
+judged in the miniature world. The models may be SAM-CLIPs, SAMs, CLIPs and cascades of the two, "SAM+CLIP". Writes
+`results.json`, `results.md` and a panel of pictures for every task and model. What `results.json` holds already is not
+done again.
 """
 
 import argparse
 import shlex
 import sys
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 # This script has the name of the library `evaluate`, and its folder comes first where Python looks.
@@ -20,9 +26,21 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from samclip_hf import miniature
+from samclip_hf.evaluation.classification import ZeroShotClassification
+from samclip_hf.evaluation.cost import Cost
+from samclip_hf.evaluation.data import open_captions, open_classification, open_objects, open_segmentation
+from samclip_hf.evaluation.instance_segmentation import PromptedSegmentation, ZeroShotInstanceSegmentation
 from samclip_hf.evaluation.models import load
-from samclip_hf.evaluation.protocol import Protocol
+from samclip_hf.evaluation.probing import HeadProbing, LinearProbing
+from samclip_hf.evaluation.protocol import Protocol, Task
 from samclip_hf.evaluation.report import Results, draw_panel
+from samclip_hf.evaluation.retrieval import Retrieval
+from samclip_hf.evaluation.samples import DataSet
+from samclip_hf.evaluation.semantic_segmentation import (
+    CascadeSegmentation,
+    ComposedSegmentation,
+    SemanticSegmentation,
+)
 from samclip_hf.miniature.tasks import tasks as miniature_tasks
 
 
@@ -38,6 +56,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--task", nargs="+", default=["all"], help='such as "classification" or "semantic:miniature@96"'
     )
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the data sets that have names")
+    parser.add_argument("--train_data", help="what linear-probe and head-probe learn from, as in --task")
+    parser.add_argument("--detections", help="of a detector, in COCO's result format, for instances")
+    parser.add_argument("--size", type=int, nargs="+", default=[None], help="of images in pixels; several in one run")
+    parser.add_argument("--window", type=int, help="side of sliding windows for semantic, in pixels")
+    parser.add_argument("--background_threshold", type=float, help="instead of texts of background")
+    parser.add_argument("--limit", type=int, help="judge so many samples of every data set, and say so")
     parser.add_argument("--share", type=float, default=1.0, help="of the miniature's scenes, for a quick look")
     parser.add_argument("--seed", type=int, default=101, help="of the miniature's scenes: 101, 201, 301, ...")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
@@ -48,12 +73,73 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def chosen(names: list[str], available: dict) -> dict:
-    """The tasks that any of the names means: a whole name, or what comes before ":" or "@"."""
+UNSIZED = ("instances", "prompts", "cascade", "cost")  # every model sees its own size
+
+
+def tasks_on(protocol: str, data: str, arguments: argparse.Namespace) -> dict[str, Task]:
+    """One protocol on one data set, at every size."""
+    root, found = arguments.data, {}
+    for size in arguments.size:
+        by_size = {} if size is None else {"size": size}
+        names = {"background_threshold": arguments.background_threshold}
+        task: Task
+        if protocol == "classification":
+            task = ZeroShotClassification(first(open_classification(data, root), arguments.limit), size)
+        elif protocol == "retrieval":
+            task = Retrieval(first(open_captions(data, root), arguments.limit), size)
+        elif protocol == "instances":
+            objects = open_objects(data, root, arguments.detections)
+            task = ZeroShotInstanceSegmentation(first(objects, arguments.limit), "lvis" if data == "lvis" else "coco")
+        elif protocol == "prompts":
+            task = PromptedSegmentation(first(open_objects(data, root), arguments.limit))
+        elif protocol == "semantic":
+            labels = first(open_segmentation(data, root), arguments.limit)
+            task = SemanticSegmentation(labels, window=arguments.window, **by_size, **names)
+        elif protocol == "composed":
+            task = ComposedSegmentation(first(open_segmentation(data, root), arguments.limit), **by_size, **names)
+        elif protocol == "cascade":
+            task = CascadeSegmentation(first(open_segmentation(data, root), arguments.limit), **names)
+        elif protocol in ("linear-probe", "head-probe"):
+            if not arguments.train_data or size is None:
+                raise ValueError(f"{protocol} needs --train_data and --size.")
+            read, kind = (
+                (open_classification, LinearProbing)
+                if protocol == "linear-probe"
+                else (open_segmentation, HeadProbing)
+            )
+            train, test = read(arguments.train_data, root), first(read(data, root), arguments.limit)
+            task = kind(train, test, size)
+        elif protocol == "cost":
+            height, width = (int(side) for side in data.split("x"))
+            task = Cost(height, width, [f"class {number}" for number in range(20)])
+        else:
+            raise ValueError(f"There is no protocol {protocol!r}.")
+        found[f"{protocol}:{data}" + (f"@{size}" if size and protocol not in UNSIZED else "")] = task
+    return found
+
+
+def first(data: DataSet, limit: int | None) -> DataSet:
+    """The first so many samples."""
+    if limit is None:
+        return data
+    description = data.description | {"only": f"the first {limit} samples"}
+    return replace(data, samples=list(islice(data.samples, limit)), description=description)
+
+
+def chosen(names: list[str], arguments: argparse.Namespace) -> dict[str, Task]:
+    """The tasks that the names mean. Of the miniature's also several: by what comes before ":" or "@"."""
+    available = miniature_tasks(arguments.seed, arguments.share)
     if names == ["all"]:
         return available
-    wanted = {}
+    wanted: dict[str, Task] = {}
     for name in names:
+        protocol, colon, data = name.partition(":")
+        if colon and not data.startswith("miniature"):
+            try:
+                wanted |= tasks_on(protocol, data, arguments)
+            except (ValueError, OSError) as error:
+                sys.exit(f"{name}: {error}")
+            continue
         found = {key: task for key, task in available.items() if name in (key, key.split("@")[0], key.split(":")[0])}
         if not found:
             sys.exit(f"There is no task {name!r}. There are: {', '.join(available)}.")
@@ -70,7 +156,7 @@ def short_names(names: list[str]) -> list[str]:
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     state = PartialState()
-    wanted = chosen(arguments.task, miniature_tasks(arguments.seed, arguments.share))
+    wanted = chosen(arguments.task, arguments)
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     command = shlex.join(["training/evaluate.py", *(sys.argv[1:] if argv is None else argv)])
     results = Results(arguments.output_dir, command)
@@ -87,12 +173,15 @@ def main(argv: list[str] | None = None) -> None:
             if broadcast_object_list([results.holds(key, task, model)])[0]:
                 state.print(f"{key}, {model.name}: done already, see {results.path}")
                 continue
-            outcome = task.run(model)
+            try:
+                outcome = task.run(model)
+            except (ValueError, OSError) as error:
+                sys.exit(f"{key}, {model.name}: {error}")
             if outcome is not None:
                 results.add(key, task, model, outcome)
                 (arguments.output_dir / "results.md").write_text(f"{results.markdown()}\n{results.protocols()}")
                 if isinstance(task, Protocol):
-                    file_name = f"{key}-{model.name}.png".replace(":", "-").replace("@", "-").replace("/", "-")
+                    file_name = f"{key}-{model.name}.png".translate(str.maketrans(":@/", "---"))
                     draw_panel(task, model, outcome, arguments.output_dir / file_name)
             state.wait_for_everyone()
     state.print(f"\n{results.markdown()}\nFigures, protocols and pictures: {arguments.output_dir}")

@@ -86,19 +86,17 @@ class ImageText(Candidate):
 
     @torch.inference_mode()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """`(num_texts, projection_dim)`, of length 1."""
+        """`(num_texts, projection_dim)`, of length 1. Longer texts than the text tower reads are cut, as CLIP does."""
         features = []
+        longest = self.model.config.text_config.max_position_embeddings
         for start in range(0, len(texts), 256):
-            inputs = self.processor.tokenizer(list(texts[start : start + 256]), padding=True, return_tensors="pt")
-            longest = self.model.config.text_config.max_position_embeddings
-            if inputs["input_ids"].shape[1] > longest:  # captions may be; CLIP cuts them too
-                inputs = self.processor.tokenizer(
-                    list(texts[start : start + 256]),
-                    padding=True,
-                    truncation=True,
-                    max_length=longest,
-                    return_tensors="pt",
-                )
+            inputs = self.processor.tokenizer(
+                list(texts[start : start + 256]),
+                padding=True,
+                truncation=True,
+                max_length=longest,
+                return_tensors="pt",
+            )
             outputs = self.model.get_text_features(**inputs.to(self.model.device))
             features.append(outputs.pooler_output.float())
         return F.normalize(torch.cat(features), dim=-1)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from ..modeling_samclip import SamClipVocabulary
 from ..templates import IMAGENET_TEMPLATES
 from .metrics import AccumulatingMetric, MeanIoU
 from .models import Candidate, Cascade, ImageText, SamClip
@@ -225,13 +226,13 @@ class ComposedSegmentation(LabelMaps):
         return {**super().describe(), "size": f"longer side {size}, padded to a square"}
 
     def prepare(self, model: SamClip) -> None:
-        names = self.data.names or []
-        background: Any = self.data.background if self.background_threshold is None else self.background_threshold
-        self.vocabulary = model.model.embed_vocabulary(
-            names[int(self.data.background is not None) :],
-            background=background,
-            templates=self.templates,
-            tokenizer=model.processor.tokenizer,
+        text_embeds, labels = self.texts(model)
+        self.vocabulary = SamClipVocabulary(
+            text_embeds.to(model.model.dtype),
+            labels.tolist(),
+            dict(enumerate(self.label_names)),
+            None if self.data.background is None else 0,
+            self.background_threshold,
         )
 
     @torch.inference_mode()
