@@ -16,7 +16,16 @@ import time
 from pathlib import Path
 
 from samclip_hf import SamClipForImageSegmentation, SamClipProcessor, miniature
-from samclip_hf.miniature.report import Student, Teachers, draw, markdown, set_world_vocabulary
+from samclip_hf.miniature.report import (
+    beside_teachers,
+    draw,
+    load_student,
+    load_teachers,
+    markdown,
+    measure,
+    set_world_vocabulary,
+    world_tasks,
+)
 
 TRAINING = Path(__file__).parent
 # Optimizer steps: a fraction of the recipes' own, by which the shipped checkpoint was trained.
@@ -65,9 +74,12 @@ def main() -> None:
     set_world_vocabulary(model, processor)
     model.save_pretrained(output_dir / "model")
     processor.save_pretrained(output_dir / "model")
-    teachers, student = Teachers(), Student(output_dir / "model")
-    figures = {"demo": student.figures(teachers), "shipped": Student(miniature.checkpoint()).figures(teachers)}
-    draw(teachers, student, output_dir / "figure.png")
+    sam, clip = load_teachers()
+    students = {"demo": load_student(output_dir / "model"), "shipped": load_student(miniature.checkpoint())}
+    tasks = world_tasks()
+    teachers = measure(sam, tasks) | measure(clip, tasks)
+    figures = {name: beside_teachers(measure(student, tasks), teachers) for name, student in students.items()}
+    draw(clip, students["demo"], output_dir / "figure.png")
     seconds["evaluation"] = round(time.perf_counter() - start, 1)
 
     report = {"seconds": seconds, "images_seen": images_seen, **figures}

@@ -84,7 +84,7 @@ def build_trainer(args: SamClipTrainingArguments) -> SamClipTrainer:
         base = args.sam_student or (sam_teacher.model if sam_teacher else sam)
         head = {"num_hidden_layers": args.clip_head_layers, "pooling": args.clip_head_pooling}
         clip_model = clip_teacher.model if isinstance(clip_teacher, ClipTeacher) else clip
-        model = SamClipModel.from_teachers(base, clip_model, head)
+        model = SamClipModel.from_teachers(base, clip_model, head, args.clip_head_initialization)
         image_processor = SamClipImageProcessor.from_dict(
             AutoImageProcessor.from_pretrained(args.sam_student or sam).to_dict()
         )

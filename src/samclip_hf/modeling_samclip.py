@@ -778,6 +778,7 @@ class SamClipModel(SamClipPreTrainedModel, SamModel):
         sam: str | os.PathLike | SamModel,
         clip: str | os.PathLike | CLIPModel,
         clip_head_config: dict | SamClipHeadConfig | None = None,
+        clip_head_initialization: str = "copied",
     ) -> "SamClipModel":
         r"""
         A SAM-CLIP at the start of its training: SAM's weights, CLIP's text tower, and a CLIP head whose layers are
@@ -789,10 +790,14 @@ class SamClipModel(SamClipPreTrainedModel, SamModel):
             Name, folder or model; any size.
         clip_head_config (`dict` or [`SamClipHeadConfig`], *optional*):
             Number of layers, pooling and MLP width. The projection size is always the CLIP teacher's.
+        clip_head_initialization (`str`, *optional*, defaults to `"copied"`):
+            `"random"` leaves the head's layers as a new model has them: the paper's main text can be read so.
 
         Raises `TypeError` where a teacher is of another kind, `ValueError` where sizes do not fit and for an unknown
-        key of `clip_head_config`.
+        key of `clip_head_config` or `clip_head_initialization`.
         """
+        if clip_head_initialization not in ("copied", "random"):
+            raise ValueError(f'`clip_head_initialization` is "copied" or "random", not {clip_head_initialization!r}.')
         sam = load_teacher(SamModel, sam, "sam")
         clip = load_teacher(CLIPModel, clip, "clip")
         if isinstance(clip_head_config, SamClipHeadConfig):
@@ -822,8 +827,11 @@ class SamClipModel(SamClipPreTrainedModel, SamModel):
         model.text_model.load_state_dict(clip.text_model.state_dict())
         model.text_projection.load_state_dict(clip.text_projection.state_dict())
         model.logit_scale.data.copy_(clip.logit_scale.data)
-        for layer in model.clip_head.layers:
-            layer.load_state_dict(model.vision_encoder.layers[-1].state_dict())
+        layers = "new layers"
+        if clip_head_initialization == "copied":
+            layers = "copies of the image encoder's last layer"
+            for layer in model.clip_head.layers:
+                layer.load_state_dict(model.vision_encoder.layers[-1].state_dict())
 
         size = {name: sum(p.numel() for p in module.parameters()) / 1e6 for name, module in model.named_children()}
         logger.warning(
@@ -831,8 +839,8 @@ class SamClipModel(SamClipPreTrainedModel, SamModel):
             f"({size['vision_encoder']:.1f} M parameters), prompt encoder and mask decoder "
             f"({size['prompt_encoder'] + size['mask_decoder']:.1f} M). Copied from CLIP: text tower, its projection "
             f"and logit scale ({size['text_model'] + size['text_projection']:.1f} M). CLIP head "
-            f"({size['clip_head']:.1f} M): {len(model.clip_head.layers)} copies of the image encoder's last layer; "
-            "its LayerNorm and MLP are new, so train it before asking it about text."
+            f"({size['clip_head']:.1f} M): {len(model.clip_head.layers)} {layers}; its LayerNorm and MLP are new, so "
+            "train it before asking it about text."
         )
         return model
 

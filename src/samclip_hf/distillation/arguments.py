@@ -50,6 +50,13 @@ class SamClipTrainingArguments(TrainingArguments):
     clip_head_pooling: Literal["max", "mean"] = field(
         default="max", metadata={"help": "How a new model's CLIP head pools its patches (paper: max)."}
     )
+    clip_head_initialization: Literal["copied", "random"] = field(
+        default="copied",
+        metadata={
+            "help": "What the layers of a new model's CLIP head start from: copies of SAM's last one (paper, appendix "
+            "A) or random weights (as its main text can be read)."
+        },
+    )
     clip_data: list[str] = field(
         default_factory=lambda: ["miniature"],
         metadata={"help": "Images for the CLIP loss: 'miniature', folders, globs, hf:// names, names on the Hub."},

@@ -35,7 +35,7 @@ class Candidate:
 
     def __init__(self, name: str, model: PreTrainedModel, processor):
         self.name, self.processor = name, processor
-        self.model = model.eval().requires_grad_(False)
+        self.model = model.eval()
         self.image_processor = processor.image_processor
 
     @property

@@ -6,53 +6,26 @@ Scenes are fresh: no training run draws from their seeds.
 """
 
 import argparse
-import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
-from tqdm import tqdm
-from transformers import CLIPModel, CLIPProcessor, SamModel, SamProcessor
 
-from .. import SamClipForImageSegmentation, SamClipModel, SamClipProcessor, miniature
-from .evaluation import (
-    bounding_box,
-    classification_scenes,
-    nearest_colour,
-    prompted_miou,
-    random_point,
-    segmentation_scenes,
-    semantic_miou,
-    teacher_patches,
-    zero_shot_top1,
-)
-from .scenes import BACKGROUND_PROMPTS, CLASS_NAMES, COLOURS, PATTERNS, TEMPLATES, Scene
+from .. import SamClipForImageSegmentation, SamClipProcessor, miniature
+from ..evaluation.instance_segmentation import random_pixel, tight_box
+from ..evaluation.models import Candidate, Clip, Sam, SamClip, load
+from ..evaluation.protocol import Task
+from ..evaluation.semantic_segmentation import ComposedSegmentation, LabelMaps, SemanticSegmentation
+from .scenes import BACKGROUND_PROMPTS, CLASS_NAMES, COLOURS, PATTERNS, TEMPLATES, Scene, evaluation_scene
+from .tasks import NUM_SCENES, SIZES, scene, segmented_images, tasks
 
-# The miniature's counterparts of the paper's input sizes: 224, 448 and 1024 px.
-SIZES = (64, 96, 128)
-CLASSIFICATION_SIZE = 128
-SEGMENTATION_SIZE = 128
 EVALUATION_SEED = 101
+NUM_COLOUR_SCENES = 480  # one for each class and each kind of background, and more
 
-
-def text_segmenter(model: SamClipForImageSegmentation, processor: SamClipProcessor, both_heads: bool):
-    """Text segmentation by a student: images to label maps `(num_images, height, width)`; 0 background, `class_id + 1`
-    elsewhere. The model's vocabulary is the miniature world's."""
-
-    def predict(images: list[Image.Image]) -> np.ndarray:
-        inputs = processor(images=images, size={"longest_edge": SEGMENTATION_SIZE}).to(model.device)
-        with torch.inference_mode():
-            outputs = model(**inputs, both_heads=both_heads)
-        target_sizes = [(image.height, image.width) for image in images]
-        maps = processor.post_process_semantic_segmentation(outputs, target_sizes)
-        return torch.stack(maps).cpu().numpy()
-
-    return predict
+Figures = dict[tuple[str, str], float | None]  # by task and figure
 
 
 def set_world_vocabulary(model: SamClipForImageSegmentation, processor: SamClipProcessor) -> None:
@@ -60,109 +33,130 @@ def set_world_vocabulary(model: SamClipForImageSegmentation, processor: SamClipP
     model.set_vocabulary(CLASS_NAMES, BACKGROUND_PROMPTS, TEMPLATES, processor.tokenizer)
 
 
-class Teachers:
-    """Both teachers of the miniature world and, measured once, what they reach on the single objects of a seed and the
-    scenes of the next."""
+def world_tasks(seed: int = EVALUATION_SEED, share: float = 1.0) -> dict[str, Task]:
+    """Those of the miniature's tasks that this report is of: naming single objects, masks from prompts, masks by
+    text."""
+    wanted = ("classification", "prompts", "semantic", "composed")
+    return {key: task for key, task in tasks(seed, share).items() if key.partition(":")[0] in wanted}
 
-    def __init__(self, seed: int = EVALUATION_SEED):
-        self.sam = SamModel.from_pretrained(miniature.sam_teacher()).eval()
-        self.sam_processor = SamProcessor.from_pretrained(miniature.sam_teacher())
-        self.clip = CLIPModel.from_pretrained(miniature.clip_teacher()).eval()
-        self.clip_processor = CLIPProcessor.from_pretrained(miniature.clip_teacher())
-        self.patches = teacher_patches(self.clip, self.clip_processor)
-        self.objects = classification_scenes(seed=seed)
-        self.scenes = segmentation_scenes(seed=seed + 1)
 
-    @functools.cached_property
-    def figures(self) -> dict[str, float]:
-        """All figures, in [0, 1]."""
-        top1 = zero_shot_top1(self.clip, self.clip_processor, self.objects)
-        return {
-            "zero_shot_top1": top1["seen"],
-            "zero_shot_top1_heldout": top1["held_out"],
-            "point_miou": prompted_miou(self.sam, self.sam_processor, self.scenes, "point"),
-            "box_miou": prompted_miou(self.sam, self.sam_processor, self.scenes, "box"),
-            "teacher_patches": semantic_miou(self.patches, self.scenes),
+def measure(model: Candidate, by: Mapping[str, Task]) -> Figures:
+    """What the tasks find, of those that the model can be asked."""
+    figures: Figures = {}
+    for key, task in by.items():
+        if task.applies_to(model):
+            outcome = task.run(model)
+            assert outcome is not None  # this is one process
+            figures |= {(key, figure): value for figure, value in outcome.figures.items()}
+    return figures
+
+
+def load_teachers() -> tuple[Sam, Clip]:
+    sam, clip = load(str(miniature.sam_teacher())), load(str(miniature.clip_teacher()))
+    assert isinstance(sam, Sam) and isinstance(clip, Clip)
+    return sam, clip
+
+
+def load_student(folder: str | Path) -> SamClip:
+    """Raises `ValueError` where the folder holds another kind of model."""
+    student = load(str(folder))
+    if not isinstance(student, SamClip):
+        raise ValueError(f"{folder} holds no SAM-CLIP.")
+    return student
+
+
+def beside_teachers(student: Figures, teachers: Figures) -> dict[str, dict[str, float | None]]:
+    """
+    The student's figures, in [0, 1], and the teachers' on the same scenes; the README's tables explain them. The CLIP
+    teacher is asked for names at its own size, 64 px, and by patches where it does best, at 96 px; the student at
+    128 px, which stands for SAM's 1024.
+    """
+    names = {"zero_shot_top1": "top1, captioned", "zero_shot_top1_heldout": "top1, never captioned"}
+    top1 = {
+        key: {
+            "teacher": teachers["classification:miniature@64", figure],
+            "student": student["classification:miniature@128", figure],
         }
-
-
-class Student:
-    """A miniature SAM-CLIP, loaded once for figures and picture alike."""
-
-    def __init__(self, model: str | Path):
-        self.model = SamClipModel.from_pretrained(model).eval()
-        self.segmenter = SamClipForImageSegmentation.from_pretrained(model).eval()
-        self.processor = SamClipProcessor.from_pretrained(model)
-        set_world_vocabulary(self.segmenter, self.processor)
-        self.clip_head = text_segmenter(self.segmenter, self.processor, both_heads=False)
-        self.both_heads = text_segmenter(self.segmenter, self.processor, both_heads=True)
-
-    def figures(self, teachers: Teachers) -> dict[str, dict[str, float]]:
-        """All figures, in [0, 1], beside the teachers' on the same scenes; the README's tables explain them."""
-        objects, scenes = teachers.objects, teachers.scenes
-        progress = tqdm(total=len(SIZES) + 4, desc="evaluating the student", unit="figure")
-
-        def step(value):
-            progress.update()
-            return value
-
-        by_size = {size: step(self._top1(objects, size)) for size in SIZES}
-        student = {
-            "zero_shot_top1": by_size[CLASSIFICATION_SIZE]["seen"],
-            "zero_shot_top1_heldout": by_size[CLASSIFICATION_SIZE]["held_out"],
-            "point_miou": step(prompted_miou(self.model, self.processor, scenes, "point")),
-            "box_miou": step(prompted_miou(self.model, self.processor, scenes, "box")),
+        for key, figure in names.items()
+    }
+    prompted = {
+        key: {
+            name: figures["prompts:miniature", key] for name, figures in (("teacher", teachers), ("student", student))
         }
-        semantic = {
-            "clip_head": step(semantic_miou(self.clip_head, scenes)),
-            "both_heads": step(semantic_miou(self.both_heads, scenes)),
-        }
-        progress.close()
-        figures = {name: {"teacher": teachers.figures[name], "student": value} for name, value in student.items()}
-        figures["semantic_miou"] = {"teacher_patches": teachers.figures["teacher_patches"], **semantic}
-        figures["top1_by_size"] = {str(size): top1["seen"] for size, top1 in by_size.items()}
-        return figures
+        for key in ("point_miou", "box_miou")
+    }
+    by_text = {
+        "teacher_patches": teachers["semantic:miniature@96", "mean_iou"],
+        "clip_head": student["semantic:miniature@128", "mean_iou"],
+        "both_heads": student["composed:miniature", "mean_iou"],
+    }
+    by_size = {str(size): student[f"classification:miniature@{size}", "top1, captioned"] for size in SIZES}
+    return {**top1, **prompted, "semantic_miou": by_text, "top1_by_size": by_size}
 
-    def _top1(self, scenes: list[Scene], size: int) -> dict[str, float]:
-        return zero_shot_top1(self.model, self.processor, scenes, {"size": {"longest_edge": size}})
 
-    def prompted_mask(self, scene: Scene, prompt: str) -> np.ndarray:
-        """The student's mask of the scene's largest object, `(128, 128)` bool, from one "point" or one "box"."""
-        mask = largest(scene)
-        prompts: dict[str, list] = (
-            {"input_points": [[[list(random_point(mask, seed=0))]]]}
-            if prompt == "point"
-            else {"input_boxes": [[[float(side) for side in bounding_box(mask)]]]}
-        )
-        inputs = self.processor(images=Image.fromarray(scene.image), **prompts)
-        with torch.inference_mode():
-            outputs = self.model(**inputs, multimask_output=prompt == "point")
-        best = int(outputs.iou_scores[0, 0].argmax())
-        logits: Tensor = outputs.pred_masks[:, 0, best : best + 1]
-        return (F.interpolate(logits, size=scene.masks.shape[1:], mode="bilinear")[0, 0] > 0).numpy()
+class NearestColour(LabelMaps):
+    """
+    The baseline without learning: each pixel takes the class, or the background, of the nearest mean colour over the
+    pixels of single-object scenes. What this reaches is what can be had from raw colour. The model is not asked.
+    """
+
+    name = "nearest colour"
+
+    def applies_to(self, model: Candidate) -> bool:
+        return True
+
+    def prepare(self, model: Candidate) -> None:
+        groups: dict[tuple[int, str], list[np.ndarray]] = {}
+        for index in range(NUM_COLOUR_SCENES):
+            single = evaluation_scene(EVALUATION_SEED + 2, index)
+            groups.setdefault((single.class_ids[0] + 1, ""), []).append(single.image[single.masks[0]])
+            groups.setdefault((0, single.background), []).append(single.image[~single.masks[0]])
+        self.labels = np.array([label for label, _ in groups])
+        means = [np.concatenate(pixels).mean(axis=0) for pixels in groups.values()]
+        self.means = np.stack(means).astype(np.float32)
+
+    def predict(self, model: Candidate, image: Image.Image) -> np.ndarray:
+        pixels = np.asarray(image).astype(np.float32)
+        # |p - m|^2 without |p|^2, which is the same for all means.
+        return self.labels[((self.means**2).sum(axis=1) - 2 * pixels @ self.means.T).argmin(axis=-1)]
+
+
+def prompted_mask(student: SamClip, scene: Scene, prompt: str) -> np.ndarray:
+    """The student's mask of the scene's largest object, `(height, width)` bool, from one "point" or one "box"."""
+    image, mask = Image.fromarray(scene.image), largest(scene)
+    if prompt == "point":
+        masks, scores = student.predict_masks(image, points=torch.tensor([point_in(mask)]))
+    else:
+        masks, scores = student.predict_masks(image, boxes=torch.tensor([tight_box(mask)]))
+    return masks[0, scores[0].argmax()].numpy()
 
 
 def largest(scene: Scene) -> np.ndarray:
     return scene.masks[scene.masks.sum(axis=(1, 2)).argmax()]
 
 
-def draw(teachers: Teachers, student: Student, path: Path, num_scenes: int = 6) -> None:
+def point_in(mask: np.ndarray) -> tuple[int, int]:
+    """The x and y that the picture clicks at: any pixel of the mask, always the same one."""
+    return random_pixel(mask, np.random.default_rng(0))
+
+
+def draw(clip: Clip, student: SamClip, path: Path, num_scenes: int = 6) -> None:
     """The picture: scenes in rows; what goes in, the truth, and what each of the models makes of it in columns."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    scenes = segmentation_scenes(num_scenes * 4)[1::2][:num_scenes]
-    images = [Image.fromarray(scene.image) for scene in scenes]
+    by = world_tasks()
+    scenes = [scene(EVALUATION_SEED + 1, 2 * number + 1) for number in range(num_scenes)]  # of two or four objects
     columns: dict[str, str | Sequence[np.ndarray] | np.ndarray | None] = {
         "image": None,
         "truth": [scene.label_map for scene in scenes],
         "SAM-CLIP: one point": "point",
         "SAM-CLIP: one box": "box",
-        "by text:\nCLIP teacher's patches": teachers.patches(images),
-        "by text:\nSAM-CLIP's CLIP head": student.clip_head(images),
-        "by text:\nSAM-CLIP's both heads": student.both_heads(images),
+        "by text:\nCLIP teacher's patches": segmented(by["semantic:miniature@96"], clip, scenes),
+        "by text:\nSAM-CLIP's CLIP head": segmented(by["semantic:miniature@128"], student, scenes),
+        "by text:\nSAM-CLIP's both heads": segmented(by["composed:miniature"], student, scenes),
     }
     figure, axes = plt.subplots(
         len(scenes), len(columns), figsize=(2.1 * len(columns), 2.1 * len(scenes) + 0.6), layout="constrained"
@@ -171,23 +165,30 @@ def draw(teachers: Teachers, student: Student, path: Path, num_scenes: int = 6) 
         "One model segments by point, by box and by text: every class name of this world was asked for at once "
         "(struck out: wrong names)"
     )
-    for number, (row, scene) in enumerate(zip(axes, scenes, strict=True)):
+    for number, (row, shown) in enumerate(zip(axes, scenes, strict=True)):
         for axis, (title, content) in zip(row, columns.items(), strict=True):
             axis.set(xticks=[], yticks=[])
             if axis in axes[0]:
                 axis.set_title(title, fontsize=10)
-            axis.imshow(scene.image)
+            axis.imshow(shown.image)
             if isinstance(content, str):
-                mask = student.prompted_mask(scene, content)
+                mask = prompted_mask(student, shown, content)
                 axis.imshow(overlay(mask.astype(int), {1: (1.0, 1.0, 1.0)}))
                 axis.contour(mask, levels=[0.5], colors="black", linewidths=1)
-                draw_prompt(axis, largest(scene), content)
+                draw_prompt(axis, largest(shown), content)
             elif content is not None:
                 label_map = content[number]
                 axis.imshow(overlay(label_map, class_colours()))
-                name_segments(axis, label_map, scene.label_map)
+                name_segments(axis, label_map, shown.label_map)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def segmented(task: Task, model: Candidate, scenes: Sequence[Scene]) -> list[np.ndarray]:
+    """Label maps `(height, width)`, by one of the tasks that make them."""
+    assert isinstance(task, SemanticSegmentation | ComposedSegmentation)
+    task.prepare(model)  # type: ignore[arg-type]
+    return [task.predict(model, Image.fromarray(scene.image)) for scene in scenes]  # type: ignore[arg-type]
 
 
 def class_colours() -> dict[int, tuple[float, ...]]:
@@ -208,9 +209,9 @@ def overlay(label_map: np.ndarray, colours: dict[int, tuple[float, ...]]) -> np.
 
 def draw_prompt(axis, mask: np.ndarray, prompt: str) -> None:
     if prompt == "point":
-        axis.plot(*random_point(mask, seed=0), marker="*", color="lime", markeredgecolor="black", markersize=14)
+        axis.plot(*point_in(mask), marker="*", color="lime", markeredgecolor="black", markersize=14)
     else:
-        x1, y1, x2, y2 = bounding_box(mask)
+        x1, y1, x2, y2 = tight_box(mask)
         axis.plot([x1, x2, x2, x1, x1], [y1, y1, y2, y2, y1], color="lime", linewidth=2)
 
 
@@ -230,7 +231,7 @@ def name_segments(axis, label_map: np.ndarray, truth: np.ndarray) -> None:
         axis.text(columns[middle], rows[middle], name, fontsize=7, ha="center", va="center", bbox=box)
 
 
-def markdown(figures: dict[str, dict[str, dict[str, float]]]) -> str:
+def markdown(figures: Mapping[str, Mapping[str, Mapping[str, float | None]]]) -> str:
     """The figures of several students (by name) and of their teachers as one table."""
     first = next(iter(figures.values()))
     names = list(figures)
@@ -262,13 +263,16 @@ def main() -> None:
     parser.add_argument("--composition", choices=["segments", "classes"], help="instead of the checkpoint's own")
     arguments = parser.parse_args()
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
-    teachers, student = Teachers(arguments.seed), Student(arguments.model)
+    sam, clip = load_teachers()
+    student = load_student(arguments.model)
     if arguments.composition:
-        student.segmenter.config.composition = arguments.composition
-    figures = student.figures(teachers)
-    figures["semantic_miou"]["nearest_colour"] = semantic_miou(nearest_colour(), teachers.scenes)
+        student.model.config.composition = arguments.composition
+    by = world_tasks(arguments.seed)
+    figures = beside_teachers(measure(student, by), measure(sam, by) | measure(clip, by))
+    colours = {"nearest colour": NearestColour(segmented_images(arguments.seed + 1, NUM_SCENES))}
+    figures["semantic_miou"]["nearest_colour"] = measure(student, colours)["nearest colour", "mean_iou"]
     (arguments.output_dir / "figures.json").write_text(json.dumps(figures, indent=2))
-    draw(teachers, student, arguments.output_dir / "figure.png")
+    draw(clip, student, arguments.output_dir / "figure.png")
     print(markdown({"student": figures}))
     print(f"nearest colour per pixel, no learning: {figures['semantic_miou']['nearest_colour']:.3f}")
 

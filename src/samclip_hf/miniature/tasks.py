@@ -31,6 +31,7 @@ from .scenes import (
 )
 
 SIZES = (64, 96, 128)  # stand for the paper's 224, 448 and 1024 px
+NUM_SCENES = 200  # of one to four objects
 # Everything mode of the miniature SAM: its masks do not reach the pipeline's default thresholds.
 GENERATION = {"points_per_crop": 16, "pred_iou_thresh": 0.6, "stability_score_thresh": 0.3, "crops_nms_thresh": 0.5}
 
@@ -155,8 +156,8 @@ def tasks(seed: int = 101, share: float = 1.0) -> dict[str, Task]:
     def number(full: int) -> int:
         return max(16, round(full * share))
 
-    scenes = segmented_images(seed + 1, number(200))
-    with_objects = images_with_objects(seed + 1, number(200))
+    scenes = segmented_images(seed + 1, number(NUM_SCENES))
+    with_objects = images_with_objects(seed + 1, number(NUM_SCENES))
     by_size: dict[str, Task] = {}
     for size in SIZES:
         by_size[f"classification:miniature@{size}"] = MiniatureClassification(

@@ -31,7 +31,9 @@ from transformers import (
     SamProcessor,
 )
 
-from .evaluation import bounding_box, prompted_miou, zero_shot_top1
+from ..evaluation.instance_segmentation import PromptedSegmentation, tight_box
+from ..evaluation.models import Candidate, Clip, Sam
+from ..evaluation.protocol import Task
 from .scenes import (
     BACKGROUND_PROMPTS,
     BACKGROUNDS,
@@ -43,11 +45,12 @@ from .scenes import (
     TEMPLATES,
     Scene,
     describe,
-    evaluation_scene,
     render,
 )
+from .tasks import MiniatureClassification, images_with_objects, labelled_images
 
 # Scenes are (seed, index): a training run owns the seeds from 1,000,000 up, so that no evaluation seed is trained on.
+Figures = dict[str, float | None]
 TRAINING_SEED = 1_000_000
 MIN_CROP = 28  # pixels: two or three periods of a pattern
 VISIBLE_SHARE = 0.45  # the teachers train on more crowded scenes than anybody is measured on
@@ -262,7 +265,7 @@ def draw_prompts(scenes: list[Scene], rng: np.random.Generator) -> dict[str, Pro
             mask = np.asarray(scene.masks[chosen].any(axis=0))
             pixels = np.flatnonzero(mask)
             clicks = pixels[rng.integers(len(pixels), size=2)]
-            box = np.array(bounding_box(mask), dtype=np.float32)
+            box = np.array(tight_box(mask), dtype=np.float32)
             # SAM's box noise, a tenth of the side; no more than 6 px, and three boxes in ten stay tight.
             noise = np.clip(rng.normal(size=4) * 0.1 * np.tile(box[2:] - box[:2], 2), -6, 6)
             box = (box + noise * (rng.random() < 0.7)).clip(0, IMAGE_SIZE - 1)
@@ -318,9 +321,7 @@ def instance_map(scene: Scene) -> np.ndarray:
     return (scene.masks * np.arange(1, len(scene.masks) + 1)[:, None, None]).sum(axis=0)
 
 
-def train_sam(
-    output_dir: Path, seed: int, steps: int, batch_size: int = 8, learning_rate: float = 1e-3
-) -> dict[str, float]:
+def train_sam(output_dir: Path, seed: int, steps: int, batch_size: int = 8, learning_rate: float = 1e-3) -> Figures:
     """Trains and saves the miniature SAM; returns its figures on 200 fixed scenes."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
@@ -329,12 +330,13 @@ def train_sam(
         torch.tensor(v).view(1, 3, 1, 1) * 255
         for v in (processor.image_processor.image_mean, processor.image_processor.image_std)
     )
-    held = [render(seed=11, index=index) for index in range(200)]
+    held = PromptedSegmentation(images_with_objects(seed=11, num_scenes=200), point="random")
     auxiliary = DenseAuxiliary(model.config.vision_config.output_channels, cells=4)
     parameters = [p for p in (*model.parameters(), *auxiliary.parameters()) if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, learning_rate, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, steps))
-    start, figures, running = time.perf_counter(), {}, np.zeros(2)
+    figures: Figures = {}
+    start, running = time.perf_counter(), np.zeros(2)
     index = 0
     for step in range(1, steps + 1):
         scenes: list[Scene] = []
@@ -357,12 +359,18 @@ def train_sam(
                 flush=True,
             )
         if step % 500 == 0 or step == steps:
-            model.eval()
-            figures = {f"{prompt}_miou": prompted_miou(model, processor, held, prompt) for prompt in ("point", "box")}
+            figures = judge(held, Sam("sam", model, processor))
             model.train()
             print(f"step {step} {figures}", flush=True)
             save(model, processor, output_dir, "sam", seed, step, time.perf_counter() - start, figures)
     return figures
+
+
+def judge(task: Task, model: Candidate) -> Figures:
+    """What the model reaches so far; it comes back in evaluation mode."""
+    outcome = task.run(model)
+    assert outcome is not None  # this is one process
+    return outcome.figures
 
 
 def warmup_cosine(step: int, steps: int) -> float:
@@ -527,9 +535,7 @@ def clip_step(model: CLIPModel, processor: CLIPProcessor, views: list[CaptionedV
     }
 
 
-def train_clip(
-    output_dir: Path, seed: int, steps: int, batch_size: int = 128, learning_rate: float = 1e-3
-) -> dict[str, float]:
+def train_clip(output_dir: Path, seed: int, steps: int, batch_size: int = 128, learning_rate: float = 1e-3) -> Figures:
     """Trains and saves the miniature CLIP; returns its zero-shot figures on 960 fixed single-object scenes.
 
     Held-out pairs appear neither in the captions nor in the images.
@@ -538,10 +544,11 @@ def train_clip(
     rng = np.random.default_rng(seed)
     model, processor = build_clip()
     model.set_attn_implementation("eager")  # in bfloat16 on a CPU a third faster than the fused kernel's backward
-    held = [evaluation_scene(seed=12, index=index) for index in range(960)]
+    held = MiniatureClassification(labelled_images(seed=12, num_scenes=960), templates=TEMPLATES)
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, steps))
-    start, figures, running = time.perf_counter(), {}, None
+    figures: Figures = {}
+    start, running = time.perf_counter(), None
     for step in range(1, steps + 1):
         progress = step / steps
         views = []
@@ -566,8 +573,7 @@ def train_clip(
             parts = " ".join(f"{name} {value:.3f}" for name, value in zip(losses, running, strict=True))
             print(f"step {step} {parts} {time.perf_counter() - start:.0f} s", flush=True)
         if step % 250 == 0 or step == steps:
-            model.eval()
-            figures = {f"top1_{name}": value for name, value in zero_shot_top1(model, processor, held).items()}
+            figures = judge(held, Clip("clip", model, processor))
             model.train()
             print(f"step {step} {figures}", flush=True)
             save(model, processor, output_dir, "clip", seed, step, time.perf_counter() - start, figures)
@@ -575,7 +581,7 @@ def train_clip(
 
 
 def save(
-    model, processor, output_dir: Path, teacher: str, seed: int, steps: int, seconds: float, figures: dict
+    model, processor, output_dir: Path, teacher: str, seed: int, steps: int, seconds: float, figures: Figures
 ) -> None:
     """Weights, processor and a note of how they came about."""
     model.save_pretrained(output_dir)
