@@ -418,6 +418,14 @@ class TestClipHead:
             for name, weight in layer.state_dict().items():
                 torch.testing.assert_close(weight, last[name], rtol=0, atol=0)
 
+    def test_layers_may_start_random(self, sam, clip):
+        model = SamClipModel.from_teachers(sam, clip, clip_head_initialization="random")
+        first, second, _ = (layer.attn.qkv.weight for layer in model.clip_head.layers)
+        assert first.std().item() == pytest.approx(model.config.initializer_range, rel=0.2)
+        assert not torch.equal(first, second)
+        with pytest.raises(ValueError, match="`clip_head_initialization` is"):
+            SamClipModel.from_teachers(sam, clip, clip_head_initialization="copy")
+
     @pytest.mark.parametrize("pooling", ["max", "mean"])
     def test_image_and_patch_embeddings_share_norm_and_mlp(self, sam, clip, pooling):
         model = randomise(SamClipModel.from_teachers(sam, clip, {"pooling": pooling}))
