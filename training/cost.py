@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from train import parse_arguments
-from transformers import CLIPConfig, CLIPModel, SamConfig, SamModel
+from transformers import AutoConfig, AutoModel, CLIPConfig, SamConfig, SamModel
 
 from samclip_hf import SamClipModel, miniature
 from samclip_hf.distillation import SamClipTrainingArguments
@@ -44,7 +44,7 @@ def config_of(cls: type, name: str, otherwise: dict):
     if name == "miniature":
         name = miniature.sam_teacher() if cls is SamConfig else miniature.clip_teacher()
     try:
-        return cls.from_pretrained(name)
+        return AutoConfig.from_pretrained(name)
     except OSError:
         print(f"{name} cannot be fetched: taken for SAM ViT-B or CLIP ViT-L/14.", file=sys.stderr)
         return cls(**otherwise)
@@ -66,7 +66,7 @@ class Costs:
         clip_config = config_of(CLIPConfig, args.clip_teacher, VIT_L_14)
         head = {"num_hidden_layers": args.clip_head_layers}
         with torch.device("meta"):
-            self.clip_teacher = CLIPModel(clip_config).requires_grad_(False)
+            self.clip_teacher = AutoModel.from_config(clip_config).requires_grad_(False)
             self.sam_teacher = SamModel(sam_config).requires_grad_(False)
             student = SamClipModel.from_teachers(self.sam_teacher, self.clip_teacher, head).train()
             # The fused kernels count what they do, which is more than has to be done.

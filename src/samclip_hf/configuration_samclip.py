@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import CLIPTextConfig, PreTrainedConfig, SamConfig, SamVisionConfig
+from transformers import CLIPTextConfig, PreTrainedConfig, SamConfig, SamVisionConfig, SiglipTextConfig
 
 
 @strict
@@ -41,8 +41,9 @@ class SamClipHeadConfig(PreTrainedConfig):
 @strict
 class SamClipConfig(SamConfig):
     r"""
-    text_config (`dict` or [`CLIPTextConfig`], *optional*):
-        CLIP's text tower.
+    text_config (`dict`, [`CLIPTextConfig`] or [`SiglipTextConfig`], *optional*):
+        CLIP's or SigLIP's text tower; a `dict` is SigLIP's if its `model_type` is `"siglip_text_model"`. SigLIP's
+        texts are filled up with its `pad_token_id` to `max_position_embeddings` tokens.
     clip_head_config (`dict` or [`SamClipHeadConfig`], *optional*):
         The CLIP head.
     logit_scale_init_value (`float`, *optional*, defaults to 2.6592):
@@ -80,7 +81,7 @@ class SamClipConfig(SamConfig):
     sub_configs_defaults = dict(sub_configs)
 
     if TYPE_CHECKING:  # what __post_init__ leaves
-        text_config: CLIPTextConfig
+        text_config: CLIPTextConfig | SiglipTextConfig
         clip_head_config: SamClipHeadConfig
         vocabulary_label_ids: list[int]
         label_tokens: list[list[int]]
@@ -101,7 +102,8 @@ class SamClipConfig(SamConfig):
             # The paper's text tower, that of CLIP ViT-L/14; CLIPTextConfig's own defaults are ViT-B/32's.
             self.text_config = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
         if isinstance(self.text_config, dict):
-            self.text_config = CLIPTextConfig(**self.text_config)
+            is_siglip = self.text_config.get("model_type") == SiglipTextConfig.model_type
+            self.text_config = (SiglipTextConfig if is_siglip else CLIPTextConfig)(**self.text_config)
         if self.clip_head_config is None:
             self.clip_head_config = {}
         if isinstance(self.clip_head_config, dict):
@@ -111,6 +113,11 @@ class SamClipConfig(SamConfig):
         if self.label_tokens is None:
             self.label_tokens = []
         super().__post_init__(**kwargs)
+
+    @property
+    def has_siglip_text(self) -> bool:
+        """Whether the text tower is SigLIP's rather than CLIP's."""
+        return self.text_config.model_type == SiglipTextConfig.model_type
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):

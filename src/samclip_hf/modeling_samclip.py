@@ -18,7 +18,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.flex_attention import flex_attention
-from transformers import AutoTokenizer, CLIPModel, CLIPTextModel, PreTrainedModel, PreTrainedTokenizerBase, SamModel
+from transformers import (
+    AutoTokenizer,
+    CLIPModel,
+    CLIPTextModel,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    SamModel,
+    SiglipModel,
+    SiglipTextModel,
+)
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
@@ -462,6 +471,8 @@ class SamClipPreTrainedModel(SamPreTrainedModel):
             if module.text_projection is not None:
                 init.normal_(module.text_projection.weight, std=self.config.text_config.hidden_size**-0.5)
             init.constant_(module.logit_scale, self.config.logit_scale_init_value)
+            if module.logit_bias is not None:
+                init.zeros_(module.logit_bias)
             if module.class_embeds is not None:
                 init.zeros_(module.class_embeds)
 
@@ -685,7 +696,7 @@ class SamClipVisionModel(SamClipPreTrainedModel):
     # What else a SAM-CLIP checkpoint holds.
     _keys_to_ignore_on_load_unexpected = [
         r"^(shared_image_embedding|prompt_encoder|mask_decoder|vision_encoder\.neck|text_model|text_projection)\.",
-        r"^(logit_scale|class_embeds)$",
+        r"^(logit_scale|logit_bias|class_embeds)$",
     ]
 
     def __init__(self, config: SamClipVisionConfig):
@@ -763,10 +774,13 @@ class SamClipModel(SamClipPreTrainedModel, SamModel):
         projection_dim = config.clip_head_config.projection_dim
         self.text_model: Any = None
         self.text_projection: Any = None
-        if config.has_text_tower:
+        if config.has_text_tower and config.has_siglip_text:
+            self.text_model = SiglipTextModel._from_config(config.text_config)  # projects by itself
+        elif config.has_text_tower:
             self.text_model = CLIPTextModel._from_config(config.text_config)
             self.text_projection = nn.Linear(config.text_config.hidden_size, projection_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
+        self.logit_bias = nn.Parameter(torch.tensor(0.0)) if config.has_siglip_text else None
         # SamClipForImageSegmentation's vocabulary, if it was given one. Here, so that training goes on with it.
         num_embeds = len(config.vocabulary_label_ids)
         self.register_buffer("class_embeds", torch.zeros(num_embeds, projection_dim) if num_embeds else None)
@@ -776,7 +790,7 @@ class SamClipModel(SamClipPreTrainedModel, SamModel):
     def from_teachers(
         cls,
         sam: str | os.PathLike | SamModel,
-        clip: str | os.PathLike | CLIPModel,
+        clip: str | os.PathLike | CLIPModel | SiglipModel,
         clip_head_config: dict | SamClipHeadConfig | None = None,
         clip_head_initialization: str = "copied",
     ) -> "SamClipModel":
@@ -786,8 +800,8 @@ class SamClipModel(SamClipPreTrainedModel, SamModel):
 
         sam (`str`, `os.PathLike` or [`SamModel`]):
             Name, folder or model; any size (ViT-B, -L, -H, ...).
-        clip (`str`, `os.PathLike` or [`CLIPModel`]):
-            Name, folder or model; any size.
+        clip (`str`, `os.PathLike`, [`CLIPModel`] or [`SiglipModel`]):
+            Name, folder or model; any size. SigLIP 2's checkpoints of a fixed image size are [`SiglipModel`]s.
         clip_head_config (`dict` or [`SamClipHeadConfig`], *optional*):
             Number of layers, pooling and MLP width. The projection size is always the CLIP teacher's.
         clip_head_initialization (`str`, *optional*, defaults to `"copied"`):
@@ -798,11 +812,17 @@ class SamClipModel(SamClipPreTrainedModel, SamModel):
         """
         if clip_head_initialization not in ("copied", "random"):
             raise ValueError(f'`clip_head_initialization` is "copied" or "random", not {clip_head_initialization!r}.')
-        sam = load_teacher(SamModel, sam, "sam")
-        clip = load_teacher(CLIPModel, clip, "clip")
+        sam = load_teacher((SamModel,), sam, "sam")
+        clip = load_teacher((CLIPModel, SiglipModel), clip, "clip")
         if isinstance(clip_head_config, SamClipHeadConfig):
             clip_head_config = clip_head_config.to_dict()
-        projection_dim = clip.config.projection_dim
+        text_config = clip.config.text_config.to_dict()
+        if isinstance(clip, SiglipModel):
+            projection_dim = clip.config.text_config.projection_size
+            if clip.name_or_path:  # its configuration does not know it, SigLIP 2's least of all
+                text_config["pad_token_id"] = _load_tokenizer(clip.name_or_path).pad_token_id
+        else:
+            projection_dim = clip.config.projection_dim
         head = dict(clip_head_config or {})
         if unknown := sorted(head.keys() - SamClipHeadConfig.__dataclass_fields__.keys()):
             raise ValueError(
@@ -817,7 +837,7 @@ class SamClipModel(SamClipPreTrainedModel, SamModel):
             vision_config=sam.config.vision_config.to_dict(),
             prompt_encoder_config=sam.config.prompt_encoder_config.to_dict(),
             mask_decoder_config=sam.config.mask_decoder_config.to_dict(),
-            text_config=clip.config.text_config.to_dict(),
+            text_config=text_config,
             clip_head_config=head,
             initializer_range=sam.config.initializer_range,
         )
@@ -825,8 +845,11 @@ class SamClipModel(SamClipPreTrainedModel, SamModel):
         for name in ("shared_image_embedding", "vision_encoder", "prompt_encoder", "mask_decoder"):
             getattr(model, name).load_state_dict(getattr(sam, name).state_dict())
         model.text_model.load_state_dict(clip.text_model.state_dict())
-        model.text_projection.load_state_dict(clip.text_projection.state_dict())
-        model.logit_scale.data.copy_(clip.logit_scale.data)
+        if isinstance(clip, SiglipModel):
+            model.logit_bias.data.copy_(clip.logit_bias.data.squeeze())  # type: ignore[union-attr]
+        else:
+            model.text_projection.load_state_dict(clip.text_projection.state_dict())
+        model.logit_scale.data.copy_(clip.logit_scale.data.squeeze())
         layers = "new layers"
         if clip_head_initialization == "copied":
             layers = "copies of the image encoder's last layer"
@@ -838,7 +861,7 @@ class SamClipModel(SamClipPreTrainedModel, SamModel):
             "SAM-CLIP built from its teachers. Copied from SAM: image encoder "
             f"({size['vision_encoder']:.1f} M parameters), prompt encoder and mask decoder "
             f"({size['prompt_encoder'] + size['mask_decoder']:.1f} M). Copied from CLIP: text tower, its projection "
-            f"and logit scale ({size['text_model'] + size['text_projection']:.1f} M). CLIP head "
+            f"and logit scale ({size['text_model'] + size.get('text_projection', 0):.1f} M). CLIP head "
             f"({size['clip_head']:.1f} M): {len(model.clip_head.layers)} {layers}; its LayerNorm and MLP are new, so "
             "train it before asking it about text."
         )
@@ -963,9 +986,15 @@ class SamClipModel(SamClipPreTrainedModel, SamModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """The texts in the text space, exactly as [`CLIPModel.get_text_features`]: `pooler_output`
-        `(num_texts, projection_dim)`, not normalised."""
+        `(num_texts, projection_dim)`, not normalised. With SigLIP's text tower, as [`SiglipModel.get_text_features`]
+        of texts padded to the longest that it reads, whatever their padding here; no mask, as it was trained."""
         if self.text_model is None:
             raise ValueError("This checkpoint has no text tower: it knows its own vocabulary and no other text.")
+        if self.config.has_siglip_text:
+            longest, pad = self.config.text_config.max_position_embeddings, self.config.text_config.pad_token_id
+            if input_ids.shape[-1] < longest:
+                input_ids = F.pad(input_ids, (0, longest - input_ids.shape[-1]), value=pad)
+            return self.text_model(input_ids=input_ids, position_ids=position_ids, **kwargs)
         outputs = self.text_model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs
         )
@@ -1018,7 +1047,7 @@ class SamClipModel(SamClipPreTrainedModel, SamModel):
         original_sizes (`torch.Tensor` of shape `(batch_size, 2)`, *optional*), num_prompts (`(batch_size,)`):
             Not used; the processor returns them for post-processing, so that `model(**inputs)` works.
         return_loss (`bool`, *optional*):
-            Whether to return CLIP's contrastive loss.
+            Whether to return CLIP's contrastive loss or, with SigLIP's text tower, SigLIP's.
         """
         if (pixel_values is None) == (image_embeddings is None):
             raise ValueError(
@@ -1062,11 +1091,16 @@ class SamClipModel(SamClipPreTrainedModel, SamModel):
             text_features = self.get_text_features(input_ids, attention_mask, position_ids).pooler_output
             text_embeds = F.normalize(text_features, dim=-1)
             logits_per_text = text_embeds @ image_embeds.T * self.logit_scale.exp()
+            if self.logit_bias is not None:
+                logits_per_text = logits_per_text + self.logit_bias
+            loss = None
+            if return_loss:
+                loss = (_contrastive_loss if self.logit_bias is None else _sigmoid_loss)(logits_per_text)
             fields |= {
                 "text_embeds": text_embeds,
                 "logits_per_text": logits_per_text,
                 "logits_per_image": logits_per_text.T,
-                "loss": _contrastive_loss(logits_per_text) if return_loss else None,
+                "loss": loss,
             }
         return SamClipOutput(image_embeddings=image_embeddings, **fields)
 
@@ -1202,13 +1236,7 @@ class SamClipForImageSegmentation(SamClipModel):
         """The one saved beside this model's checkpoint."""
         if not self.config.name_or_path:
             raise ValueError("This model was not loaded from a folder or the Hub: give its tokenizer.")
-        try:
-            return AutoTokenizer.from_pretrained(self.config.name_or_path)
-        except Exception as error:  # transformers guesses at tokenizers, and fails in many ways
-            raise ValueError(
-                f"There is no tokenizer beside the model in {self.config.name_or_path!r}: save the processor there "
-                "too, or give the tokenizer."
-            ) from error
+        return _load_tokenizer(self.config.name_or_path)
 
     def _embed_texts(self, texts: list[str], tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
         """`(num_texts, projection_dim)`, of length 1."""
@@ -1218,7 +1246,7 @@ class SamClipForImageSegmentation(SamClipModel):
             inputs = tokenizer(batch, padding=True, return_tensors="pt")
             longest = self.config.text_config.max_position_embeddings
             if inputs["input_ids"].shape[1] > longest:
-                cut = batch[int(inputs["attention_mask"].sum(dim=1).argmax())]
+                cut = max(batch, key=lambda text: len(tokenizer(text)["input_ids"]))
                 raise ValueError(f"The text tower reads {longest} tokens at most, this text has more: {cut!r}.")
             features.append(self.get_text_features(**inputs.to(self.device)).pooler_output)
         return F.normalize(torch.cat(features), dim=-1)
@@ -1487,6 +1515,12 @@ class SamClipForObjectDetection(SamClipForImageSegmentation):
         return SamClipObjectDetectionOutput(**outputs, object_scores=scores * (outputs["segment_scores"] > 0))
 
 
+def _sigmoid_loss(logits_per_text: torch.Tensor) -> torch.Tensor:
+    """SigLIP's (Zhai et al. 2023): every text is right for its own image and wrong for every other, each by itself."""
+    signs = 2 * torch.eye(len(logits_per_text), device=logits_per_text.device) - 1
+    return -F.logsigmoid(signs * logits_per_text).sum(dim=-1).mean()
+
+
 def _stability(masks: torch.Tensor) -> torch.Tensor:
     """How little mask logits `(..., height, width)` change with their threshold, `(...)` from 0 to 1: IoU of the masks
     cut at 1 and at -1 (Kirillov et al. 2023, appendix B, "stability score")."""
@@ -1536,19 +1570,33 @@ def _contrastive_loss(logits_per_text: torch.Tensor) -> torch.Tensor:
     return (F.cross_entropy(logits_per_text, target) + F.cross_entropy(logits_per_text.T, target)) / 2
 
 
-def load_teacher(cls: type[PreTrainedModel], teacher, argument: str):
-    """`teacher` itself, or the model of class `cls` that it names; safetensors only."""
-    if isinstance(teacher, cls):
+def load_teacher(classes: tuple[type[PreTrainedModel], ...], teacher, argument: str):
+    """`teacher` itself, or the model of one of `classes` that it names; safetensors only."""
+    if isinstance(teacher, classes):
         return teacher
+    wanted = " or a ".join(cls.__name__ for cls in classes)
     if not isinstance(teacher, str | os.PathLike):
-        raise TypeError(f"{argument} must be a name, a folder or a {cls.__name__}, got {type(teacher).__name__}.")
-    config, _ = cls.config_class.get_config_dict(teacher)
-    if config.get("model_type") != cls.config_class.model_type:
-        raise TypeError(
-            f"{argument} must be a {cls.__name__}, but {str(teacher)!r} holds a model of type "
-            f"{config.get('model_type')!r}."
-        )
-    return cls.from_pretrained(teacher, use_safetensors=True)
+        raise TypeError(f"{argument} must be a name, a folder or a {wanted}, got {type(teacher).__name__}.")
+    config, _ = classes[0].config_class.get_config_dict(teacher)
+    model_type = config.get("model_type")
+    for cls in classes:
+        if model_type == cls.config_class.model_type:
+            return cls.from_pretrained(teacher, use_safetensors=True)
+    hint = ""
+    if model_type == "siglip2":
+        hint = " Of SigLIP 2, name a checkpoint of a fixed size rather than NaFlex: google/siglip2-base-patch16-224."
+    raise TypeError(f"{argument} must be a {wanted}, but {str(teacher)!r} holds a model of type {model_type!r}.{hint}")
+
+
+def _load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
+    """The one saved beside a checkpoint. Raises `ValueError` where there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # transformers guesses at tokenizers, and fails in many ways
+        raise ValueError(
+            f"There is no tokenizer beside the model in {folder!r}: save the processor there too, or give the "
+            "tokenizer."
+        ) from error
 
 
 __all__ = [

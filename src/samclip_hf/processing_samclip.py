@@ -20,8 +20,8 @@ class SamClipProcessor(ProcessorMixin):
     r"""
     image_processor ([`SamClipImageProcessor`]):
         SAM's preprocessing.
-    tokenizer ([`CLIPTokenizer`]):
-        The CLIP teacher's.
+    tokenizer ([`PreTrainedTokenizerBase`]):
+        The CLIP or SigLIP teacher's.
     """
 
     valid_processor_kwargs = SamClipProcessorKwargs
@@ -43,7 +43,7 @@ class SamClipProcessor(ProcessorMixin):
         images (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of them, *optional*):
             Passed to the image processor.
         text (`str` or `list[str]`, *optional*):
-            Passed to the tokenizer, padded to the longest by default.
+            Passed to the tokenizer, padded to the longest by default; SigLIP's text tower pads further by itself.
         segmentation_maps (*optional*):
             Label maps, passed to the image processor; returned as `labels`.
         input_points (nested lists or array of shape `(num_images, num_prompts, num_points, 2)`, *optional*):

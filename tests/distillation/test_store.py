@@ -104,7 +104,7 @@ def test_a_store_of_something_else_is_refused(cache_teacher, arguments, model, p
     with pytest.raises(ValueError, match=r"holds embeddings of clip.*, and clip_teacher is openai/other"):
         store.check(model, streams, 0.5, "openai/other")
     description = tmp_path / "store" / "store.json"
-    description.write_text(json.dumps(json.loads(description.read_text()) | {"text_projection": [9.0] * 64}))
+    description.write_text(json.dumps(json.loads(description.read_text()) | {"text_space": [9.0] * 64}))
     with pytest.raises(ValueError, match="text tower is not this CLIP teacher's"):
         TeacherStore(tmp_path / "store").check(model, streams, 0.5, "miniature")
     with pytest.raises(FileNotFoundError, match="There is no store in"):

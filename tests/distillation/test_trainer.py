@@ -309,7 +309,7 @@ def test_teachers_whose_sizes_do_not_fit_are_refused(model, sam, clip, teacher_f
         ClipTeacher(str(tmp_path / "clip")).check(model)
     with pytest.raises(ValueError, match=r"patches are 16 px wide and the student's 8 px"):
         SamTeacher(str(tmp_path / "sam")).check(model)
-    with pytest.raises(TypeError, match=r"clip_teacher must be a CLIPModel, but .* 'sam'"):
+    with pytest.raises(TypeError, match=r"clip_teacher must be a CLIPModel or a SiglipModel, but .* 'sam'"):
         ClipTeacher(str(teacher_folders["sam"]))
 
 

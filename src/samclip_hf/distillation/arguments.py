@@ -35,7 +35,7 @@ class SamClipTrainingArguments(TrainingArguments):
         },
     )
     clip_teacher: str = field(
-        default="miniature", metadata={"help": "A CLIPModel on the Hub or in a folder, or 'miniature'."}
+        default="miniature", metadata={"help": "A CLIPModel or SiglipModel on the Hub or in a folder, or 'miniature'."}
     )
     clip_teacher_store: str | None = field(
         default=None,

@@ -34,7 +34,7 @@ class StoreDescription:
     """What the embeddings in a store are of; stores with equal descriptions are equal."""
 
     teacher: str
-    text_projection: list[float]  # its first values, by which a student knows its teacher
+    text_space: list[float]  # its first values, by which a student knows its teacher
     projection_dim: int
     image_size: int
     image_mean: list[float]
@@ -78,7 +78,7 @@ class TeacherStore:
         own, asked = Path(self.description.teacher).name, Path(teacher).name
         if asked not in (own, "miniature"):
             raise ValueError(f"{self.folder} holds embeddings of {own}, and clip_teacher is {teacher}.")
-        check_text_space(student, torch.tensor(self.description.text_projection))
+        check_text_space(student, torch.tensor(self.description.text_space))
         if min_crop != self.description.min_crop:
             raise ValueError(
                 f"{self.folder} holds embeddings of crops with min_crop {self.description.min_crop}, not {min_crop}."
@@ -129,8 +129,8 @@ def describe(
     """What a store of these is."""
     return StoreDescription(
         teacher=str(teacher.model.name_or_path),
-        projection_dim=teacher.model.config.projection_dim,
-        text_projection=teacher.model.text_projection.weight.detach().float().cpu().flatten()[:64].tolist(),
+        projection_dim=len(teacher.text_space),
+        text_space=teacher.text_space.flatten()[:64].tolist(),
         image_size=teacher.image_size,
         image_mean=list(teacher.image_mean),
         image_std=list(teacher.image_std),

@@ -5,7 +5,7 @@ checkpoint; each sees images at its own size and with its own normalisation.
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, CLIPModel, PreTrainedModel, SamModel
+from transformers import AutoImageProcessor, CLIPModel, PreTrainedModel, SamModel, SiglipModel, SiglipTextConfig
 
 from ..modeling_samclip import SamClipModel, load_teacher
 
@@ -48,11 +48,19 @@ class Teacher(nn.Module):
         return super().train(False)
 
 
-def check_text_space(student: SamClipModel, text_projection: Tensor) -> None:
-    """Raises `ValueError` where the student's text space is not that of the CLIP teacher whose text projection's first
-    values are given."""
-    own = student.text_projection.weight.detach().float().cpu().flatten()[: len(text_projection)]
-    if own.shape != text_projection.shape or not torch.allclose(own, text_projection.float().cpu(), atol=1e-2):
+def text_space(model: CLIPModel | SiglipModel | SamClipModel) -> Tensor:
+    """What tells text spaces apart: the weights `(projection_dim, hidden_size)` of a text tower's last layer."""
+    is_siglip = model.config.text_config.model_type == SiglipTextConfig.model_type
+    projection = model.text_model.head if is_siglip else model.text_projection
+    return projection.weight.detach().float().cpu()
+
+
+def check_text_space(student: SamClipModel, first_values: Tensor) -> None:
+    """Raises `ValueError` where the student's `text_space` does not begin with these values."""
+    if not student.config.has_text_tower:
+        raise ValueError("The student's text tower was left out: train the checkpoint that still has it.")
+    own = text_space(student).flatten()[: len(first_values)]
+    if own.shape != first_values.shape or not torch.allclose(own, first_values, atol=1e-2):
         raise ValueError(
             "The student's text tower is not this CLIP teacher's, so that images would be taught another text space "
             "than the student's texts. Name the CLIP that the student was built from as clip_teacher."
@@ -62,21 +70,22 @@ def check_text_space(student: SamClipModel, text_projection: Tensor) -> None:
 class ClipTeacher(Teacher):
     r"""
     name_or_path (`str`):
-        Any `CLIPModel` on the Hub or in a folder.
+        Any `CLIPModel` or `SiglipModel` on the Hub or in a folder.
     """
 
     def __init__(self, name_or_path: str):
-        super().__init__(load_teacher(CLIPModel, name_or_path, "clip_teacher"))
+        super().__init__(load_teacher((CLIPModel, SiglipModel), name_or_path, "clip_teacher"))
+        self.text_space = text_space(self.model)
 
     def check(self, student: SamClipModel) -> None:
         """Raises `ValueError` where the student's text space is not this teacher's."""
-        student_dim, own_dim = student.config.clip_head_config.projection_dim, self.model.config.projection_dim
+        student_dim, own_dim = student.config.clip_head_config.projection_dim, len(self.text_space)
         if student_dim != own_dim:
             raise ValueError(
                 f"The student's text space has {student_dim} dimensions, the CLIP teacher's {own_dim}: the student "
                 "was built from another CLIP. Name that one as clip_teacher, or build a new student."
             )
-        check_text_space(student, self.model.text_projection.weight.flatten())
+        check_text_space(student, self.text_space.flatten())
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
@@ -92,7 +101,7 @@ class SamTeacher(Teacher):
     """
 
     def __init__(self, name_or_path: str):
-        super().__init__(load_teacher(SamModel, name_or_path, "sam_teacher"))
+        super().__init__(load_teacher((SamModel,), name_or_path, "sam_teacher"))
 
     def check(self, student: SamClipModel) -> None:
         """Raises `ValueError` where the student's masks cannot be compared with this teacher's."""

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from transformers import AutoConfig, AutoProcessor, CLIPModel, PreTrainedModel, SamModel, pipeline
+from transformers import AutoConfig, AutoProcessor, CLIPModel, PreTrainedModel, SamModel, SiglipModel, pipeline
 
 from ..modeling_samclip import SamClipForImageSegmentation
 
@@ -82,7 +82,9 @@ class Candidate:
 
 
 class ImageText(Candidate):
-    """One that knows images and texts: SAM-CLIP and CLIP."""
+    """One that knows images and texts: SAM-CLIP, CLIP and SigLIP."""
+
+    padding: bool | str = True  # of texts: to the longest
 
     @torch.inference_mode()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
@@ -92,13 +94,12 @@ class ImageText(Candidate):
         for start in range(0, len(texts), 256):
             inputs = self.processor.tokenizer(
                 list(texts[start : start + 256]),
-                padding=True,
+                padding=self.padding,
                 truncation=True,
                 max_length=longest,
                 return_tensors="pt",
             )
-            outputs = self.model.get_text_features(**inputs.to(self.model.device))
-            features.append(outputs.pooler_output.float())
+            features.append(self._text_features(**inputs.to(self.model.device)).float())
         return F.normalize(torch.cat(features), dim=-1)
 
     @torch.inference_mode()
@@ -132,6 +133,10 @@ class ImageText(Candidate):
     def logit_scale(self) -> float:
         """The factor between cosine similarities and logits."""
         return self.model.logit_scale.exp().item()
+
+    def _text_features(self, **inputs) -> Tensor:
+        """`(num_texts, projection_dim)`, of what the tokenizer gives."""
+        return self.model.get_text_features(**inputs).pooler_output
 
     def _image_features(self, **keywords) -> Tensor:
         raise NotImplementedError
@@ -245,6 +250,42 @@ class Clip(ImageText):
         return {"image encoder": outputs.pooler_output}
 
 
+class Siglip(ImageText):
+    """Any [`SiglipModel`], SigLIP 2's of a fixed size too, at any size: its table of positions is interpolated."""
+
+    padding = "max_length"  # as it was trained, and without a mask
+
+    def _text_features(self, **inputs) -> Tensor:
+        return super()._text_features(input_ids=inputs["input_ids"])
+
+    def _image_features(self, **keywords) -> Tensor:
+        return self.model.get_image_features(**keywords, interpolate_pos_encoding=True).pooler_output
+
+    def _grid(self, pixel_values: Tensor) -> Tensor:
+        """The last layer's tokens `(batch_size, grid_height, grid_width, hidden_size)`."""
+        tokens = self.model.vision_model(pixel_values, interpolate_pos_encoding=True).last_hidden_state
+        rows, columns = (side // self.patch_size for side in pixel_values.shape[-2:])
+        return tokens.unflatten(1, (rows, columns))
+
+    def _dense(self, pixel_values: Tensor) -> Tensor:
+        """Each patch passes the pooling head as if it were all that the head attends to, in the manner of MaskCLIP
+        (Zhou et al. 2022)."""
+        head, tokens = self.model.vision_model.head, self._grid(pixel_values)
+        weight, bias = (p[-tokens.shape[-1] :] for p in (head.attention.in_proj_weight, head.attention.in_proj_bias))
+        pooled = head.attention.out_proj(F.linear(tokens, weight, bias))  # the value's part of the three projections
+        return (pooled + head.mlp(head.layernorm(pooled))).permute(0, 3, 1, 2)
+
+    @torch.inference_mode()
+    def patch_features(self, images: Sequence[Image.Image], size: int) -> dict[str, Tensor]:
+        """From the image encoder: its last layer's."""
+        return {"image encoder": self._grid(self._squares(images, size)).permute(0, 3, 1, 2)}
+
+    @torch.inference_mode()
+    def pooled_features(self, images: Sequence[Image.Image], size: int) -> dict[str, Tensor]:
+        """From the image encoder: what its pooling head gives, which is the embedding itself."""
+        return {"image encoder": self._image_features(pixel_values=self._squares(images, size))}
+
+
 class SamClip(ImageText, Promptable):
     """Any SAM-CLIP. `model` is a [`SamClipForImageSegmentation`]; what a [`SamClipModel`] does, it does by that."""
 
@@ -324,7 +365,7 @@ def padded_square(pixels: np.ndarray, colour: np.ndarray) -> np.ndarray:
 
 def load(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Candidate:
     """
-    A model by its folder or name on the Hub: a SAM-CLIP, a SAM, a CLIP, or "SAM+CLIP", the cascade of the two.
+    A model by its folder or name on the Hub: a SAM-CLIP, a SAM, a CLIP, a SigLIP, or "SAM+CLIP", the cascade of two.
 
     Raises `ValueError` for another kind of model.
     """
@@ -337,10 +378,13 @@ def load(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = tor
         "samclip": (SamClipForImageSegmentation, SamClip),
         "sam": (SamModel, Sam),
         "clip": (CLIPModel, Clip),
+        "siglip": (SiglipModel, Siglip),
     }
     model_type = AutoConfig.from_pretrained(name).model_type
     if model_type not in kinds:
-        raise ValueError(f"{name} is a model of type {model_type!r}; a SAM-CLIP, a SAM and a CLIP can be judged.")
+        raise ValueError(
+            f"{name} is a model of type {model_type!r}; a SAM-CLIP, a SAM, a CLIP and a SigLIP can be judged."
+        )
     model_class, candidate_class = kinds[model_type]
     model = model_class.from_pretrained(name, dtype=dtype).to(device)  # type: ignore[attr-defined]
     return candidate_class(name, model, AutoProcessor.from_pretrained(name))
