@@ -5,13 +5,18 @@ Judges models by the paper's protocols, on the same images in the same run.
     accelerate launch training/evaluate.py --model MODEL SAM CLIP SAM+CLIP --data data \
         --task classification:imagenet semantic:voc21 composed:voc21 cascade:voc21 cost:1024x1024
 
-A task is a protocol, a colon, and a data set: one known by name, below --data, or a path. Without a colon, it is
-judged in the miniature world. The models may be SAM-CLIPs, SAMs, CLIPs and cascades of the two, "SAM+CLIP". Writes
-`results.json`, `results.md` and a panel of pictures for every task and model. What `results.json` holds already is not
-done again.
+A task is a protocol, a colon, and a data set: one known by name, below --data, a path, or "hf://owner/name" on the
+Hub. Without a colon, it is judged in the miniature world. The models may be SAM-CLIPs, SAMs, CLIPs, SigLIPs and
+cascades of two, "SAM+CLIP". Writes `results.json`, `results.md`, a panel of pictures for every task and model, and of
+every SAM-CLIP the `model-index` that its card takes. What `results.json` holds already is not done again.
+
+Known by name: classification: imagenet, imagenet-v2, places365; retrieval: flickr30k, coco-captions; instances and
+prompts: coco, lvis; semantic, composed, cascade: voc20, voc21, context59, context60, ade150, stuff171, object81,
+panoptic133, cityscapes. docs/evaluate.md says how each is laid out and where to get it.
 """
 
 import argparse
+import re
 import shlex
 import sys
 from dataclasses import replace
@@ -24,16 +29,17 @@ sys.path = [path for path in sys.path if Path(path or ".").resolve() != Path(__f
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from huggingface_hub import ModelCardData
 
 from samclip_hf import miniature
 from samclip_hf.evaluation.classification import ZeroShotClassification
 from samclip_hf.evaluation.cost import Cost
 from samclip_hf.evaluation.data import open_captions, open_classification, open_objects, open_segmentation
 from samclip_hf.evaluation.instance_segmentation import PromptedSegmentation, ZeroShotInstanceSegmentation
-from samclip_hf.evaluation.models import load
+from samclip_hf.evaluation.models import SamClip, load
 from samclip_hf.evaluation.probing import HeadProbing, LinearProbing
 from samclip_hf.evaluation.protocol import Protocol, Task
-from samclip_hf.evaluation.report import Results, draw_panel
+from samclip_hf.evaluation.report import Results, draw_panel, model_index
 from samclip_hf.evaluation.retrieval import Retrieval
 from samclip_hf.evaluation.samples import DataSet
 from samclip_hf.evaluation.semantic_segmentation import (
@@ -153,6 +159,11 @@ def short_names(names: list[str]) -> list[str]:
     return short if len(set(short)) == len(names) else names
 
 
+def safe(name: str) -> str:
+    """For a file."""
+    return re.sub(r"[^\w.+-]", "-", name)
+
+
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     state = PartialState()
@@ -180,9 +191,11 @@ def main(argv: list[str] | None = None) -> None:
             if outcome is not None:
                 results.add(key, task, model, outcome)
                 (arguments.output_dir / "results.md").write_text(f"{results.markdown()}\n{results.protocols()}")
+                if isinstance(model, SamClip):
+                    card = ModelCardData(model_name=short_name, eval_results=model_index(results.content, short_name))
+                    (arguments.output_dir / f"{safe(short_name)}-model-index.yaml").write_text(card.to_yaml() + "\n")
                 if isinstance(task, Protocol):
-                    file_name = f"{key}-{model.name}.png".translate(str.maketrans(":@/", "---"))
-                    draw_panel(task, model, outcome, arguments.output_dir / file_name)
+                    draw_panel(task, model, outcome, arguments.output_dir / f"{safe(f'{key}-{model.name}')}.png")
             state.wait_for_everyone()
     state.print(f"\n{results.markdown()}\nFigures, protocols and pictures: {arguments.output_dir}")
 

@@ -16,7 +16,7 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from transformers import CLIPModel, CLIPProcessor, SamProcessor
 
-from samclip_hf import SamClipForImageSegmentation, SamClipProcessor, miniature
+from samclip_hf import SamClipForImageSegmentation, SamClipModel, SamClipProcessor, miniature
 from samclip_hf.evaluation import report
 from samclip_hf.evaluation.classification import ZeroShotClassification
 from samclip_hf.evaluation.cost import Cost
@@ -322,6 +322,22 @@ class TestOfRealModels:
             if union:
                 ious.append(((truth == label) & (predicted == label)).sum() / union)
         assert task.run(samclip).figures["mean_iou"] == pytest.approx(np.mean(ious), abs=0.01)
+
+    def test_random_weights_are_told(self, samclip, sam, clip, tmp_path):
+        assert [model.untrained for model in (samclip, sam, clip)] == [[], [], []]
+        new = SamClipModel.from_teachers(sam.model, clip.model)
+        new.save_pretrained(tmp_path)
+        samclip.processor.save_pretrained(tmp_path)
+        candidate = load(str(tmp_path))
+        assert candidate.untrained == ["clip_head.layer_norm", "clip_head.mlp"]
+        candidate.name = "new"
+        results = report.Results(tmp_path, "command")
+        task = tasks(share=0.05)["prompts:miniature"]
+        for model in (candidate, samclip):
+            results.add("prompts:miniature", task, model, task.run(model))
+        assert "| new (random weights) | " in results.markdown()
+        assert "Random weights: of new, clip_head.layer_norm, clip_head.mlp are untrained." in results.markdown()
+        assert "random weights" not in results.content["tasks"]["prompts:miniature"]["models"][samclip.name]
 
     def test_masks_are_those_of_the_processor(self, sam, samclip):
         image = Image.fromarray(evaluation_scene(102, 0).image).resize((90, 60))

@@ -44,6 +44,17 @@ class Candidate:
         return [self.model]
 
     @property
+    def untrained(self) -> list[str]:
+        """Parts whose biases are all exactly zero, as they are before any training; empty for a trained model."""
+        biases: dict[str, bool] = {}
+        for model in self.models:
+            for name, parameter in model.named_parameters():
+                if name.endswith("bias"):
+                    part = ".".join(name.split(".")[:2])
+                    biases[part] = biases.get(part, True) and not parameter.any()
+        return sorted(part for part, are_zero in biases.items() if are_zero)
+
+    @property
     def patch_size(self) -> int:
         return self.model.config.vision_config.patch_size
 

@@ -59,6 +59,8 @@ class Results:
             "num_samples": outcome.num_samples,
             "seconds": round(outcome.seconds, 1),
         }
+        if untrained := model.untrained:
+            entry["models"][model.name]["random weights"] = untrained
         self.save()
 
     def save(self) -> None:
@@ -72,10 +74,18 @@ class Results:
         SAM-CLIP's and, for a SAM-CLIP, by how much that is missed or passed."""
         tasks = self.content["tasks"]
         names = list(dict.fromkeys(name for entry in tasks.values() for name in entry["models"]))
+        random = {
+            name: of_model["random weights"]
+            for entry in tasks.values()
+            for name, of_model in entry["models"].items()
+            if "random weights" in of_model
+        }
         kinds = {name: e["models"][name]["kind"] for e in tasks.values() for name in names if name in e["models"]}
         merged = [name for name in names if kinds[name] == SamClip.__name__]
         has_paper = any(key.partition("@")[0] in PAPER for key in tasks)
-        header = ["task", "figure", *names] + (["paper's SAM-CLIP", *(f"{n} - paper" for n in merged)] * has_paper)
+        header = ["task", "figure", *(f"{name} (random weights)" if name in random else name for name in names)] + (
+            ["paper's SAM-CLIP", *(f"{n} - paper" for n in merged)] * has_paper
+        )
         lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
         for key, entry in tasks.items():
             figures = dict.fromkeys(f for model in entry["models"].values() for f in model["figures"])
@@ -92,6 +102,7 @@ class Results:
                         for n in merged
                     ]
                 lines.append("| " + " | ".join(row) + " |")
+        lines += [f"\nRandom weights: of {name}, {', '.join(parts)} are untrained." for name, parts in random.items()]
         return "\n".join(lines) + "\n"
 
     def protocols(self) -> str:
