@@ -126,7 +126,7 @@ class OnnxSamClip:
         return Vocabulary(embeds, own["label_ids"], names, own["background_label_id"], own["background_threshold"])
 
     def classify(self, embeds: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
-        """Logits `(..., num_labels)` of embeddings `(..., projection_dim)`: the most similar text of a label counts."""
+        """Logits `(..., num_labels)` of embeddings `(..., projection_dim)`; a label has its most similar text."""
         similarity = embeds @ vocabulary.embeds.T * self.description["logit_scale"]
         logits = np.full((*embeds.shape[:-1], len(vocabulary.names)), -np.inf, dtype=np.float32)
         for text, label in enumerate(vocabulary.label_ids):

@@ -1,0 +1,238 @@
+"""
+What lower precision costs and brings, in one table: size, speed, and how the figures change.
+
+    python benchmarks/precision.py
+    python benchmarks/precision.py --share 0.5 --repeats 20
+
+Float32, bfloat16 and float16; int8 by torchao, of the weights alone or of activations too (dynamic); ONNX in float32
+and in int8 (dynamic, by onnxruntime.quantization, of matrix products). All are judged on the same drawn scenes by the
+protocols of samclip_hf.evaluation, and timed in turns, so that what else the machine does hits all. Another model's
+speed and size can be had by --model; figures on drawn scenes say something of a miniature only. Needs the extras
+`train` and `export`.
+"""
+
+import argparse
+import copy
+import logging
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import onnxruntime
+import torch
+import torchao
+import transformers
+from onnxruntime.quantization import QuantType, quantize_dynamic
+from torch import nn
+from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
+from transformers import AutoProcessor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from samclip_hf import SamClipForImageSegmentation, miniature
+from samclip_hf.evaluation.models import SamClip
+from samclip_hf.evaluation.protocol import Task
+from samclip_hf.export import PART_NAMES, export
+from samclip_hf.miniature.scenes import BACKGROUND_PROMPTS, CLASS_NAMES
+from samclip_hf.miniature.tasks import tasks
+from samclip_hf.modeling_samclip import SamClipVisionEncoderOutput
+
+FIGURES = {  # title, task, figure
+    "top-1": ("classification:miniature@128", "top1"),
+    "point": ("prompts:miniature", "point_miou"),
+    "text, CLIP head": ("semantic:miniature@128", "mean_iou"),
+    "text, both heads": ("composed:miniature", "mean_iou"),
+}
+
+
+class OnnxVisionEncoder(nn.Module):
+    """The exported image encoder in the place of the model's own, for images without padding."""
+
+    def __init__(self, run: Callable):
+        super().__init__()
+        self.run = run
+
+    def forward(self, pixel_values, **kwargs):
+        sizes = torch.tensor([pixel_values.shape[-2:]] * len(pixel_values))
+        self.outputs = self.run("image_encoder", pixel_values=pixel_values, reshaped_input_sizes=sizes)
+        return SamClipVisionEncoderOutput(
+            last_hidden_state=self.outputs["image_embeddings"], patch_tokens=self.outputs["patch_tokens"]
+        )
+
+
+class OnnxClipHead(nn.Module):
+    """What the image encoder's graph has computed of the CLIP head, and the segment encoder."""
+
+    def __init__(self, encoder: OnnxVisionEncoder):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, patch_tokens):
+        return patch_tokens
+
+    def pool(self, head_tokens, content_mask=None):
+        return self.encoder.outputs["image_embeds"]
+
+    def project_patches(self, head_tokens):
+        return self.encoder.outputs["dense_embeds"]
+
+    def pool_segments(self, patch_tokens, segments):
+        embeds = patch_tokens.new_zeros(*segments.shape[:2], self.encoder.outputs["image_embeds"].shape[-1])
+        for image, number in segments.flatten(2).any(dim=-1).nonzero().tolist():
+            rows, columns = segments[image, number].nonzero(as_tuple=True)
+            outputs = self.encoder.run(
+                "segment_encoder", patch_tokens=patch_tokens[image : image + 1], rows=rows, columns=columns
+            )
+            embeds[image, number] = outputs["segment_embeds"][0]
+        return embeds
+
+
+class OnnxModel(SamClipForImageSegmentation):
+    """A SAM-CLIP whose parts are the files of an export; between them runs what always runs."""
+
+    def use(self, folder: Path) -> "OnnxModel":
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        self.sessions = {
+            part: onnxruntime.InferenceSession(str(folder / f"{part}.onnx"), options, ["CPUExecutionProvider"])
+            for part in PART_NAMES
+        }
+        self.vision_encoder = OnnxVisionEncoder(self.run)
+        self.clip_head = OnnxClipHead(self.vision_encoder)
+        return self
+
+    def run(self, part: str, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        session = self.sessions[part]
+        outputs = session.run(None, {name: value.contiguous().numpy() for name, value in inputs.items()})
+        names = (output.name for output in session.get_outputs())
+        return dict(zip(names, map(torch.from_numpy, outputs), strict=True))
+
+    def get_text_features(self, input_ids, attention_mask, **kwargs):
+        outputs = self.run("text_encoder", input_ids=input_ids, attention_mask=attention_mask)
+        return BaseModelOutputWithPooling(pooler_output=outputs["text_embeds"])
+
+    def predict_masks(self, image_embeddings, input_points=None, input_boxes=None, multimask_output=True):
+        points = input_boxes.unflatten(-1, (2, 2)) if input_points is None else input_points
+        labels = torch.tensor([2, 3] if input_points is None else [1] * points.shape[2])
+        labels = labels.expand(points.shape[:-1])
+        if input_boxes is None:
+            points, labels = nn.functional.pad(points, (0, 0, 0, 1)), nn.functional.pad(labels, (0, 1), value=-1)
+        outputs = self.run("mask_decoder", image_embeddings=image_embeddings, input_points=points, input_labels=labels)
+        masks = slice(1, None) if multimask_output else slice(0, 1)
+        return outputs["pred_masks"][:, :, masks], outputs["iou_scores"][:, :, masks]
+
+
+def variants(name: str, folder: Path) -> dict[str, tuple[SamClipForImageSegmentation, int]]:
+    """Models and the bytes of their files, by title."""
+    model = SamClipForImageSegmentation.from_pretrained(name, dtype=torch.float32).eval()
+    made: dict[str, SamClipForImageSegmentation] = {"float32": model}
+    for dtype in (torch.bfloat16, torch.float16):
+        made[str(dtype).removeprefix("torch.")] = copy.deepcopy(model).to(dtype)
+    for title, config in {
+        "torchao int8, weights": Int8WeightOnlyConfig(),
+        "torchao int8, dynamic": Int8DynamicActivationInt8WeightConfig(),
+    }.items():
+        made[title] = copy.deepcopy(model)
+        quantize_(made[title], config)
+    sized = {}
+    for title, variant in made.items():
+        path = folder / "weights.pt"
+        torch.save(variant.state_dict(), path)
+        sized[title] = (variant, path.stat().st_size)
+
+    export(name, folder / "onnx")
+    (folder / "onnx_int8").mkdir()
+    for part in PART_NAMES:
+        quantize_dynamic(
+            folder / "onnx" / f"{part}.onnx",
+            folder / "onnx_int8" / f"{part}.onnx",
+            op_types_to_quantize=["MatMul", "Gemm"],
+            weight_type=QuantType.QInt8,
+        )
+    for title, subfolder in {"ONNX float32": "onnx", "ONNX int8, dynamic": "onnx_int8"}.items():
+        size = sum(path.stat().st_size for path in (folder / subfolder).glob("*.onnx*"))
+        onnx_model = OnnxModel.from_pretrained(name, dtype=torch.float32).eval().use(folder / subfolder)
+        sized[title] = (onnx_model, size)
+    return sized
+
+
+def compare(functions: dict[str, Callable], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each, in turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for repeat in range(repeats + 1):  # the first one warms up
+        for name, function in functions.items():
+            start = time.perf_counter()
+            with torch.inference_mode():
+                function()
+            if repeat:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def speed(seconds: dict[str, list[float]], title: str) -> str:
+    """Against float32, median (lowest - highest)."""
+    ratios = sorted(base / own for base, own in zip(seconds["float32"], seconds[title], strict=True))
+    return f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} - {ratios[-1]:.2f})"
+
+
+def judge(candidate: SamClip, chosen: dict[str, Task]) -> dict[str, float]:
+    outcomes = {task: chosen[task].run(candidate) for task, _ in FIGURES.values()}
+    return {title: outcomes[task].figures[figure] for title, (task, figure) in FIGURES.items()}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=miniature.checkpoint(), help="default: the shipped miniature")
+    parser.add_argument("--share", type=float, default=0.25, help="of the 480 and 200 scenes to judge on")
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=101, help="of the scenes")
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(arguments.threads)
+    warnings.simplefilter("ignore")  # of exporter and quantisers about themselves
+    logging.getLogger().setLevel(logging.ERROR)
+
+    with tempfile.TemporaryDirectory() as folder:
+        models = variants(arguments.model, Path(folder))
+        processor = AutoProcessor.from_pretrained(arguments.model)
+        chosen = tasks(arguments.seed, arguments.share)
+        scene = chosen["composed:miniature"].data.samples[3].image()
+        pixel_values = processor(scene)["pixel_values"]
+        vocabulary = models["float32"][0].embed_vocabulary(CLASS_NAMES, BACKGROUND_PROMPTS, ["a {}"])
+
+        def encode(model):
+            tokens = model.vision_encoder(pixel_values.to(model.dtype)).patch_tokens
+            model.clip_head.project_patches(model.clip_head(tokens))
+
+        def segment(model):
+            model(pixel_values.to(model.dtype), vocabulary=vocabulary)
+
+        encoder, both = (
+            compare({title: lambda m=m, f=f: f(m) for title, (m, _) in models.items()}, arguments.repeats)
+            for f in (encode, segment)
+        )
+        figures = {title: judge(SamClip(title, model, processor), chosen) for title, (model, _) in models.items()}
+
+    scenes = {task: len(chosen[task].data.samples) for task, _ in FIGURES.values()}
+    height, width = pixel_values.shape[-2:]
+    print(
+        f"{height} x {width} pixels, {arguments.threads} threads, {arguments.repeats} runs; scenes: {scenes}; torch "
+        f"{torch.__version__}, torchao {torchao.__version__}, onnxruntime {onnxruntime.__version__}, transformers "
+        f"{transformers.__version__}\n\n"
+        f"| | MB | speed, encoder and CLIP head | speed, text to masks | {' | '.join(FIGURES)} |\n"
+        f"|{'---|' * (4 + len(FIGURES))}"
+    )
+    for title, (_, size) in models.items():
+        change = [
+            f"{own:.3f}" if title == "float32" else f"{own:.3f} ({own - base:+.3f})"
+            for own, base in zip(figures[title].values(), figures["float32"].values(), strict=True)
+        ]
+        print(
+            f"| {title} | {size / 1e6:.1f} | {speed(encoder, title)} | {speed(both, title)} | {' | '.join(change)} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
