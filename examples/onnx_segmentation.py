@@ -76,8 +76,8 @@ class OnnxSamClip:
         settings = self.description["image"]
         scale = settings["longest_edge"] / max(image.size)
         width, height = (max(1, int(side * scale + 0.5)) for side in image.size)
-        pixels = np.asarray(image.convert("RGB").resize((width, height), settings["resample"]), dtype=np.float32) / 255
-        pixels = (pixels - np.float32(settings["mean"])) / np.float32(settings["std"])
+        pixels = np.asarray(image.convert("RGB").resize((width, height), settings["resample"]), dtype=np.float32)
+        pixels = (pixels * settings["rescale_factor"] - np.float32(settings["mean"])) / np.float32(settings["std"])
         padded = np.zeros((1, 3, settings["padded_height"], settings["padded_width"]), dtype=np.float32)
         padded[0, :, :height, :width] = pixels.transpose(2, 0, 1)
         return padded, (height, width)

@@ -12,7 +12,7 @@ gives. Needs the extra `export`; `docs/export.md` says how the parts are put tog
 
 import argparse
 import json
-import shutil
+import os
 import sys
 import tempfile
 import warnings
@@ -31,7 +31,7 @@ from transformers import AutoConfig, AutoProcessor
 
 from . import miniature
 from .miniature.scenes import render
-from .modeling_samclip import SamClipForImageSegmentation, SamClipModel, SamClipVisionAttention
+from .modeling_samclip import SamClipForImageSegmentation, SamClipModel, SamClipVisionAttention, SamClipVisionLayer
 
 PART_NAMES = ("image_encoder", "mask_decoder", "segment_encoder", "text_encoder")
 OPSETS = range(18, 24)  # what PyTorch's exporter is written for, and up to where it converts
@@ -59,6 +59,8 @@ class Part:
         Names, and which of their axes have any length.
     make_inputs (`Callable`):
         From the number of images, rows and columns of patches, and of texts or prompts, to inputs of these sizes.
+    window_size (`int`):
+        Of the attention's windows, in patches.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Part:
     inputs: dict[str, dict[int, Any]]
     outputs: dict[str, dict[int, Any]]
     make_inputs: Callable[[int, int, int, int], tuple[Tensor, ...]]
+    window_size: int = 0
 
 
 class ImageEncoder(nn.Module):
@@ -182,6 +185,7 @@ class SegmentEncoder(nn.Module):
             same_window = (window[:, :, None] == window[:, None, :]).all(dim=0)
             rows, columns = rows % height, columns % width
         for layer in head.layers:
+            assert isinstance(layer, SamClipVisionLayer)
             attended = _attend(layer.attn, layer.layer_norm1(tokens), rows, columns, (height, width), same_window)
             tokens = tokens + attended
             tokens = tokens + layer.mlp(layer.layer_norm2(tokens))
@@ -241,6 +245,7 @@ def parts_of(model: SamClipModel, processor) -> dict[str, Part]:
                 "patch_tokens": {0: images, 1: rows, 2: columns},
             },
             lambda num_images, height, width, _: _pictures(model, processor, num_images, height, width),
+            model.config.vision_config.window_size,
         ),
         Part(
             "mask_decoder",
@@ -268,6 +273,7 @@ def parts_of(model: SamClipModel, processor) -> dict[str, Part]:
                 _encoded(model, processor, 1, height, width).patch_tokens,
                 *torch.ones(height, width).triu(1 - number).nonzero().unbind(1),
             ),
+            model.clip_head.window_size,
         ),
     ]
     if model.text_model is not None:
@@ -368,10 +374,16 @@ def export(
             _write(available[name], folder / f"{name}.onnx", opset)
             differences[name] = _difference(available[name], folder / f"{name}.onnx")
         _describe(model, processor, folder, model_name, chosen, opset)
-        if output_dir.exists():
-            _check_replaceable(output_dir)  # minutes have passed
-            shutil.rmtree(output_dir)
-        folder.rename(output_dir)
+        if not output_dir.exists():
+            folder.rename(output_dir)
+            return differences
+        _check_replaceable(output_dir)  # minutes have passed
+        written = sorted((path.name for path in folder.iterdir()), key=lambda name: name == "samclip.json")
+        for name in written:  # the description last
+            os.replace(folder / name, output_dir / name)
+        for path in output_dir.iterdir():
+            if path.name not in written:
+                path.unlink()
     return differences
 
 
@@ -408,13 +420,17 @@ def _load(model_name: str) -> tuple[SamClipForImageSegmentation, Any]:
         raise ValueError(f"{model_name} is no SAM-CLIP checkpoint: {error}") from error
     if model_type != "samclip":
         raise ValueError(f"{model_name} is a model of type {model_type!r}; a SAM-CLIP can be exported.")
+    try:
+        processor = AutoProcessor.from_pretrained(model_name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"There is no processor beside the model in {model_name}: save it there too.") from error
+    steps = ("do_resize", "do_rescale", "do_normalize", "do_pad")
+    if missing := [step for step in steps if not getattr(processor.image_processor, step)]:
+        raise ValueError(f"The image processor of {model_name} has {', '.join(missing)} off; the export takes SAM's.")
     model = SamClipForImageSegmentation.from_pretrained(
         model_name, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True
     )
-    try:
-        return model.eval(), AutoProcessor.from_pretrained(model_name)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"There is no processor beside the model in {model_name}: save it there too.") from error
+    return model.eval(), processor
 
 
 def _repeat_interleave(tensor, repeats, dim: int, output_size=None):
@@ -437,8 +453,9 @@ def _write(part: Part, path: Path, opset: int) -> None:
     import onnx_ir
     from onnx_ir.passes.common import CommonSubexpressionEliminationPass, DeduplicateInitializersPass
 
-    # No two axes of equal length, and none of length 1, which would be taken for fixed.
-    example = part.make_inputs(2, 5, 7, 3)
+    # No two axes of equal length, and none of length 1, nor a single window in a row or a column: those would be taken
+    # for fixed, the windows without a word.
+    example = part.make_inputs(2, part.window_size + 5, 2 * part.window_size + 7, 3)
     with warnings.catch_warnings():  # of the exporter about itself
         warnings.simplefilter("ignore")
         with torch.no_grad():
@@ -476,7 +493,8 @@ def _difference(part: Part, path: Path) -> float:
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     largest = 0.0
-    for sizes in ((1, 16, 16, 2), (3, 2, 11, 1), (1, 9, 4, 5)):
+    several_windows = part.window_size + 12
+    for sizes in ((1, several_windows, several_windows, 2), (3, 2, 11, 1), (1, 9, 4, 5)):
         inputs = part.make_inputs(*sizes)
         with torch.no_grad():
             expected = part.module(*inputs)
@@ -509,6 +527,7 @@ def _describe(model, processor, folder: Path, model_name: str, parts: list[str],
             "longest_edge": image_processor.size["longest_edge"],
             "padded_height": image_processor.pad_size["height"],
             "padded_width": image_processor.pad_size["width"],
+            "rescale_factor": image_processor.rescale_factor,
             "mean": list(image_processor.image_mean),
             "std": list(image_processor.image_std),
             "resample": int(image_processor.resample),
@@ -520,7 +539,7 @@ def _describe(model, processor, folder: Path, model_name: str, parts: list[str],
         "logit_bias": None if model.logit_bias is None else model.logit_bias.item(),
         "composition_points": config.composition_points,
     }
-    if model.text_model is not None:
+    if "text_encoder" in parts:
         longest, pad = config.text_config.max_position_embeddings, processor.tokenizer.pad_token_id
         description["text"] = {"max_tokens": longest, "pad_token_id": pad, "takes_mask": not config.has_siglip_text}
         processor.tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
