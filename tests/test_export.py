@@ -69,8 +69,8 @@ def module(path: Path):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    """The shipped miniature with its last two image layers, one of windows and a global one, and one layer in the CLIP
-    head: a third of the time."""
+    """The shipped miniature with its last two image layers, one of windows and a global one, and one layer
+    in the CLIP head: half the time."""
     whole = SamClipForImageSegmentation.from_pretrained(miniature.checkpoint())
     config = whole.config.to_dict()
     config["vision_config"] |= {"num_hidden_layers": 2, "global_attn_indexes": [1]}
@@ -112,6 +112,14 @@ def run(exported):
 
     call.sessions = sessions
     return call
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    for number, size in enumerate([(128, 128), (301, 200), (90, 160)]):  # whole, padded below, padded on the right
+        Image.fromarray(render(0, 8 + number).image).resize(size).save(folder / f"{number}.png")
+    return folder
 
 
 def assert_same(actual, expected):
@@ -216,23 +224,13 @@ class TestParts:
         processor = SamClipProcessor(SamClipImageProcessor(), AutoTokenizer.from_pretrained(siglip_folder))
         part = parts_of(student, processor)["text_encoder"]
         traced = torch.export.export(
-            part.module, part.make_inputs(2, 5, 7, 3), dynamic_shapes=tuple(part.inputs.values())
+            part.module, part.make_inputs(2, 5, 7, 3), dynamic_shapes=tuple(part.inputs.values()), strict=False
         )
         with torch.no_grad():
             torch.testing.assert_close(traced.module()(inputs["input_ids"]), expected)
 
 
 class TestTextToMasks:
-    @pytest.fixture(scope="class")
-    def pictures(self, tmp_path_factory) -> Path:
-        folder = tmp_path_factory.mktemp("pictures")
-        for number in range(3):
-            picture = Image.fromarray(render(0, 8 + number).image)
-            if number:  # padded below, padded on the right
-                picture = picture.resize([(), (301, 200), (90, 160)][number])
-            picture.save(folder / f"{number}.png")
-        return folder
-
     def test_as_with_pytorch_in_an_interpreter_without_it(self, exported, checkpoint, model, pictures, tmp_path):
         results = tmp_path / "results.npz"
         arguments = [ROOT / "examples", exported, pictures, results]
@@ -353,6 +351,9 @@ def test_runs_compiled_ahead_of_time(model, checkpoint, tmp_path):
         traced = torch.export.export(
             part.module, part.make_inputs(1, 9, 15, 3), dynamic_shapes=tuple(part.inputs.values())
         )
-        path = torch._inductor.aoti_compile_and_package(traced, package_path=str(tmp_path / "segment_encoder.pt2"))
+        path = torch._inductor.aoti_compile_and_package(
+            traced,
+            package_path=str(tmp_path / "segment_encoder.pt2"),
+        )
         inputs = part.make_inputs(1, 16, 11, 5)
         torch.testing.assert_close(torch._inductor.aoti_load_package(path)(*inputs), part.module(*inputs))

@@ -28,10 +28,13 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.export import Dim
 from transformers import AutoConfig, AutoProcessor
+from transformers.utils import logging
 
 from . import miniature
 from .miniature.scenes import render
 from .modeling_samclip import SamClipForImageSegmentation, SamClipModel, SamClipVisionAttention, SamClipVisionLayer
+
+logger = logging.get_logger(__name__)
 
 PART_NAMES = ("image_encoder", "mask_decoder", "segment_encoder", "text_encoder")
 OPSETS = range(18, 24)  # what PyTorch's exporter is written for, and up to where it converts
@@ -107,7 +110,7 @@ class SiglipTextEncoder(TextEncoder):
         config = self.model.config.text_config
         padding = torch.full((1, config.max_position_embeddings), config.pad_token_id)
         # Padded by all that could be missing, then cut: the number of tokens makes no case.
-        input_ids = torch.cat([input_ids, padding.expand(len(input_ids), -1)], dim=1)
+        input_ids = torch.cat([input_ids, padding.expand(input_ids.shape[0], -1)], dim=1)
         input_ids = input_ids[:, : config.max_position_embeddings]
         return F.normalize(self.model.get_text_features(input_ids).pooler_output, dim=-1)
 
@@ -285,7 +288,7 @@ def parts_of(model: SamClipModel, processor) -> dict[str, Part]:
                 (SiglipTextEncoder if is_siglip else TextEncoder)(model),
                 {"input_ids": axes} if is_siglip else {"input_ids": axes, "attention_mask": axes},
                 {"text_embeds": {0: texts}},
-                lambda _, height, width, number: _texts(processor, number)[: 1 if is_siglip else 2],
+                lambda _, height, width, number: _texts(model, processor, number)[: 1 if is_siglip else 2],
             )
         )
     return {part.name: part for part in parts}
@@ -319,16 +322,21 @@ def _prompts(num_images: int, number: int, height: int, width: int) -> tuple[Ten
     return points, labels
 
 
-def _texts(processor, number: int) -> tuple[Tensor, Tensor]:
+def _texts(model: SamClipModel, processor, number: int) -> tuple[Tensor, Tensor]:
     texts = ["a", "a red shape", "something else that is longer"]
     inputs = processor.tokenizer(
-        [texts[i % len(texts)] for i in range(number)], padding=True, return_attention_mask=True, return_tensors="pt"
+        [texts[i % len(texts)] for i in range(number)],
+        padding=True,
+        truncation=True,
+        max_length=model.config.text_config.max_position_embeddings,
+        return_attention_mask=True,
+        return_tensors="pt",
     )
     return inputs["input_ids"], inputs["attention_mask"]
 
 
 def export(
-    model_name: str,
+    model_name: str | os.PathLike,
     output_dir: str | Path,
     parts: Sequence[str] | None = None,
     opset: int = OPSETS[0],
@@ -336,7 +344,7 @@ def export(
     r"""
     Writes a checkpoint as ONNX. All or nothing: the folder appears when everything in it has been checked.
 
-    model_name (`str`):
+    model_name (`str` or `os.PathLike`):
         Folder or name on the Hub of a SAM-CLIP, with its processor.
     output_dir (`str` or `Path`):
         A new or empty folder, or one of an earlier export, which is replaced.
@@ -412,7 +420,7 @@ def _check_replaceable(folder: Path) -> None:
         raise FileExistsError(f"{folder} holds other things than an earlier export: {shown}. Name another folder.")
 
 
-def _load(model_name: str) -> tuple[SamClipForImageSegmentation, Any]:
+def _load(model_name: str | os.PathLike) -> tuple[SamClipForImageSegmentation, Any]:
     """In float32, with the attention that can be traced."""
     try:
         model_type = AutoConfig.from_pretrained(model_name).model_type
@@ -515,11 +523,11 @@ def _difference(part: Part, path: Path) -> float:
     return largest
 
 
-def _describe(model, processor, folder: Path, model_name: str, parts: list[str], opset: int) -> None:
+def _describe(model, processor, folder: Path, model_name: str | os.PathLike, parts: list[str], opset: int) -> None:
     """What a program needs to know beside the graphs."""
     config, image_processor = model.config, processor.image_processor
     description: dict[str, Any] = {
-        "model": model_name,
+        "model": str(model_name),
         "parts": parts,
         "opset": opset,
         "tolerance": TOLERANCE,
@@ -542,7 +550,10 @@ def _describe(model, processor, folder: Path, model_name: str, parts: list[str],
     if "text_encoder" in parts:
         longest, pad = config.text_config.max_position_embeddings, processor.tokenizer.pad_token_id
         description["text"] = {"max_tokens": longest, "pad_token_id": pad, "takes_mask": not config.has_siglip_text}
-        processor.tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+        if hasattr(processor.tokenizer, "backend_tokenizer"):
+            processor.tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+        else:
+            logger.warning(f"No tokenizer.json: a {type(processor.tokenizer).__name__} runs in transformers only.")
     if model.class_embeds is not None:
         np.save(folder / "class_embeds.npy", model.class_embeds.numpy())
         description["vocabulary"] = {
