@@ -1,68 +1,117 @@
 """SigLIP as the teacher of texts: its text tower reads texts of one length, and its logits have a bias."""
 
 import importlib.util
+import io
+import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
+import tokenizers
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoTokenizer,
+    GemmaTokenizer,
     Siglip2Config,
     SiglipConfig,
     SiglipImageProcessor,
+    SiglipImageProcessorPil,
     SiglipModel,
     SiglipProcessor,
     SiglipTextConfig,
+    SiglipTokenizer,
     pipeline,
 )
 
 from samclip_hf import (
     SamClipConfig,
     SamClipForImageSegmentation,
+    SamClipForObjectDetection,
     SamClipImageProcessor,
     SamClipModel,
     SamClipProcessor,
+    SamClipVisionModel,
     miniature,
+    modeling_samclip,
 )
 from samclip_hf.distillation import ClipTeacher, TeacherStore
 from samclip_hf.distillation.store import StoredEmbeds
 from samclip_hf.distillation.streams import open_stream
-from samclip_hf.evaluation.models import Siglip, load
+from samclip_hf.evaluation.models import Cascade, Siglip, load
+from samclip_hf.miniature.scenes import render
 
 from .conftest import randomise
-from .distillation.tars import jpeg, write_tar
+from .distillation.tars import write_tar
 
 TRAINING = Path(__file__).parents[1] / "training"
+FILTERS = {"SigLIP": 3, "SigLIP 2": 2}  # bicubic and bilinear, as their checkpoints have it
 TEXTS = ["a red solid shape", "a green dotted shape on a striped background"]
 
 
-@pytest.fixture(scope="module")
-def siglip_folder(tmp_path_factory) -> Path:
+def tiny_tokenizer(generation: str, folder: Path) -> SiglipTokenizer | GemmaTokenizer:
+    """Of the class, and with the settings, of the checkpoints on the Hub: SigLIP's is a sentencepiece model that pads
+    with what ends a text, SigLIP 2's Gemma's, without a mask."""
+    if generation == "SigLIP":
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(TEXTS),
+            model_prefix=str(folder / "spiece"),
+            vocab_size=60,
+            hard_vocab_limit=False,
+            pad_id=0,
+            eos_id=1,
+            unk_id=2,
+            bos_id=-1,
+            minloglevel=2,
+        )
+        return SiglipTokenizer(str(folder / "spiece.model"))
+    learnt = tokenizers.Tokenizer(tokenizers.models.BPE())
+    learnt.normalizer = tokenizers.normalizers.Replace(" ", "\u2581")
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    learnt.train_from_iterator(TEXTS, tokenizers.trainers.BpeTrainer(vocab_size=60, special_tokens=special))
+    model = json.loads(learnt.to_str())["model"]
+    return GemmaTokenizer(
+        vocab=model["vocab"],
+        merges=[tuple(pair) for pair in model["merges"]],
+        add_bos_token=False,
+        add_eos_token=True,
+        padding_side="right",
+        model_input_names=["input_ids"],
+    )
+
+
+@pytest.fixture(scope="module", params=["SigLIP", "SigLIP 2"])
+def siglip_folder(request, tmp_path_factory) -> Path:
     """A tiny SigLIP whose configuration, like SigLIP 2's, does not know what its tokenizer pads with."""
-    tokenizer = AutoTokenizer.from_pretrained(miniature.clip_teacher())
+    folder = tmp_path_factory.mktemp("siglip")
+    tokenizer = tiny_tokenizer(request.param, folder)
     tower = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = SiglipConfig(
         text_config=tower
         | {
             "vocab_size": len(tokenizer),
-            "max_position_embeddings": 24,
+            "max_position_embeddings": 64,
             "projection_size": 24,
-            "pad_token_id": tokenizer.pad_token_id + 1,
-            "bos_token_id": 0,
-            "eos_token_id": 1,
+            "pad_token_id": 5,
+            "bos_token_id": 3,
+            "eos_token_id": 4,
         },
         vision_config=tower | {"image_size": 32, "patch_size": 8},
     )
     model = SiglipModel(config)
     randomise(model)
     model.logit_bias.data.fill_(-3)
-    folder = tmp_path_factory.mktemp("siglip")
     model.save_pretrained(folder)
-    image_processor = SiglipImageProcessor(size={"height": 32, "width": 32})
+    image_processor = SiglipImageProcessor(
+        size={"height": 32, "width": 32}, resample=FILTERS[request.param], image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
     SiglipProcessor(image_processor, tokenizer).save_pretrained(folder)
     return folder
 
@@ -85,6 +134,13 @@ def processor(siglip_folder) -> SamClipProcessor:
     return SamClipProcessor(image_processor, AutoTokenizer.from_pretrained(siglip_folder))
 
 
+def png(pixels: np.ndarray) -> bytes:
+    """A picture, to the bit."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
 def script(name: str):
     """The main function of one of `training/`."""
     spec = importlib.util.spec_from_file_location(name, TRAINING / f"{name}.py")
@@ -96,17 +152,19 @@ def script(name: str):
 def as_siglip_reads(folder: Path) -> dict[str, torch.Tensor]:
     """The texts, padded as transformers says that they must be."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    return {"input_ids": tokenizer(TEXTS, padding="max_length", max_length=24, return_tensors="pt")["input_ids"]}
+    return {"input_ids": tokenizer(TEXTS, padding="max_length", max_length=64, return_tensors="pt")["input_ids"]}
 
 
 def test_texts_are_embedded_as_by_siglip_however_they_are_padded(student, siglip, siglip_folder, processor):
+    left = {"padding": "max_length", "max_length": 50, "padding_side": "left"}
     with torch.inference_mode():
         expected = siglip.get_text_features(**as_siglip_reads(siglip_folder)).pooler_output
         together = student.get_text_features(**processor(text=TEXTS)).pooler_output
         alone = torch.cat([student.get_text_features(**processor(text=text)).pooler_output for text in TEXTS])
-        full = student.get_text_features(**processor(text=TEXTS, padding="max_length", max_length=24)).pooler_output
-    assert expected.std() > 0.01
-    for features in (together, alone, full):
+        full = student.get_text_features(**processor(text=TEXTS, padding="max_length", max_length=64)).pooler_output
+        left_out = student.get_text_features(**processor(text=TEXTS, **left)).pooler_output
+    assert expected.std() > 0.01 and not torch.allclose(expected[0], expected[1], atol=0.01)
+    for features in (together, alone, full, left_out):
         torch.testing.assert_close(features, expected)
 
 
@@ -120,6 +178,8 @@ def test_logits_and_loss_are_siglips_for_the_same_embeddings(student, siglip, si
         expected = siglip(**as_siglip_reads(siglip_folder), pixel_values=torch.zeros(2, 3, 32, 32), return_loss=True)
     for name in ("logits_per_image", "logits_per_text", "text_embeds", "image_embeds", "loss"):
         torch.testing.assert_close(outputs[name], expected[name])
+    with pytest.raises(ValueError, match="return_loss needs one text per image"):
+        student(**processor(images, text=TEXTS[:1]), return_loss=True)
 
 
 def test_it_is_saved_and_loaded_whole(student, processor, tmp_path):
@@ -144,8 +204,8 @@ def test_vocabularies_and_stock_pipelines_read_texts_as_siglip_does(
         expected = F.normalize(siglip.get_text_features(**as_siglip_reads(siglip_folder)).pooler_output, dim=-1)
     segmenter = SamClipForImageSegmentation.from_pretrained(tmp_path).set_vocabulary(TEXTS, templates=["{}"])
     torch.testing.assert_close(segmenter.class_embeds, expected)
-    with pytest.raises(ValueError, match="The text tower reads 24 tokens at most"):
-        segmenter.set_vocabulary([*TEXTS, "a red shape " * 12], templates=["{}"])
+    with pytest.raises(ValueError, match="The text tower reads 64 tokens at most"):
+        segmenter.set_vocabulary([*TEXTS, "a red shape " * 64], templates=["{}"])
 
     image = Image.fromarray(np.arange(48 * 48 * 3, dtype=np.uint8).reshape(48, 48, 3))
     classify = pipeline("zero-shot-image-classification", model=str(tmp_path))
@@ -156,6 +216,74 @@ def test_vocabularies_and_stock_pipelines_read_texts_as_siglip_does(
     assert [scores[text] for text in TEXTS] == pytest.approx(probabilities.tolist(), abs=1e-5)
 
 
+def test_object_detection_knows_the_names_of_its_vocabulary_without_a_mask(siglip_folder, processor, tmp_path):
+    student = SamClipModel.from_teachers(miniature.sam_teacher(), siglip_folder)  # whose masks are not empty
+    randomise(student.clip_head)
+    student.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    names = ["red", "a green dotted"]
+    SamClipForImageSegmentation.from_pretrained(tmp_path).set_vocabulary(names).save_pretrained(tmp_path)
+    detector = SamClipForObjectDetection.from_pretrained(tmp_path).eval()
+    inputs = processor([Image.fromarray(render(seed=0, index=n).image) for n in range(2)], text=names)
+    inputs.pop("attention_mask", None)  # what is not there for SigLIP 2
+    assert (inputs["input_ids"][0, -1] == processor.tokenizer.pad_token_id).all()
+    with torch.inference_mode():
+        outputs = detector(**inputs)
+    expected = outputs.segment_logits.softmax(dim=-1)
+    for number in range(2):
+        is_segment = outputs.segment_scores[number] > 0
+        assert is_segment.any()
+        own = expected[number, is_segment, number]
+        torch.testing.assert_close(outputs.object_scores[number, is_segment], own)
+
+
+@pytest.mark.parametrize("siglip_folder", ["SigLIP 2"], indirect=True)  # seconds each
+def test_a_published_folder_reads_texts_without_the_package(student, processor, tmp_path):
+    student.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    for source in Path(modeling_samclip.__file__).parent.glob("*_samclip.py"):
+        shutil.copy(source, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["auto_map"] = {
+        "AutoConfig": "configuration_samclip.SamClipConfig",
+        "AutoModel": "modeling_samclip.SamClipModel",
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    stranger = """
+import sys
+sys.modules["samclip_hf"] = None  # as if it were not installed
+import torch
+from transformers import AutoModel, AutoTokenizer
+folder, texts = sys.argv[1], sys.argv[2:]
+model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+inputs = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)(texts, padding=True, return_tensors="pt")
+with torch.inference_mode():
+    torch.save(model.get_text_features(**inputs).pooler_output, folder + "/features")
+"""
+    environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PATH": ""}
+    command = [sys.executable, "-c", stranger, str(tmp_path), *TEXTS]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    with torch.inference_mode():
+        expected = student.get_text_features(**processor(text=TEXTS)).pooler_output
+    torch.testing.assert_close(torch.load(tmp_path / "features"), expected)
+
+
+def test_the_eye_and_a_model_without_text_tower_load_from_it(student, processor, tmp_path):
+    student.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    _, info = SamClipVisionModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    segmenter = SamClipForImageSegmentation.from_pretrained(tmp_path).set_vocabulary(["red", "green"])
+    segmenter.drop_text_tower().save_pretrained(tmp_path / "dropped")
+    loaded, info = SamClipForImageSegmentation.from_pretrained(tmp_path / "dropped", output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert loaded.text_model is None and loaded.logit_bias.item() == -3
+    with pytest.raises(ValueError, match="no text tower"):
+        loaded.get_text_features(**processor(text=TEXTS))
+
+
+@pytest.mark.parametrize("siglip_folder", ["SigLIP 2"], indirect=True)  # seconds each
 def test_the_miniature_is_trained_under_it(siglip_folder, tmp_path):
     train = script("train")
     common = ["--clip_teacher", str(siglip_folder), "--clip_batch_size", "4", "--use_cpu", "true"]
@@ -170,20 +298,32 @@ def test_the_miniature_is_trained_under_it(siglip_folder, tmp_path):
     assert student.config.text_config.pad_token_id == AutoTokenizer.from_pretrained(siglip_folder).pad_token_id
 
 
-def test_its_embeddings_are_stored_and_known_again(siglip_folder, student, sam, clip, tmp_path):
-    write_tar(tmp_path / "photos-0.tar", {f"{n}.jpg": jpeg(n) for n in range(3)})
+def test_its_embeddings_are_stored_and_known_again(siglip, siglip_folder, student, sam, clip, tmp_path):
+    # Of squares, crops of everything are the images themselves.
+    images = [np.random.default_rng(n).integers(0, 256, (90, 90, 3), dtype=np.uint8) for n in range(3)]
+    write_tar(tmp_path / "photos-0.tar", {f"{n}.png": png(image) for n, image in enumerate(images)})
     data = str(tmp_path / "photos-0.tar")
     arguments = ["--clip_teacher", str(siglip_folder), "--clip_data", data, "--output_dir", str(tmp_path / "store")]
-    script("cache_teacher")([*arguments, "--use_cpu", "--num_workers", "0", "--min_crop", "0.5"])
+    script("cache_teacher")([*arguments, "--use_cpu", "--num_workers", "0", "--min_crop", "1"])
     store, streams = TeacherStore(tmp_path / "store"), [open_stream(data)]
     keys, embeds = StoredEmbeds(store.folder, 0).read(0)
     assert len(keys) == 3 and embeds.shape == (3, 1, 24)
-    store.check(student, streams, 0.5, str(siglip_folder))
+    for image, (own,) in zip(images, embeds, strict=True):
+        either = [Image.fromarray(image), Image.fromarray(image[:, ::-1])]  # a half of the crops is flipped
+        pixel_values = SiglipImageProcessorPil.from_pretrained(siglip_folder)(either, return_tensors="pt")
+        with torch.inference_mode():
+            expected = F.normalize(siglip.get_image_features(**pixel_values).pooler_output, dim=-1)
+        assert (expected - torch.from_numpy(own.copy())).abs().amax(dim=-1).min() < 1e-3
+    store.check(student, streams, 1, str(siglip_folder))
     with pytest.raises(ValueError, match="text tower is not this CLIP teacher's"):
-        store.check(SamClipModel.from_teachers(sam, clip), streams, 0.5, str(siglip_folder))
+        store.check(SamClipModel.from_teachers(sam, clip), streams, 1, str(siglip_folder))
 
 
-def test_another_text_space_is_refused_by_name(student, siglip_folder, sam, clip):
+def test_another_text_space_is_refused_by_name(student, siglip_folder, sam, clip, tmp_path):
+    with pytest.raises(SystemExit, match=r"Training did not start\. The student's text space has 64 dimensions"):
+        arguments = ["--clip_teacher", str(siglip_folder), "--model", str(miniature.checkpoint()), "--use_cpu", "true"]
+        recipe = str(TRAINING / "configs/miniature_stage2.yaml")
+        script("train")([recipe, *arguments, "--output_dir", str(tmp_path)])
     ClipTeacher(str(siglip_folder)).check(student)
     with pytest.raises(ValueError, match="the student was built from another CLIP"):
         ClipTeacher(str(siglip_folder)).check(SamClipModel.from_teachers(sam, clip))
@@ -206,6 +346,18 @@ def test_a_teacher_without_its_tokenizer_is_refused(siglip, sam, tmp_path):
         SamClipModel.from_teachers(sam, tmp_path)
 
 
+def test_a_tokenizer_that_cannot_be_used_is_refused(siglip, siglip_folder, sam, monkeypatch):
+    def stop(_):
+        raise ImportError("SiglipTokenizer requires the SentencePiece library")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", stop)
+    with pytest.raises(ValueError, match=r"needs another package\. SiglipTokenizer requires the SentencePiece library"):
+        SamClipModel.from_teachers(sam, siglip_folder)
+    siglip.name_or_path, siglip.config.text_config.pad_token_id = "", None
+    with pytest.raises(ValueError, match="no padding token"):
+        SamClipModel.from_teachers(sam, siglip)
+
+
 def test_it_is_judged_as_a_parent(siglip, siglip_folder):
     parent = load(str(siglip_folder))
     assert type(parent) is Siglip
@@ -223,7 +375,34 @@ def test_it_is_judged_as_a_parent(siglip, siglip_folder):
         assert parent.pooled_features([image], 64)["image encoder"].shape == (1, 24)
 
 
+def test_it_names_the_masks_of_a_cascade(siglip_folder):
+    cascade = load(f"{miniature.sam_teacher()}+{siglip_folder}")
+    assert type(cascade) is Cascade
+    masks = np.zeros((2, 40, 50), dtype=bool)
+    masks[0, 5:20, 5:30], masks[1, 10:, 20:] = True, True
+    names = cascade.clip.embed_names(["red", "green"], ["a {} shape"])
+    assert cascade.name_masks(Image.new("RGB", (50, 40), "red"), masks, names).shape == (2, 2)
+
+
+def test_its_cost_is_counted(siglip, siglip_folder, tmp_path, monkeypatch, capsys):
+    recipe = (TRAINING / "configs/miniature_stage1.yaml").read_text()
+    recipe = recipe.replace("clip_teacher: miniature", f"clip_teacher: {siglip_folder}")
+    (tmp_path / "online.yaml").write_text(recipe.replace("clip_sizes: [64, 96]", "clip_sizes: [64]"))
+    (tmp_path / "stored.yaml").write_text((tmp_path / "online.yaml").read_text() + "clip_teacher_store: store\n")
+    monkeypatch.syspath_prepend(TRAINING)
+    monkeypatch.setattr(sys, "argv", ["cost.py", str(tmp_path / "online.yaml"), str(tmp_path / "stored.yaml")])
+    script("cost")()
+    online, stored = (float(line.split("64 px: ")[1].split()[0]) for line in capsys.readouterr().out.splitlines()[-2:])
+    with FlopCounterMode(display=False) as counter:
+        siglip.get_image_features(pixel_values=torch.zeros(1, 3, 32, 32))
+    assert online - stored == pytest.approx(counter.get_total_flops() / 1e9, abs=2e-3)  # three digits are printed
+
+
 def test_configurations_know_whose_text_tower_it_is():
     assert not SamClipConfig().has_siglip_text
     config = SamClipConfig(text_config={"model_type": "siglip_text_model"})
     assert config.has_siglip_text and SamClipConfig.from_dict(config.to_dict()).has_siglip_text
+    with pytest.raises(
+        ValueError, match="'siglip2_text_model', but must be one of clip_text_model, sig"
+    ):
+        SamClipConfig(text_config={"model_type": "siglip2_text_model"})

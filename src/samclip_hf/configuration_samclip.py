@@ -102,8 +102,11 @@ class SamClipConfig(SamConfig):
             # The paper's text tower, that of CLIP ViT-L/14; CLIPTextConfig's own defaults are ViT-B/32's.
             self.text_config = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
         if isinstance(self.text_config, dict):
-            is_siglip = self.text_config.get("model_type") == SiglipTextConfig.model_type
-            self.text_config = (SiglipTextConfig if is_siglip else CLIPTextConfig)(**self.text_config)
+            kinds = {kind.model_type: kind for kind in (CLIPTextConfig, SiglipTextConfig)}
+            model_type = self.text_config.get("model_type", CLIPTextConfig.model_type)
+            if model_type not in kinds:
+                raise ValueError(f"text_config is of type {model_type!r}, but must be one of {', '.join(kinds)}.")
+            self.text_config = kinds[model_type](**self.text_config)
         if self.clip_head_config is None:
             self.clip_head_config = {}
         if isinstance(self.clip_head_config, dict):

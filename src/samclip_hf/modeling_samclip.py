@@ -92,7 +92,8 @@ class SamClipOutput(SamImageSegmentationOutput):
     text_embeds (`torch.Tensor` of shape `(num_texts, projection_dim)`):
         The texts, of length 1.
     logits_per_image (`torch.Tensor` of shape `(batch_size, num_texts)`):
-        Scaled cosine similarities.
+        Scaled cosine similarities; with SigLIP's text tower plus its bias, so that their sigmoid is the probability
+        that SigLIP gives each text by itself.
     logits_per_text (`torch.Tensor` of shape `(num_texts, batch_size)`):
         The same, transposed.
     loss (`torch.Tensor` of shape `()`):
@@ -821,6 +822,8 @@ class SamClipModel(SamClipPreTrainedModel, SamModel):
             projection_dim = clip.config.text_config.projection_size
             if clip.name_or_path:  # its configuration does not know it, SigLIP 2's least of all
                 text_config["pad_token_id"] = _load_tokenizer(clip.name_or_path).pad_token_id
+            if text_config["pad_token_id"] is None:
+                raise ValueError("SigLIP reads texts that are filled up, but its tokenizer has no padding token.")
         else:
             projection_dim = clip.config.projection_dim
         head = dict(clip_head_config or {})
@@ -994,6 +997,10 @@ class SamClipModel(SamClipPreTrainedModel, SamModel):
             longest, pad = self.config.text_config.max_position_embeddings, self.config.text_config.pad_token_id
             if input_ids.shape[-1] < longest:
                 input_ids = F.pad(input_ids, (0, longest - input_ids.shape[-1]), value=pad)
+            # Padding on the left, as Gemma's tokenizer has it by itself, goes to the right, where SigLIP 2 learnt it.
+            start = (input_ids != pad).int().argmax(dim=-1, keepdim=True)
+            position = torch.arange(input_ids.shape[-1], device=input_ids.device)
+            input_ids = input_ids.gather(-1, (start + position) % input_ids.shape[-1])
             return self.text_model(input_ids=input_ids, position_ids=position_ids, **kwargs)
         outputs = self.text_model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs
@@ -1507,16 +1514,26 @@ class SamClipForObjectDetection(SamClipForImageSegmentation):
         similarity = (outputs["segment_embeds"] @ text_embeds[:, :, None]).squeeze(-1) * self.logit_scale.exp()
         scores = (similarity - outputs["segment_logits"].logsumexp(dim=-1)).exp().clamp_max(1)
         first_label = len(vocabulary.id2label) - len(vocabulary.label_tokens)
+        names = [self._without_padding(tokens) for tokens in vocabulary.label_tokens]
         for number, text in enumerate(input_ids):
-            tokens = text if attention_mask is None else text[attention_mask[number].bool()]
-            if tokens.tolist() in vocabulary.label_tokens:
-                label_id = first_label + vocabulary.label_tokens.index(tokens.tolist())
+            text = text if attention_mask is None else text[attention_mask[number].bool()]
+            tokens = self._without_padding(text.tolist())
+            if tokens in names:
+                label_id = first_label + names.index(tokens)
                 scores[number] = outputs["segment_logits"][number].softmax(dim=-1)[:, label_id]
         return SamClipObjectDetectionOutput(**outputs, object_scores=scores * (outputs["segment_scores"] > 0))
+
+    def _without_padding(self, tokens: list[int]) -> list[int]:
+        """SigLIP's tokenizers give no mask by which to know it. The first one pads with what also ends a text."""
+        if not self.config.has_siglip_text:
+            return tokens
+        inside = [number for number, token in enumerate(tokens) if token != self.config.text_config.pad_token_id]
+        return tokens[inside[0] : inside[-1] + 1] if inside else []
 
 
 def _sigmoid_loss(logits_per_text: torch.Tensor) -> torch.Tensor:
     """SigLIP's (Zhai et al. 2023): every text is right for its own image and wrong for every other, each by itself."""
+    _check_pairs(logits_per_text)
     signs = 2 * torch.eye(len(logits_per_text), device=logits_per_text.device) - 1
     return -F.logsigmoid(signs * logits_per_text).sum(dim=-1).mean()
 
@@ -1564,10 +1581,14 @@ def _distinct_masks(masks: torch.Tensor, scores: torch.Tensor, max_overlap: floa
 
 def _contrastive_loss(logits_per_text: torch.Tensor) -> torch.Tensor:
     """CLIP's loss of texts `(batch_size, batch_size)` against images, in which text i belongs to image i."""
-    if logits_per_text.shape[0] != logits_per_text.shape[1]:
-        raise ValueError(f"return_loss needs one text per image, got {tuple(logits_per_text.shape)} texts x images.")
+    _check_pairs(logits_per_text)
     target = torch.arange(len(logits_per_text), device=logits_per_text.device)
     return (F.cross_entropy(logits_per_text, target) + F.cross_entropy(logits_per_text.T, target)) / 2
+
+
+def _check_pairs(logits_per_text: torch.Tensor) -> None:
+    if logits_per_text.shape[0] != logits_per_text.shape[1]:
+        raise ValueError(f"return_loss needs one text per image, got {tuple(logits_per_text.shape)} texts x images.")
 
 
 def load_teacher(classes: tuple[type[PreTrainedModel], ...], teacher, argument: str):
@@ -1592,6 +1613,8 @@ def _load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     """The one saved beside a checkpoint. Raises `ValueError` where there is none."""
     try:
         return AutoTokenizer.from_pretrained(folder)
+    except ImportError as error:
+        raise ValueError(f"The tokenizer beside the model in {folder!r} needs another package. {error}") from error
     except Exception as error:  # transformers guesses at tokenizers, and fails in many ways
         raise ValueError(
             f"There is no tokenizer beside the model in {folder!r}: save the processor there too, or give the "

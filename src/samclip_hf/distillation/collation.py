@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 from transformers.utils import logging
 
-from .crops import STUDENT_FILTER, TEACHER_FILTER, cut, draw_crop, sample_rng
+from .crops import STUDENT_FILTER, cut, draw_crop, sample_rng
 from .order import Mixture, Position, lanes_of
 from .prompts import box_from_mask, point_from_mask
 from .store import StoreDescription, as_it_is
@@ -47,6 +47,8 @@ class ClipBatches:
         Of each stream, see [`Mixture`].
     min_crop (`float`):
         Smallest share of the image that a crop shows.
+    teacher_filter (`PIL.Image.Resampling`):
+        With which the teacher's images are resized; CLIP's by default.
     store (`StoreDescription`, *optional*):
         Of the stored embeddings that the streams' samples bring along, instead of images for the teacher.
     """
@@ -58,6 +60,7 @@ class ClipBatches:
     batch_size: int
     shuffle_buffer: int
     min_crop: float
+    teacher_filter: Image.Resampling = Image.Resampling.BICUBIC
     store: StoreDescription | None = None
 
     def step_rule(self, rng: np.random.Generator) -> dict[str, Any]:
@@ -74,7 +77,7 @@ class ClipBatches:
         crop = draw_crop(image, self.min_crop, sample_rng(seed, epoch, raw["key"]))
         sample = {"images": cut(image, crop, image_size, STUDENT_FILTER)}
         if self.store is None:
-            return sample | {"teacher_images": cut(image, crop, self.teacher_image_size, TEACHER_FILTER)}
+            return sample | {"teacher_images": cut(image, crop, self.teacher_image_size, self.teacher_filter)}
         teacher_embeds = raw["embeds"][epoch].astype(np.float32)
         if np.isnan(teacher_embeds).any():
             raise SkippedSampleError("no stored embedding")

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-# Each with the filter of its own image processor: bilinear for SAM's, bicubic for CLIP's.
-STUDENT_FILTER, TEACHER_FILTER = Image.Resampling.BILINEAR, Image.Resampling.BICUBIC
+STUDENT_FILTER = Image.Resampling.BILINEAR  # SAM's image processor's
 MIN_ASPECT = 3 / 4  # of a random crop; as torchvision's RandomResizedCrop
 
 

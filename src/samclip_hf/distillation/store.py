@@ -18,11 +18,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..modeling_samclip import SamClipModel
-from .crops import TEACHER_FILTER, cut, draw_crop, sample_rng
+from .crops import cut, draw_crop, sample_rng
 from .streams import UNREADABLE_SHARD, SkippedSampleError, Stream, decode_image
 from .teachers import ClipTeacher, check_text_space
 
@@ -37,6 +38,7 @@ class StoreDescription:
     text_space: list[float]  # its first values, by which a student knows its teacher
     projection_dim: int
     image_size: int
+    resample: int  # PIL's number of the filter
     image_mean: list[float]
     image_std: list[float]
     seed: int
@@ -60,7 +62,10 @@ class TeacherStore:
         path = self.folder / DESCRIPTION_NAME
         if not path.is_file():
             raise FileNotFoundError(f"There is no store in {str(folder)!r}: cache_teacher.py makes one.")
-        self.description = StoreDescription(**json.loads(path.read_text()))
+        description = json.loads(path.read_text())
+        if description.keys() != StoreDescription.__dataclass_fields__.keys():
+            raise ValueError(f"{folder} was made by another version of cache_teacher.py: make it anew, elsewhere.")
+        self.description = StoreDescription(**description)
         missing = [
             shard_path(self.folder, number, shard)
             for number, names in enumerate(self.description.shards)
@@ -132,6 +137,7 @@ def describe(
         projection_dim=len(teacher.text_space),
         text_space=teacher.text_space.flatten()[:64].tolist(),
         image_size=teacher.image_size,
+        resample=int(teacher.resample),
         image_mean=list(teacher.image_mean),
         image_std=list(teacher.image_std),
         seed=seed,
@@ -188,7 +194,8 @@ class Crops(IterableDataset):
             draw_crop(image, self.description.min_crop, sample_rng(self.description.seed, number, sample["key"]))
             for number in range(self.description.num_crops)
         ]
-        return [cut(image, crop, self.description.image_size, TEACHER_FILTER) for crop in crops], None
+        size, resample = self.description.image_size, Image.Resampling(self.description.resample)
+        return [cut(image, crop, size, resample) for crop in crops], None
 
 
 def fill(

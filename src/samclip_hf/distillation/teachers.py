@@ -4,6 +4,7 @@ checkpoint; each sees images at its own size and with its own normalisation.
 """
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, CLIPModel, PreTrainedModel, SamModel, SiglipModel, SiglipTextConfig
 
@@ -33,7 +34,8 @@ def normalize(images: Tensor, mean: list[float], std: list[float], content_sizes
 
 
 class Teacher(nn.Module):
-    """A frozen `model` that stays in evaluation mode, with what its own image processor says about normalisation."""
+    """A frozen `model` that stays in evaluation mode, with what its own image processor says about resizing and
+    normalisation."""
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
@@ -42,6 +44,7 @@ class Teacher(nn.Module):
         image_processor = AutoImageProcessor.from_pretrained(model.name_or_path)
         self.image_mean: list[float] = image_processor.image_mean
         self.image_std: list[float] = image_processor.image_std
+        self.resample = Image.Resampling(image_processor.resample)
         self.image_size: int = model.config.vision_config.image_size
 
     def train(self, mode: bool = True) -> "Teacher":

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate.utils import gather, gather_object
+from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
@@ -158,10 +159,11 @@ class SamClipTrainer(Trainer):
             self.clip_teacher.check(student, streams, args.min_crop, args.clip_teacher)
             self.clip_teacher.attach(streams)
             store = self.clip_teacher.description
-            teacher_image_size = store.image_size
+            teacher_image_size, teacher_filter = store.image_size, Image.Resampling(store.resample)
         else:
             self.clip_teacher.check(student)
-            store, teacher_image_size = None, self.clip_teacher.image_size
+            store = None
+            teacher_image_size, teacher_filter = self.clip_teacher.image_size, self.clip_teacher.resample
         tasks: dict[str, ClipBatches | SamBatches] = {
             "clip": ClipBatches(
                 streams,
@@ -171,6 +173,7 @@ class SamClipTrainer(Trainer):
                 batch_size=args.clip_batch_size,
                 shuffle_buffer=args.shuffle_buffer,
                 min_crop=args.min_crop,
+                teacher_filter=teacher_filter,
                 store=store,
             )
         }

@@ -108,6 +108,7 @@ class ImageText(Candidate):
                 padding=self.padding,
                 truncation=True,
                 max_length=longest,
+                padding_side="right",
                 return_tensors="pt",
             )
             features.append(self._text_features(**inputs.to(self.model.device)).float())
