@@ -351,7 +351,9 @@ def test_a_tokenizer_that_cannot_be_used_is_refused(siglip, siglip_folder, sam, 
         raise ImportError("SiglipTokenizer requires the SentencePiece library")
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", stop)
-    with pytest.raises(ValueError, match=r"needs another package\. SiglipTokenizer requires the SentencePiece library"):
+    with pytest.raises(
+        ValueError, match=r"needs another package\. SiglipTokenizer requires the SentencePiece library"
+    ):
         SamClipModel.from_teachers(sam, siglip_folder)
     siglip.name_or_path, siglip.config.text_config.pad_token_id = "", None
     with pytest.raises(ValueError, match="no padding token"):
@@ -402,7 +404,5 @@ def test_configurations_know_whose_text_tower_it_is():
     assert not SamClipConfig().has_siglip_text
     config = SamClipConfig(text_config={"model_type": "siglip_text_model"})
     assert config.has_siglip_text and SamClipConfig.from_dict(config.to_dict()).has_siglip_text
-    with pytest.raises(
-        ValueError, match="'siglip2_text_model', but must be one of clip_text_model, sig"
-    ):
+    with pytest.raises(ValueError, match="'siglip2_text_model', but must be one of clip_text_model, sig"):
         SamClipConfig(text_config={"model_type": "siglip2_text_model"})
