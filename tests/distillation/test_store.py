@@ -1,12 +1,16 @@
 """Stored embeddings teach what the teacher itself would."""
 
 import importlib.util
+import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from transformers import CLIPImageProcessor
 
 from samclip_hf.distillation import ClipTeacher, DataError, TeacherStore
 from samclip_hf.distillation.store import shard_path
@@ -52,6 +56,28 @@ def test_stored_embeddings_are_the_teachers_of_the_crops_that_training_draws(
         torch.testing.assert_close(second["clip"]["teacher_embeds"], expected, atol=1e-3, rtol=0)
         losses = [t.clip_loss(t.model, **s["clip"]).item() for t, s in ((online, first), (stored, second))]
         assert losses[1] == pytest.approx(losses[0], abs=1e-3)
+
+
+@pytest.mark.parametrize("resample", [Image.Resampling.BILINEAR, Image.Resampling.BICUBIC])
+def test_the_teachers_images_are_resized_as_its_image_processor_does(
+    cache_teacher, arguments, teacher_folders, make_trainer, tmp_path, resample
+):
+    folder = tmp_path / "teacher"
+    shutil.copytree(teacher_folders["clip"], folder)
+    CLIPImageProcessor.from_pretrained(folder, resample=resample).save_pretrained(folder)
+    pixels = np.random.default_rng(0).integers(0, 256, (90, 90, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG")
+    write_tar(tmp_path / "0.tar", {"0.png": buffer.getvalue()})
+    # The crop is the whole square, flipped or not.
+    settings = {"clip_data": [str(tmp_path / "0.tar")], "clip_batch_size": 1, "clip_sizes": [32], "min_crop": 1.0}
+    trainer = make_trainer(1, clip_teacher=ClipTeacher(str(folder)), held_out_share=0.0, **settings)
+    seen = next(iter(trainer.get_train_dataloader()))["clip"]["teacher_images"][0].permute(1, 2, 0).numpy()
+    expected = np.asarray(Image.fromarray(pixels).resize((32, 32), resample))
+    assert any(np.array_equal(seen, either) for either in (expected, expected[:, ::-1]))
+
+    cache_teacher([*arguments, "--clip_teacher", str(folder), "--clip_data", str(tmp_path / "0.tar")])
+    assert TeacherStore(tmp_path / "store").description.resample == resample
 
 
 def test_training_from_a_store_never_runs_the_teacher(cache_teacher, arguments, make_trainer, tmp_path, monkeypatch):
@@ -109,6 +135,10 @@ def test_a_store_of_something_else_is_refused(cache_teacher, arguments, model, p
         TeacherStore(tmp_path / "store").check(model, streams, 0.5, "miniature")
     with pytest.raises(FileNotFoundError, match="There is no store in"):
         TeacherStore(tmp_path)
+    earlier = {name: value for name, value in json.loads(description.read_text()).items() if name != "resample"}
+    description.write_text(json.dumps(earlier))
+    with pytest.raises(ValueError, match=r"was made by another version of cache_teacher\.py"):
+        TeacherStore(tmp_path / "store")
 
 
 def test_data_that_changed_since_are_refused(cache_teacher, arguments, tmp_path):
