@@ -36,7 +36,9 @@ def with_labels(pixels: np.ndarray, label_map: np.ndarray, names: Sequence[str],
             continue
         rows, columns = np.nonzero(shown == label)
         middle = np.hypot(rows - rows.mean(), columns - columns.mean()).argmin()
-        position = (int(columns[middle]), int(rows[middle]))
+        half = draw.textlength(names[label], font=font) / 2 + 1
+        x = min(max(columns[middle], half), max(half, image.width - half))  # names stay in the picture
+        position = (int(x), int(rows[middle]))
         draw.text(position, names[label], fill="white", stroke_width=1, stroke_fill="black", anchor="mm", font=font)
     return np.asarray(image)
 

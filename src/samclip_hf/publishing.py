@@ -1,0 +1,355 @@
+"""
+From a training output to a repository on the Hub: a folder that loads anywhere, proven before anything is pushed.
+
+    assemble -> prove -> card -> push
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
+from PIL import Image
+from safetensors.torch import load_file
+
+from . import modeling_samclip
+from .modeling_samclip import SamClipForImageSegmentation
+from .processing_samclip import SamClipProcessor
+from .proof import MODELS
+
+CODE = "*_samclip.py"  # the five files that travel
+TEMPLATE = "model_card.md"
+TOLERANCE = {
+    torch.float32: 1e-4,
+    torch.bfloat16: 0.1,
+    torch.float16: 0.02,
+}  # of outputs, relative to their largest value
+
+
+class PublishingError(Exception):
+    """Says what is wrong and what to do; nothing was pushed."""
+
+
+def assemble(source: str | Path, folder: Path, dtype: str | None = None, max_shard_size: str = "5GB") -> None:
+    """
+    Weights in safetensors, processor, and the code beside them with an `auto_map` for every Auto class. Auto classes
+    are written here by hand: `register_for_auto_class` knows one a class, and would change the classes themselves.
+
+    source (`str` or `Path`):
+        A SAM-CLIP: a training output, a folder or a name.
+    folder (`Path`):
+        New or empty.
+    dtype (`str`, *optional*):
+        Of the weights, such as "bfloat16"; by default the source's.
+
+    Raises `PublishingError` where the source is no SAM-CLIP with its processor, or the folder is not empty.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise PublishingError(f"{folder} is not empty: name a new folder, or empty it.")
+    try:
+        model, loading = SamClipForImageSegmentation.from_pretrained(
+            source, dtype=getattr(torch, dtype) if dtype else "auto", use_safetensors=True, output_loading_info=True
+        )
+        processor = SamClipProcessor.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise PublishingError(f"{source} cannot be loaded as a SAM-CLIP with its processor: {error}") from error
+    if loading["missing_keys"]:
+        raise PublishingError(
+            f"{source} lacks weights: {sorted(loading['missing_keys'])[:5]}. Nothing random is published."
+        )
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    processor.save_pretrained(folder)
+    for file in Path(modeling_samclip.__file__).parent.glob(CODE):
+        shutil.copy(file, folder)
+    processors = {
+        "AutoImageProcessor": "image_processing_samclip.SamClipImageProcessor",
+        "AutoProcessor": "processing_samclip.SamClipProcessor",
+    }
+    _edit(
+        folder / "config.json",
+        auto_map={"AutoConfig": "configuration_samclip.SamClipConfig"}
+        | {auto_class: f"modeling_samclip.{name}" for auto_class, name in MODELS.items()},
+        custom_pipelines={
+            "zero-shot-image-segmentation": {
+                "impl": "pipeline_samclip.SamClipImageSegmentationPipeline",
+                "pt": ["AutoModelForImageSegmentation"],
+                "type": "image",
+            }
+        },
+    )
+    image_processor = json.loads((folder / "processor_config.json").read_text())["image_processor"]
+    _edit(
+        folder / "processor_config.json",
+        auto_map=processors,
+        image_processor=image_processor | {"auto_map": processors},
+    )
+
+
+def _edit(path: Path, **entries: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries, indent=2) + "\n")
+
+
+def prove(folder: Path, image: Image.Image) -> dict[str, float]:
+    """
+    Loads the folder in a fresh interpreter that cannot import this package, through every Auto class and pipeline,
+    and compares with one that can.
+
+    Returns the largest difference of each output of `AutoModel`, relative to the output's largest value. Raises
+    `PublishingError` where something cannot be loaded or differs.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        picture = Path(temporary, "picture.png")
+        image.convert("RGB").save(picture)
+        stranger, own = Path(temporary, "stranger"), Path(temporary, "own")
+        _run(folder, picture, stranger)
+        _run(folder, picture, own, "--with-package")
+        found, expected = (json.loads(path.with_suffix(".json").read_text()) for path in (stranger, own))
+        tensors, own_tensors = (load_file(path.with_suffix(".safetensors")) for path in (stranger, own))
+    for name, value in expected.items():
+        if found.get(name) != value:
+            raise PublishingError(
+                f"{name} gives {found.get(name)} from the folder's code, {value} from the package's."
+            )
+    dtype = getattr(torch, str(json.loads((folder / "config.json").read_text())["dtype"]))
+    differences = {}
+    for name, value in own_tensors.items():
+        difference = (tensors[name] - value).abs().max() / value.abs().max().clamp(min=1e-6)
+        differences[name] = difference.item()
+        if not difference <= TOLERANCE[dtype]:  # a NaN is not
+            raise PublishingError(
+                f"{name} differs by {difference:.3g} of its largest value between the folder's code and the package's."
+            )
+    return differences
+
+
+def _run(folder: Path, picture: Path, results: Path, *options: str) -> None:
+    script = Path(__file__).with_name("proof.py")
+    command = [sys.executable, "-P", str(script), str(folder.absolute()), str(picture), str(results), *options]
+    finished = subprocess.run(command, capture_output=True, text=True)
+    if finished.returncode:
+        raise PublishingError(
+            f"{folder} does not load {'with' if options else 'without'} the package:\n{finished.stderr[-3000:]}"
+        )
+
+
+# ---- The card ----
+
+
+def template() -> Path:
+    """The card's, from the wheel or, in a checkout, from its top."""
+    packaged = Path(str(resources.files(__package__) / TEMPLATE))
+    return packaged if packaged.is_file() else Path(__file__).parents[2] / TEMPLATE
+
+
+def card(
+    folder: Path,
+    repo_id: str,
+    stages: Sequence[dict[str, Any]] = (),
+    results: dict[str, Any] | None = None,
+    results_name: str | None = None,
+    licenses: dict[str, str] | None = None,
+    has_picture: bool = False,
+) -> ModelCard:
+    """
+    The template filled with what is on record, and with "not on record" where nothing is.
+
+    folder (`Path`):
+        From `assemble`.
+    stages (`Sequence[dict]`):
+        From `distillation.provenance.read`.
+    results (`dict`, *optional*), results_name (`str`, *optional*):
+        `results.json` of an evaluation, and what it calls this model.
+    licenses (`dict[str, str]`, *optional*):
+        Of the teachers, by their names.
+    has_picture (`bool`):
+        Whether `example.png` is in the folder.
+    """
+    config = json.loads((folder / "config.json").read_text())
+    names = [name for stage in stages[-1:] for name in stage["teachers"].values()]
+    on_hub = [name for name in dict.fromkeys(names) if name.count("/") == 1 and not Path(name).exists()]
+    evaluation: list[EvalResult] = []
+    table, protocols = [], []
+    if results is not None:
+        from .evaluation.report import PER_CLASS, jsonable, model_index, shown
+
+        if results_name is None or not any(results_name in task["models"] for task in results["tasks"].values()):
+            known = sorted({name for task in results["tasks"].values() for name in task["models"]})
+            raise PublishingError(
+                f"The results are of {', '.join(known)}: say by which of these names this model goes."
+            )
+        evaluation = model_index(results, results_name)
+        for key, task in results["tasks"].items():
+            if results_name in task["models"]:
+                of_model = task["models"][results_name]
+                table += [
+                    (key, figure, shown(value))
+                    for figure, value in of_model["figures"].items()
+                    if not figure.startswith(PER_CLASS)
+                ]
+                described = {k: v for k, v in jsonable(task["protocol"]).items() if k != "categories"}
+                protocols.append((key, described, of_model["num_samples"]))
+    data = ModelCardData(
+        license="apache-2.0",
+        library_name="transformers",
+        pipeline_tag="image-segmentation",
+        tags=["samclip", "segment-anything", "clip", "zero-shot-segmentation", "mask-generation", "distillation"],
+        base_model=on_hub or None,
+        base_model_relation="merge" if on_hub else None,
+        model_name=repo_id.rpartition("/")[2] if evaluation else None,
+        eval_results=evaluation or None,
+    )
+    parameters: dict[str, int] = {}
+    for file in folder.glob("*.safetensors"):
+        for name, tensor in load_file(file).items():
+            part = name.partition(".")[0]
+            parameters[part] = parameters.get(part, 0) + tensor.numel()
+    return ModelCard.from_template(
+        data,
+        template_path=str(template()),
+        repo_id=repo_id,
+        dtype=config["dtype"],
+        parameters=parameters,
+        image_size=config["vision_config"]["image_size"],
+        stages=list(stages),
+        licenses=licenses or {},
+        table=table,
+        protocols=protocols,
+        command=None if results is None else results["command"],
+        environment=None if results is None else results["environment"],
+        labels=list(config.get("id2label", {}).values()) if config.get("vocabulary_label_ids") else [],
+        has_text_tower=config["has_text_tower"],
+        has_picture=has_picture,
+    )
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """`results.json` of an evaluation. Raises `PublishingError` where it is none."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise PublishingError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict) or not {"tasks", "command", "environment"} <= content.keys():
+        raise PublishingError(f"{path} is no results.json of training/evaluate.py.")
+    return content
+
+
+def draw_example(folder: Path, image: Image.Image, path: Path) -> None:
+    """The picture, its mask from the point in its middle and, with a vocabulary, its segments by text, side by
+    side."""
+    from .evaluation.pictures import with_labels, with_masks, with_prompts
+
+    image = image.convert("RGB")
+    pixels = np.asarray(image)
+    model = SamClipForImageSegmentation.from_pretrained(folder).eval()
+    processor = SamClipProcessor.from_pretrained(folder)
+    point = [image.width / 2, image.height / 2]
+    inputs = processor(image, input_points=[[[point]]])
+    inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    with torch.inference_mode():
+        masks, scores = model.predict_masks(
+            model.get_image_embeddings(inputs["pixel_values"]), input_points=inputs["input_points"].to(model.dtype)
+        )
+        sizes = inputs["original_sizes"], inputs["reshaped_input_sizes"]
+        mask = processor.post_process_masks(masks.float(), *sizes)[0][0, scores[0, 0].argmax()]
+        scale = -(-256 // min(image.size))  # letters need pixels
+        pixels = enlarged(pixels, scale)
+        drawn = with_masks(pixels, [enlarged(np.asarray(mask), scale)])
+        panels = [pixels, with_prompts(drawn, points=np.array([point]) * scale)]
+        if model.config.vocabulary_label_ids:
+            outputs = model(inputs["pixel_values"], inputs["reshaped_input_sizes"])
+            labels = processor.post_process_semantic_segmentation(outputs, [(image.height, image.width)])[0]
+            names = list(model.config.id2label.values())
+            has_background = model.config.background_label_id is not None
+            panels.append(with_labels(pixels, enlarged(labels.numpy(), scale), names, has_background))
+    Image.fromarray(np.concatenate(panels, axis=1)).save(path)
+
+
+def enlarged(pixels: np.ndarray, scale: int) -> np.ndarray:
+    """Every pixel of `(height, width, ...)` `scale` times as wide and high."""
+    return pixels.repeat(scale, axis=0).repeat(scale, axis=1)
+
+
+# ---- The Hub ----
+
+
+def push(
+    folder: Path,
+    repo_id: str,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    update: bool = False,
+    token: str | None = None,
+) -> str:
+    """
+    One commit with all of the folder; files that the repository has already are not sent again.
+
+    repo_id (`str`):
+        "name", of the token's owner, or "owner/name".
+    revision (`str`, *optional*):
+        A branch, made if there is none.
+    create_pr (`bool`):
+        As a pull request.
+    update (`bool`):
+        Needed where the repository exists and is not empty.
+
+    Returns the commit's address. Raises `PublishingError`; until the commit, the last request, the repository shows
+    nothing of it, and the next try goes on with what was sent.
+    """
+    api = HfApi(token=token)
+    try:
+        me = api.whoami()
+    except LocalTokenNotFoundError as error:
+        raise PublishingError("There is no token: log in by `hf auth login`, or set HF_TOKEN.") from error
+    except HfHubHTTPError as error:
+        raise PublishingError(f"The Hub does not accept the token: {error}") from error
+    if me.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise PublishingError(
+            f"The token of {me['name']} may only read: make one that may write, at hf.co/settings/tokens."
+        )
+    owner, _, name = repo_id.rpartition("/")
+    owner = owner or me["name"]
+    if owner not in (me["name"], *(org["name"] for org in me.get("orgs", []))):
+        raise PublishingError(
+            f"{me['name']} is not of the organisation {owner}: name another owner, or ask to be let in."
+        )
+    repo_id = f"{owner}/{name}"
+    try:
+        existing = set(api.list_repo_files(repo_id)) - {".gitattributes"}
+    except RepositoryNotFoundError:
+        existing = set()
+        if create_pr:
+            raise PublishingError(f"There is no repository {repo_id} that a pull request could go to.") from None
+    except HfHubHTTPError as error:
+        raise PublishingError(f"The Hub does not answer for {repo_id}: {error}") from error
+    if existing and not (update or create_pr or revision):
+        raise PublishingError(
+            f"{repo_id} exists and holds {len(existing)} files: say --update for a new commit, --revision for a "
+            "branch, --create-pr for a pull request, or name another repository."
+        )
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=f"Upload {name}",
+        )
+    except Exception as error:  # connections break in many ways
+        raise PublishingError(
+            f"The upload to {repo_id} did not finish, and nothing of it is to be seen there: {error}\n"
+            "The same command sends what is missing."
+        ) from error
+    return str(commit.pr_url or commit.commit_url)

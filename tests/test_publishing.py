@@ -1,0 +1,280 @@
+"""From a training output to a repository and back, through the real client and a stand-in for the Hub."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from PIL import Image
+from safetensors.torch import load_file
+
+from samclip_hf import SamClipForImageSegmentation, SamClipModel, SamClipProcessor, miniature, publishing
+from samclip_hf.miniature.scenes import render
+from samclip_hf.publishing import PublishingError, assemble, card, draw_example, prove, push, read_results
+
+from .loopback_hub import Hub
+
+PUBLISH = Path(__file__).parents[1] / "training" / "publish.py"
+STAGES = [
+    {
+        "stage": 2,
+        "teachers": {"sam_teacher": "facebook/sam-vit-base", "clip_teacher": "openai/clip-vit-base-patch16"},
+        "commits": {"sam_teacher": "abc"},
+        "arguments": {
+            **{"clip_data": ["photos/*.tar"], "clip_sizes": [224, 448], "sam_data": ["sa1b"], "seed": 3},
+            **{"sam_loss_weight": 10.0, "learning_rate": 4e-5},
+        },
+        **{"steps": 1000, "images_seen": 2048000, "seconds": 7200.0, "processes": 8, "device": "A100"},
+    }
+]
+RESULTS = {
+    "command": "training/evaluate.py --model runs/stage3",
+    "environment": {"torch": "2.14.1"},
+    "tasks": {
+        "classification:imagenet@336": {
+            "protocol": {"size": 336, "templates": 80},
+            "models": {"stage3": {"figures": {"top1": 0.7239}, "num_samples": 50000}},
+        },
+        "semantic:voc21": {
+            "protocol": {"size": 448},
+            "models": {"stage3": {"figures": {"mean_iou": 0.6, "iou: cat": 0.9}, "num_samples": 1449}},
+        },
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def picture() -> Image.Image:
+    return Image.fromarray(render(seed=0, index=8).image)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("published") / "repository"
+    assemble(miniature.checkpoint(), folder)
+    return folder
+
+
+@pytest.fixture
+def copy(folder, tmp_path) -> Path:
+    """To be spoilt."""
+    return shutil.copytree(folder, tmp_path / "copy")
+
+
+class TestFolder:
+    def test_it_loads_without_the_package_and_gives_the_same(self, folder, picture):
+        differences = prove(folder, picture)
+        assert differences.keys() == {"pred_masks", "iou_scores", "logits_per_image", "image_embeds"}
+        assert max(differences.values()) < 1e-5
+
+    def test_code_that_gives_something_else_is_found(self, copy, picture):
+        code = copy / "modeling_samclip.py"
+        assert "F.normalize(pooled, dim=-1)" in code.read_text()
+        code.write_text(
+            code.read_text().replace("F.normalize(pooled, dim=-1)", "F.normalize(pooled, dim=-1) * 1.1", 1)
+        )
+        with pytest.raises(PublishingError, match=r"zero-shot-image-classification gives .* from the folder's code"):
+            prove(copy, picture)
+
+    def test_code_that_does_not_load_is_found(self, copy, picture):
+        (copy / "processing_samclip.py").write_text("import samclip_hf")
+        with pytest.raises(PublishingError, match=r"does not load without the package:[\s\S]*samclip_hf"):
+            prove(copy, picture)
+
+    def test_weights_take_the_type_and_the_shards_that_are_asked_for(self, tmp_path):
+        assemble(miniature.checkpoint(), tmp_path / "new", "bfloat16", "2MB")
+        files = list((tmp_path / "new").glob("*.safetensors"))
+        assert len(files) > 1
+        tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
+        assert {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()} == {torch.bfloat16}
+        assert SamClipForImageSegmentation.from_pretrained(tmp_path / "new").dtype == torch.bfloat16
+
+    def test_what_is_no_samclip_is_refused(self, tmp_path, folder):
+        for source in (miniature.sam_teacher(), tmp_path / "nowhere"):
+            with pytest.raises(PublishingError, match="cannot be loaded as a SAM-CLIP with its processor"):
+                assemble(source, tmp_path / "new")
+        with pytest.raises(PublishingError, match="is not empty"):
+            assemble(miniature.checkpoint(), folder)
+
+    def test_weights_that_are_missing_are_not_made_up(self, tmp_path):
+        model = SamClipModel.from_pretrained(miniature.checkpoint())
+        state = {name: value for name, value in model.state_dict().items() if not name.startswith("clip_head.mlp")}
+        model.save_pretrained(tmp_path / "lacking", state_dict=state)
+        SamClipProcessor.from_pretrained(miniature.checkpoint()).save_pretrained(tmp_path / "lacking")
+        with pytest.raises(PublishingError, match=r"lacks weights: \['clip_head\.mlp"):
+            assemble(tmp_path / "lacking", tmp_path / "new")
+
+    def test_a_checkpoint_for_its_own_vocabulary_alone(self, tmp_path, picture):
+        model = SamClipForImageSegmentation.from_pretrained(miniature.checkpoint()).drop_text_tower()
+        model.save_pretrained(tmp_path / "small")
+        SamClipProcessor.from_pretrained(miniature.checkpoint()).save_pretrained(tmp_path / "small")
+        assemble(tmp_path / "small", tmp_path / "new")
+        assert prove(tmp_path / "new", picture).keys() == {"pred_masks", "iou_scores"}
+        assert "by_text" not in card(tmp_path / "new", "me/small").content
+
+
+class TestCard:
+    def test_it_tells_what_is_on_record(self, folder, tmp_path):
+        made = card(folder, "lab/merged", STAGES, RESULTS, "stage3", {"facebook/sam-vit-base": "apache-2.0"}, True)
+        text = made.content
+        for said in (
+            "SAM `facebook/sam-vit-base` at commit `abc`, licence apache-2.0",
+            "CLIP `openai/clip-vit-base-patch16`, licence not on record",
+            "**Stage 2:** 1000 steps, 2,048,000 images, 2.00 hours on 8 x A100",
+            "| classification:imagenet@336 | top1 | 0.724 |",
+            "training/evaluate.py --model runs/stage3",
+            "- templates: 80",
+            "(example.png)",
+            'model="lab/merged"',
+            "title   = {SAM-CLIP: Merging",
+        ):
+            assert said in text, said
+        assert "iou: cat" not in text and "{{" not in text and "None" not in text
+        made.save(tmp_path / "README.md")
+        data = ModelCard.load(tmp_path / "README.md").data
+        assert data.base_model == ["facebook/sam-vit-base", "openai/clip-vit-base-patch16"]
+        by_type = {result.metric_type: result for result in data.eval_results}
+        assert by_type["top1"].metric_value == pytest.approx(0.7239, abs=1e-4)
+        assert by_type["top1"].task_type == "zero-shot-image-classification"
+
+    def test_it_says_what_is_not_on_record(self, folder):
+        text = card(folder, "me/merged").content
+        assert "Not on record: this folder came without `provenance.json`" in text
+        assert "None were measured for this card" in text and "example.png" not in text
+
+    def test_results_of_another_model_are_refused(self, folder, tmp_path):
+        with pytest.raises(PublishingError, match="The results are of stage3: say by which"):
+            card(folder, "me/merged", results=RESULTS, results_name="stage2")
+        (tmp_path / "other.json").write_text("{}")
+        with pytest.raises(PublishingError, match=r"is no results\.json"):
+            read_results(tmp_path / "other.json")
+
+    def test_its_python_runs(self, folder, tmp_path, picture, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        picture.resize((400, 300)).save("photo.jpg")
+        code = card(folder, str(folder)).content.split("```python\n")[1].split("```")[0]
+        names: dict = {}
+        exec(code, names)
+        assert names["outputs"].pred_masks is not None and names["outputs"].logits_per_image.shape == (1, 2)
+
+    def test_an_example_is_drawn(self, folder, tmp_path, picture):
+        draw_example(folder, picture, tmp_path / "example.png")
+        assert Image.open(tmp_path / "example.png").size == (3 * 256, 256)
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    with Hub() as hub:
+        for name, value in {"HF_TOKEN": "hf_write", "HF_ENDPOINT": hub.address, "HF_HUB_DISABLE_XET": "1"}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.address)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "home" / "token"))
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(publishing, "HfApi", lambda token=None: publishing_api(hub, token))
+        yield hub
+
+
+def publishing_api(hub: Hub, token):
+    from huggingface_hub import HfApi
+
+    return HfApi(endpoint=hub.address, token=token)
+
+
+class TestHub:
+    def test_a_stranger_loads_what_was_pushed_by_its_name(self, hub, folder, tmp_path):
+        address = push(folder, "merged", private=True)
+        assert address.startswith(f"{hub.address}/me/merged/commit/")
+        assert hub.repositories["me/merged"].private
+        code = """
+import sys; sys.modules["samclip_hf"] = None
+from transformers import AutoModel, AutoProcessor
+model = AutoModel.from_pretrained("me/merged", trust_remote_code=True)
+processor = AutoProcessor.from_pretrained("me/merged", trust_remote_code=True)
+print(type(model).__name__, type(processor).__name__, model.clip_head.mlp.fc1.weight.double().sum().item())
+"""
+        environment = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "elsewhere"), "HF_TOKEN": "hf_read"}
+        run = subprocess.run(
+            [sys.executable, "-c", code], env=environment | {"HF_HUB_DISABLE_XET": "1"}, capture_output=True, text=True
+        )
+        assert run.returncode == 0, run.stderr
+        own = SamClipModel.from_pretrained(miniature.checkpoint()).clip_head.mlp.fc1.weight.double().sum().item()
+        assert run.stdout.split() == ["SamClipModel", "SamClipProcessor", str(own)]
+
+    def test_only_what_changed_is_sent_again(self, hub, copy):
+        push(copy, "lab/merged")
+        assert sum(hub.uploads.values()) == 1
+        with pytest.raises(PublishingError, match=r"lab/merged exists and holds \d+ files: say --update"):
+            push(copy, "lab/merged")
+        (copy / "README.md").write_text("changed")
+        push(copy, "lab/merged", update=True)
+        assert sum(hub.uploads.values()) == 1  # the weights are there
+        repository = hub.repositories["lab/merged"]
+        assert repository.commits[repository.branches["main"]]["README.md"] == b"changed"
+
+    def test_a_branch_and_a_pull_request_leave_main_alone(self, hub, copy):
+        push(copy, "merged")
+        repository = hub.repositories["me/merged"]
+        main = repository.branches["main"]
+        (copy / "README.md").write_text("changed")
+        push(copy, "merged", revision="next")
+        assert push(copy, "merged", create_pr=True).endswith("/discussions/1")
+        assert repository.branches["main"] == main
+        for branch in ("next", "refs/pr/1"):
+            assert repository.commits[repository.branches[branch]]["README.md"] == b"changed"
+        with pytest.raises(PublishingError, match="no repository me/other that a pull request"):
+            push(copy, "other", create_pr=True)
+
+    def test_a_connection_that_breaks_leaves_nothing_half_done(self, hub, folder, monkeypatch):
+        monkeypatch.setattr("time.sleep", lambda _: None)  # between the client's own tries
+        hub.break_after = 100_000
+        with pytest.raises(PublishingError, match=r"did not finish.*\nThe same command sends what is missing"):
+            push(folder, "merged")
+        repository = hub.repositories["me/merged"]
+        assert list(repository.commits[repository.branches["main"]]) == [".gitattributes"]
+        hub.break_after = None
+        push(folder, "merged")
+        assert "model.safetensors" in repository.commits[repository.branches["main"]]
+
+    @pytest.mark.parametrize(
+        ("token", "repo_id", "sentence"),
+        [
+            ("hf_read", "merged", "The token of me may only read"),
+            ("hf_unknown", "merged", "The Hub does not accept the token"),
+            ("", "merged", "There is no token"),
+            ("hf_write", "strangers/merged", "me is not of the organisation strangers"),
+        ],
+    )
+    def test_tokens_and_owners_that_may_not(self, hub, folder, monkeypatch, token, repo_id, sentence):
+        monkeypatch.setenv("HF_TOKEN", token)
+        with pytest.raises(PublishingError, match=sentence):
+            push(folder, repo_id)
+        assert not hub.repositories
+
+
+def test_one_command_does_it_all(hub, tmp_path):
+    results = tmp_path / "results.json"
+    results.write_text(json.dumps(RESULTS))
+    command = [sys.executable, PUBLISH, "miniature", "merged", "--results", results, "--results_name", "stage3"]
+
+    def run(*options):
+        import os
+
+        return subprocess.run(
+            list(map(str, [*command, *options])), capture_output=True, text=True, env=dict(os.environ)
+        )
+
+    dry = run("--dry-run", "--folder", tmp_path / "seen")
+    assert dry.returncode == 0, dry.stderr
+    assert "Proven, and not pushed" in dry.stdout and not hub.repositories
+    assert {"README.md", "example.png", "modeling_samclip.py"} <= {path.name for path in (tmp_path / "seen").iterdir()}
+    pushed = run()
+    assert pushed.returncode == 0, pushed.stderr
+    assert "Published: " in pushed.stdout
+    again = run()
+    assert again.returncode == 1 and "Nothing was published. me/merged exists" in again.stderr

@@ -1,0 +1,88 @@
+"""
+Makes a repository on the Hub of a training output, and proves it before anything is pushed.
+
+    python training/publish.py runs/stage3 me/my-samclip --results runs/evaluation/results.json --dry-run
+
+Copies weights and code into a folder, loads it in a fresh interpreter without this package through every Auto class
+and pipeline, compares the outputs, and writes the card from `provenance.json` and `results.json`. Only then, and not
+with --dry-run, one commit. The same command again sends only what changed.
+"""
+
+import argparse
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+# As in evaluate.py, whose name is also that of a library.
+sys.path = [path for path in sys.path if Path(path or ".").resolve() != Path(__file__).resolve().parent]
+
+from huggingface_hub import ModelCard
+from PIL import Image
+
+from samclip_hf import miniature
+from samclip_hf.distillation import provenance
+from samclip_hf.miniature.scenes import render
+from samclip_hf.publishing import PublishingError, assemble, card, draw_example, prove, push, read_results
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="training output: a folder, or 'miniature' for the shipped one")
+    parser.add_argument("repo_id", help="owner/name on the Hub")
+    parser.add_argument("--folder", type=Path, help="a new folder, for what is published to be seen or kept")
+    parser.add_argument("--results", type=Path, help="results.json of evaluate.py, for the card")
+    parser.add_argument("--results_name", help="what the results call this model (default: its folder's name)")
+    parser.add_argument("--example", type=Path, help="a picture for the proof and the card (default: a drawn scene)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (default: as is)")
+    parser.add_argument("--max_shard_size", default="5GB")
+    parser.add_argument("--private", action="store_true")
+    parser.add_argument("--revision", help="a branch, made if there is none")
+    parser.add_argument("--create-pr", action="store_true", help="as a pull request")
+    parser.add_argument("--update", action="store_true", help="add a commit to a repository that is not empty")
+    parser.add_argument("--dry-run", action="store_true", help="stop before the push")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
+    source = miniature.checkpoint() if arguments.model == "miniature" else arguments.model
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary, "repository")
+        try:
+            if arguments.folder is not None and arguments.folder.exists():
+                raise PublishingError(f"{arguments.folder} exists: name a new folder.")
+            results = None if arguments.results is None else read_results(arguments.results)
+            picture = Image.fromarray(render(seed=0, index=8).image)
+            if arguments.example is not None:
+                picture = Image.open(arguments.example).convert("RGB")
+            print(f"Putting together {arguments.repo_id} from {source} ...", flush=True)
+            assemble(source, folder, arguments.dtype, arguments.max_shard_size)
+            print("Loading it in a fresh interpreter without this package ...", flush=True)
+            for name, difference in prove(folder, picture).items():
+                print(f"  {name}: differs by {difference:.2g} of its largest value")
+            draw_example(folder, picture, folder / "example.png")
+            if (record := Path(source) / provenance.FILE_NAME).is_file():
+                shutil.copy(record, folder)
+            stages = provenance.read(source)
+            name = arguments.results_name or Path(source).name
+            licenses = provenance.licenses(stages)
+            card(folder, arguments.repo_id, stages, results, name, licenses, has_picture=True).save(
+                folder / "README.md"
+            )
+            ModelCard.load(folder / "README.md")  # its metadata can be read
+            if arguments.folder is not None:
+                shutil.copytree(folder, arguments.folder)
+            if arguments.dry_run:
+                print(f"Proven, and not pushed: --dry-run.{f' See {arguments.folder}.' if arguments.folder else ''}")
+                return
+            address = push(
+                folder, arguments.repo_id, arguments.private, arguments.revision, arguments.create_pr, arguments.update
+            )
+        except (OSError, PublishingError) as error:
+            sys.exit(f"Nothing was published. {error}")
+        print(f"Published: {address}")
+
+
+if __name__ == "__main__":
+    main()
