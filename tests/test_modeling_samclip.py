@@ -497,6 +497,31 @@ class TestOnePass:
             assert_same(both.pred_masks, model(random_images(), input_points=random_points()).pred_masks)
             assert_same(both.logits_per_image, model(random_images(), input_ids=INPUT_IDS).logits_per_image)
 
+    def test_an_encoded_image_answers_everything_without_being_encoded_again(self, model, monkeypatch):
+        images, sizes = random_images(), torch.tensor([[64, 40], [50, 64]])
+        asked = (
+            {"input_ids": INPUT_IDS, "reshaped_input_sizes": sizes},
+            {"input_points": random_points()},
+            {"input_points": random_points(), "input_ids": INPUT_IDS},
+        )
+        with torch.no_grad():
+            vision_embeds = model.vision_encoder(images)
+            expected = [model(images, **inputs) for inputs in asked]
+            features = model.get_image_features(images, sizes).pooler_output
+            monkeypatch.setattr(model.vision_encoder, "encode", None)
+            for inputs, outputs in zip(asked, expected, strict=True):
+                again = model(vision_embeds=vision_embeds, **inputs)
+                assert again.keys() == outputs.keys()
+                for name in ("pred_masks", "logits_per_image", "image_embeds", "dense_embeds"):
+                    assert name not in outputs or again[name].equal(outputs[name])
+            again = model.get_image_features(reshaped_input_sizes=sizes, vision_embeds=vision_embeds)
+            assert again.pooler_output.equal(features)
+        for ask in (model, model.get_image_features):
+            with pytest.raises(ValueError, match="vision_embeds"):
+                ask(images, vision_embeds=vision_embeds)
+        with pytest.raises(ValueError, match="either pixel_values or vision_embeds"):
+            model.get_image_features()
+
     def test_hidden_states_and_tuples(self, model):
         with torch.no_grad():
             outputs = model(random_images(), output_hidden_states=True)
@@ -506,9 +531,9 @@ class TestOnePass:
 
     def test_contradictory_inputs_are_refused(self, model):
         embeddings = torch.zeros(2, 16, 8, 8)
-        with pytest.raises(ValueError, match="either pixel_values or image_embeddings"):
+        with pytest.raises(ValueError, match="one of pixel_values, image_embeddings"):
             model()
-        with pytest.raises(ValueError, match="give pixel_values for text"):
+        with pytest.raises(ValueError, match="give pixel_values or vision_embeds for text"):
             model(image_embeddings=embeddings, input_ids=INPUT_IDS)
         with pytest.raises(ValueError, match="are for 3 images"):
             model(image_embeddings=embeddings, input_points=random_points(3))
@@ -788,6 +813,22 @@ class TestImageSegmentation:
             best = [similarity[:, :2].amax(1), similarity[:, 2], similarity[:, 3:5].amax(1), similarity[:, 5]]
             logits = segmenter(random_images(), both_heads=False).logits
         assert_same(logits, torch.stack(best, dim=1))
+
+    @pytest.mark.parametrize("composition", ["segments", "classes"])
+    @pytest.mark.parametrize("sizes", [None, torch.tensor([[64, 40], [51, 64]])])
+    def test_an_encoded_image_is_segmented_without_being_encoded_again(
+        self, segmenter, monkeypatch, composition, sizes
+    ):
+        segmenter.config.composition = composition
+        images = random_images()
+        with torch.no_grad():
+            vision_embeds = segmenter.vision_encoder(images)
+            expected = segmenter(images, reshaped_input_sizes=sizes)
+            monkeypatch.setattr(segmenter.vision_encoder, "encode", None)
+            outputs = segmenter(vision_embeds=vision_embeds, reshaped_input_sizes=sizes)
+        assert outputs.keys() == expected.keys()
+        for name, value in expected.items():
+            assert outputs[name].equal(value), name
 
     def test_synonyms_can_be_averaged(self, segmenter, model):
         tokenizer = WordTokenizer()

@@ -955,9 +955,19 @@ class SamClipModel(SamClipPreTrainedModel, SamModel):
             target_embedding=target_embedding,
         )
 
+    def _encode_once(self, pixel_values, vision_embeds, **kwargs):
+        """[`SamClipVisionEncoderOutput`]: what the image encoder gave for the image, or gives now."""
+        if (pixel_values is None) == (vision_embeds is None):
+            raise ValueError("Give either pixel_values or vision_embeds, and not both.")
+        return self.vision_encoder(pixel_values, **kwargs) if vision_embeds is None else vision_embeds
+
     @can_return_tuple
     def get_image_features(
-        self, pixel_values: torch.Tensor, reshaped_input_sizes=None, **kwargs: Unpack[TransformersKwargs]
+        self,
+        pixel_values: torch.Tensor | None = None,
+        reshaped_input_sizes: torch.Tensor | None = None,
+        vision_embeds: SamClipVisionEncoderOutput | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         r"""
         The image in the text space, as [`CLIPModel.get_image_features`] gives it.
@@ -966,12 +976,14 @@ class SamClipModel(SamClipPreTrainedModel, SamModel):
             From the image processor.
         reshaped_input_sizes (`torch.Tensor` of shape `(batch_size, 2)`, *optional*):
             From the image processor: height and width of each picture without its padding, which then does not count.
+        vision_embeds ([`SamClipVisionEncoderOutput`], *optional*):
+            From `vision_encoder`, instead of `pixel_values`, to ask of an image again.
 
         Returns `pooler_output` `(batch_size, projection_dim)`, not normalised, and `last_hidden_state`
         `(batch_size, grid_height * grid_width, hidden_size)`, the head's tokens; `hidden_states` and `attentions`, if
         asked for, are the image encoder's.
         """
-        vision_outputs = self.vision_encoder(pixel_values, **kwargs)
+        vision_outputs = self._encode_once(pixel_values, vision_embeds, **kwargs)
         head_tokens, pooled = self._pool_image(vision_outputs.patch_tokens, reshaped_input_sizes)
         return BaseModelOutputWithPooling(
             last_hidden_state=head_tokens.flatten(1, 2),
@@ -1028,6 +1040,7 @@ class SamClipModel(SamClipPreTrainedModel, SamModel):
         original_sizes: torch.Tensor | None = None,
         num_prompts: torch.Tensor | None = None,
         return_loss: bool | None = None,
+        vision_embeds: SamClipVisionEncoderOutput | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> SamClipOutput:
         r"""
@@ -1055,22 +1068,24 @@ class SamClipModel(SamClipPreTrainedModel, SamModel):
             Not used; the processor returns them for post-processing, so that `model(**inputs)` works.
         return_loss (`bool`, *optional*):
             Whether to return CLIP's contrastive loss or, with SigLIP's text tower, SigLIP's.
+        vision_embeds ([`SamClipVisionEncoderOutput`], *optional*):
+            From `vision_encoder`, instead of `pixel_values`, to ask anything of an image again.
         """
-        if (pixel_values is None) == (image_embeddings is None):
+        if sum(given is not None for given in (pixel_values, image_embeddings, vision_embeds)) != 1:
             raise ValueError(
-                "Give either pixel_values or image_embeddings, and not both; get_text_features embeds texts alone."
+                "Give one of pixel_values, image_embeddings and vision_embeds; get_text_features embeds texts alone."
             )
         has_prompts = any(prompt is not None for prompt in (input_points, input_boxes, input_masks))
         asks_clip_head = input_ids is not None or not has_prompts
-        if asks_clip_head and pixel_values is None:
+        if asks_clip_head and image_embeddings is not None:
             raise ValueError(
                 "image_embeddings hold what the mask decoder reads, not what the CLIP head reads: give pixel_values "
-                "for text, or prompts for masks."
+                "or vision_embeds for text, or prompts for masks."
             )
 
         fields = {}
-        if pixel_values is not None:
-            vision_outputs = self.vision_encoder(pixel_values, **kwargs)
+        if image_embeddings is None:
+            vision_outputs = self._encode_once(pixel_values, vision_embeds, **kwargs)
             image_embeddings = vision_outputs.last_hidden_state
             fields["vision_hidden_states"] = vision_outputs.hidden_states
             fields["vision_attentions"] = vision_outputs.attentions
@@ -1277,11 +1292,12 @@ class SamClipForImageSegmentation(SamClipModel):
     @can_return_tuple
     def forward(  # type: ignore[override]  # another head, other inputs
         self,
-        pixel_values: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
         reshaped_input_sizes: torch.Tensor | None = None,
         original_sizes: torch.Tensor | None = None,
         both_heads: bool = True,
         vocabulary: SamClipVocabulary | None = None,
+        vision_embeds: SamClipVisionEncoderOutput | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> SamClipSegmentationOutput:
         r"""
@@ -1296,6 +1312,8 @@ class SamClipForImageSegmentation(SamClipModel):
             heads"), rather than the CLIP head alone.
         vocabulary ([`SamClipVocabulary`], *optional*):
             From `embed_vocabulary`; by default the checkpoint's own.
+        vision_embeds ([`SamClipVisionEncoderOutput`], *optional*):
+            From `vision_encoder`, instead of `pixel_values`, to segment an image again.
         """
         vocabulary = self.vocabulary if vocabulary is None else vocabulary
         if prompts := sorted(name for name in kwargs if name.startswith("input_")):
@@ -1308,7 +1326,7 @@ class SamClipForImageSegmentation(SamClipModel):
                 "This model has no loss and takes no labels: a SamClipModel learns from its teachers, by the "
                 "SamClipTrainer."
             )
-        vision_outputs = self.vision_encoder(pixel_values, **kwargs)
+        vision_outputs = self._encode_once(pixel_values, vision_embeds, **kwargs)
         dense_embeds = self.clip_head.project_patches(self.clip_head(vision_outputs.patch_tokens))
         dense_embeds = F.normalize(dense_embeds, dim=1)
         logits = self.classify(dense_embeds.permute(0, 2, 3, 1), vocabulary).permute(0, 3, 1, 2)
@@ -1324,11 +1342,10 @@ class SamClipForImageSegmentation(SamClipModel):
                     vision_outputs.last_hidden_state, vision_outputs.patch_tokens, logits, vocabulary, content_mask
                 )
 
-        input_size = torch.tensor(pixel_values.shape[-2:], device=pixel_values.device)
-        grid_size = torch.tensor(logits.shape[-2:], device=pixel_values.device)
+        patch_size = self.config.vision_config.patch_size
         if reshaped_input_sizes is None:
-            reshaped_input_sizes = input_size.expand(len(pixel_values), 2)
-        content_sizes = torch.as_tensor(reshaped_input_sizes, device=pixel_values.device) * grid_size / input_size
+            reshaped_input_sizes = torch.tensor(logits.shape[-2:]).expand(len(logits), 2) * patch_size
+        content_sizes = torch.as_tensor(reshaped_input_sizes, device=logits.device) / patch_size
         return SamClipSegmentationOutput(
             logits=logits,
             **segments,
