@@ -22,21 +22,30 @@ from transformers import AutoConfig
 from samclip_hf import SamClipForImageSegmentation, SamClipProcessor, miniature
 from samclip_hf.miniature.scenes import BACKGROUND_PROMPTS, CLASS_NAMES, render
 
-SCENES = (0, 3, 8, 12, 16, 5)  # of world 0
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # not all that Pillow opens: some start other programs
+SCENES = (42, 3, 50, 54, 57, 8)  # of world 0: of all backgrounds, and such as the miniature does well
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # not all that Pillow opens: some start other programs
+Image.init()  # or `Image.open` would not find the rarer ones by name
 MAX_MEGAPIXELS = 50  # a few kilobytes can unpack to gigabytes; telephones take 48
 SMALLEST_VIEW = 512  # pixels: smaller pictures are enlarged, to be clicked on
-POINTS_PER_SIDE = 16  # of everything mode; the stock pipeline has 32, for four times the wait
-POINTS_AT_ONCE = 64  # memory of the mask decoder
+POINTS_AT_ONCE = 64  # of everything mode: the mask decoder's memory grows with them
+# Of everything mode: the stock pipeline's, and the miniature's, whose predicted IoUs and edges are less sure.
+GENERATION = {"points_per_side": 32, "pred_iou_thresh": 0.88, "stability_score_thresh": 0.95, "crops_nms_thresh": 0.7}
+MINIATURE = {"points_per_side": 16, "pred_iou_thresh": 0.6, "stability_score_thresh": 0.3, "crops_nms_thresh": 0.5}
 
-INSIDE, OUTSIDE, BOX = "point inside", "point outside", "box, by two corners"
+INSIDE, OUTSIDE, BOX = "point inside", "point outside", "box: two corners"
 NO_PICTURE = "Choose a scene or drop a photograph first."
 
 # Gradio draws masks at an opacity of its own; `active` and `inactive` ones are those of a legend that is pointed at.
 CSS = """
 .masks .mask:not(.active):not(.inactive) { opacity: var(--mask-opacity, 0.6) !important; }
 .timers p { font-variant-numeric: tabular-nums; font-size: 0.9em; }
+.timers { border-top: 1px solid var(--border-color-primary); padding-top: 6px; }
 .gradio-container { max-width: 1280px !important; }
+.masks .legend { gap: 3px; padding-top: 3px; }
+.masks .legend-item { font-size: 0.8em; padding: 0 5px; }
+#scenes .gallery { gap: 6px; }
+#scenes :is(.gallery-item, img) { width: 54px; height: 54px; }
+
 """
 SET_OPACITY = "value => document.documentElement.style.setProperty('--mask-opacity', value)"
 
@@ -154,6 +163,7 @@ class App:
     def __init__(self, checkpoint: str):
         self.checkpoint = checkpoint
         self.is_miniature = checkpoint == miniature.checkpoint()
+        self.generation = MINIATURE if self.is_miniature else GENERATION
         kind = AutoConfig.from_pretrained(checkpoint).model_type
         if kind != "samclip":
             raise ValueError(f'{checkpoint} is a model of type "{kind}", not a SAM-CLIP.')
@@ -262,7 +272,11 @@ class App:
         with Timer() as both_heads:
             outputs = self.model(**inputs, vocabulary=vocabulary)
         segments = self.processor.post_process_panoptic_segmentation(
-            outputs, threshold=least_score, label_ids_to_fuse=set(names), target_sizes=[picture.size]
+            outputs,
+            threshold=least_score,
+            overlap_mask_area_threshold=0,  # all that is seen of a mask behind others
+            label_ids_to_fuse=set(names),
+            target_sizes=[picture.size],
         )[0]
         by_both_heads = [
             (
@@ -289,10 +303,13 @@ class App:
         if picture is None:
             gr.Warning(NO_PICTURE)
             return gr.skip()
-        image_processor, device = self.processor.image_processor, self.model.device
+        image_processor, device, options = self.processor.image_processor, self.model.device, self.generation
+        thresholds = {name: options[name] for name in ("pred_iou_thresh", "stability_score_thresh")}
         with Timer() as timer:
             crop_boxes, points, _, labels = image_processor.generate_crop_boxes(
-                picture.image, image_processor.size["longest_edge"], points_per_crop=POINTS_PER_SIDE
+                picture.image,
+                image_processor.size["longest_edge"],
+                points_per_crop=options["points_per_side"],
             )
             kept = []
             for start in range(0, points.shape[1], POINTS_AT_ONCE):
@@ -303,7 +320,9 @@ class App:
                     labels[:, chunk].to(device),
                 )
                 masks = image_processor.post_process_masks(logits, **picture.inputs, binarize=False)
-                kept.append(image_processor.filter_masks(masks[0], iou_scores[0], picture.size, crop_boxes[0]))
+                kept.append(
+                    image_processor.filter_masks(masks[0], iou_scores[0], picture.size, crop_boxes[0], **thresholds)
+                )
             all_masks, all_scores, all_boxes = zip(*kept, strict=True)
             masks, iou_scores, _, _ = image_processor.post_process_for_mask_generation(
                 [mask for chunk in all_masks for mask in chunk],
@@ -322,52 +341,62 @@ class App:
         if not self.is_miniature:
             return f"Checkpoint: **{self.checkpoint}**, {size:.0f} million parameters."
         return (
-            f"Checkpoint: **the shipped miniature**, {size:.0f} million parameters, trained on drawn scenes: it knows "
-            "coloured, patterned shapes and nothing of photographs. Another one: `python demo/app.py FOLDER_OR_NAME`, "
-            "or `SAMCLIP_CHECKPOINT` on a Space."
+            f"Checkpoint: **the shipped miniature**, {size:.0f} million parameters, trained on drawn scenes; it knows "
+            "nothing of photographs. Another one: `python demo/app.py FOLDER_OR_NAME`."
         )
 
     def build(self) -> gr.Blocks:
-        masks = {"height": 300, "elem_classes": "masks"}
+        masks = {"height": 290, "elem_classes": "masks"}
         with gr.Blocks(title="SAM-CLIP", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
-            gr.Markdown(f"## SAM-CLIP: points, a box and words, from one pass of the encoder\n{self.describe()}")
+            gr.Markdown(f"### SAM-CLIP: points, a box and words, from one pass of the encoder\n{self.describe()}")
             picture = gr.State(None, time_to_live=3600)
             prompts = gr.State(Prompts())
             with gr.Row():
                 photograph = gr.Image(
                     label="Drop a photograph here, then click on it",
                     sources=["upload", "clipboard"],
-                    height=300,
+                    height=290,
                     buttons=[],
                     elem_id="photograph",
                 )
                 by_prompts = gr.AnnotatedImage(label="Points and box", elem_id="by_prompts", **masks)
                 everything = gr.AnnotatedImage(label="Everything", elem_id="everything", **masks)
             with gr.Row():
-                mode = gr.Radio([INSIDE, OUTSIDE, BOX], value=INSIDE, label="A click is a", elem_id="mode", scale=2)
-                clear = gr.Button("Clear points and box", elem_id="clear")
-                draw_everything = gr.Button("Draw everything", elem_id="draw_everything")
-            scenes = gr.Dataset(
-                components=[gr.Image(visible=False)],
-                samples=[[path] for path, _ in self.scenes],
-                type="index",
-                label="Scenes, drawn by samclip_hf.miniature",
-                elem_id="scenes",
-            )
-            with gr.Row():
-                words = gr.Textbox(label="Words, with commas between", elem_id="words", scale=3)
-                background = gr.Textbox(", ".join(BACKGROUND_PROMPTS), label="What is none of them", scale=2)
-                sentence = gr.Textbox(
-                    "a {}" if self.is_miniature else "a photo of a {}", label="Sentence around a word"
+                mode = gr.Radio([INSIDE, OUTSIDE, BOX], value=INSIDE, show_label=False, elem_id="mode", scale=3)
+                with gr.Column(min_width=150, scale=1):
+                    clear = gr.Button("Clear points and box", size="sm", elem_id="clear")
+                    draw_everything = gr.Button("Draw everything", size="sm", elem_id="draw_everything")
+                scenes = gr.Dataset(
+                    components=[gr.Image(visible=False)],
+                    samples=[[path] for path, _ in self.scenes],
+                    type="index",
+                    label="Scenes drawn by samclip_hf.miniature",
+                    elem_id="scenes",
+                    scale=3,
                 )
-                least_score = gr.Slider(0, 1, 0.3, label="Least score of a mask")
-                opacity = gr.Slider(0, 1, 0.6, label="Opacity", elem_id="opacity")
+            with gr.Row():
+                one_line = {"lines": 1, "max_lines": 1}
+                words = gr.Textbox(label="Words, with commas between", elem_id="words", scale=3, **one_line)
+                background = gr.Textbox(
+                    ", ".join(BACKGROUND_PROMPTS), label="What is none of them", elem_id="background", **one_line
+                )
+                sentence = gr.Textbox(
+                    "a {}" if self.is_miniature else "a photo of a {}", label="Sentence around a word", **one_line
+                )
             with gr.Row():
                 by_clip_head = gr.AnnotatedImage(label="Words: CLIP head alone", elem_id="by_clip_head", **masks)
                 by_both_heads = gr.AnnotatedImage(label="Words: both heads", elem_id="by_both_heads", **masks)
-                classes = gr.Label(label="Words: the picture as a whole", num_top_classes=6, elem_id="classes")
+                with gr.Column():
+                    classes = gr.Label(
+                        label="Words: the picture as a whole", num_top_classes=5, show_heading=False, elem_id="classes"
+                    )
+                    with gr.Row():
+                        slider = {"min_width": 100, "show_reset_button": False}
+                        least_score = gr.Slider(0, 1, 0.3, label="Least score", elem_id="least_score", **slider)
+                        opacity = gr.Slider(0, 1, 0.6, label="Opacity", elem_id="opacity", **slider)
             with gr.Row(elem_classes="timers", elem_id="timers"):
-                encoder_time, prompt_time, everything_time, words_time = (gr.Markdown() for _ in range(4))
+                encoder_time, prompt_time, everything_time = (gr.Markdown(min_width=140) for _ in range(3))
+                words_time = gr.Markdown(min_width=500)
 
             state = [picture, prompts]
             loaded = [photograph, *state, by_prompts, everything, encoder_time, prompt_time, everything_time]
