@@ -391,7 +391,7 @@ class App:
                         label="Words: the picture as a whole", num_top_classes=5, show_heading=False, elem_id="classes"
                     )
                     with gr.Row():
-                        slider = {"min_width": 100, "show_reset_button": False}
+                        slider = {"min_width": 100, "buttons": []}
                         least_score = gr.Slider(0, 1, 0.3, label="Least score", elem_id="least_score", **slider)
                         opacity = gr.Slider(0, 1, 0.6, label="Opacity", elem_id="opacity", **slider)
             with gr.Row(elem_classes="timers", elem_id="timers"):
