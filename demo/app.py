@@ -27,6 +27,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # not all that Pillow o
 Image.init()  # or `Image.open` would not find the rarer ones by name
 MAX_MEGAPIXELS = 50  # a few kilobytes can unpack to gigabytes; telephones take 48
 SMALLEST_VIEW = 512  # pixels: smaller pictures are enlarged, to be clicked on
+USERS = 200  # whose pictures are remembered: ViT-B's embeddings of one are 17 MB
 POINTS_AT_ONCE = 64  # of everything mode: the mask decoder's memory grows with them
 # Of everything mode: the stock pipeline's, and the miniature's, whose predicted IoUs and edges are less sure.
 GENERATION = {"points_per_side": 32, "pred_iou_thresh": 0.88, "stability_score_thresh": 0.95, "crops_nms_thresh": 0.7}
@@ -39,6 +40,7 @@ NO_PICTURE = "Choose a scene or drop a photograph first."
 CSS = """
 .masks .mask:not(.active):not(.inactive) { opacity: var(--mask-opacity, 0.6) !important; }
 .timers p { font-variant-numeric: tabular-nums; font-size: 0.9em; }
+.timers > * { flex: 0 1 auto !important; width: auto !important; }
 .timers { border-top: 1px solid var(--border-color-primary); padding-top: 6px; }
 .gradio-container { max-width: 1280px !important; }
 .masks .legend { gap: 3px; padding-top: 3px; }
@@ -328,7 +330,7 @@ class App:
                 [mask for chunk in all_masks for mask in chunk],
                 torch.cat(all_scores),
                 torch.cat(all_boxes),
-                crops_nms_thresh=0.7,
+                options["crops_nms_thresh"],
             )
         scored = zip(masks, iou_scores.tolist(), strict=True)
         numbered = [(torch.as_tensor(mask), f"{n}: {score:.2f}", n) for n, (mask, score) in enumerate(scored, start=1)]
@@ -395,8 +397,7 @@ class App:
                         least_score = gr.Slider(0, 1, 0.3, label="Least score", elem_id="least_score", **slider)
                         opacity = gr.Slider(0, 1, 0.6, label="Opacity", elem_id="opacity", **slider)
             with gr.Row(elem_classes="timers", elem_id="timers"):
-                encoder_time, prompt_time, everything_time = (gr.Markdown(min_width=140) for _ in range(3))
-                words_time = gr.Markdown(min_width=500)
+                encoder_time, prompt_time, words_time, everything_time = (gr.Markdown() for _ in range(4))
 
             state = [picture, prompts]
             loaded = [photograph, *state, by_prompts, everything, encoder_time, prompt_time, everything_time]
@@ -430,7 +431,7 @@ def main() -> None:
         parser.error(str(error))
     # Fonts of the system: Gradio's own would come from elsewhere.
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    app.build().launch(theme=theme, css=CSS, max_file_size="64mb", footer_links=[])
+    app.build().launch(theme=theme, css=CSS, max_file_size="64mb", state_session_capacity=USERS, footer_links=[])
 
 
 if __name__ == "__main__":
