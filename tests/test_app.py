@@ -154,11 +154,12 @@ def test_no_file_is_an_empty_one(app):
         app.upload(None, None, demo.Prompts())
 
 
-@pytest.mark.parametrize("file_format", demo.FORMATS)
-@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "P", "1"])
+@pytest.mark.parametrize(
+    ("file_format", "mode"),
+    [(name, mode) for name in demo.FORMATS for mode in ("RGB", "L", "P", "1") if (name, mode) != ("JPEG", "P")]
+    + [("JPEG", "CMYK"), ("TIFF", "CMYK"), ("PNG", "RGBA")],
+)
 def test_pictures_of_every_format_are_read(tmp_path, file_format, mode):
-    if (file_format, mode) in {("JPEG", "P"), *((other, "CMYK") for other in ("PNG", "WEBP", "GIF", "BMP"))}:
-        pytest.skip("there is no such file")
     path = tmp_path / "picture"
     path.write_bytes(encoded(Image.radial_gradient("L").resize((60, 30)).convert(mode), file_format))
     image = demo.read_picture(str(path), 512)
@@ -385,3 +386,344 @@ def test_the_folder_is_a_space():
     assert space["sdk_version"] == "6.31.0"
     requirements = (DEMO / "requirements.txt").read_text().splitlines()
     assert any(line.startswith("samclip-hf") for line in requirements)
+
+
+# ---- the page ----
+
+OPTIONS = (
+    *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--force-color-profile=srgb"),
+    *("--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"),
+    "--disable-quic",
+)
+needs_chromium = pytest.mark.skipif(
+    shutil.which("chromedriver") is None or not (shutil.which("chromium") or shutil.which("google-chrome")),
+    reason="the page's tests need chromium and chromedriver: `make test-app` as root on Debian installs them",
+)
+
+# Python runs this first: the app, like everything else here, must do without a network.
+NO_NETWORK = """
+import ipaddress, sys
+
+def refuse(event, arguments):
+    if event in ("socket.connect", "socket.getaddrinfo"):
+        address = arguments[1] if event == "socket.connect" else arguments
+        host = address[0] if isinstance(address, tuple) else "localhost"
+        if host not in ("localhost", None, "") and not ipaddress.ip_address(host).is_loopback:
+            print("OUTSIDE", host, file=sys.stderr, flush=True)
+            raise OSError("no network in the tests")
+
+def hook(event, arguments):
+    try:
+        refuse(event, arguments)
+    except ValueError:
+        print("OUTSIDE", arguments, file=sys.stderr, flush=True)
+        raise OSError("no network in the tests") from None
+
+sys.addaudithook(hook)
+"""
+
+
+class Server:
+    """`python demo/app.py` in a process of its own, on a free port."""
+
+    def __init__(self, folder: Path):
+        (folder / "sitecustomize.py").write_text(NO_NETWORK)
+        path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "GRADIO_TEMP_DIR": str(folder)}
+        for name in ("SAMCLIP_CHECKPOINT", "GRADIO_ANALYTICS_ENABLED", "GRADIO_SERVER_PORT"):
+            environment.pop(name, None)
+        self.log = folder / "log"
+        with self.log.open("w") as log:
+            command = [sys.executable, str(DEMO / "app.py")]
+            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+
+    def url(self) -> str:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and self.process.poll() is None:
+            if found := re.search(r"http://127\.0\.0\.1:\d+", self.log.read_text()):
+                return found[0]
+            time.sleep(0.1)
+        raise RuntimeError(f"The app did not start:\n{self.log.read_text()}")
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(30)
+
+
+class Page:
+    """The app in a Chromium of its own."""
+
+    def __init__(self, url: str, folder: Path):
+        options = webdriver.ChromeOptions()
+        for option in (*OPTIONS, f"--user-data-dir={tempfile.mkdtemp(dir=folder)}"):
+            options.add_argument(option)
+        options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
+        self.driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+        # Of the page itself, whatever the window's frame takes.
+        size = {"width": 1280, "height": 1000, "deviceScaleFactor": 1, "mobile": False}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        self.driver.get("about:blank")
+        self.driver.get_log("performance")  # of the new tab's own page
+        self.driver.get(url)
+        self.until(lambda: self.legend("by_both_heads") and self.line("Text tower"))
+
+    def until(self, condition):
+        return WebDriverWait(self.driver, 60, poll_frequency=0.05).until(lambda _: condition())
+
+    def find(self, selector: str):
+        return self.driver.find_element(By.CSS_SELECTOR, selector)
+
+    def texts(self, selector: str) -> list[str]:
+        script = "return [...document.querySelectorAll(arguments[0])].map(element => element.textContent.trim())"
+        return self.driver.execute_script(script, selector)
+
+    def legend(self, panel: str) -> list[str]:
+        return self.texts(f"#{panel} .legend-item")
+
+    def line(self, start: str) -> str:
+        """The part of the line of times that starts so, "" if there is none."""
+        return next((text for text in self.texts("#timers p") if text.startswith(start)), "")
+
+    def pixels(self, panel: str) -> np.ndarray:
+        """What a panel's picture looks like, when all of it is there and no pointer on it."""
+        ActionChains(self.driver).move_to_element(self.find("h3")).perform()
+        script = """return [...document.querySelectorAll(arguments[0])].every(image => image.complete
+            && image.naturalWidth && image.getAnimations().length == 0)"""
+        self.until(lambda: self.driver.execute_script(script, f"#{panel} img"))
+        element = "img" if panel == "photograph" else ".image-container"
+        screenshot = self.find(f"#{panel} {element}").screenshot_as_png
+        return np.asarray(Image.open(io.BytesIO(screenshot)).convert("RGB")).astype(int)
+
+    def click_picture(self, x: float, y: float) -> None:
+        """At x and y, as shares of the picture; returns when the mask is there."""
+        before = self.images("by_prompts") + self.images("photograph")
+        image = self.find("#photograph img")
+        offset = (round((x - 0.5) * image.size["width"]), round((y - 0.5) * image.size["height"]))
+        ActionChains(self.driver).move_to_element_with_offset(image, *offset).click().perform()
+        self.until(lambda: self.images("by_prompts") + self.images("photograph") != before)
+
+    def images(self, panel: str) -> list[str]:
+        script = "return [...document.querySelectorAll(arguments[0])].map(image => image.src)"
+        return self.driver.execute_script(script, f"#{panel} img")
+
+    def choose_scene(self, number: int) -> None:
+        before, words = self.images("by_both_heads"), self.find("#words input").get_attribute("value")
+        self.driver.find_elements(By.CSS_SELECTOR, "#scenes .gallery-item")[number].click()
+        self.until(lambda: self.find("#words input").get_attribute("value") != words)
+        self.until(lambda: self.images("by_both_heads") != before)
+
+    def type_words(self, words: str) -> None:
+        field = self.find("#words input")
+        field.send_keys(Keys.CONTROL, "a")
+        field.send_keys(words, Keys.ENTER)
+
+    def upload(self, path: Path) -> None:
+        self.dismiss()
+        self.find("#photograph input[type=file]").send_keys(str(path))
+
+    def message(self) -> str:
+        self.until(lambda: self.texts(".toast-message-text"))
+        return " ".join(self.texts(".toast-message-text"))
+
+    def dismiss(self) -> None:
+        for button in self.driver.find_elements(By.CSS_SELECTOR, ".toast-close"):
+            self.driver.execute_script("arguments[0].click()", button)
+        self.until(lambda: not self.texts(".toast-body"))
+
+    def choose_mode(self, name: str) -> None:
+        labels = self.driver.find_elements(By.CSS_SELECTOR, "#mode label")
+        next(label for label in labels if label.text == name).click()
+
+    def set_opacity(self, opacity: float) -> None:
+        script = """arguments[0].value = arguments[1];
+            arguments[0].dispatchEvent(new Event("input", {bubbles: true}))"""
+        self.driver.execute_script(script, self.find("#opacity input[type=range]"), opacity)
+        style = "return document.documentElement.style.getPropertyValue('--mask-opacity')"
+        self.until(lambda: float(self.driver.execute_script(style) or -1) == opacity)
+
+    def drawn(self, panel: str) -> np.ndarray:
+        """Which of a scene's pixels are seen to be covered by masks, `(128, 128)`."""
+        looks = []
+        for opacity in (0, 1):
+            self.set_opacity(opacity)
+            looks.append(self.pixels(panel))
+        covered = np.abs(looks[1] - looks[0]).max(axis=-1) > 16
+        height, width = covered.shape  # the scene is a square in the middle, as high as the panel
+        return shrink(covered[:, (width - height) // 2 : (width + height) // 2])
+
+    def outside(self) -> list[str]:
+        """Addresses, other than the app's, that the page asked for."""
+        messages = (json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance"))
+        asked = (m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent")
+        return [url for url in asked if url.startswith("http") and not url.startswith("http://127.0.0.1:")]
+
+    def complaints(self) -> list[dict]:
+        return [entry for entry in self.driver.get_log("browser") if entry["level"] == "SEVERE"]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    server = Server(tmp_path_factory.mktemp("server"))
+    yield server
+    server.stop()
+    log = server.log.read_text()
+    assert "OUTSIDE" not in log and "Traceback" not in log, log
+
+
+@pytest.fixture(scope="module")
+def browser(server, tmp_path_factory):
+    page = Page(server.url(), tmp_path_factory.mktemp("browser"))
+    yield page
+    page.driver.quit()
+
+
+@pytest.fixture
+def page(browser, server):
+    """A page of a new user, in the same browser."""
+    browser.driver.get(server.url())
+    browser.until(lambda: browser.legend("by_both_heads") and browser.line("Text tower"))
+    yield browser
+    assert browser.outside() == []
+    assert browser.complaints() == []
+
+
+@needs_chromium
+class TestPage:
+    def test_it_opens_with_a_scene_and_says_that_this_is_the_miniature(self, page, app):
+        assert "the shipped miniature, 2 million parameters" in page.find("body").text
+        names = app.scenes[0][1].split(", ")
+        assert page.legend("by_clip_head") == names
+        assert {text.rsplit(" ", 1)[0] for text in page.legend("by_both_heads")} == set(names)
+        assert re.fullmatch(r"Image encoder \d+ ms, once for this picture", page.line("Image encoder"))
+        assert len(page.driver.find_elements(By.CSS_SELECTOR, "#scenes .gallery-item")) == len(app.scenes)
+
+    def test_a_click_is_seen_to_draw_what_was_clicked_on(self, page):
+        page.choose_scene(1)
+        encoder, untouched = page.line("Image encoder"), page.images("photograph")
+        masks = render(seed=0, index=demo.SCENES[1]).masks
+        for mask in (masks[0], masks[3]):
+            page.click_picture(*(side / demo.SMALLEST_VIEW for side in centre(mask)))
+            assert re.fullmatch(r"predicted IoU [01]\.\d\d", page.legend("by_prompts")[0])
+            assert re.fullmatch(r"Points and box \d+ ms", page.line("Points and box"))
+            assert iou(page.drawn("by_prompts"), mask) > 0.6
+            page.find("#clear").click()
+            page.until(lambda: not page.legend("by_prompts"))
+            assert not page.drawn("by_prompts").any() and page.images("photograph") == untouched
+        assert page.line("Image encoder") == encoder  # nothing was encoded again
+
+    def test_points_outside_and_boxes_change_the_mask_and_are_seen(self, page):
+        page.click_picture(0.53, 0.4)
+        once = page.drawn("by_prompts")
+        page.choose_mode(demo.OUTSIDE)
+        page.click_picture(0.2, 0.75)
+        page.choose_mode(demo.BOX)
+        page.click_picture(0.9, 0.95)
+        page.click_picture(0.1, 0.1)
+        assert page.legend("by_prompts") and (page.drawn("by_prompts") != once).mean() > 0.01
+        seen = page.pixels("photograph")
+        for colour in ((0, 255, 0), (255, 0, 0), (255, 255, 0)):
+            assert (np.abs(seen - colour).max(axis=-1) < 70).sum() > 10
+
+    def test_words_are_found_and_named_in_the_legend(self, page):
+        page.choose_scene(1)
+        scene = render(seed=0, index=demo.SCENES[1])
+        names = [CLASS_NAMES[class_id] for class_id in scene.class_ids]
+        for asked in (names[:2], [*reversed(names), "red dotted shape"]):
+            before = page.images("by_both_heads")
+            page.type_words(",".join(asked))
+            page.until(lambda before=before: page.images("by_both_heads") != before)
+            wanted = set(asked) & set(names)
+            assert wanted <= {re.sub(r" [01]\.\d\d$", "", text) for text in page.legend("by_both_heads")} <= set(asked)
+            assert wanted <= set(page.legend("by_clip_head")) <= set(asked)
+            things = np.any([mask for mask, name in zip(scene.masks, names, strict=True) if name in wanted], axis=0)
+            for panel in ("by_clip_head", "by_both_heads"):
+                assert (page.drawn(panel) & things).sum() > 0.8 * things.sum()
+            assert all(name in page.find("#classes").text for name in (*asked, "background"))
+
+    def test_words_that_cannot_be_asked_for_get_a_message_and_change_nothing(self, page):
+        legend = page.legend("by_both_heads")
+        page.type_words("green tiled shape, green tiled shape")
+        assert "more than once" in page.message()
+        page.dismiss()
+        page.type_words(" , ")
+        assert "at least one name" in page.message()
+        assert page.legend("by_both_heads") == legend and "Error" not in page.find("body").text
+
+    def test_opacity_is_that_of_the_slider(self, page):
+        looks = {}
+        for opacity in (0, 0.3, 0.9):
+            page.set_opacity(opacity)
+            looks[opacity] = page.pixels("by_both_heads")
+        faint, strong = (np.abs(looks[opacity] - looks[0]).sum() for opacity in (0.3, 0.9))
+        assert 2.5 < strong / faint < 3.5
+
+    def test_everything_is_drawn(self, page, app):
+        page.choose_scene(5)
+        page.find("#draw_everything").click()
+        page.until(lambda: page.line("Everything"))
+        page.until(lambda: page.legend("everything"))
+        assert page.line("Everything").endswith(f"{len(page.legend('everything'))} masks")
+        things = np.any(render(seed=0, index=demo.SCENES[5]).masks, axis=0)
+        assert (page.drawn("everything") & things).sum() > 0.7 * things.sum()
+
+    @pytest.mark.parametrize("name", [*BAD, "notes.txt"])
+    def test_a_bad_file_gets_a_message_and_nothing_is_lost(self, page, tmp_path, name):
+        content, message = BAD.get(name, (b"words", "Invalid file type"))  # that one Gradio itself refuses
+        (tmp_path / name).write_bytes(content)
+        page.click_picture(0.53, 0.4)
+        legends = [page.legend(panel) for panel in ("by_prompts", "by_both_heads")]
+        photograph, encoder = page.images("photograph"), page.line("Image encoder")
+        page.upload(tmp_path / name)
+        assert message in page.message()
+        page.until(lambda: page.images("photograph") == photograph)
+        assert [page.legend(panel) for panel in ("by_prompts", "by_both_heads")] == legends
+        assert "Traceback" not in page.driver.page_source and page.line("Image encoder") == encoder
+        page.click_picture(0.2, 0.75)  # all goes on
+        assert page.legend("by_prompts") and page.images("photograph") != photograph
+
+    def test_a_bad_file_after_the_picture_was_taken_away_brings_it_back(self, page, tmp_path):
+        (tmp_path / "empty.png").write_bytes(b"")
+        photograph = page.images("photograph")
+        page.find("#photograph button[title='Remove Image']").click()
+        page.until(lambda: not page.images("photograph"))
+        page.upload(tmp_path / "empty.png")
+        assert "empty" in page.message()
+        page.until(lambda: page.images("photograph") == photograph)
+
+    def test_a_photograph_is_encoded_and_answers(self, page, tmp_path):
+        page.type_words("purple solid shape")
+        Image.fromarray(render(seed=0, index=demo.SCENES[3]).image).resize((900, 600)).save(tmp_path / "photo.jpg")
+        before = page.images("by_both_heads")
+        page.upload(tmp_path / "photo.jpg")
+        page.until(lambda: page.images("by_both_heads")[:1] != before[:1])
+        page.until(lambda: page.legend("by_clip_head") == ["purple solid shape"])
+        assert not page.legend("by_prompts") and page.line("Image encoder") and not page.line("Points and box")
+        page.click_picture(0.5, 0.5)
+        assert page.legend("by_prompts")
+
+    def test_two_users_at_once_do_not_mix(self, page, server, tmp_path):
+        other = Page(server.url(), tmp_path)
+        try:
+
+            def use(user, number):
+                """What one sees who chooses a scene, clicks on every object and draws everything."""
+                user.choose_scene(number)
+                looks = []
+                for mask in render(seed=0, index=demo.SCENES[number]).masks:
+                    user.click_picture(*(side / demo.SMALLEST_VIEW for side in centre(mask)))
+                    looks.append(user.drawn("by_prompts"))
+                user.find("#draw_everything").click()
+                user.until(lambda: user.legend("everything"))
+                return [*looks, *map(user.drawn, ("by_both_heads", "everything"))], user.legend("everything")
+
+            alone = [use(page, 1), use(other, 5)]
+            assert alone[0][1] != alone[1][1]
+            for first, second in ((5, 1), (1, 5)):
+                with ThreadPoolExecutor(2) as pool:
+                    both = list(pool.map(use, (page, other), (first, second)))
+                for number, (looks, legend) in zip((first, second), both, strict=True):
+                    expected = alone[0 if number == 1 else 1]
+                    assert legend == expected[1]
+                    assert all(np.array_equal(*pair) for pair in zip(looks, expected[0], strict=True))
+        finally:
+            other.driver.quit()
