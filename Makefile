@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo tables test test-transformers test-lowest lint bench bench-gpu
+.PHONY: demo tables app screenshots test test-app chromium test-transformers test-lowest lint bench bench-gpu
 
 # glibc gives every large tensor back to the system and clears it anew on the next step; kept, CPU steps are up to twice
 # as fast. Other C libraries ignore the two names.
@@ -18,8 +18,26 @@ tables: $(VENV)/installed
 	mkdir -p docs/tables
 	cp runs/tables/tables.json runs/tables/tables.md runs/tables/tables.png docs/tables/
 
+# In the browser; CHECKPOINT=folder or name on the Hub, by default the shipped miniature.
+app: $(VENV)/installed
+	$(BIN)/python demo/app.py $(CHECKPOINT)
+
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
+
+# The app in a real Chromium: Debian's, installed where there is none and it can be. Without one, the page's tests skip.
+test-app: $(VENV)/installed chromium
+	$(BIN)/python -m pytest -rs tests/test_app.py
+
+# The app's pictures in docs/pictures. To be committed.
+screenshots: $(VENV)/installed chromium
+	$(BIN)/python -m tests.screenshots
+
+chromium:
+	@if ! command -v chromedriver > /dev/null && command -v apt-get > /dev/null && [ "$$(id -u)" = 0 ]; then \
+		apt-get update -qq && apt-get install -qq --no-install-recommends chromium chromium-driver > /dev/null || \
+		echo 'chromium could not be installed'; \
+	fi
 
 # The tests that transformers' own models must pass, over ours. Fetches them once; their marks are not ours.
 test-transformers: $(VENV)/installed

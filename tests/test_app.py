@@ -581,6 +581,7 @@ def browser(server, tmp_path_factory):
 def page(browser, server):
     """A page of a new user, in the same browser."""
     browser.driver.get(server.url())
+    browser.complaints()  # of the page before, that it was left
     browser.until(lambda: browser.legend("by_both_heads") and browser.line("Text tower"))
     yield browser
     assert browser.outside() == []
@@ -638,7 +639,8 @@ class TestPage:
             things = np.any([mask for mask, name in zip(scene.masks, names, strict=True) if name in wanted], axis=0)
             for panel in ("by_clip_head", "by_both_heads"):
                 assert (page.drawn(panel) & things).sum() > 0.8 * things.sum()
-            assert all(name in page.find("#classes").text for name in (*asked, "background"))
+            shown = page.find("#classes").text
+            assert sum(name in shown for name in (*asked, "background")) == min(5, len(asked) + 1)
 
     def test_words_that_cannot_be_asked_for_get_a_message_and_change_nothing(self, page):
         legend = page.legend("by_both_heads")
@@ -709,7 +711,7 @@ class TestPage:
                 """What one sees who chooses a scene, clicks on every object and draws everything."""
                 user.choose_scene(number)
                 looks = []
-                for mask in render(seed=0, index=demo.SCENES[number]).masks:
+                for mask in render(seed=0, index=demo.SCENES[number]).masks[:2]:
                     user.click_picture(*(side / demo.SMALLEST_VIEW for side in centre(mask)))
                     looks.append(user.drawn("by_prompts"))
                 user.find("#draw_everything").click()
@@ -718,12 +720,10 @@ class TestPage:
 
             alone = [use(page, 1), use(other, 5)]
             assert alone[0][1] != alone[1][1]
-            for first, second in ((5, 1), (1, 5)):
-                with ThreadPoolExecutor(2) as pool:
-                    both = list(pool.map(use, (page, other), (first, second)))
-                for number, (looks, legend) in zip((first, second), both, strict=True):
-                    expected = alone[0 if number == 1 else 1]
-                    assert legend == expected[1]
-                    assert all(np.array_equal(*pair) for pair in zip(looks, expected[0], strict=True))
+            with ThreadPoolExecutor(2) as pool:
+                together = list(pool.map(use, (page, other), (5, 1)))
+            for (looks, legend), expected in zip(together, reversed(alone), strict=True):
+                assert legend == expected[1]
+                assert all(np.array_equal(*pair) for pair in zip(looks, expected[0], strict=True))
         finally:
             other.driver.quit()
