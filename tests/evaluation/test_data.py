@@ -393,7 +393,7 @@ class TestSegmentation:
         [
             # person, toothbrush, no class, banner, wood, unlabelled
             ("stuff171", [0, 79, IGNORED, 80, 170, IGNORED]),
-            ("object81", [1, 80, 0, 0, 0, IGNORED]),
+            ("object81", [1, 80, 0, 0, 0, 0]),
         ],
     )
     def test_coco_stuff_and_objects(self, tmp_path, name, expected):

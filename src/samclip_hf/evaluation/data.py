@@ -396,6 +396,8 @@ def open_segmentation(name: str, root: str | Path) -> DataSet[SegmentedImage]:
         first = len(vocabulary.names) - len(vocabulary.ids)  # of the labels with a value of their own
         places = dict.fromkeys(COCO_STUFF_IDS, 0 if first else IGNORED)
         places |= {value: first + place for place, value in enumerate(vocabulary.ids)}
+        if first:
+            places[255] = 0  # the literature scores what nobody labelled as background
     elif name == "ade150":
         vocabulary = load_vocabulary("ade150")
         folder = root / "ADEChallengeData2016"
@@ -423,7 +425,7 @@ def open_segmentation(name: str, root: str | Path) -> DataSet[SegmentedImage]:
         SegmentedImage(
             image.stem,
             partial(_read_image, _require(image, layout)),
-            partial(_read_label_map, _require(label_map, layout), image, places | {255: IGNORED}),
+            partial(_read_label_map, _require(label_map, layout), image, {255: IGNORED} | places),
         )
         for image, label_map in pairs
     ]

@@ -133,14 +133,14 @@ def jsonable(value: Any) -> Any:
 
 
 def identity(model: Candidate) -> str:
-    """Changes when the weights do: the Hub's commit, or sizes and times of a folder's weight files."""
+    """Changes when the weights do: the Hub's commit, or a folder's configuration, sizes and times of its weights."""
     parts = []
     for part in model.models:
         folder = Path(part.name_or_path)
         if folder.is_dir():
             files = sorted(folder.glob("*.safetensors"))
             parts += [f"{f.name} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files]
-            parts.append(json.dumps(part.config.to_dict(), sort_keys=True, default=str))
+            parts.append((folder / "config.json").read_text())  # as it is there: defaults change with versions
         else:
             parts.append(f"{part.name_or_path}@{part.config._commit_hash}")
     import hashlib
