@@ -15,6 +15,9 @@ import sys
 import time
 from pathlib import Path
 
+# As in evaluate.py, whose name is also that of a library.
+sys.path = [path for path in sys.path if Path(path or ".").resolve() != Path(__file__).resolve().parent]
+
 from samclip_hf import SamClipForImageSegmentation, SamClipProcessor, miniature
 from samclip_hf.miniature.report import (
     beside_teachers,
