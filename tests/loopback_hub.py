@@ -20,6 +20,7 @@ class Repository:
     private: bool
     branches: dict[str, str] = field(default_factory=dict)  # name -> commit
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)  # commit -> files
+    titles: list[str] = field(default_factory=list)  # of commits that were uploaded, oldest first
 
     def commit(self, branch: str, files: dict[str, bytes]) -> str:
         summary = repr((len(self.commits), sorted((n, hashlib.sha1(c).hexdigest()) for n, c in files.items())))
@@ -117,8 +118,10 @@ class Hub:
                 wanted = json.loads(body)
                 name = f"{wanted.get('organization') or 'me'}/{wanted['name']}"
                 if name in self.repositories:
-                    raise Refused(409, "You already created this model repo")
-                repository = self.repositories[name] = Repository(wanted.get("private") or False)
+                    return 409, {}, {"error": "You already created this model repo", "url": f"{self.address}/{name}"}
+                repository = self.repositories[name] = Repository(
+                    wanted.get("visibility") == "private" or wanted.get("private", False)
+                )
                 repository.commit("main", {".gitattributes": b"*.safetensors filter=lfs\n"})
                 return 200, {}, {"url": f"{self.address}/{name}", "name": name}
             case "POST", ["api", "validate-yaml"]:
@@ -182,7 +185,9 @@ class Hub:
                 for line in body.splitlines():
                     entry = json.loads(line)
                     value = entry["value"]
-                    if entry["key"] == "file":
+                    if entry["key"] == "header":
+                        repository.titles.append(value["summary"])
+                    elif entry["key"] == "file":
                         files[value["path"]] = base64.b64decode(value["content"])
                     elif entry["key"] == "lfsFile":
                         if value["oid"] not in self.lfs:

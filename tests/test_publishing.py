@@ -1,6 +1,8 @@
 """From a training output to a repository and back, through the real client and a stand-in for the Hub."""
 
+import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from samclip_hf import SamClipForImageSegmentation, SamClipModel, SamClipProcessor, miniature, publishing
+from samclip_hf.distillation import SamClipTrainingArguments
 from samclip_hf.miniature.scenes import render
 from samclip_hf.publishing import PublishingError, assemble, card, draw_example, prove, push, read_results
 
@@ -257,24 +260,73 @@ print(type(model).__name__, type(processor).__name__, model.clip_head.mlp.fc1.we
         assert not hub.repositories
 
 
-def test_one_command_does_it_all(hub, tmp_path):
-    results = tmp_path / "results.json"
-    results.write_text(json.dumps(RESULTS))
-    command = [sys.executable, PUBLISH, "miniature", "merged", "--results", results, "--results_name", "stage3"]
+@pytest.fixture
+def publish():
+    spec = importlib.util.spec_from_file_location("publish", PUBLISH)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
 
-    def run(*options):
-        import os
 
-        return subprocess.run(
-            list(map(str, [*command, *options])), capture_output=True, text=True, env=dict(os.environ)
-        )
+class TestCommand:
+    @pytest.fixture
+    def command(self, tmp_path):
+        (tmp_path / "results.json").write_text(json.dumps(RESULTS))
+        return ["miniature", "merged", "--results", str(tmp_path / "results.json"), "--results_name", "stage3"]
 
-    dry = run("--dry-run", "--folder", tmp_path / "seen")
-    assert dry.returncode == 0, dry.stderr
-    assert "Proven, and not pushed" in dry.stdout and not hub.repositories
-    assert {"README.md", "example.png", "modeling_samclip.py"} <= {path.name for path in (tmp_path / "seen").iterdir()}
-    pushed = run()
-    assert pushed.returncode == 0, pushed.stderr
-    assert "Published: " in pushed.stdout
-    again = run()
-    assert again.returncode == 1 and "Nothing was published. me/merged exists" in again.stderr
+    def test_it_proves_and_pushes(self, hub, command, tmp_path):
+        options = ["--folder", tmp_path / "seen"]
+        run = subprocess.run([sys.executable, PUBLISH, *command, *options], capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        assert "pred_masks: differs by" in run.stdout and "Published: " in run.stdout
+        repository = hub.repositories["me/merged"]
+        published = repository.commits[repository.branches["main"]]
+        assert {"README.md", "example.png", "modeling_samclip.py"} <= published.keys()
+        assert 'model="me/merged"' in published["README.md"].decode()
+        assert published.keys() - {".gitattributes"} == {path.name for path in (tmp_path / "seen").iterdir()}
+
+    def test_a_dry_run_asks_for_no_token(self, hub, publish, command, monkeypatch, capsys):
+        monkeypatch.setenv("HF_TOKEN", "")
+        publish([*command, "--dry-run"])
+        assert "Proven, and not pushed" in capsys.readouterr().out and not hub.repositories
+
+    def test_what_is_wrong_is_told_before_any_work(self, hub, folder, publish, command, tmp_path, capsys):
+        push(folder, "merged")
+        for wrong, sentence in (
+            ([], "me/merged exists and holds"),
+            (["--folder", str(tmp_path)], f"{tmp_path} exists"),
+            (["--results", str(tmp_path / "none.json")], "none.json cannot be read"),
+            (["--update", "--example", str(PUBLISH)], "cannot identify image file"),
+            (["--update", "--private"], "me/merged exists and is public"),
+        ):
+            with pytest.raises(SystemExit, match=rf"Nothing was published\. .*{re.escape(sentence)}"):
+                publish([*command, *wrong])
+        assert "Putting together" not in capsys.readouterr().out
+
+
+def test_the_trainer_pushes(hub, tmp_path):
+    """Checkpoints on the way, code and card at the end."""
+    config = PUBLISH.parent / "configs" / "miniature_stage1.yaml"
+    options = "--max_steps 2 --save_steps 1 --clip_batch_size 2 --dataloader_num_workers 0 --report_to none"
+    options += " --push_to_hub true --hub_model_id lab/merged --hub_always_push true --hub_private_repo true"
+    command = [sys.executable, PUBLISH.parent / "train.py", config, "--output_dir", tmp_path / "run"]
+    run = subprocess.run([*command, *options.split()], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    repository = hub.repositories["lab/merged"]
+    assert repository.private
+    assert repository.titles[-1] == "End of training" and "Training in progress, step 1" in repository.titles
+    published = repository.commits[repository.branches["main"]]
+    assert "**Stage 1:** 2 steps" in published["README.md"].decode()
+    code = """
+import sys; sys.modules["samclip_hf"] = None
+from transformers import pipeline
+segmenter = pipeline("zero-shot-image-segmentation", model="lab/merged", trust_remote_code=True)
+print(type(segmenter.model).__name__)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0 and run.stdout.strip() == "SamClipForImageSegmentation", run.stderr
+
+
+def test_a_token_is_not_pushed_with_the_arguments(tmp_path):
+    with pytest.raises(ValueError, match="hub_token would be published"):
+        SamClipTrainingArguments(output_dir=str(tmp_path), max_steps=1, push_to_hub=True, hub_token="hf_write")

@@ -23,7 +23,16 @@ from PIL import Image
 from samclip_hf import miniature
 from samclip_hf.distillation import provenance
 from samclip_hf.miniature.scenes import render
-from samclip_hf.publishing import PublishingError, assemble, card, draw_example, prove, push, read_results
+from samclip_hf.publishing import (
+    PublishingError,
+    assemble,
+    card,
+    draw_example,
+    find_target,
+    prove,
+    push,
+    read_results,
+)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -47,6 +56,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     source = miniature.checkpoint() if arguments.model == "miniature" else arguments.model
+    repo_id = arguments.repo_id
+    how = (arguments.private, arguments.revision, arguments.create_pr, arguments.update)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary, "repository")
         try:
@@ -56,7 +67,9 @@ def main(argv: list[str] | None = None) -> None:
             picture = Image.fromarray(render(seed=0, index=8).image)
             if arguments.example is not None:
                 picture = Image.open(arguments.example).convert("RGB")
-            print(f"Putting together {arguments.repo_id} from {source} ...", flush=True)
+            if not arguments.dry_run:
+                repo_id = find_target(repo_id, *how)
+            print(f"Putting together {repo_id} from {source} ...", flush=True)
             assemble(source, folder, arguments.dtype, arguments.max_shard_size)
             print("Loading it in a fresh interpreter without this package ...", flush=True)
             for name, difference in prove(folder, picture).items():
@@ -67,18 +80,14 @@ def main(argv: list[str] | None = None) -> None:
             stages = provenance.read(source)
             name = arguments.results_name or Path(source).name
             licenses = provenance.licenses(stages)
-            card(folder, arguments.repo_id, stages, results, name, licenses, has_picture=True).save(
-                folder / "README.md"
-            )
+            card(folder, repo_id, stages, results, name, licenses, has_picture=True).save(folder / "README.md")
             ModelCard.load(folder / "README.md")  # its metadata can be read
             if arguments.folder is not None:
                 shutil.copytree(folder, arguments.folder)
             if arguments.dry_run:
                 print(f"Proven, and not pushed: --dry-run.{f' See {arguments.folder}.' if arguments.folder else ''}")
                 return
-            address = push(
-                folder, arguments.repo_id, arguments.private, arguments.revision, arguments.create_pr, arguments.update
-            )
+            address = push(folder, repo_id, *how)
         except (OSError, PublishingError) as error:
             sys.exit(f"Nothing was published. {error}")
         print(f"Published: {address}")

@@ -162,7 +162,13 @@ def save(trainer: SamClipTrainer, metrics: dict[str, float]) -> None:
         }
         provenance.write(trainer.args, metrics, commits)
     if trainer.args.push_to_hub:
-        trainer.push_to_hub()
+        try:
+            trainer.push_to_hub()
+        except OSError as error:  # by then a night's work may be done
+            sys.exit(
+                f"The model is in {trainer.args.output_dir}, but it was not pushed: {error}\n"
+                "training/publish.py publishes that folder."
+            )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """
-What a stranger does with a published folder, through every Auto class and pipeline, in an interpreter of its own:
+What a stranger does with a published folder, through every Auto class and pipeline. As a script, in an interpreter
+that cannot import the package, so that the folder's own code is what runs:
 
-    python -P proof.py FOLDER PICTURE RESULTS [--with-package]
+    python -P proof.py FOLDER PICTURE RESULTS
 
-Writes `RESULTS.safetensors` and `RESULTS.json`, to be compared with those of an interpreter that has the package.
-Without `--with-package` it cannot be imported, so that the folder's own code is what runs.
+Writes `RESULTS.safetensors` and `RESULTS.json`.
 """
 
 import json
@@ -27,9 +27,14 @@ MODELS = {
 }
 
 
-def main(folder: str, picture: str, results_path: str) -> None:
+def use(folder: str, image: Image.Image) -> tuple[dict[str, object], dict[str, torch.Tensor]]:
+    """
+    Everything that the folder's model can do, done to the picture. Where the package is imported, transformers takes
+    its classes and not the folder's code.
+
+    Returns what each Auto class and pipeline gave, by its name, and `AutoModel`'s outputs.
+    """
     trust = {"trust_remote_code": True}
-    image = Image.open(picture).convert("RGB")
     config = AutoConfig.from_pretrained(folder, **trust)
     assert config.model_type == "samclip"
     processor = AutoProcessor.from_pretrained(folder, **trust)
@@ -68,11 +73,7 @@ def main(folder: str, picture: str, results_path: str) -> None:
             detect = pipeline("zero-shot-object-detection", model=folder, **trust)
             boxes = detect(image, candidate_labels=labels, threshold=0.0)
             results["zero-shot-object-detection"] = [list(box["box"].values()) for box in boxes]
-    has_package = any(name.startswith("samclip_hf") and module for name, module in sys.modules.items())
-    assert has_package == ("--with-package" in sys.argv)
-    save_file(tensors, f"{results_path}.safetensors")
-    with open(f"{results_path}.json", "w") as file:
-        json.dump(results, file)
+    return results, tensors
 
 
 def areas(segments: list[dict]) -> list[tuple[str, int]]:
@@ -81,8 +82,9 @@ def areas(segments: list[dict]) -> list[tuple[str, int]]:
 
 
 if __name__ == "__main__":
-    if "--with-package" in sys.argv:
-        import samclip_hf  # noqa: F401
-    else:
-        sys.modules["samclip_hf"] = None  # type: ignore[assignment]  # as if it were not installed
-    main(*sys.argv[1:4])
+    sys.modules["samclip_hf"] = None  # type: ignore[assignment]  # as if it were not installed
+    folder, picture, results_path = sys.argv[1:]
+    results, tensors = use(folder, Image.open(picture))
+    save_file(tensors, f"{results_path}.safetensors")
+    with open(f"{results_path}.json", "w") as file:
+        json.dump(results, file)

@@ -1,7 +1,7 @@
 """
 From a training output to a repository on the Hub: a folder that loads anywhere, proven before anything is pushed.
 
-    assemble -> prove -> card -> push
+    find_target -> assemble -> prove -> card -> push
 """
 
 import json
@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from . import modeling_samclip
 from .modeling_samclip import SamClipForImageSegmentation
 from .processing_samclip import SamClipProcessor
-from .proof import MODELS
+from .proof import MODELS, use
 
 CODE = "*_samclip.py"  # the five files that travel
 TEMPLATE = "model_card.md"
@@ -41,8 +41,7 @@ class PublishingError(Exception):
 
 def assemble(source: str | Path, folder: Path, dtype: str | None = None, max_shard_size: str = "5GB") -> None:
     """
-    Weights in safetensors, processor, and the code beside them with an `auto_map` for every Auto class. Auto classes
-    are written here by hand: `register_for_auto_class` knows one a class, and would change the classes themselves.
+    Weights in safetensors, processor, and the code beside them.
 
     source (`str` or `Path`):
         A SAM-CLIP: a training output, a folder or a name.
@@ -68,6 +67,15 @@ def assemble(source: str | Path, folder: Path, dtype: str | None = None, max_sha
         )
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     processor.save_pretrained(folder)
+    add_code(folder)
+
+
+def add_code(folder: Path) -> None:
+    """
+    The model's own code, and an `auto_map` that leads every Auto class and pipeline to it, into a folder with a model
+    and its processor. Written here by hand: `register_for_auto_class` knows one Auto class for each class, and would
+    change the classes themselves.
+    """
     for file in Path(modeling_samclip.__file__).parent.glob(CODE):
         shutil.copy(file, folder)
     processors = {
@@ -106,14 +114,26 @@ def prove(folder: Path, image: Image.Image) -> dict[str, float]:
     Returns the largest difference of each output of `AutoModel`, relative to the output's largest value. Raises
     `PublishingError` where something cannot be loaded or differs.
     """
+    image = image.convert("RGB")
     with tempfile.TemporaryDirectory() as temporary:
-        picture = Path(temporary, "picture.png")
-        image.convert("RGB").save(picture)
-        stranger, own = Path(temporary, "stranger"), Path(temporary, "own")
-        _run(folder, picture, stranger)
-        _run(folder, picture, own, "--with-package")
-        found, expected = (json.loads(path.with_suffix(".json").read_text()) for path in (stranger, own))
-        tensors, own_tensors = (load_file(path.with_suffix(".safetensors")) for path in (stranger, own))
+        picture, results = Path(temporary, "picture.png"), Path(temporary, "results")
+        image.save(picture)
+        script = Path(__file__).with_name("proof.py")
+        stranger = subprocess.Popen(
+            [sys.executable, "-P", str(script), str(folder.absolute()), str(picture), str(results)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            own, own_tensors = use(str(folder.absolute()), image)
+        finally:
+            _, errors = stranger.communicate()
+        if stranger.returncode:
+            raise PublishingError(f"{folder} does not load without the package:\n{errors[-3000:]}")
+        found = json.loads(results.with_suffix(".json").read_text())
+        tensors = load_file(results.with_suffix(".safetensors"))
+    expected = json.loads(json.dumps(own))
     for name, value in expected.items():
         if found.get(name) != value:
             raise PublishingError(
@@ -129,16 +149,6 @@ def prove(folder: Path, image: Image.Image) -> dict[str, float]:
                 f"{name} differs by {difference:.3g} of its largest value between the folder's code and the package's."
             )
     return differences
-
-
-def _run(folder: Path, picture: Path, results: Path, *options: str) -> None:
-    script = Path(__file__).with_name("proof.py")
-    command = [sys.executable, "-P", str(script), str(folder.absolute()), str(picture), str(results), *options]
-    finished = subprocess.run(command, capture_output=True, text=True)
-    if finished.returncode:
-        raise PublishingError(
-            f"{folder} does not load {'with' if options else 'without'} the package:\n{finished.stderr[-3000:]}"
-        )
 
 
 # ---- The card ----
@@ -281,6 +291,59 @@ def enlarged(pixels: np.ndarray, scale: int) -> np.ndarray:
 # ---- The Hub ----
 
 
+def find_target(
+    repo_id: str,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    update: bool = False,
+    token: str | None = None,
+) -> str:
+    """
+    Asks the Hub whether `push` with the same arguments may go there, before any work is done for it.
+
+    Returns the repository as "owner/name". Raises `PublishingError` with what is in the way: no token, one that may
+    only read, another's organisation, a repository that exists.
+    """
+    api = HfApi(token=token)
+    try:
+        me = api.whoami()
+    except LocalTokenNotFoundError as error:
+        raise PublishingError("There is no token: log in by `hf auth login`, or set HF_TOKEN.") from error
+    except HfHubHTTPError as error:
+        raise PublishingError(f"The Hub does not accept the token: {error}") from error
+    except Exception as error:  # connections break in many ways
+        raise PublishingError(f"The Hub cannot be reached: {error}") from error
+    if me.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise PublishingError(
+            f"The token of {me['name']} may only read: make one that may write, at hf.co/settings/tokens."
+        )
+    owner, _, name = repo_id.rpartition("/")
+    owner = owner or me["name"]
+    if owner not in (me["name"], *(org["name"] for org in me.get("orgs", []))):
+        raise PublishingError(
+            f"{me['name']} is not of the organisation {owner}: name another owner, or ask to be let in."
+        )
+    repo_id = f"{owner}/{name}"
+    try:
+        info = api.model_info(repo_id)
+    except RepositoryNotFoundError:
+        if create_pr:
+            raise PublishingError(f"There is no repository {repo_id} that a pull request could go to.") from None
+        return repo_id
+    except (HfHubHTTPError, ValueError) as error:  # ValueError: no name for a repository
+        raise PublishingError(f"{repo_id} cannot be looked up: {error}") from error
+    if private and not info.private:
+        raise PublishingError(f"{repo_id} exists and is public: make it private in its settings first.")
+    existing = {file.rfilename for file in info.siblings or ()} - {".gitattributes"}
+    if existing and not (update or create_pr or revision):
+        raise PublishingError(
+            f"{repo_id} exists and holds {len(existing)} files: say --update for a new commit, --revision for a "
+            "branch, --create-pr for a pull request, or name another repository."
+        )
+    return repo_id
+
+
 def push(
     folder: Path,
     repo_id: str,
@@ -295,6 +358,8 @@ def push(
 
     repo_id (`str`):
         "name", of the token's owner, or "owner/name".
+    private (`bool`):
+        For a new repository.
     revision (`str`, *optional*):
         A branch, made if there is none.
     create_pr (`bool`):
@@ -305,37 +370,8 @@ def push(
     Returns the commit's address. Raises `PublishingError`; until the commit, the last request, the repository shows
     nothing of it, and the next try goes on with what was sent.
     """
+    repo_id = find_target(repo_id, private, revision, create_pr, update, token)
     api = HfApi(token=token)
-    try:
-        me = api.whoami()
-    except LocalTokenNotFoundError as error:
-        raise PublishingError("There is no token: log in by `hf auth login`, or set HF_TOKEN.") from error
-    except HfHubHTTPError as error:
-        raise PublishingError(f"The Hub does not accept the token: {error}") from error
-    if me.get("auth", {}).get("accessToken", {}).get("role") == "read":
-        raise PublishingError(
-            f"The token of {me['name']} may only read: make one that may write, at hf.co/settings/tokens."
-        )
-    owner, _, name = repo_id.rpartition("/")
-    owner = owner or me["name"]
-    if owner not in (me["name"], *(org["name"] for org in me.get("orgs", []))):
-        raise PublishingError(
-            f"{me['name']} is not of the organisation {owner}: name another owner, or ask to be let in."
-        )
-    repo_id = f"{owner}/{name}"
-    try:
-        existing = set(api.list_repo_files(repo_id)) - {".gitattributes"}
-    except RepositoryNotFoundError:
-        existing = set()
-        if create_pr:
-            raise PublishingError(f"There is no repository {repo_id} that a pull request could go to.") from None
-    except HfHubHTTPError as error:
-        raise PublishingError(f"The Hub does not answer for {repo_id}: {error}") from error
-    if existing and not (update or create_pr or revision):
-        raise PublishingError(
-            f"{repo_id} exists and holds {len(existing)} files: say --update for a new commit, --revision for a "
-            "branch, --create-pr for a pull request, or name another repository."
-        )
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
         if revision is not None:
@@ -345,7 +381,7 @@ def push(
             folder_path=folder,
             revision=revision,
             create_pr=create_pr,
-            commit_message=f"Upload {name}",
+            commit_message="Upload SAM-CLIP",
         )
     except Exception as error:  # connections break in many ways
         raise PublishingError(

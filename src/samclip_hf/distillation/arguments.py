@@ -173,6 +173,11 @@ class SamClipTrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.max_steps <= 0:
             raise ValueError("Streams are endless: say with max_steps how many optimizer steps this stage lasts.")
+        if self.push_to_hub and self.hub_token is not None:
+            raise ValueError(
+                "hub_token would be published: training_args.bin, which is pushed, holds it. Log in by `hf auth "
+                "login`, or set HF_TOKEN."
+            )
         for name in (
             "clip_batch_size",
             "sam_batch_size",

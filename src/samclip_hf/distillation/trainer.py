@@ -26,8 +26,10 @@ from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerCont
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
+from .. import publishing
 from ..modeling_samclip import SamClipModel
 from ..processing_samclip import SamClipProcessor
+from . import provenance
 from .arguments import SamClipTrainingArguments
 from .collation import ClipBatches, SamBatches, StepLoader, StepStream, furthest
 from .losses import cosine_distillation_loss, mask_distillation_loss, mask_iou
@@ -454,6 +456,18 @@ class SamClipTrainer(Trainer):
         super()._save_rng_state(output_dir)
         # What comes next, the trainer's state, says that a checkpoint is complete: so must be every process's part.
         self.accelerator.wait_for_everyone()
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """
+        For `push_to_hub`: the card by this package's template, from what `provenance.write` put on record, and the
+        model's code, so that it loads without this package. Transformers' own arguments decide nothing.
+        """
+        if self.is_world_process_zero():
+            folder = Path(self.args.output_dir)
+            stages = provenance.read(folder)
+            publishing.add_code(folder)
+            card = publishing.card(folder, self.hub_model_id, stages, licenses=provenance.licenses(stages))
+            card.save(folder / "README.md")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
