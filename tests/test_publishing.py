@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from samclip_hf import SamClipForImageSegmentation, SamClipModel, SamClipProcessor, miniature, publishing
 from samclip_hf.distillation import SamClipTrainingArguments
 from samclip_hf.miniature.scenes import render
+from samclip_hf.proof import MODELS, use
 from samclip_hf.publishing import PublishingError, assemble, card, draw_example, prove, push, read_results
 
 from .loopback_hub import Hub
@@ -73,6 +74,16 @@ class TestFolder:
         differences = prove(folder, picture)
         assert differences.keys() == {"pred_masks", "iou_scores", "logits_per_image", "image_embeds"}
         assert max(differences.values()) < 1e-5
+
+    def test_the_proof_uses_everything(self, folder, picture):
+        results, _ = use(str(folder), picture)
+        assert {name: results[name] for name in MODELS} == MODELS
+        pipelines = results.keys() - MODELS.keys()
+        assert pipelines == {
+            *("image-segmentation", "zero-shot-image-segmentation", "zero-shot-image-classification"),
+            *("zero-shot-object-detection", "mask-generation", "image-feature-extraction"),
+        }
+        assert all(results[name] for name in pipelines)
 
     def test_code_that_gives_something_else_is_found(self, copy, picture):
         code = copy / "modeling_samclip.py"

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from .processing_samclip import SamClipProcessor
 from .proof import MODELS, use
 
 CODE = "*_samclip.py"  # the five files that travel
-TEMPLATE = "model_card.md"
+TEMPLATE = Path(__file__).with_name("model_card.md")
 TOLERANCE = {
     torch.float32: 1e-4,
     torch.bfloat16: 0.1,
@@ -154,12 +153,6 @@ def prove(folder: Path, image: Image.Image) -> dict[str, float]:
 # ---- The card ----
 
 
-def template() -> Path:
-    """The card's, from the wheel or, in a checkout, from its top."""
-    packaged = Path(str(resources.files(__package__) / TEMPLATE))
-    return packaged if packaged.is_file() else Path(__file__).parents[2] / TEMPLATE
-
-
 def card(
     folder: Path,
     repo_id: str,
@@ -224,7 +217,7 @@ def card(
             parameters[part] = parameters.get(part, 0) + tensor.numel()
     return ModelCard.from_template(
         data,
-        template_path=str(template()),
+        template_path=str(TEMPLATE),
         repo_id=repo_id,
         dtype=config["dtype"],
         parameters=parameters,
