@@ -306,7 +306,9 @@ def _classify(arguments: argparse.Namespace) -> Callable[[Image.Image], Finding]
 
     def find(image: Image.Image) -> Finding:
         labels = classifier(image, candidate_labels=names, hypothesis_template=template)
-        legend: list[tuple[int | None, str]] = [(None, f"{label['label']} {label['score']:.2f}") for label in labels[:LEGEND_LINES]]
+        legend: list[tuple[int | None, str]] = [
+            (None, f"{label['label']} {label['score']:.2f}") for label in labels[:LEGEND_LINES]
+        ]
         return Finding({"labels": labels}, legend)
 
     return find
