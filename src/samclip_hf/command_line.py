@@ -235,7 +235,8 @@ def _run(arguments: argparse.Namespace) -> int:
         return BROKEN_PIPE
     except OSError as error:  # a full disk, say: no other image would fare better
         progress.close()
-        _leave_standard_output()
+        if arguments.output is None:
+            _leave_standard_output()
         _say(f"{done} of {len(images)} images are done, and then nothing could be written: {_in_words(error)}")
         return 1
     if failed:
@@ -245,34 +246,31 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _segment(arguments: argparse.Namespace) -> Callable[[Image.Image], Finding]:
-    options: dict[str, Any] = {}
+    labels = background = None
     if arguments.labels is not None:
-        options["candidate_labels"] = _names("--labels", arguments.labels)
+        labels = _names("--labels", arguments.labels)
     elif arguments.background is not None or arguments.template is not None:
         raise CommandError("--background and --template belong to --labels: give them too.")
     if arguments.background is not None:
-        options["background"] = _names("--background", arguments.background)
-    if arguments.template is not None:
-        options["hypothesis_template"] = _template(arguments.template)
-    if len(options.get("candidate_labels", "ab")) == 1 and arguments.background is None:
+        background = _names("--background", arguments.background)
+    templates = ["a photo of a {}"] if arguments.template is None else [_template(arguments.template)]
+    if labels is not None and len(labels) == 1 and background is None:
         _say(
             "with one label and no --background everything gets that label: "
             'say what else there is, such as --background "wall, floor".'
         )
     # By its class: of a checkpoint from the Hub, the name would mean the code beside it.
-    segmenter = _load(
-        arguments,
-        "zero-shot-image-segmentation",
-        pipeline_class=SamClipImageSegmentationPipeline,
-        threshold=arguments.threshold,
-        **options,
-    )
-    if "candidate_labels" not in options and segmenter.model.class_embeds is None:
-        raise CommandError(f"{arguments.model} has no vocabulary of its own: give --labels.")
-    names = options.get("candidate_labels") or list(segmenter.model.config.id2label.values())
+    segmenter = _load(arguments, "zero-shot-image-segmentation", pipeline_class=SamClipImageSegmentationPipeline)
+    model = segmenter.model
+    try:
+        if labels is not None:
+            model.set_vocabulary(labels, background, templates, segmenter.tokenizer)
+        names = list(model.vocabulary.id2label.values())
+    except ValueError as error:
+        raise CommandError(f"--labels: {_first_line(error)}") from error
 
     def find(image: Image.Image) -> Finding:
-        segments = segmenter(image)
+        segments = segmenter(image, threshold=arguments.threshold)
         masks = [np.asarray(segment["mask"]) > 0 for segment in segments]
         described = [
             {"label": segment["label"], "score": segment["score"]} | _coco(mask)
@@ -351,7 +349,7 @@ def _load(arguments: argparse.Namespace, task: str, **options) -> Pipeline:
         config = AutoConfig.from_pretrained(model)
         if isinstance(config, SamClipConfig):
             return pipeline(task, model=model, device=arguments.device, **options)
-    except Exception as error:  # of what can be wrong with a model or a vocabulary, its library knows
+    except Exception as error:  # of what can be wrong with a checkpoint, the libraries know
         raise CommandError(f"--model {model} cannot be used: {_first_line(error)}") from error
     raise CommandError(f"--model {model} is no SAM-CLIP: its configuration says {config.model_type!r}.")
 
@@ -444,8 +442,8 @@ def _distinct_names(images: Sequence[Path]) -> list[str]:
     if renamed := [number for number, image in enumerate(images) if names[number] != image.stem]:
         first = renamed[0]
         _say(
-            f"{len(renamed)} images are called as others are, and what is written of them has a number: of "
-            f'{images[first]}, {names[first]}; "image" in the JSON tells which is which.'
+            f"written with a number, because other images have the same name: {len(renamed)}, such as "
+            f'{images[first]} as {names[first]}; "image" in the JSON tells which is which.'
         )
     return names
 
