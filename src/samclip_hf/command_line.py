@@ -299,7 +299,7 @@ def _classify(arguments: argparse.Namespace) -> Callable[[Image.Image], Finding]
         tokens = len(classifier.tokenizer(template.format(label))["input_ids"])
         if tokens > longest:
             raise CommandError(
-                f"--labels: the text tower reads {longest} tokens at most, this has {tokens}: {label!r}."
+                f"--labels: the text tower reads {longest} tokens at most, this has {tokens} in its sentence: {label!r}."
             )
 
     def find(image: Image.Image) -> Finding:
