@@ -9,6 +9,7 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 import tomllib
 import zlib
 from pathlib import Path
@@ -32,7 +33,7 @@ WORDS = ["--labels", ", ".join(LABELS), "--background", "an empty scene"]
 def folder(tmp_path, monkeypatch):
     """An empty working directory."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     return tmp_path
 
 
@@ -442,9 +443,9 @@ def start(*arguments: str) -> subprocess.Popen:
 def test_ctrl_c_keeps_what_is_finished():
     save(*(f"photos/{number}.png" for number in range(9)))
     Path("out").mkdir()
-    with start("masks", "photos", "--output", "out") as process:
+    with start("masks", "photos", "--points_per_crop", "16", "--output", "out") as process:
         while not Path("out/0.png").exists() and process.poll() is None:
-            pass
+            time.sleep(0.02)
         process.send_signal(signal.SIGINT)
         _, messages = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -457,7 +458,7 @@ def test_ctrl_c_keeps_what_is_finished():
 
 def test_a_reader_that_has_enough_ends_the_work_quietly():
     save(*(f"photos/{number}.png" for number in range(9)))
-    with start("masks", "photos") as process:
+    with start("masks", "photos", "--points_per_crop", "16") as process:
         assert json.loads(process.stdout.readline())["image"] == "photos/0.png"
         process.stdout.close()
         messages = process.stderr.read()

@@ -299,7 +299,8 @@ def _classify(arguments: argparse.Namespace) -> Callable[[Image.Image], Finding]
         tokens = len(classifier.tokenizer(template.format(label))["input_ids"])
         if tokens > longest:
             raise CommandError(
-                f"--labels: the text tower reads {longest} tokens at most, this has {tokens} in its sentence: {label!r}."
+                f"--labels: the text tower reads {longest} tokens at most, and in its sentence this has {tokens}: "
+                f"{label!r}."
             )
 
     def find(image: Image.Image) -> Finding:
