@@ -224,7 +224,8 @@ def _run(arguments: argparse.Namespace) -> int:
             for path, content in zip(paths, contents, strict=True):
                 _write(path, content)
             if not paths:
-                print(json.dumps(record), flush=True)
+                tqdm.write(json.dumps(record))  # around the progress bar, which may be on the same terminal
+                sys.stdout.flush()
             done += 1
     except KeyboardInterrupt:
         progress.close()
