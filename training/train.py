@@ -31,7 +31,6 @@ from samclip_hf.distillation import (
     SamTeacher,
     TeacherStore,
     last_checkpoint,
-    provenance,
 )
 
 
@@ -153,14 +152,7 @@ def save(trainer: SamClipTrainer, metrics: dict[str, float]) -> None:
     trainer.save_model()
     trainer.save_state()
     trainer.save_metrics("train", metrics)
-    if trainer.is_world_process_zero():
-        teachers = {"sam_teacher": trainer.sam_teacher, "clip_teacher": trainer.clip_teacher}
-        commits = {
-            name: getattr(teacher.model.config, "_commit_hash", None)  # transformers sets it only for the Hub's
-            for name, teacher in teachers.items()
-            if isinstance(teacher, SamTeacher | ClipTeacher)
-        }
-        provenance.write(trainer.args, metrics, commits)
+    trainer.save_provenance(metrics)
     if trainer.args.push_to_hub:
         try:
             trainer.push_to_hub()

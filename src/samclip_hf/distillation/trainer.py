@@ -457,9 +457,20 @@ class SamClipTrainer(Trainer):
         # What comes next, the trainer's state, says that a checkpoint is complete: so must be every process's part.
         self.accelerator.wait_for_everyone()
 
+    def save_provenance(self, metrics: dict[str, float]) -> None:
+        """How the model came about, `provenance.json`, beside it; `metrics` are those of `train`."""
+        if self.is_world_process_zero():
+            teachers = {"sam_teacher": self.sam_teacher, "clip_teacher": self.clip_teacher}
+            commits = {
+                name: getattr(teacher.model.config, "_commit_hash", None)  # transformers sets it only for the Hub's
+                for name, teacher in teachers.items()
+                if isinstance(teacher, SamTeacher | ClipTeacher)
+            }
+            provenance.write(self.args, metrics, commits)
+
     def create_model_card(self, *args, **kwargs) -> None:
         """
-        For `push_to_hub`: the card by this package's template, from what `provenance.write` put on record, and the
+        For `push_to_hub`: the card by this package's template, from what `save_provenance` put on record, and the
         model's code, so that it loads without this package. Transformers' own arguments decide nothing.
         """
         if self.is_world_process_zero():
