@@ -6,7 +6,7 @@ import json
 import platform
 from dataclasses import fields
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +52,18 @@ def write(args: SamClipTrainingArguments, metrics: dict[str, float], commits: di
         "seconds": metrics.get("train_runtime"),
         "processes": args.world_size,
         "device": torch.cuda.get_device_name() if args.device.type == "cuda" else platform.machine(),
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": {name: _version(name) for name in PACKAGES},
     }
     earlier = read(args.model) if args.model is not None else []
     path = Path(args.output_dir) / FILE_NAME
     path.write_text(json.dumps({"stages": [*earlier, stage]}, indent=2, default=str) + "\n")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # run from its source, for example; no reason to lose a training
+        return None
 
 
 def decisive_arguments(args: SamClipTrainingArguments) -> dict[str, Any]:
