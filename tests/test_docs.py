@@ -73,7 +73,7 @@ def check(words: list[str]) -> None:
     match words:
         case ["make", *targets]:
             makefile = (ROOT / "Makefile").read_text()
-            for target in targets:
+            for target in (word for word in targets if "=" not in word):
                 assert re.search(rf"^{target}( [\w-]+)*:", makefile, re.MULTILINE), f"make {target}"
             return
         case ["pip", "install", *rest]:
@@ -85,7 +85,7 @@ def check(words: list[str]) -> None:
             return
         case ["accelerate", "launch", *rest]:
             place = next(place for place, word in enumerate(rest) if word.endswith(".py"))
-            known = help_of("accelerate", "launch") if place else ""
+            known = help_of(*python, "-m", "accelerate.commands.launch") if place else ""
             for option in options(rest[:place]):
                 assert option in known, option
             command, rest = [*python, rest[place]], rest[place + 1 :]
