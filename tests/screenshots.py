@@ -17,8 +17,10 @@ def save(page: Page, name: str) -> None:
     for panel in ("photograph", "by_prompts", "everything", "by_clip_head", "by_both_heads"):
         page.pixels(panel)  # when all of them are there
     screenshot = Image.open(io.BytesIO(page.driver.get_screenshot_as_png())).convert("RGB")
-    PICTURES.mkdir(parents=True, exist_ok=True)
+    lowest = page.find("#timers").rect
+    screenshot = screenshot.crop((0, 0, screenshot.width, round(lowest["y"] + lowest["height"] + 16)))
     screenshot = screenshot.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=1)  # a fifth of the bytes, no colour off
+    PICTURES.mkdir(parents=True, exist_ok=True)
     screenshot.save(PICTURES / f"app-{name}.png", optimize=True)
 
 

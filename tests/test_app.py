@@ -486,7 +486,7 @@ class Page:
 
     def pixels(self, panel: str) -> np.ndarray:
         """What a panel's picture looks like, when all of it is there and no pointer on it."""
-        ActionChains(self.driver).move_to_element(self.find("h3")).perform()
+        ActionChains(self.driver, duration=0).move_to_element(self.find("h3")).perform()
         script = """return [...document.querySelectorAll(arguments[0])].every(image => image.complete
             && image.naturalWidth && image.getAnimations().length == 0)"""
         self.until(lambda: self.driver.execute_script(script, f"#{panel} img"))
@@ -499,7 +499,7 @@ class Page:
         before = self.images("by_prompts") + self.images("photograph")
         image = self.find("#photograph img")
         offset = (round((x - 0.5) * image.size["width"]), round((y - 0.5) * image.size["height"]))
-        ActionChains(self.driver).move_to_element_with_offset(image, *offset).click().perform()
+        ActionChains(self.driver, duration=0).move_to_element_with_offset(image, *offset).click().perform()
         self.until(lambda: self.images("by_prompts") + self.images("photograph") != before)
 
     def images(self, panel: str) -> list[str]:
