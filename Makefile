@@ -18,9 +18,9 @@ tables: $(VENV)/installed
 	mkdir -p docs/tables
 	cp runs/tables/tables.json runs/tables/tables.md runs/tables/tables.png docs/tables/
 
-# In the browser; CHECKPOINT=folder or name on the Hub, by default the shipped miniature.
+# In the browser, with the shipped miniature; SAMCLIP_CHECKPOINT names another one.
 app: $(VENV)/installed
-	$(BIN)/python demo/app.py $(CHECKPOINT)
+	$(BIN)/python demo/app.py
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
