@@ -47,7 +47,6 @@ CSS = """
 .masks .legend-item { font-size: 0.8em; padding: 0 5px; }
 #scenes .gallery { gap: 6px; }
 #scenes :is(.gallery-item, img) { width: 54px; height: 54px; }
-
 """
 SET_OPACITY = "value => document.documentElement.style.setProperty('--mask-opacity', value)"
 
@@ -129,12 +128,12 @@ def read_picture(path: str | None, edge: int) -> Image.Image:
     return image.resize(tuple(max(1, round(side * scale)) for side in image.size), Image.Resampling.BICUBIC)
 
 
-def overlay(image: Image.Image, masks: list[tuple[torch.Tensor, str, int]], **update) -> gr.AnnotatedImage:
+def overlay(image: Image.Image, masks: list[tuple[torch.Tensor, str, int]]) -> gr.AnnotatedImage:
     """Masks `(height, width)` with their text in the legend and a number that gives the colour."""
     hues = {text: colorsys.hsv_to_rgb(number * 0.618 % 1, 0.85, 1) for _, text, number in masks}
     colours = {text: "#" + "".join(f"{round(255 * part):02x}" for part in hue) for text, hue in hues.items()}
     annotations = [(mask.float().cpu().numpy(), text) for mask, text, _ in masks]
-    return gr.AnnotatedImage((image, annotations), color_map=colours, **update)
+    return gr.AnnotatedImage((image, annotations), color_map=colours)
 
 
 class Timer:
@@ -170,7 +169,8 @@ class App:
         if kind != "samclip":
             raise ValueError(f'{checkpoint} is a model of type "{kind}", not a SAM-CLIP.')
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = SamClipForImageSegmentation.from_pretrained(checkpoint).to(device).eval()
+        # In float32, whatever it was saved in: what is asked of it comes in that.
+        self.model = SamClipForImageSegmentation.from_pretrained(checkpoint, dtype=torch.float32).to(device).eval()
         self.processor = SamClipProcessor.from_pretrained(checkpoint)
         self.edge = max(SMALLEST_VIEW, self.processor.image_processor.size["longest_edge"])
 

@@ -33,7 +33,13 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.support.wait import WebDriverWait
 from transformers import pipeline
 
-from samclip_hf import SamClipImageProcessorPil, SamClipModel, SamClipProcessor, miniature
+from samclip_hf import (
+    SamClipForImageSegmentation,
+    SamClipImageProcessorPil,
+    SamClipModel,
+    SamClipProcessor,
+    miniature,
+)
 from samclip_hf.miniature.scenes import BACKGROUND_PROMPTS, CLASS_NAMES, IMAGE_SIZE, render
 
 DEMO = Path(__file__).parents[1] / "demo"
@@ -357,13 +363,28 @@ def test_pages_that_ask_at_once_get_their_own_answers(app):
 # ---- how it is started ----
 
 
-def test_any_other_checkpoint_is_named_in_the_page(app, tmp_path, monkeypatch):
-    app.model.save_pretrained(tmp_path)
+def test_any_other_checkpoint_is_named_in_the_page_and_answers(app, picture, tmp_path):
+    """Here one in half precision."""
+    SamClipModel.from_pretrained(miniature.checkpoint(), dtype=torch.bfloat16).save_pretrained(tmp_path)
     app.processor.save_pretrained(tmp_path)
     other = demo.App(str(tmp_path))
     assert str(tmp_path) in other.describe() and "miniature" not in other.describe()
     assert "**the shipped miniature**, 2 million" in app.describe()
     assert other.generation == demo.GENERATION  # the stock pipeline's own
+    *loaded, words = other.choose(0, None, demo.Prompts())
+    assert masks_of(other.segment(loaded[1], words, BACKGROUND, "a {}", 0.3)[1])
+    assert masks_of(other.click(*loaded[1:3], demo.INSIDE, SimpleNamespace(index=(99, 200)))[2])
+    assert other.draw_everything(loaded[1])[1].startswith("Everything")
+
+
+def test_a_checkpoint_without_a_text_tower_says_so_where_words_are_asked_for(app, tmp_path):
+    SamClipForImageSegmentation.from_pretrained(miniature.checkpoint()).drop_text_tower().save_pretrained(tmp_path)
+    app.processor.save_pretrained(tmp_path)
+    other = demo.App(str(tmp_path))
+    *loaded, words = other.choose(0, None, demo.Prompts())
+    with pytest.warns(UserWarning, match="no text tower"):
+        assert other.segment(loaded[1], words, BACKGROUND, "a {}", 0.3) == gr.skip()
+    assert masks_of(other.click(*loaded[1:3], demo.INSIDE, SimpleNamespace(index=(99, 200)))[2])
 
 
 @pytest.mark.parametrize(
