@@ -121,7 +121,12 @@ def test_every_script_starts(script):
 
 
 def test_wrong_commands_are_found():
-    for line in ("make nothing", "python training/train.py --no_such", "samclip nothing", "pip install -e '.[nothing]'"):
+    for line in (
+        "make nothing",
+        "python training/train.py --no_such",
+        "samclip nothing",
+        "pip install -e '.[nothing]'",
+    ):
         with pytest.raises(AssertionError):
             check(shlex.split(line))
 

@@ -2,6 +2,8 @@
 
 import importlib.util
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -192,3 +194,21 @@ def test_a_student_may_start_from_a_smaller_sam_than_its_teacher(train, recipe, 
     assert student.config.vision_config.num_hidden_layers == 2
     with pytest.raises(SystemExit, match="leave one out"):
         train.main([path, "--model", str(tmp_path / "run")])
+
+
+def test_compiled_training_learns_the_same(recipe, tmp_path):
+    """At several sizes, with the backend that traces all and compiles nothing."""
+    path = recipe(
+        "stage: 2\nmax_steps: 3\nclip_data: [miniature]\nsam_data: [miniature]\nclip_sizes: [64, 96]\n"
+        "sam_sizes: [128]\nclip_batch_size: 2\nsam_batch_size: 1\nmasks_per_image: 2\nreport_to: none\n"
+        "save_strategy: 'no'\n"
+    )
+    weights = []
+    for name, options in (("eager", []), ("compiled", ["--torch_compile_backend", "aot_eager"])):
+        command = [sys.executable, TRAINING / "train.py", path, "--output_dir", tmp_path / name, *options]
+        run = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        weights.append(load_file(tmp_path / name / "model.safetensors"))
+    assert weights[0].keys() == weights[1].keys()
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weight, weights[1][name], rtol=1e-4, atol=1e-4)

@@ -1,5 +1,6 @@
 """Everything that a training run can be told; see `training/configs/` for the recipes."""
 
+import os
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -173,6 +174,9 @@ class SamClipTrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.max_steps <= 0:
             raise ValueError("Streams are endless: say with max_steps how many optimizer steps this stage lasts.")
+        if self.torch_compile:
+            # One graph a size: torch 2.14 cannot compile the backward pass of graphs with symbolic sizes.
+            os.environ.setdefault("ACCELERATE_DYNAMO_USE_DYNAMIC", "false")
         if self.push_to_hub and self.hub_token is not None:
             raise ValueError(
                 "hub_token would be published: training_args.bin, which is pushed, holds it. Log in by `hf auth "
