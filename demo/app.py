@@ -9,6 +9,7 @@ import argparse
 import colorsys
 import os
 import tempfile
+import threading
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -169,9 +170,9 @@ class App:
         if kind != "samclip":
             raise ValueError(f'{checkpoint} is a model of type "{kind}", not a SAM-CLIP.')
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        # In float32, whatever it was saved in: what is asked of it comes in that.
-        self.model = SamClipForImageSegmentation.from_pretrained(checkpoint, dtype=torch.float32).to(device).eval()
+        self.model = SamClipForImageSegmentation.from_pretrained(checkpoint).to(device).eval()
         self.processor = SamClipProcessor.from_pretrained(checkpoint)
+        self.tokenizing = threading.Lock()  # one call's padding is another's, and callbacks run in threads
         self.edge = max(SMALLEST_VIEW, self.processor.image_processor.size["longest_edge"])
 
         folder = Path(tempfile.mkdtemp(prefix="samclip-scenes-"))
@@ -254,7 +255,7 @@ class App:
             return gr.skip()
         labels, others = ([text.strip() for text in field.split(",") if text.strip()] for field in (words, background))
         try:
-            with Timer() as text:
+            with self.tokenizing, Timer() as text:
                 vocabulary = self.model.embed_vocabulary(labels, others, [sentence], self.processor.tokenizer)
         except ValueError as error:  # what is wrong with the words
             gr.Warning(str(error), title="Words")

@@ -342,6 +342,24 @@ def test_without_a_picture_everything_asks_for_one(app):
     assert app.clear(None) == gr.skip()
 
 
+def test_words_are_embedded_one_after_the_other(app, picture, monkeypatch):
+    """Tokenizers keep the padding of their last call, and callbacks run in threads."""
+    inside, most, embed = [], [], app.model.embed_vocabulary
+
+    def watched(*arguments):
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.05)
+        vocabulary = embed(*arguments)
+        inside.pop()
+        return vocabulary
+
+    monkeypatch.setattr(app.model, "embed_vocabulary", watched)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda words: app.segment(picture, words, BACKGROUND, "a {}", 0.3), CLASS_NAMES[:4]))
+    assert most == [1] * 4
+
+
 def test_pages_that_ask_at_once_get_their_own_answers(app):
     """Callbacks run in threads."""
     pictures = [app.choose(number, None, demo.Prompts())[1] for number in range(4)]
@@ -353,7 +371,7 @@ def test_pages_that_ask_at_once_get_their_own_answers(app):
 
     alone = [answer(number) for number in range(4)]
     with ThreadPoolExecutor(4) as pool:
-        together = list(pool.map(answer, range(16)))
+        together = list(pool.map(answer, range(24)))
     for number, answers in enumerate(together):
         for actual, expected in zip(answers, alone[number % 4], strict=True):
             assert list(actual) == list(expected)
