@@ -112,15 +112,22 @@ PARENTS = ("sam", "clip", "sam+clip")
 def train(name: str, seed: int, folder: Path, share: float) -> None:
     """One run into `folder/name`, from where it was cut off; nothing if it is done."""
     run, output_dir = RUNS[name], folder / name
+    steps = shared_steps(run.steps or STEPS[run.stage], share)
     if (output_dir / "train_results.json").exists():
+        done = json.loads((output_dir / "trainer_state.json").read_text())["global_step"]
+        if done != steps:
+            sys.exit(f"{output_dir} was trained for {done} steps and not {steps}: give another --output_dir.")
         return
-    steps = max(1, round((run.steps or STEPS[run.stage]) * share))
     command = [sys.executable, TRAINING / "train.py", TRAINING / "configs" / f"miniature_stage{run.stage}.yaml"]
     command += ["--output_dir", output_dir, "--seed", seed, "--max_steps", steps, "--save_steps", 100]
     command += ["--save_total_limit", 1, "--resume_from_checkpoint", "true", *run.options.split()]
     if run.start is not None:
         command += ["--model", folder / run.start]
     call(command, f"seed {seed}, {run.title}")
+
+
+def shared_steps(steps: int, share: float) -> int:
+    return max(1, round(steps * share))
 
 
 def judge(models: list[Path | str], tasks: tuple[str, ...], output_dir: Path, share: float) -> None:
@@ -154,9 +161,9 @@ def do_parents(output_dir: Path, share: float) -> None:
     judge([sam, clip], ("head-probe",), folder, share * PROBE_SHARE)
 
 
-def collect(output_dir: Path) -> dict:
+def collect(output_dir: Path, share: float = 1.0) -> dict:
     """`results.json` of the parents and of every seed that is done, brought together: by model, task and figure, a
-    list of one number for each seed. Parents have one number."""
+    list of one number for each seed. Parents have one number. All are to be judged by the same protocols."""
     done = [
         (int(path.parent.parent.name.removeprefix("seed")), json.loads(path.read_text()))
         for path in output_dir.glob("seed*/evaluation/results.json")
@@ -164,18 +171,21 @@ def collect(output_dir: Path) -> dict:
     done = sorted((seed, content) for seed, content in done if complete(content))
     if not done:
         sys.exit(f"No seed is done in {output_dir}.")
+    protocols = {task: entry["protocol"] for task, entry in done[0][1]["tasks"].items()}
     figures: dict[str, dict[str, list[float]]] = {}
     for content in [json.loads((output_dir / "parents" / "results.json").read_text()), *(c for _, c in done)]:
         for task, entry in content["tasks"].items():
+            if entry["protocol"] != protocols.get(task, entry["protocol"]):
+                sys.exit(f"{output_dir}: {task} was judged by different protocols, such as with another --share.")
             for model, result in entry["models"].items():
                 for figure, value in result["figures"].items():
                     if value is not None and not figure.startswith("iou: "):
                         figures.setdefault(model, {}).setdefault(f"{task} | {figure}", []).append(value)
     return {
         "seeds": [seed for seed, _ in done],
-        "steps": STEPS,
+        "steps": {stage: shared_steps(steps, share) for stage, steps in STEPS.items()},
         "runs": {name: f"stage {run.stage} {run.options}".strip() for name, run in RUNS.items()},
-        "protocols": {task: entry["protocol"] for task, entry in done[0][1]["tasks"].items()},
+        "protocols": protocols,
         "environment": done[0][1]["environment"],
         "figures": figures,
     }
@@ -270,7 +280,7 @@ def main() -> None:
     do_parents(output_dir, arguments.share)
     for seed in arguments.seeds:
         do_seed(seed, output_dir, arguments.share)
-        content = collect(output_dir)
+        content = collect(output_dir, arguments.share)
         (output_dir / "tables.json").write_text(json.dumps(content, indent=1) + "\n")
         (output_dir / "tables.md").write_text(markdown(content))
         draw(content, output_dir / "tables.png")

@@ -45,7 +45,8 @@ def test_mean_and_spread_are_over_the_seeds_that_are_done(tables, tmp_path):
     written(unfinished, tmp_path / "seed2" / "evaluation")
 
     content = tables.collect(tmp_path)
-    assert content["seeds"] == [0, 1, 3]
+    assert content["seeds"] == [0, 1, 3] and content["steps"] == tables.STEPS
+    assert tables.collect(tmp_path, share=0.1)["steps"] == {1: 30, 2: 10, 3: 5}
     content["figures"].update({"sam": {}, "sam+clip": {}})
     text = tables.markdown(content)
     assert "3 seeds: mean (lowest - highest)" in text
@@ -55,6 +56,22 @@ def test_mean_and_spread_are_over_the_seeds_that_are_done(tables, tmp_path):
     assert "| 1, 6 | zero-shot top-1 of 48, 64 px |  | 0.900 |  |" in text  # parents have one figure, and no spread
     tables.draw(content, tmp_path / "tables.png")
     assert Image.open(tmp_path / "tables.png").width > 1000
+
+
+def test_what_was_judged_or_trained_otherwise_is_not_mixed_in(tables, tmp_path):
+    written({"tasks": {}}, tmp_path / "parents")
+    for seed in (0, 1):
+        content = results(tables, seed)
+        content["tasks"]["composed:miniature"]["protocol"] = {"data": f"drawn scenes, {seed}"}
+        written(content, tmp_path / f"seed{seed}" / "evaluation")
+    with pytest.raises(SystemExit, match="composed:miniature was judged by different protocols"):
+        tables.collect(tmp_path)
+    (tmp_path / "stage1").mkdir()
+    (tmp_path / "stage1" / "train_results.json").write_text("{}")
+    (tmp_path / "stage1" / "trainer_state.json").write_text('{"global_step": 30}')
+    tables.train("stage1", 0, tmp_path, share=0.1)  # done
+    with pytest.raises(SystemExit, match="stage1 was trained for 30 steps and not 300"):
+        tables.train("stage1", 0, tmp_path, share=1)
 
 
 def test_every_variant_is_held_against_one_of_its_own_stage(tables):
