@@ -16,10 +16,13 @@ panoptic133, cityscapes. docs/evaluate.md says how each is laid out and where to
 """
 
 import argparse
+import os
 import re
 import shlex
 import sys
+import zlib
 from dataclasses import replace
+from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 
@@ -63,7 +66,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--task", nargs="+", default=["all"], help='such as "classification" or "semantic:miniature@96"'
     )
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the data sets that have names")
-    parser.add_argument("--train_data", help="what linear-probe and head-probe learn from, as in --task")
+    parser.add_argument(
+        "--train_data",
+        help="what linear-probe and head-probe learn from: of a name its training images",
+    )
+    parser.add_argument("--steps", type=int, help="of training each head of head-probe (default: 20000)")
     parser.add_argument("--detections", help="of a detector, in COCO's result format, for instances")
     parser.add_argument("--size", type=int, nargs="+", default=[None], help="of images in pixels; several in one run")
     parser.add_argument("--window", type=int, help="side of sliding windows for semantic, in pixels")
@@ -76,9 +83,18 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if not 0 < arguments.share <= 1:
         parser.error(f"--share is above 0 and at most 1, got {arguments.share}")
+    for option in ("limit", "steps", "window"):
+        if (value := getattr(arguments, option)) is not None and value < 1:
+            parser.error(f"--{option} is 1 or more, got {value}")
+    if any(size is not None and size < 1 for size in arguments.size):
+        parser.error(f"--size is 1 or more, got {arguments.size}")
     return arguments
 
 
+PROTOCOLS = (
+    *("classification", "retrieval", "instances", "prompts", "semantic", "composed", "cascade"),
+    *("linear-probe", "head-probe", "cost"),
+)
 UNSIZED = ("instances", "prompts", "cascade", "cost")  # every model sees its own size
 
 
@@ -113,13 +129,15 @@ def tasks_on(protocol: str, data: str, arguments: argparse.Namespace) -> dict[st
                 if protocol == "linear-probe"
                 else (open_segmentation, HeadProbing)
             )
-            train, test = read(arguments.train_data, root), first(read(data, root), arguments.limit)
-            task = kind(train, test, size)
+            train = read(arguments.train_data, root, split="train")
+            by_steps = {"steps": arguments.steps} if arguments.steps and protocol == "head-probe" else {}
+            task = kind(train, first(read(data, root), arguments.limit), size, **by_steps)
         elif protocol == "cost":
-            height, width = (int(side) for side in data.split("x"))
-            task = Cost(height, width, [f"class {number}" for number in range(20)])
+            if not (sides := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", data)):
+                raise ValueError("cost is of an image's height and width in pixels, such as cost:768x1024.")
+            task = Cost(int(sides[1]), int(sides[2]), [f"class {number}" for number in range(20)])
         else:
-            raise ValueError(f"There is no protocol {protocol!r}.")
+            raise ValueError(f"There is no protocol {protocol!r}. There are: {', '.join(PROTOCOLS)}.")
         found[f"{protocol}:{data}" + (f"@{size}" if size and protocol not in UNSIZED else "")] = task
     return found
 
@@ -132,15 +150,25 @@ def first(data: DataSet, limit: int | None) -> DataSet:
     return replace(data, samples=list(islice(data.samples, limit)), description=description)
 
 
+def of_miniature(name: str) -> bool:
+    """Whether a task is judged in the miniature world, as one without a colon is."""
+    return re.fullmatch("[^:]*(:miniature(@.*)?)?", name) is not None
+
+
 def chosen(names: list[str], arguments: argparse.Namespace) -> dict[str, Task]:
     """The tasks that the names mean. Of the miniature's also several: by what comes before ":" or "@"."""
     available = miniature_tasks(arguments.seed, arguments.share)
+    options = ("limit", "background_threshold", "window", "steps", "train_data", "detections")
+    given = [option for option in options if getattr(arguments, option) is not None]
+    given += ["size"] * (arguments.size != [None])
+    if given and all(of_miniature(name) for name in names):
+        sys.exit(f"The miniature's tasks have their own sizes and data: --{given[0]} is for others. See --share.")
     if names == ["all"]:
         return available
     wanted: dict[str, Task] = {}
     for name in names:
-        protocol, colon, data = name.partition(":")
-        if colon and not data.startswith("miniature"):
+        protocol, _, data = name.partition(":")
+        if not of_miniature(name):
             try:
                 wanted |= tasks_on(protocol, data, arguments)
             except (ValueError, OSError) as error:
@@ -155,18 +183,20 @@ def chosen(names: list[str], arguments: argparse.Namespace) -> dict[str, Task]:
 
 def short_names(names: list[str]) -> list[str]:
     """What tables call models: folders and repositories by their last names, where those differ."""
-    short = ["+".join(Path(part).name for part in name.split("+")) for name in names]
+    short = ["+".join(Path(os.path.abspath(part)).name for part in name.split("+")) for name in names]
     return short if len(set(short)) == len(names) else names
 
 
 def safe(name: str) -> str:
-    """For a file."""
-    return re.sub(r"[^\w.+-]", "-", name)
+    """For a file, whose name may have 255 bytes."""
+    shown = re.sub(r"[^\w.+-]", "-", name, flags=re.ASCII)
+    return shown if len(shown) <= 200 else f"{shown[:190]}-{zlib.crc32(name.encode()):08x}"
 
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
-    state = PartialState()
+    # One process may draw, train heads or judge a slow image for longer than torch waits by default.
+    state = PartialState(timeout=timedelta(days=7))
     wanted = chosen(arguments.task, arguments)
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     command = shlex.join(["training/evaluate.py", *(sys.argv[1:] if argv is None else argv)])
@@ -189,13 +219,13 @@ def main(argv: list[str] | None = None) -> None:
             except (ValueError, OSError) as error:
                 sys.exit(f"{key}, {model.name}: {error}")
             if outcome is not None:
+                if isinstance(task, Protocol):  # first, since what the results hold is not done again
+                    draw_panel(task, model, outcome, arguments.output_dir / f"{safe(f'{key}-{model.name}')}.png")
                 results.add(key, task, model, outcome)
                 (arguments.output_dir / "results.md").write_text(f"{results.markdown()}\n{results.protocols()}")
                 if isinstance(model, SamClip):
                     card = ModelCardData(model_name=short_name, eval_results=model_index(results.content, short_name))
                     (arguments.output_dir / f"{safe(short_name)}-model-index.yaml").write_text(card.to_yaml() + "\n")
-                if isinstance(task, Protocol):
-                    draw_panel(task, model, outcome, arguments.output_dir / f"{safe(f'{key}-{model.name}')}.png")
             state.wait_for_everyone()
     state.print(f"\n{results.markdown()}\nFigures, protocols and pictures: {arguments.output_dir}")
 

@@ -24,6 +24,8 @@ from samclip_hf.evaluation.samples import IGNORED
 from ..distillation.tars import annotation, jpeg, write_tar
 
 SIZE = (6, 4)  # (width, height)
+CONTEXT = ("VOCdevkit/VOC2010", "JPEGImages/a.jpg", "SegmentationClassContext/a.png", "SegmentationContext")
+GT_FINE = "gtFine/train/x/a_gtFine_labelIds.png"
 
 
 def write(path: Path, content: bytes | str | list | dict) -> Path:
@@ -129,6 +131,29 @@ class TestClassification:
         write(folder / "classes.json", ["ant"])
         with pytest.raises(ValueError, match=r"2 folders, its classes\.json 1"):
             open_classification(str(folder), tmp_path)
+
+    def test_numbered_folders_are_in_the_order_of_numbers(self, tmp_path):
+        for number in range(12):
+            write_image(tmp_path / f"photos/{number}/1.jpg")
+        write(tmp_path / "photos/classes.json", [f"class {number}" for number in range(12)])
+        data = open_classification("photos", tmp_path)
+        assert all(data.names[sample.label] == [f"class {sample.key[:-6]}"] for sample in data.samples)
+
+    def test_training_images(self, tmp_path):
+        for of_class in load_vocabulary("imagenet").ids:
+            write_image(tmp_path / f"imagenet/train/{of_class}/{of_class}_1.JPEG")
+        data = open_classification("imagenet", tmp_path, split="train")
+        assert data.samples[10].key.startswith("n01530575/n01530575") and data.description["split"] == "train"
+        with pytest.raises(FileNotFoundError, match="imagenet/val is not there"):
+            open_classification("imagenet", tmp_path)
+        with pytest.raises(ValueError, match="imagenet-v2 has no training images"):
+            open_classification("imagenet-v2", tmp_path, split="train")
+        with pytest.raises(FileNotFoundError, match=r"places365.* is not there\. Expected: the training images in"):
+            open_classification("places365", tmp_path, split="train")
+        write(tmp_path / "places365/categories_places365.txt", "/a/airfield 0\n")
+        write(tmp_path / "places365/places365_train_standard.txt", "/a/airfield/00000001.jpg 0\n")
+        write_image(tmp_path / "places365/data_256/a/airfield/00000001.jpg")
+        assert_samples(open_classification("places365", tmp_path, split="train"), ["/a/airfield/00000001.jpg"])
 
     def test_file_that_is_no_picture(self, folder, tmp_path):
         write(folder / "a/notes.txt", "")
@@ -435,6 +460,31 @@ class TestSegmentation:
         write(annotations / "panoptic_val2017.json", content)
         with pytest.raises(ValueError, match=r"panoptic_val2017\.json is not as expected: no 'segments_info'"):
             open_segmentation("panoptic133", tmp_path)
+
+    @pytest.mark.parametrize(
+        ("name", "folder", "image", "label_map", "listed"),
+        [
+            ("voc20", "VOCdevkit/VOC2012", "JPEGImages/a.jpg", "SegmentationClass/a.png", "Segmentation"),
+            ("voc21", "VOCdevkit/VOC2012", "JPEGImages/a.jpg", "SegmentationClass/a.png", "Segmentation"),
+            ("context59", *CONTEXT),
+            ("context60", *CONTEXT),
+            ("ade150", "ADEChallengeData2016", "images/training/a.jpg", "annotations/training/a.png", None),
+            ("stuff171", "coco", "train2017/a.jpg", "stuffthingmaps/train2017/a.png", None),
+            ("object81", "coco", "train2017/a.jpg", "stuffthingmaps/train2017/a.png", None),
+            ("cityscapes", "cityscapes", "leftImg8bit/train/x/a_leftImg8bit.png", GT_FINE, None),
+        ],
+    )
+    def test_training_images(self, tmp_path, name, folder, image, label_map, listed):
+        write_image(tmp_path / folder / image)
+        write_label_map(tmp_path / folder / label_map, [1, 7])
+        if listed:
+            write(tmp_path / folder / f"ImageSets/{listed}/train.txt", "a\n")
+        data = open_segmentation(name, tmp_path, split="train")
+        assert_samples(data, [Path(image).stem])
+        assert data.samples[0].label_map().shape == SIZE[::-1]
+        assert data.description["split"] == "train"
+        with pytest.raises(FileNotFoundError, match="is not there"):
+            open_segmentation(name, tmp_path)
 
     @pytest.fixture
     def folder(self, tmp_path):

@@ -1,8 +1,10 @@
 """A model that is right on known pixels has the known score, one that is wrong has 0."""
 
+import importlib.util
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +19,7 @@ from sklearn.linear_model import LogisticRegression
 from transformers import CLIPModel, CLIPProcessor, SamProcessor
 
 from samclip_hf import SamClipForImageSegmentation, SamClipModel, SamClipProcessor, miniature
-from samclip_hf.evaluation import report
+from samclip_hf.evaluation import cost, pictures, report
 from samclip_hf.evaluation.classification import ZeroShotClassification
 from samclip_hf.evaluation.cost import Cost
 from samclip_hf.evaluation.instance_segmentation import (
@@ -46,6 +48,7 @@ from samclip_hf.miniature.report import set_world_vocabulary
 from samclip_hf.miniature.scenes import CLASS_NAMES, HELD_OUT, TEMPLATES, evaluation_scene
 from samclip_hf.miniature.tasks import labelled_images, segmented_images, tasks
 
+TRAINING = Path(__file__).parents[2] / "training"
 NAMES = [["background"], ["red", "scarlet"], ["green"], ["blue"]]
 SHADES = (0, 60, 120, 180)  # of grey: what the oracles below read a class from
 
@@ -260,6 +263,17 @@ def test_probes_read_what_features_hold_and_no_more():
     }  # ties count against
 
 
+def test_probes_learn_from_the_same_classes_and_from_other_images_than_they_are_judged_by():
+    images = labelled()
+    fewer = replace(images, names=NAMES[:2])
+    with pytest.raises(ValueError, match="do not have the same classes in the same order"):
+        LinearProbing(fewer, images, size=4)
+    known = replace(images, description={"path": "photos", "split": "val"})
+    with pytest.raises(ValueError, match="shades would be learnt from and judged by"):
+        LinearProbing(known, replace(known, description=known.description | {"only": "the first 3 samples"}), size=4)
+    LinearProbing(replace(known, description={"path": "photos", "split": "train"}), known, size=4)
+
+
 def test_heads_are_trained_on_patches():
     figures = HeadProbing(segmented(), segmented(), size=64, steps=30, learning_rate=0.05).run(Oracle()).figures
     assert set(figures) == {f"mean_iou: {head} (shades)" for head in ("linear", "DeepLabv3", "PSPNet")}
@@ -338,6 +352,9 @@ class TestOfRealModels:
         assert "| new (random weights) | " in results.markdown()
         assert "Random weights: of new, clip_head.layer_norm, clip_head.mlp are untrained." in results.markdown()
         assert "random weights" not in results.content["tasks"]["prompts:miniature"]["models"][samclip.name]
+        for name, ending in (("new", " (random weights)"), (samclip.name, "")):
+            entry = report.model_index(results.content, name)[0]
+            assert (entry.metric_type, entry.metric_name) == ("point_miou", f"point_miou{ending}")
 
     def test_masks_are_those_of_the_processor(self, sam, samclip):
         image = Image.fromarray(evaluation_scene(102, 0).image).resize((90, 60))
@@ -365,9 +382,34 @@ class TestOfRealModels:
         figures = Cost(128, 128, ["red dotted shape", "green zigzag shape"], repeats=1).run(samclip).figures
         own = sum(parameter.numel() for parameter in samclip.model.parameters())
         assert figures["parameters, M"] == own / 1e6
-        assert all(value is not None and value >= 0 for value in figures.values())
+        assert all(value is not None and value > 0 for value in figures.values())
+        small, large = (
+            Cost(side, side, ["red"], repeats=1).run(samclip).figures["by text, patches, MB"] for side in (64, 384)
+        )
+        assert large > 4 * small  # 36 times as many patches
         encoder = Cost(128, 128, ["red"], repeats=1).run(sam).figures["masks from a point, GMAC"]
         assert 0.1 < encoder / figures["masks from a point, GMAC"] < 1.1
+
+    def test_operations_of_attention_are_counted_however_it_is_computed(self, clip):
+        config = clip.model.config.vision_config
+        hidden, tokens = config.hidden_size, (config.image_size // config.patch_size) ** 2 + 1
+        of_token = 4 * hidden**2 + 2 * hidden * config.intermediate_size  # projections and MLP
+        layer = tokens * of_token + 2 * tokens**2 * hidden  # queries by keys, and weights by values
+        patches = (tokens - 1) * 3 * config.patch_size**2 * hidden
+        expected = config.num_hidden_layers * layer + patches + hidden * clip.model.config.projection_dim
+        try:
+            for implementation in ("eager", "sdpa"):
+                clip.model.set_attn_implementation(implementation)
+                figures = Cost(config.image_size, config.image_size, ["red"], repeats=1).run(clip).figures
+                assert figures["image embedding, GMAC"] == pytest.approx(expected / 1e9, rel=1e-6)
+        finally:
+            clip.model.set_attn_implementation("sdpa")
+
+    def test_memory_that_the_system_does_not_tell_is_not_0(self, clip, monkeypatch):
+        monkeypatch.setattr(cost, "peak", lambda device: None)
+        monkeypatch.setattr(cost, "reset_peak", lambda device: None)
+        figures = Cost(64, 64, ["red"], repeats=1).run(clip).figures
+        assert figures["image embedding, MB"] is None and figures["image embedding, s"] > 0
 
     def test_sam_is_probed_at_its_own_size(self, sam):
         assert LinearProbing(labelled_images(1, 48), labelled_images(2, 48), size=64).size_for(sam) == 128
@@ -384,11 +426,31 @@ class TestOfRealModels:
         assert Image.open(tmp_path / "panel.png").width > 300
         again = report.Results(tmp_path, "another")
         assert again.holds("semantic:miniature", task, clip)
+        of_figure = again.content["tasks"]["semantic:miniature"]["models"][clip.name]
+        assert (of_figure["command"], of_figure["dtype"]) == ("a command", "float32")
+        assert of_figure["environment"] == results.content["environment"]
+        assert not again.holds("semantic:miniature", task, load(clip.model.name_or_path, dtype=torch.bfloat16))
         other = SemanticSegmentation(segmented_images(1, 4), 96, templates=["a {}"])
         assert not again.holds("semantic:miniature", other, clip)
         assert f"{outcome.figures['mean_iou']:.3f}" in again.markdown()
         card = ModelCardData(model_name="a model", eval_results=report.model_index(again.content, clip.name)).to_dict()
         assert card["model-index"][0]["results"][0]["metrics"][0]["type"] == "mean_iou"
+
+
+def test_words_on_pictures_are_not_cut_off():
+    for height, width in ((300, 200), (40, 60), (100, 900)):
+        black = np.zeros((height, width, 3), dtype=np.uint8)
+        pixels = pictures.captioned(black, ["0.35 a man on a bicycle with a dog"] * 3)
+        assert pixels.any() and not pixels[:, -2:].any() and not pixels[-2:].any()
+
+
+def test_panels_take_names_as_they_are(tmp_path):
+    odd = replace(labelled(), names=[["$5 or $x^{"], ["$"], ["_a^b$$"], ["$\\frac$"]], name="a$b_{c$")
+    task = ZeroShotClassification(labelled(), **PLAIN)
+    outcome = task.run(Oracle())
+    task.data, task.class_names = odd, [synonyms[0] for synonyms in odd.names]
+    report.draw_panel(task, Oracle(), outcome, tmp_path / "panel.png")
+    assert (tmp_path / "panel.png").exists()
 
 
 def test_figures_stand_beside_the_papers(tmp_path):
@@ -399,7 +461,7 @@ def test_figures_stand_beside_the_papers(tmp_path):
 
 
 def evaluate(output_dir: Path, *arguments: str, processes: int = 1) -> subprocess.CompletedProcess:
-    script = Path(__file__).parents[2] / "training" / "evaluate.py"
+    script = TRAINING / "evaluate.py"
     launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes), "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     launch += ["--main_process_port", "29571"] if processes > 1 else []
@@ -426,6 +488,85 @@ def test_two_processes_agree_with_one_and_a_second_run_does_nothing_again(tmp_pa
     assert figures[0] == figures[1] and len(figures[0]) == 4
     again = evaluate(tmp_path / "1", *chosen)
     assert again.stdout.count("done already") == 4
+
+
+@pytest.fixture
+def script():
+    """The script as a module, in this process."""
+    spec = importlib.util.spec_from_file_location("evaluate_script", TRAINING / "evaluate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_what_is_not_wholly_done_is_done_again(script, tmp_path, monkeypatch):
+    arguments = ["--model", str(miniature.clip_teacher()), "--task", "classification:miniature@64", "--share", "0.05"]
+    arguments += ["--output_dir", str(tmp_path)]
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(script, "draw_panel", killed)
+        script.main(arguments)
+    script.main(arguments)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("results.json", "results.md", "classification-miniature-64-clip.png")
+    }
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--limit", "0"], "--limit is 1 or more, got 0"),
+        (["--size", "64", "-1"], "--size is 1 or more"),
+        (["--limit", "5"], "--limit is for others"),
+        (["--task", "semantic:miniature@96", "--size", "64"], "--size is for others"),
+        (["--task", "cost:1024"], "such as cost:768x1024"),
+        (["--task", "klassification:photos"], "There are: classification, retrieval"),
+    ],
+)
+def test_options_that_mean_nothing_are_told(script, arguments, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit:
+        script.main([*arguments, "--output_dir", str(tmp_path / "out")])
+    assert message in f"{exit.value} {capsys.readouterr().err}" and not (tmp_path / "out").exists()
+
+
+def test_training_images_are_those_of_the_name(script, tmp_path):
+    for split, stem in (("train", "a"), ("val", "b")):
+        folder = tmp_path / "VOCdevkit/VOC2012"
+        for path in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+            (folder / path).mkdir(parents=True, exist_ok=True)
+        picture(scenes()[0]).save(folder / f"JPEGImages/{stem}.jpg")
+        Image.fromarray(scenes()[0].astype(np.uint8)).save(folder / f"SegmentationClass/{stem}.png")
+        (folder / f"ImageSets/Segmentation/{split}.txt").write_text(f"{stem}\n")
+    options = ["--data", str(tmp_path), "--train_data", "voc21", "--size", "64", "--steps", "7"]
+    task = script.chosen(["head-probe:voc21"], script.parse_arguments(options))["head-probe:voc21@64"]
+    assert [sample.key for sample in task.train.samples] == ["a"]
+    assert [sample.key for sample in task.test.samples] == ["b"]
+    assert "7 steps" in task.describe()["training"]
+
+
+def test_names_of_models_and_files(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert script.short_names([".", "runs/stage3/", "owner/clip"]) == [tmp_path.name, "stage3", "clip"]
+    long = "/".join(["seed0"] * 60)
+    assert len(script.safe(long)) < 210 and script.safe(long) != script.safe(long + "x")
+    assert script.safe("a:b@1-ü+c") == "a-b-1--+c"
+
+
+def test_processes_wait_for_a_slow_one(script, tmp_path, monkeypatch):
+    """One may train heads for hours, where torch's default ends the others after half an hour."""
+    given = {}
+
+    def stop(**keywords):
+        given.update(keywords)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script, "PartialState", stop)
+    with pytest.raises(KeyboardInterrupt):
+        script.main(["--output_dir", str(tmp_path)])
+    assert given["timeout"].days >= 1
 
 
 def test_wrong_names_are_told(tmp_path):

@@ -62,6 +62,7 @@ LAYOUTS = {
     "gtFine/val/<city>/*_gtFine_labelIds.png, from https://www.cityscapes-dataset.com",
 }
 LAYOUTS |= {"voc20": LAYOUTS["voc21"], "context59": LAYOUTS["context60"], "object81": LAYOUTS["stuff171"]}
+Split = Literal["train", "val"]  # of data sets known by name; others have the split that their path has
 CLASS_FOLDERS = "a folder with one folder of images per class, or webdataset tars with jpg and json (label, name)"
 CAPTION_TARS = "webdataset tars with jpg and txt (a caption a line)"
 OBJECT_TARS = "tars in SA-1B's format, jpg and json"
@@ -109,16 +110,24 @@ def load_vocabulary(name: str) -> Vocabulary:
     return Vocabulary(**json.loads(file.read_text(encoding="utf-8")))
 
 
-def open_classification(name: str, root: str | Path) -> DataSet[LabelledImage]:
+def _layout(name: str, split: Split, otherwise: str) -> str:
+    """What is expected of a data set."""
+    layout = LAYOUTS.get(name, otherwise)
+    return f"the training images in the place of these: {layout}" if split == "train" and name in LAYOUTS else layout
+
+
+def open_classification(name: str, root: str | Path, split: Split = "val") -> DataSet[LabelledImage]:
     """
     Args:
         name (`str`):
             "imagenet", "imagenet-v2" or "places365", below `root`. A data set of the Hub with a ClassLabel. Otherwise
-            a folder with one folder per class, named by its folder or in order by its `classes.json`, or a folder or
-            a glob of webdataset tars with jpg and json, `{"label": int, "name": str}`, whose classes are sorted by
-            label.
+            a folder with one folder per class, named by its folder or in order (of names or, where all are numbers, of
+            numbers) by its `classes.json`, or a folder or a glob of webdataset tars with jpg and json,
+            `{"label": int, "name": str}`, whose classes are sorted by label.
         root (`str` or `Path`):
             Where known data sets lie, and other ones may.
+        split (`"train"` or `"val"`):
+            Of "imagenet" ("imagenet/train") and "places365" ("places365_train_standard.txt" and "data_256").
 
     Raises:
         FileNotFoundError: Something is missing; says what is expected.
@@ -127,18 +136,20 @@ def open_classification(name: str, root: str | Path) -> DataSet[LabelledImage]:
     if name.startswith(HUB):
         return open_hub(name, "classification")  # type: ignore[return-value]
     if name == "places365":
-        return _places365(Path(root, "places365"))
+        return _places365(Path(root, "places365"), split)
     if name in ("imagenet", "imagenet-v2"):
         vocabulary = load_vocabulary("imagenet")
         assert vocabulary.ids is not None
         is_v2 = name == "imagenet-v2"
-        folder = Path(root, "imagenetv2-matched-frequency-format-val" if is_v2 else "imagenet/val")
+        if is_v2 and split == "train":
+            raise ValueError("imagenet-v2 has no training images; those of imagenet belong to it.")
+        folder = Path(root, "imagenetv2-matched-frequency-format-val" if is_v2 else f"imagenet/{split}")
         classes = [str(number) for number in range(1000)] if is_v2 else vocabulary.ids
         for path in [folder, *(folder / of_class for of_class in classes)]:
-            _require(path, LAYOUTS[name])
+            _require(path, _layout(name, split, ""))
         if unknown := {path.name for path in _listed(folder) if path.is_dir()} - set(classes):
             raise ValueError(f"{folder} has folders that are no classes of {name}: {sorted(unknown)[:5]}.")
-        description: dict[str, Any] = {"path": str(folder), "split": "matched-frequency" if is_v2 else "val"}
+        description: dict[str, Any] = {"path": str(folder), "split": "matched-frequency" if is_v2 else split}
     elif tars := _find_tars(name, root):
         return _classification_of_tars(name, tars)
     else:
@@ -149,6 +160,8 @@ def open_classification(name: str, root: str | Path) -> DataSet[LabelledImage]:
         vocabulary = Vocabulary("names of folders", [[of_class.replace("_", " ")] for of_class in classes])
         if (folder / "classes.json").exists():
             vocabulary = _read_vocabulary(folder / "classes.json")
+            if all(of_class.isdecimal() for of_class in classes):
+                classes.sort(key=int)  # 10 comes after 9, as in the list
         if len(vocabulary.names) != len(classes):
             raise ValueError(f"{folder} has {len(classes)} folders, its classes.json {len(vocabulary.names)} classes.")
         description = {"path": str(folder)}
@@ -168,9 +181,11 @@ def _doubled(names: list[list[str]]) -> dict[str, Any]:
     return {"names that several classes share": doubled} if doubled else {}
 
 
-def _places365(folder: Path) -> DataSet[LabelledImage]:
+def _places365(folder: Path, split: Split) -> DataSet[LabelledImage]:
     """Names are those of its categories: of "/b/bus_station/indoor", "indoor bus station"."""
-    layout = LAYOUTS["places365"]
+    layout = _layout("places365", split, "")
+    file = folder / ("places365_val.txt" if split == "val" else "places365_train_standard.txt")
+    images = folder / ("val_256" if split == "val" else "data_256")
     classes: dict[int, str] = {}
     for category, label in _read_pairs(_require(folder / "categories_places365.txt", layout)):
         what, *where = category[3:].split("/")
@@ -179,13 +194,13 @@ def _places365(folder: Path) -> DataSet[LabelledImage]:
     if sorted(classes) != list(range(len(classes))):
         raise ValueError(f"{folder / 'categories_places365.txt'} does not number its classes from 0 on.")
     samples = []
-    for file_name, label in _read_pairs(_require(folder / "places365_val.txt", layout)):
+    for file_name, label in _read_pairs(_require(file, layout)):
         if label not in classes:
-            raise ValueError(f"{folder / 'places365_val.txt'}: {file_name} has the label {label}, which is no class.")
-        path = _require(folder / "val_256" / file_name, layout)
+            raise ValueError(f"{file}: {file_name} has the label {label}, which is no class.")
+        path = _require(images / file_name.removeprefix("/"), layout)
         samples.append(LabelledImage(file_name, partial(_read_image, path), label))
     source = "categories_places365.txt, indoor and outdoor put first"
-    description = {"path": str(folder), "split": "val, 256 px", "images": len(samples), "names": source}
+    description = {"path": str(folder), "split": f"{split}, 256 px", "images": len(samples), "names": source}
     return DataSet("places365", samples, names, description=description | _doubled(names))
 
 
@@ -352,17 +367,19 @@ def _read_detections(file: Path, images: set, categories: set[int]) -> dict[Any,
     return of_images
 
 
-def open_segmentation(name: str, root: str | Path) -> DataSet[SegmentedImage]:
+def open_segmentation(name: str, root: str | Path, split: Split = "val") -> DataSet[SegmentedImage]:
     """
     Args:
         name (`str`):
-            The validation images below `root` of "voc21", "context60" and "object81", which have a background; "voc20"
+            The images below `root` of "voc21", "context60" and "object81", which have a background; "voc20"
             and "context59", the same ones with background ignored; "stuff171", "panoptic133", "ade150" and
             "cityscapes" (19 classes). A data set of the Hub with images and label images, whose names stand in the
             json file that it names as `classes`. Otherwise a folder with `images/`, `labels/`, where png files of the
             same stems hold places in `classes.json` of the folder or of its parent, 255 ignored.
         root (`str` or `Path`):
             Where known data sets lie, and other ones may.
+        split (`"train"` or `"val"`):
+            Of those known by name: the files whose owners call them so, "train" where the list of `val` says "val".
 
     Raises:
         FileNotFoundError: Something is missing; says what is expected.
@@ -371,28 +388,28 @@ def open_segmentation(name: str, root: str | Path) -> DataSet[SegmentedImage]:
     """
     if name.startswith(HUB):
         return open_hub(name, "segmentation")  # type: ignore[return-value]
-    root, layout = Path(root), LAYOUTS.get(name, LABEL_MAPS)
+    root, layout = Path(root), _layout(name, split, LABEL_MAPS)
     if name == "panoptic133":
-        return _panoptic(root / "coco")
+        return _panoptic(root / "coco", split)
     if name in ("voc20", "voc21", "context59", "context60"):
         vocabulary = load_vocabulary("voc21" if name.startswith("voc") else "context60")
         places = {value: value for value in range(len(vocabulary.names))}
         if name in ("voc20", "context59"):
             vocabulary = vocabulary._replace(names=vocabulary.names[1:], background=None)
             places = {0: IGNORED} | {1 + place: place for place in range(len(vocabulary.names))}
-        year, split, labels = (
+        year, task, labels = (
             ("VOC2012", "Segmentation", "SegmentationClass")
             if name.startswith("voc")
             else ("VOC2010", "SegmentationContext", "SegmentationClassContext")
         )
         folder = root / "VOCdevkit" / year
-        stems = sorted(_require(folder / f"ImageSets/{split}/val.txt", layout).read_text().split())
+        stems = sorted(_require(folder / f"ImageSets/{task}/{split}.txt", layout).read_text().split())
         pairs = [(folder / f"JPEGImages/{stem}.jpg", folder / f"{labels}/{stem}.png") for stem in stems]
     elif name in ("stuff171", "object81"):
         vocabulary = load_vocabulary(name)
         assert vocabulary.ids is not None
         folder = root / "coco"
-        pairs = _pair(folder / "val2017", folder / "stuffthingmaps/val2017", layout)
+        pairs = _pair(folder / f"{split}2017", folder / f"stuffthingmaps/{split}2017", layout)
         first = len(vocabulary.names) - len(vocabulary.ids)  # of the labels with a value of their own
         places = dict.fromkeys(COCO_STUFF_IDS, 0 if first else IGNORED)
         places |= {value: first + place for place, value in enumerate(vocabulary.ids)}
@@ -401,17 +418,18 @@ def open_segmentation(name: str, root: str | Path) -> DataSet[SegmentedImage]:
     elif name == "ade150":
         vocabulary = load_vocabulary("ade150")
         folder = root / "ADEChallengeData2016"
-        pairs = _pair(folder / "images/validation", folder / "annotations/validation", layout)
+        of_ade = {"val": "validation", "train": "training"}[split]
+        pairs = _pair(folder / "images" / of_ade, folder / "annotations" / of_ade, layout)
         places = {0: IGNORED} | {1 + place: place for place in range(150)}
     elif name == "cityscapes":
         vocabulary = load_vocabulary("cityscapes19")
         assert vocabulary.ids is not None
         folder = root / "cityscapes"
         pairs = []
-        for city in _listed(_require(folder / "leftImg8bit/val", layout)):
+        for city in _listed(_require(folder / "leftImg8bit" / split, layout)):
             for path in _pictures(city, layout):
                 label_map = path.name.replace("_leftImg8bit.png", "_gtFine_labelIds.png")
-                pairs.append((path, folder / "gtFine/val" / city.name / label_map))
+                pairs.append((path, folder / "gtFine" / split / city.name / label_map))
         places = dict.fromkeys(CITYSCAPES_IDS, IGNORED)
         places |= {value: place for place, value in enumerate(vocabulary.ids)}
     else:
@@ -437,7 +455,7 @@ def open_segmentation(name: str, root: str | Path) -> DataSet[SegmentedImage]:
         "names": vocabulary.source,
         **_doubled(vocabulary.names),
     }
-    description |= {"split": "val"} if name in LAYOUTS else {}
+    description |= {"split": split} if name in LAYOUTS else {}
     return DataSet(name, samples, vocabulary.names, vocabulary.background, description)
 
 
@@ -447,9 +465,9 @@ def _own_places(vocabulary: Vocabulary, name: str) -> dict[int, int]:
     return {place: place for place in range(len(vocabulary.names))}
 
 
-def _panoptic(coco: Path) -> DataSet[SegmentedImage]:
+def _panoptic(coco: Path, split: Split) -> DataSet[SegmentedImage]:
     """Things and stuff of COCO's panoptic task; what no segment covers is ignored."""
-    layout, file = LAYOUTS["panoptic133"], coco / "annotations/panoptic_val2017.json"
+    layout, file = _layout("panoptic133", split, ""), coco / f"annotations/panoptic_{split}2017.json"
     content = _read_json(_require(file, layout))
     categories = sorted(_get(content, "categories", file), key=lambda category: _get(category, "id", file))
     places = {category["id"]: place for place, category in enumerate(categories)}
@@ -462,13 +480,19 @@ def _panoptic(coco: Path) -> DataSet[SegmentedImage]:
         segments = _get(annotation, "segments_info", file)
         if annotation["image_id"] not in images or not {_get(s, "category_id", file) for s in segments} <= set(places):
             raise ValueError(f"{file}: {annotation.get('file_name')} is of an image or a category not in the file.")
-        image = _require(coco / "val2017" / images[annotation["image_id"]], layout)
-        segment_map = coco / "annotations/panoptic_val2017" / _get(annotation, "file_name", file)
+        image = _require(coco / f"{split}2017" / images[annotation["image_id"]], layout)
+        segment_map = coco / f"annotations/panoptic_{split}2017" / _get(annotation, "file_name", file)
         of_segments = {0: IGNORED} | {_get(s, "id", file): places[s["category_id"]] for s in segments}
         reader = partial(_read_segment_map, _require(segment_map, layout), image, of_segments)
         samples.append(SegmentedImage(image.stem, partial(_read_image, image), reader))
     source = f"{file.name}, without the endings -other, -stuff and -merged"
-    description = {"path": str(file), "images": len(samples), "names": source, "split": "val2017", **_doubled(names)}
+    description = {
+        "path": str(file),
+        "images": len(samples),
+        "names": source,
+        "split": f"{split}2017",
+        **_doubled(names),
+    }
     return DataSet("panoptic133", samples, names, description=description)
 
 

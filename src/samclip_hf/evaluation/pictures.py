@@ -1,6 +1,7 @@
 """What panels and the command line show: pixels with labels, masks, prompts and words on them."""
 
 import colorsys
+import textwrap
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,12 +15,14 @@ def colour_of(number: int, saturation: float = 0.8) -> tuple[int, int, int]:
 
 
 def captioned(pixels: np.ndarray, lines: Sequence[str]) -> np.ndarray:
-    """The image `(height, width, 3)`, darkened, with lines of text over it."""
+    """The image `(height, width, 3)`, darkened, with lines of text over it, wrapped where they are longer."""
     image = Image.fromarray((pixels * 0.45).astype(np.uint8))
     scale = max(1.0, 256 / min(image.size))  # letters need pixels
     image = image.resize((round(image.width * scale), round(image.height * scale)))
-    font = ImageFont.load_default(size=max(10, image.height // 16))
-    ImageDraw.Draw(image).multiline_text((4, 4), "\n".join(lines), fill="white", font=font)
+    font = ImageFont.load_default(size=max(10, min(image.size) // 16))
+    letters = max(1, int((image.width - 8) / font.getlength("abcdefghij ") * 11))  # in a line, of the usual width
+    text = "\n".join(textwrap.fill(line, letters, subsequent_indent="  ") for line in lines)
+    ImageDraw.Draw(image).multiline_text((4, 4), text, fill="white", font=font)
     return np.asarray(image)
 
 

@@ -30,7 +30,7 @@ PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
 class Probing(Task):
     """
     train, test (`DataSet`):
-        Of one list of classes, and of known lengths.
+        Of one list of classes and of known lengths, and not the same images. `ValueError` otherwise.
     size (`int`):
         Side in pixels of the squares that images are stretched to. A SAM takes its own size only, and so gets that.
     seed (`int`):
@@ -41,6 +41,11 @@ class Probing(Task):
         for data in (train, test):
             if not hasattr(data.samples, "__len__"):
                 raise ValueError(f"{data.name} is a stream: probing needs to know how many samples there are.")
+        places = [(data.description.get("path"), data.description.get("split")) for data in (train, test)]
+        if places[0] == places[1] != (None, None):
+            raise ValueError(f"{train.name} would be learnt from and judged by: give another split to learn from.")
+        if train.names != test.names:
+            raise ValueError(f"{train.name} and {test.name} do not have the same classes in the same order.")
         self.train, self.test, self.size, self.seed = train, test, size, seed
 
     def applies_to(self, model: Candidate) -> bool:

@@ -1,5 +1,6 @@
 """What comes out of an evaluation: `results.json`, a table beside the paper's figures, panels, model-index data."""
 
+import hashlib
 import json
 import os
 import platform
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from accelerate import PartialState
 from huggingface_hub import EvalResult
 
 from .models import Candidate, SamClip
@@ -28,7 +31,7 @@ class Results:
     folder (`Path`):
         Of `results.json`; what it holds already is taken over.
     command (`str`):
-        To stand in it.
+        To stand in it, with the versions that are installed; every figure also keeps those that it came from.
     """
 
     def __init__(self, folder: Path, command: str):
@@ -44,7 +47,8 @@ class Results:
         entry = self.content["tasks"].get(key, {"protocol": None})
         if entry["protocol"] != jsonable(task.describe()):
             return False
-        return entry["models"].get(model.name, {}).get("identity") == identity(model)
+        of_model = entry["models"].get(model.name, {"identity": None})
+        return of_model["identity"] == identity(model) and of_model.get("dtype", "float32") == dtype(model)
 
     def add(self, key: str, task: Task, model: Candidate, outcome: Outcome) -> None:
         """Figures of another protocol under the same key are dropped: they cannot be compared."""
@@ -55,9 +59,12 @@ class Results:
         entry["models"][model.name] = {
             "kind": type(model).__name__,
             "identity": identity(model),
+            "dtype": dtype(model),
             "figures": outcome.figures,
             "num_samples": outcome.num_samples,
             "seconds": round(outcome.seconds, 1),
+            "command": self.content["command"],
+            "environment": self.content["environment"],
         }
         if untrained := model.untrained:
             entry["models"][model.name]["random weights"] = untrained
@@ -143,21 +150,29 @@ def identity(model: Candidate) -> str:
             parts.append((folder / "config.json").read_text())  # as it is there: defaults change with versions
         else:
             parts.append(f"{part.name_or_path}@{part.config._commit_hash}")
-    import hashlib
-
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def dtype(model: Candidate) -> str:
+    """What it computes in, such as "float32"."""
+    return str(model.models[0].dtype).removeprefix("torch.")
+
+
+def device_name() -> str:
+    """What is computed on."""
+    device = PartialState().device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
 
 
 def environment() -> dict[str, str]:
     """Versions, and what was computed on."""
-    import torch
-
     versions = {name: metadata.version(name) for name in PACKAGES if installed(name)}
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     commit = subprocess.run(
         ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
     ).stdout.strip()
-    return {"python": platform.python_version(), **versions, "device": device} | ({"commit": commit} if commit else {})
+    return {"python": platform.python_version(), **versions, "device": device_name()} | (
+        {"commit": commit} if commit else {}
+    )
 
 
 def installed(name: str) -> bool:
@@ -184,6 +199,7 @@ def model_index(results: dict[str, Any], name: str) -> list[EvalResult]:
             continue
         for figure, value in entry["models"][name]["figures"].items():
             if value is not None and not figure.startswith(PER_CLASS):
+                label = figure + (" (random weights)" if "random weights" in entry["models"][name] else "")
                 entries.append(
                     EvalResult(
                         task_type=task_types.get(protocol, "image-segmentation"),
@@ -191,7 +207,7 @@ def model_index(results: dict[str, Any], name: str) -> list[EvalResult]:
                         dataset_type=data,
                         dataset_name=data,
                         metric_type=figure,
-                        metric_name=figure,
+                        metric_name=label,
                         metric_value=round(value, 4),
                     )
                 )
@@ -223,9 +239,11 @@ def draw_panel(protocol: Protocol, model: Candidate, outcome: Outcome, path: Pat
             axis.axis("off")
         for axis, (caption, picture) in zip(row, pictures, strict=False):
             axis.imshow(picture)
-            axis.set_title(caption if axis is not row[0] else f"{title}\n{caption}", fontsize=8)
+            axis.set_title(caption if axis is not row[0] else f"{title}\n{caption}", fontsize=8, parse_math=False)
     main_figure, value = next(iter(outcome.figures.items()))
-    figure.suptitle(f"{protocol.name}:{protocol.data.name}, {model.name}: {main_figure} {shown(value)}", fontsize=10)
+    name = f"{model.name} (random weights)" if model.untrained else model.name
+    title = f"{protocol.name}:{protocol.data.name}, {name}: {main_figure} {shown(value)}"
+    figure.suptitle(title, fontsize=10, parse_math=False)  # a dollar sign is one
     figure.tight_layout()
     figure.savefig(path, dpi=100)
     plt.close(figure)

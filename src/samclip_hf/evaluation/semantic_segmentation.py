@@ -81,8 +81,8 @@ class LabelMaps(Protocol[SegmentedImage]):
         for sample in samples:
             predicted, truth = self.predict(model, sample.image()), sample.label_map()
             metrics["mean_iou"].add(prediction=predicted, reference=truth)
-            counts = truth != IGNORED
-            scores.append(float((predicted[counts] == truth[counts]).mean()) if counts.any() else 1.0)
+            own = metrics["mean_iou"].image_mean_iou(predicted, truth)
+            scores.append(1.0 if own is None else own)
         return scores
 
     def figures(self, metrics) -> dict[str, float | None]:
