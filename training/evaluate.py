@@ -96,6 +96,16 @@ PROTOCOLS = (
     *("linear-probe", "head-probe", "cost"),
 )
 UNSIZED = ("instances", "prompts", "cascade", "cost")  # every model sees its own size
+# Which protocols heed an option: one that none of those asked for heeds is an error.
+OPTIONS = {
+    "limit": PROTOCOLS[:-1],
+    "size": tuple(protocol for protocol in PROTOCOLS if protocol not in UNSIZED),
+    "window": ("semantic",),
+    "background_threshold": ("semantic", "composed", "cascade"),
+    "steps": ("head-probe",),
+    "train_data": ("linear-probe", "head-probe"),
+    "detections": ("instances",),
+}
 
 
 def tasks_on(protocol: str, data: str, arguments: argparse.Namespace) -> dict[str, Task]:
@@ -158,11 +168,13 @@ def of_miniature(name: str) -> bool:
 def chosen(names: list[str], arguments: argparse.Namespace) -> dict[str, Task]:
     """The tasks that the names mean. Of the miniature's also several: by what comes before ":" or "@"."""
     available = miniature_tasks(arguments.seed, arguments.share)
-    options = ("limit", "background_threshold", "window", "steps", "train_data", "detections")
-    given = [option for option in options if getattr(arguments, option) is not None]
-    given += ["size"] * (arguments.size != [None])
-    if given and all(of_miniature(name) for name in names):
-        sys.exit(f"The miniature's tasks have their own sizes and data: --{given[0]} is for others. See --share.")
+    for option, protocols in OPTIONS.items():
+        given = getattr(arguments, option) not in (None, [None])
+        if given and not any(name.split(":")[0] in protocols for name in names if not of_miniature(name)):
+            sys.exit(
+                f"--{option} is for {', '.join(protocols)}, on other data than the miniature's, which has its own; no "
+                f"such task is asked for: {', '.join(names)}."
+            )
     if names == ["all"]:
         return available
     wanted: dict[str, Task] = {}

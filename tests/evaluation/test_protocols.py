@@ -304,6 +304,8 @@ class TestOfRealModels:
         (tmp_path / "config.json").write_text('{"model_type": "bert"}')
         with pytest.raises(ValueError, match="of type 'bert'"):
             load(str(tmp_path))
+        with pytest.raises(FileNotFoundError, match=r"There is no folder /.*nowhere"):
+            load(str(tmp_path / "nowhere"))
 
     def test_accuracy_is_that_of_a_direct_computation(self, clip):
         figures = tasks(share=0.1)["classification:miniature@64"].run(clip).figures
@@ -520,8 +522,9 @@ def test_what_is_not_wholly_done_is_done_again(script, tmp_path, monkeypatch):
     [
         (["--limit", "0"], "--limit is 1 or more, got 0"),
         (["--size", "64", "-1"], "--size is 1 or more"),
-        (["--limit", "5"], "--limit is for others"),
-        (["--task", "semantic:miniature@96", "--size", "64"], "--size is for others"),
+        (["--limit", "5"], "--limit is for classification, retrieval"),
+        (["--task", "semantic:miniature@96", "--size", "64"], "on other data than the miniature's, which has its own"),
+        (["--task", "prompts:tars", "--detections", "boxes.json"], "--detections is for instances, on other data"),
         (["--task", "cost:1024"], "such as cost:768x1024"),
         (["--task", "klassification:photos"], "There are: classification, retrieval"),
     ],

@@ -9,6 +9,7 @@ torch.Size([1, 128])
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -379,7 +380,7 @@ def load(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = tor
     """
     A model by its folder or name on the Hub: a SAM-CLIP, a SAM, a CLIP, a SigLIP, or "SAM+CLIP", the cascade of two.
 
-    Raises `ValueError` for another kind of model.
+    Raises `ValueError` for another kind of model, `OSError` where there is none.
     """
     if "+" in name:
         sam, clip = (load(part, device, dtype) for part in name.split("+", 1))
@@ -392,6 +393,8 @@ def load(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = tor
         "clip": (CLIPModel, Clip),
         "siglip": (SiglipModel, Siglip),
     }
+    if Path(name).is_absolute() and not Path(name).is_dir():
+        raise FileNotFoundError(f"There is no folder {name}.")  # the Hub would complain of slashes
     model_type = AutoConfig.from_pretrained(name).model_type
     if model_type not in kinds:
         raise ValueError(
