@@ -22,12 +22,14 @@ tables: $(VENV)/installed
 app: $(VENV)/installed
 	$(BIN)/python demo/app.py
 
+# A process a core with one thread each: more threads than cores, which wait for one another, take several times as long.
+test test-app: export OMP_NUM_THREADS = 1
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 # The app in a real Chromium: Debian's, installed where there is none and it can be. Without one, the page's tests skip.
 test-app: $(VENV)/installed chromium
-	$(BIN)/python -m pytest -rs tests/test_app.py
+	$(BIN)/python -m pytest -rs -m browser tests/test_app.py
 
 # The app's pictures in docs/pictures. To be committed.
 screenshots: $(VENV)/installed chromium

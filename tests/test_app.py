@@ -627,6 +627,7 @@ def page(browser, server):
     assert browser.complaints() == []
 
 
+@pytest.mark.browser
 @needs_chromium
 class TestPage:
     def test_it_opens_with_a_scene_and_says_that_this_is_the_miniature(self, page, app):

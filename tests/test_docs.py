@@ -1,11 +1,14 @@
 """What README and docs/ tell people to type works: Python runs, commands and their options exist."""
 
+import io
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from functools import cache
 from pathlib import Path
 
@@ -61,15 +64,24 @@ def test_python(page, tmp_path):
 
 @cache
 def help_of(*command: str) -> str:
-    run = subprocess.run([*command, "--help"], cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.lower().startswith("usage: "), run.stdout
-    return run.stdout
+    """What a script, or `-m` and a module, answers to --help; in this process, which has imported most of it."""
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed), pytest.raises(SystemExit) as finished:
+        patch.setenv("COLUMNS", "200")
+        if command[0] == "-m":
+            patch.setattr(sys, "argv", [*command[1:], "--help"])
+            runpy.run_module(command[1], run_name="__main__")
+        script = ROOT / command[0]
+        patch.setattr(sys, "argv", [str(script), "--help"])
+        patch.setattr(sys, "path", [str(script.parent), *sys.path])
+        runpy.run_path(str(script), run_name="__main__")
+    assert finished.value.code in (0, None)
+    assert printed.getvalue().startswith("usage: ")
+    return printed.getvalue()
 
 
 def check(words: list[str]) -> None:
     """That a command exists and knows its options; raises `AssertionError` otherwise."""
-    python = [sys.executable]
     match words:
         case ["make", *targets]:
             makefile = (ROOT / "Makefile").read_text()
@@ -85,16 +97,16 @@ def check(words: list[str]) -> None:
             return
         case ["accelerate", "launch", *rest]:
             place = next(place for place, word in enumerate(rest) if word.endswith(".py"))
-            known = help_of(*python, "-m", "accelerate.commands.launch") if place else ""
+            known = help_of("-m", "accelerate.commands.launch") if place else ""
             for option in options(rest[:place]):
                 assert option in known, option
-            command, rest = [*python, rest[place]], rest[place + 1 :]
+            command, rest = [rest[place]], rest[place + 1 :]
         case ["python", "-m", module, *rest]:
-            command = [*python, "-m", module]
+            command = ["-m", module]
         case ["python", script, *rest]:
-            command = [*python, script]
+            command = [script]
         case ["samclip", subcommand, *rest]:
-            command = [*python, "-m", "samclip_hf", subcommand]
+            command = ["-m", "samclip_hf", subcommand]
         case _:
             raise AssertionError(f"No test knows how to check {shlex.join(words)}")
     text = help_of(*command)
@@ -116,8 +128,14 @@ def test_commands(page):
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=name_of)
-def test_every_script_starts(script):
-    help_of(sys.executable, name_of(script))
+def test_every_script_tells_what_it_does(script):
+    help_of(name_of(script))
+
+
+def test_the_demo_starts_beside_a_script_with_the_name_of_a_library():
+    """In a process of its own, which finds training/evaluate.py where it looks for the library `evaluate`."""
+    run = subprocess.run([sys.executable, ROOT / "training/demo.py", "--help"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 def test_wrong_commands_are_found():

@@ -572,14 +572,14 @@ def test_processes_wait_for_a_slow_one(script, tmp_path, monkeypatch):
     assert given["timeout"].days >= 1
 
 
-def test_wrong_names_are_told(tmp_path):
-    run = evaluate(tmp_path, "--task", "klassification")
-    assert run.returncode != 0 and "There is no task 'klassification'. There are: classification" in run.stderr
-    run = evaluate(tmp_path, "--model", str(tmp_path / "nowhere"))
-    assert run.returncode != 0 and "cannot be loaded" in run.stderr
+def test_wrong_names_are_told(script, tmp_path):
+    with pytest.raises(SystemExit, match=r"There is no task 'klassification'\. There are: classification"):
+        script.main(["--task", "klassification", "--output_dir", str(tmp_path)])
+    with pytest.raises(SystemExit, match="nowhere cannot be loaded"):
+        script.main(["--model", str(tmp_path / "nowhere"), "--output_dir", str(tmp_path)])
 
 
-def test_folders_of_ones_own_are_judged_at_several_sizes(tmp_path):
+def test_folders_of_ones_own_are_judged_at_several_sizes(script, tmp_path):
     for name, number in (("red", 0), ("green", 1)):
         (tmp_path / "classes" / name).mkdir(parents=True)
         picture(np.full((40, 60), number)).save(tmp_path / "classes" / name / "1.png")
@@ -590,13 +590,13 @@ def test_folders_of_ones_own_are_judged_at_several_sizes(tmp_path):
     Image.fromarray(classes.astype(np.uint8)).save(tmp_path / "maps" / "labels" / "1.png")
     (tmp_path / "maps" / "classes.json").write_text(json.dumps([synonyms[0] for synonyms in NAMES]))
     chosen = ["--model", str(miniature.checkpoint()), "--data", str(tmp_path), "--size", "64", "96"]
-    run = evaluate(tmp_path / "out", *chosen, "--task", "classification:classes", "semantic:maps", "composed:maps")
-    assert run.returncode == 0, run.stderr
+    out = ["--output_dir", str(tmp_path / "out")]
+    script.main([*chosen, "--task", "classification:classes", "semantic:maps", "composed:maps", *out])
     content = json.loads((tmp_path / "out" / "results.json").read_text())
     expected = {
         f"{task}@{size}" for task in ("classification:classes", "semantic:maps", "composed:maps") for size in (64, 96)
     }
     assert set(content["tasks"]) == expected and "--size 64 96" in content["command"]
     assert (tmp_path / "out" / "semantic-maps-96-samclip.png").exists()
-    run = evaluate(tmp_path / "out", "--data", str(tmp_path), "--task", "semantic:classes")
-    assert run.returncode != 0 and "classes.json" in run.stderr
+    with pytest.raises(SystemExit, match=r"classes\.json"):
+        script.main(["--data", str(tmp_path), "--task", "semantic:classes", *out])
