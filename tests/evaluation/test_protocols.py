@@ -460,6 +460,8 @@ def test_figures_stand_beside_the_papers(tmp_path):
     model = {"kind": "SamClip", "identity": "", "figures": {"top1": 0.7}, "num_samples": 5, "seconds": 1.0}
     results.content["tasks"]["classification:imagenet@336"] = {"protocol": {}, "models": {"mine": model}}
     assert "| 0.700 | 0.724 (table 1, 6, at 336 px) | -0.024 |" in results.markdown()
+    next(iter(results.content["tasks"].values()))["protocol"]["only"] = "the first 3 samples"
+    assert "| 0.700 |  |  |" in results.markdown()  # a part says nothing about the whole
 
 
 def evaluate(output_dir: Path, *arguments: str, processes: int = 1) -> subprocess.CompletedProcess:
@@ -575,8 +577,13 @@ def test_processes_wait_for_a_slow_one(script, tmp_path, monkeypatch):
 def test_wrong_names_are_told(script, tmp_path):
     with pytest.raises(SystemExit, match=r"There is no task 'klassification'\. There are: classification"):
         script.main(["--task", "klassification", "--output_dir", str(tmp_path)])
+    models = [str(miniature.checkpoint()), str(tmp_path / "nowhere")]
     with pytest.raises(SystemExit, match="nowhere cannot be loaded"):
-        script.main(["--model", str(tmp_path / "nowhere"), "--output_dir", str(tmp_path)])
+        script.main(["--model", *models, "--task", "classification:miniature@64", "--output_dir", str(tmp_path)])
+    assert not (tmp_path / "results.json").exists()  # the first was not judged in vain
+    cascade = f"{miniature.clip_teacher()}+{miniature.sam_teacher()}"
+    with pytest.raises(SystemExit, match="A cascade is a SAM, a plus and a CLIP"):
+        script.main(["--model", cascade, "--output_dir", str(tmp_path)])
 
 
 def test_folders_of_ones_own_are_judged_at_several_sizes(script, tmp_path):

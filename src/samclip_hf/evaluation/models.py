@@ -376,30 +376,47 @@ def padded_square(pixels: np.ndarray, colour: np.ndarray) -> np.ndarray:
     return square
 
 
+KINDS: dict[str, tuple[type, type[Candidate]]] = {
+    "samclip": (SamClipForImageSegmentation, SamClip),
+    "sam": (SamModel, Sam),
+    "clip": (CLIPModel, Clip),
+    "siglip": (SiglipModel, Siglip),
+}
+
+
+def kind_of(name: str) -> tuple[type, type[Candidate]]:
+    """
+    The classes of a model by its folder or name on the Hub, from its configuration alone.
+
+    Raises `ValueError` for another kind of model, `OSError` where there is none.
+    """
+    if Path(name).is_absolute() and not Path(name).is_dir():
+        raise FileNotFoundError(f"There is no folder {name}.")  # the Hub would complain of slashes
+    model_type = AutoConfig.from_pretrained(name).model_type
+    if model_type not in KINDS:
+        raise ValueError(
+            f"{name} is a model of type {model_type!r}; a SAM-CLIP, a SAM, a CLIP and a SigLIP can be judged."
+        )
+    return KINDS[model_type]
+
+
+def check(name: str) -> None:
+    """Raises what `load` would, short of reading weights."""
+    kinds = [kind_of(part)[1] for part in name.split("+", 1)]
+    if len(kinds) == 2 and not (issubclass(kinds[0], Promptable) and issubclass(kinds[1], ImageText)):
+        raise ValueError(f"A cascade is a SAM, a plus and a CLIP, in that order; got {name!r}.")
+
+
 def load(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Candidate:
     """
     A model by its folder or name on the Hub: a SAM-CLIP, a SAM, a CLIP, a SigLIP, or "SAM+CLIP", the cascade of two.
 
     Raises `ValueError` for another kind of model, `OSError` where there is none.
     """
+    check(name)
     if "+" in name:
         sam, clip = (load(part, device, dtype) for part in name.split("+", 1))
-        if not isinstance(sam, Promptable) or not isinstance(clip, ImageText):
-            raise ValueError(f"A cascade is a SAM, a plus and a CLIP, in that order; got {name!r}.")
-        return Cascade(sam, clip)
-    kinds: dict[str, tuple[type, type[Candidate]]] = {
-        "samclip": (SamClipForImageSegmentation, SamClip),
-        "sam": (SamModel, Sam),
-        "clip": (CLIPModel, Clip),
-        "siglip": (SiglipModel, Siglip),
-    }
-    if Path(name).is_absolute() and not Path(name).is_dir():
-        raise FileNotFoundError(f"There is no folder {name}.")  # the Hub would complain of slashes
-    model_type = AutoConfig.from_pretrained(name).model_type
-    if model_type not in kinds:
-        raise ValueError(
-            f"{name} is a model of type {model_type!r}; a SAM-CLIP, a SAM, a CLIP and a SigLIP can be judged."
-        )
-    model_class, candidate_class = kinds[model_type]
+        return Cascade(sam, clip)  # type: ignore[arg-type]  # checked above
+    model_class, candidate_class = kind_of(name)
     model = model_class.from_pretrained(name, dtype=dtype).to(device)  # type: ignore[attr-defined]
     return candidate_class(name, model, AutoProcessor.from_pretrained(name))

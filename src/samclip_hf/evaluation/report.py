@@ -19,6 +19,7 @@ from .models import Candidate, SamClip
 from .protocol import Outcome, Protocol, Task
 
 PER_CLASS = "iou: "  # figures of single classes, too many for a table
+MODEL_FILES = ("config.json", "processor_config.json", "preprocessor_config.json", "tokenizer.json")
 PACKAGES = ("samclip-hf", "torch", "torchvision", "transformers", "accelerate", "evaluate", "datasets", "numpy")
 PAPER = json.loads((resources.files(__package__) / "paper.json").read_text())
 
@@ -77,8 +78,8 @@ class Results:
         os.replace(temporary, self.path)
 
     def markdown(self) -> str:
-        """All figures but those of single classes, models in columns; where the paper has the figure too, its
-        SAM-CLIP's and, for a SAM-CLIP, by how much that is missed or passed."""
+        """All figures but those of single classes, models in columns; where the paper has the figure too, of whole
+        data sets, its SAM-CLIP's and, for a SAM-CLIP, by how much that is missed or passed."""
         tasks = self.content["tasks"]
         names = list(dict.fromkeys(name for entry in tasks.values() for name in entry["models"]))
         random = {
@@ -102,7 +103,8 @@ class Results:
                 values = {name: entry["models"].get(name, {}).get("figures", {}).get(figure) for name in names}
                 row = [key, figure, *(shown(value) for value in values.values())]
                 if has_paper:
-                    paper = PAPER.get(key.partition("@")[0], {}).get(figure)
+                    whole = "only" not in entry["protocol"]
+                    paper = PAPER.get(key.partition("@")[0], {}).get(figure) if whole else None
                     row.append("" if paper is None else f"{paper['value']:.3f} (table {paper['table']})")
                     row += [
                         "" if paper is None or values[n] is None else f"{values[n] - paper['value']:+.3f}"
@@ -140,14 +142,15 @@ def jsonable(value: Any) -> Any:
 
 
 def identity(model: Candidate) -> str:
-    """Changes when the weights do: the Hub's commit, or a folder's configuration, sizes and times of its weights."""
+    """Changes when the model does: the Hub's commit, or a folder's files, of its weights their sizes and times."""
     parts = []
     for part in model.models:
         folder = Path(part.name_or_path)
         if folder.is_dir():
             files = sorted(folder.glob("*.safetensors"))
             parts += [f"{f.name} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files]
-            parts.append((folder / "config.json").read_text())  # as it is there: defaults change with versions
+            # As they are there: defaults change with versions.
+            parts += [(folder / name).read_text() for name in MODEL_FILES if (folder / name).is_file()]
         else:
             parts.append(f"{part.name_or_path}@{part.config._commit_hash}")
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
