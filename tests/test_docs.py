@@ -93,7 +93,7 @@ def check(words: list[str]) -> None:
             known = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
             assert {extra for names in extras for extra in names.split(",")} <= set(known), words
             return
-        case ["hf", *_]:
+        case ["hf", *_] | ["pip", "wheel", *_]:
             return
         case ["accelerate", "launch", *rest]:
             place = next(place for place, word in enumerate(rest) if word.endswith(".py"))
