@@ -55,21 +55,25 @@ def main(argv: list[str]) -> None:
 
     causes: Counter[str] = Counter()
     samples = 0
+    parts = fill(
+        arguments.output_dir,
+        teacher,
+        streams,
+        description,
+        own,
+        arguments.batch_size,
+        arguments.num_workers,
+        state.device,
+    )
     with tqdm(total=len(own), initial=done, unit="shard", disable=not state.is_main_process) as progress:
-        for part in fill(
-            arguments.output_dir,
-            teacher,
-            streams,
-            description,
-            own,
-            arguments.batch_size,
-            arguments.num_workers,
-            state.device,
-        ):
-            samples += part["samples"]
-            causes.update(part["causes"])
-            progress.update(part["is_last"])
-            progress.set_postfix(images=samples, unusable=causes.total())
+        try:
+            for part in parts:
+                samples += part["samples"]
+                causes.update(part["causes"])
+                progress.update(part["is_last"])
+                progress.set_postfix(images=samples, unusable=causes.total())
+        except OSError as error:  # a full disk
+            sys.exit(f"Stopped. {error}\nShards that were finished are kept: the same command goes on from there.")
     print(f"{samples} images embedded, {causes.total()} of which cannot be used, by cause: {dict(causes)}.")
     if lost := causes[UNREADABLE_SHARD]:
         sys.exit(

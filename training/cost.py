@@ -63,12 +63,14 @@ class Costs:
     def __init__(self, args: SamClipTrainingArguments):
         self.args = args
         sam_config = config_of(SamConfig, args.sam_teacher, {})
+        student_config = config_of(SamConfig, args.sam_student, {}) if args.sam_student else sam_config
         clip_config = config_of(CLIPConfig, args.clip_teacher, VIT_L_14)
         head = {"num_hidden_layers": args.clip_head_layers}
         with torch.device("meta"):
             self.clip_teacher = AutoModel.from_config(clip_config).requires_grad_(False)
             self.sam_teacher = SamModel(sam_config).requires_grad_(False)
-            student = SamClipModel.from_teachers(self.sam_teacher, self.clip_teacher, head).train()
+            base = SamModel(student_config)
+            student = SamClipModel.from_teachers(base, self.clip_teacher, head).train()
             # The fused kernels count what they do, which is more than has to be done.
             student.set_attn_implementation("eager")
             freeze(student, args.stage)

@@ -19,6 +19,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import yaml
+from safetensors import SafetensorError
 from transformers import AutoImageProcessor, AutoTokenizer, HfArgumentParser, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -120,12 +121,21 @@ def main(argv: list[str]) -> None:
         state = Path(checkpoint) / TRAINER_STATE_NAME
         if not state.is_file():
             sys.exit(f"Training did not start. There is no checkpoint to resume from in {str(checkpoint)!r}.")
-        if TrainerState.load_from_json(str(state)).global_step >= args.max_steps:
+        try:
+            step = TrainerState.load_from_json(str(state)).global_step
+        except (ValueError, TypeError) as error:
+            sys.exit(f"Training did not start. {checkpoint} is not complete, its writing was interrupted: {error}")
+        if step >= args.max_steps:
             if (Path(args.output_dir) / "train_results.json").is_file():
                 sys.exit(f"Training did not start. {checkpoint} has all of its {args.max_steps} steps, and the model.")
-            trainer._load_from_checkpoint(str(checkpoint))  # it was stopped before it saved the model
+            try:
+                trainer._load_from_checkpoint(str(checkpoint))  # it was stopped before it saved the model
+            except (OSError, DataError) as error:
+                sys.exit(f"Training did not start. {error}")
             save(trainer, {})
             return
+    if trainer.is_world_process_zero():  # it vouches for the model there, which is about to be an older one
+        (Path(args.output_dir) / "train_results.json").unlink(missing_ok=True)
     try:
         result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except (OSError, DataError, FloatingPointError) as error:  # a full disk, bad data, gradients that are no numbers
@@ -140,19 +150,33 @@ def main(argv: list[str]) -> None:
             file=sys.stderr,
         )
         sys.exit(128 + trainer.interruption.signal)
+    if not result.metrics["train_images_seen"]:
+        sys.exit(
+            "Training stopped: not one sample could be used, so nothing was learnt. By cause: "
+            f"{ {name: n for name, n in result.metrics.items() if name.startswith('skipped_')} }."
+        )
     save(trainer, result.metrics)
 
 
 def save(trainer: SamClipTrainer, metrics: dict[str, float]) -> None:
     """The model and what is said of it, into the output folder; with LoRA merged, and the adapters beside it."""
-    if trainer.args.lora_r:
-        if trainer.is_world_process_zero():
-            trainer.model.save_pretrained(Path(trainer.args.output_dir) / "adapter")
-        trainer.model = trainer.model.merge_and_unload()  # a plain checkpoint, for the next stage and everyone else
-    trainer.save_model()
-    trainer.save_state()
-    trainer.save_metrics("train", metrics)
-    trainer.save_provenance(metrics)
+    try:
+        if trainer.args.lora_r:
+            if trainer.is_world_process_zero():
+                trainer.model.save_pretrained(Path(trainer.args.output_dir) / "adapter")
+            trainer.model = (
+                trainer.model.merge_and_unload()
+            )  # a plain checkpoint, for the next stage and everyone else
+        trainer.save_model()
+        trainer.save_state()
+        trainer.save_provenance(metrics)
+        trainer.save_metrics("train", metrics)  # last: it says that the model is there
+    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk, by Python, torch and safetensors
+        sys.exit(
+            f"All steps are done, but the model could not be written to {trainer.args.output_dir}: {error}\n"
+            "The same command with --resume_from_checkpoint true writes it from the last checkpoint, when there is "
+            "space."
+        )
     if trainer.args.push_to_hub:
         try:
             trainer.push_to_hub()

@@ -126,8 +126,17 @@ def test_lanes_divide_their_number_and_have_shards(num_shards, lanes):
 
 
 def test_a_stream_of_nothing_ends_with_a_sentence():
-    with pytest.raises(ValueError, match="no samples"):
+    with pytest.raises(ValueError, match="The stream of a0 holds no samples"):
         keys(mix(Numbers([0, 0])), [0])
+    held_out = Stream(Numbers([3]), held_out_share=1e-9).complement()
+    with pytest.raises(ValueError, match=r"holds no samples that are held out, with held_out_share 1e-09. Raise that"):
+        Lane(held_out, seed=0, lane=0, num_lanes=1, window=1).sample(0)
+
+
+def test_a_share_of_which_nothing_would_be_drawn_is_refused():
+    with pytest.raises(ValueError, match=r"0\.0004 of the shares .* is so small"):
+        mix(Numbers([3]), Numbers([3], "b"), shares=[1.0, 0.0004])
+    mix(Numbers([3]), Numbers([3], "b"), shares=[1.0, 0.001])
 
 
 class Flaky(Numbers):

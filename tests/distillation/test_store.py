@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessor
 
-from samclip_hf.distillation import ClipTeacher, DataError, TeacherStore
+from samclip_hf.distillation import ClipTeacher, DataError, TeacherStore, store
 from samclip_hf.distillation.store import shard_path
 from samclip_hf.distillation.streams import open_stream
 
@@ -110,6 +110,21 @@ def test_what_cannot_be_used_is_counted_and_has_no_embedding(cache_teacher, argu
     TeacherStore(tmp_path / "store").attach([stream])
     embeds = [sample["embeds"] for _, sample in stream.read(0)]
     assert [np.isnan(e).all() for e in embeds] == [False, True, False] and embeds[0].shape == (2, 20)
+
+
+def test_a_full_disk_keeps_what_is_finished(cache_teacher, arguments, tmp_path, monkeypatch):
+    write = store.pq.write_table
+
+    def until_full(table, path):
+        path.write_bytes(b"half of it")
+        if path.name.startswith("000001"):
+            raise OSError(28, "No space left on device")
+        write(table, path)
+
+    monkeypatch.setattr(store.pq, "write_table", until_full)
+    with pytest.raises(SystemExit, match="No space left on device\nShards that were finished are kept"):
+        cache_teacher(arguments)
+    assert [path.name for path in (tmp_path / "store" / "00").iterdir()] == ["000000.parquet"]
 
 
 def test_another_store_is_not_overwritten(cache_teacher, arguments):

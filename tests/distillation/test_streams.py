@@ -1,6 +1,7 @@
 import dataclasses
 import io
 import json
+import zipfile
 from collections import Counter
 from itertools import islice
 
@@ -334,7 +335,45 @@ def test_too_many_samples_that_cannot_be_used_end_the_training(tmp_path, monkeyp
     monkeypatch.setattr(StepLoader, "MIN_SEEN", 10)
     write_tar(tmp_path / "0.tar", {"0.jpg": b"no picture", "1.jpg": jpeg(1), "2.jpg": jpeg(2), "3.jpg": jpeg(3)})
     with pytest.raises(
-        DataError, match=r"3 of the last 12 samples could not be used\..* max_bad_share, 0\.2.*{'broken image': 3}"
+        DataError,
+        match=r"3 of the last 12 samples of clip_data could not be used\..* max_bad_share, 0\.2.*{'broken image': 3}",
     ):
         list(islice(step_loader(clip=clip_batches(tmp_path), max_bad_share=0.2), 9))
     assert len(list(islice(step_loader(clip=clip_batches(tmp_path), max_bad_share=0.25), 9))) == 9
+
+
+def test_sam_data_that_cannot_be_used_end_the_training_however_few_they_are_beside_the_others(
+    photos, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(StepLoader, "MIN_SEEN", 10)
+    mask = np.zeros((40, 60), bool)
+    mask[10:30, 10:30] = True
+    good = json.dumps({"annotations": [annotation(mask)]}).encode()
+    write_tar(tmp_path / "0.tar", {"0.jpg": jpeg(0), "0.json": b"{", "1.jpg": jpeg(1), "1.json": good})
+    tasks = {"clip": clip_batches(photos, batch_size=64), "sam": sam_batches(tmp_path)}
+    with pytest.raises(DataError, match="5 of the last 10 samples of sam_data could not be used"):
+        list(islice(step_loader(**tasks, max_bad_share=0.1), 9))
+
+
+def test_data_of_which_nothing_can_be_used_end_the_training_early(tmp_path):
+    write_tar(tmp_path / "0.tar", {f"{number}.jpg": b"no picture" for number in range(5)})
+    loader = step_loader(clip=clip_batches(tmp_path, batch_size=10), max_bad_share=0.1)
+    with pytest.raises(DataError, match="50 of the last 50 samples of clip_data could not be used"):
+        list(islice(loader, 9))
+    assert loader.state["item"] == 5
+
+
+def test_pictures_in_an_archive_are_read(tmp_path):
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+        for number in range(4):
+            archive.writestr(f"dog/{number}.jpg", jpeg(number))
+    loader = step_loader(clip=clip_batches(tmp_path))
+    assert next(iter(loader))["shares"] == {"clip": 1.0}
+    assert loader.state["skipped"] == {}
+
+
+def test_masks_of_another_size_than_the_image_are_not_decoded(sa1b, monkeypatch):
+    _, sample = next(open_stream(str(sa1b), with_masks=True).read(0))
+    monkeypatch.setattr(streams.coco_mask, "decode", lambda segmentation: pytest.fail("decoded"))
+    with pytest.raises(SkippedSampleError, match="mask and image differ in size"):
+        streams.draw_masks(sample, 2, np.random.default_rng(0), (60, 40))

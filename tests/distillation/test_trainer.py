@@ -327,6 +327,8 @@ def test_a_clip_teacher_with_another_text_space_is_refused(model, clip_teacher):
         ({"clip_sizes": [30]}, r"clip_sizes \[30\] are not multiples of the student's patch size, 8"),
         ({"min_crop": 0.0}, "min_crop is a share"),
         ({"sam_batch_size": 0}, "sam_batch_size must be 1 or more, got 0"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be 1 or more, got 0"),
+        ({"learning_rate": -1e-3}, "learning_rate must be 0 or more, got -0.001"),
         ({"stage": 4}, "stage must be 1, 2 or 3, got 4"),
         ({"sam_data": ["/nowhere/sa1b"]}, "No data at '/nowhere/sa1b'"),
     ],

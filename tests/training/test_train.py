@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from transformers import SamConfig, SamModel
 
 from samclip_hf import SamClipModel, miniature
@@ -144,6 +145,52 @@ def test_a_folder_that_holds_another_run_is_left_alone(train, recipe, tmp_path, 
         train.main([path, "--max_steps", "2", "--stage", "3", "--resume_from_checkpoint", "true"])
 
 
+def test_a_longer_run_that_did_not_save_its_model_is_not_taken_for_finished(train, recipe, tmp_path, monkeypatch):
+    settings = ["stage: 1", "max_steps: 1", "clip_sizes: [64]", "clip_batch_size: 2", "shuffle_buffer: 2"]
+    path = recipe("\n".join([*settings, "report_to: none", "save_steps: 1", "lr_scheduler_type: constant"]))
+    train.main([path])
+    shorter = load_file(tmp_path / "run" / "model.safetensors")
+    longer = [path, "--max_steps", "2", "--resume_from_checkpoint", "true"]
+
+    def full(*args, **kwargs):
+        raise SafetensorError("No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            train.SamClipTrainer, "save_model", lambda *args, _internal_call=False: _internal_call or full()
+        )
+        with pytest.raises(
+            SystemExit, match=r"All steps are done, but the model could not be written .*No space left"
+        ):
+            train.main(longer)
+    shutil.copy(
+        tmp_path / "run" / "model.safetensors", tmp_path / "run" / "checkpoint-2"
+    )  # which was patched away too
+    weights = {name: value + 1 for name, value in shorter.items()}
+    save_file(weights, tmp_path / "run" / "checkpoint-2" / "model.safetensors", metadata={"format": "pt"})
+    train.main(longer)
+    for name, value in load_file(tmp_path / "run" / "model.safetensors").items():
+        assert torch.equal(value, weights[name]), name
+
+
+def test_a_half_written_checkpoint_named_outright_is_refused(train, recipe, tmp_path):
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1" / "trainer_state.json").write_text("{")
+    path = recipe("stage: 1\nmax_steps: 2\nclip_sizes: [64]")
+    with pytest.raises(SystemExit, match="checkpoint-1 is not complete"):
+        train.main([path, "--resume_from_checkpoint", str(tmp_path / "checkpoint-1")])
+
+
+def test_a_model_that_learnt_from_nothing_is_not_saved(train, recipe, tmp_path):
+    for number in range(4):
+        (tmp_path / f"{number}.jpg").write_bytes(b"no picture")
+    settings = ["stage: 1", "max_steps: 2", "clip_sizes: [64]", "clip_batch_size: 2", "save_strategy: 'no'"]
+    path = recipe("\n".join([*settings, "report_to: none", f"clip_data: ['{tmp_path}/*.jpg']"]))
+    with pytest.raises(SystemExit, match=r"not one sample could be used.*skipped_broken_image': 4"):
+        train.main([path])
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
 def test_an_argument_may_be_denied_by_its_other_name(train, recipe):
     args = train.parse_arguments([recipe("max_steps: 1"), "--no_dataloader_pin_memory"])
     assert args.dataloader_pin_memory is False
@@ -174,6 +221,14 @@ def test_costs_are_those_that_are_known(monkeypatch):
     # twice that for the student's backward pass.
     encoder_only = 4 * 0.972e12
     assert encoder_only < cost.Costs(args).sam(1024) < 1.35 * encoder_only
+    # A smaller student below the same teacher: one forward pass of ViT-B is left.
+    small = SamConfig(
+        vision_config={"hidden_size": 192, "num_attention_heads": 3, "global_attn_indexes": [2, 5, 8, 11]}
+    )
+    known = {"facebook/sam-vit-tiny": small}
+    monkeypatch.setattr(cost, "config_of", lambda cls, name, otherwise: known.get(name) or cls(**otherwise))
+    args.sam_student = "facebook/sam-vit-tiny"
+    assert 0.972e12 < cost.Costs(args).sam(1024) < 2.5 * 0.972e12
 
 
 def test_a_student_may_start_from_a_smaller_sam_than_its_teacher(train, recipe, tmp_path, capsys):

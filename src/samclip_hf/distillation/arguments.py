@@ -190,6 +190,7 @@ class SamClipTrainingArguments(TrainingArguments):
             "shuffle_buffer",
             "sam_shuffle_buffer",
             "eval_batches",
+            "gradient_accumulation_steps",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}.")
@@ -215,6 +216,8 @@ class SamClipTrainingArguments(TrainingArguments):
             raise ValueError(f"clip_sizes must be one or more sizes in pixels, got {self.clip_sizes}.")
         if min(self.sam_loss_weight, self.focal_weight, self.dice_weight, self.iou_head_weight) < 0:
             raise ValueError("Loss weights must be 0 or more.")
+        if not self.learning_rate >= 0:
+            raise ValueError(f"learning_rate must be 0 or more, got {self.learning_rate}.")
         if self.encoder_learning_rate_scale < 0:
             raise ValueError(f"encoder_learning_rate_scale must be 0 or more, got {self.encoder_learning_rate_scale}.")
         if self.clip_head_layers < 1:

@@ -145,7 +145,7 @@ class SamBatches:
         `student_images`."""
         image = decode_image(raw)
         rng = sample_rng(seed, epoch, raw["key"])
-        masks = draw_masks(raw, self.masks_per_image, rng)
+        masks = draw_masks(raw, self.masks_per_image, rng, (image.height, image.width))
         return self._prompt(image, masks, rng, prompt, student_size)
 
     def blank(self, prompt: str, student_size: int) -> dict[str, np.ndarray]:
@@ -156,8 +156,6 @@ class SamBatches:
     def _prompt(
         self, image: Image.Image, masks: list[np.ndarray], rng: np.random.Generator, prompt: str, student_size: int
     ) -> dict[str, np.ndarray]:
-        if any(mask.shape != (image.height, image.width) for mask in masks):
-            raise SkippedSampleError("mask and image differ in size")
         scale = self.image_size / max(image.size)
         padded, (height, width) = _pad(image, self.image_size)
         sample = {"images": padded, "content_sizes": np.array([height, width])}
@@ -269,11 +267,12 @@ class StepLoader:
     stream ([`StepStream`]):
         Where its parts come from.
     max_bad_share (`float`):
-        When more of the last thousand samples or so cannot be used, or of the shards begun so far, reading stops with
-        a [`DataError`].
+        When more of a task's last thousand samples or so cannot be used, or of the shards begun so far, reading stops
+        with a [`DataError`]; and when none of its first fifty can.
     """
 
     MIN_SEEN = 1000  # samples, before a share means something
+    MIN_SEEN_IF_NONE = 50  # before it means something that none can be used
 
     def __init__(self, stream: StepStream, max_bad_share: float, num_workers: int = 0, **kwargs):
         self.parts: DataLoader = DataLoader(
@@ -287,7 +286,8 @@ class StepLoader:
         self.stream, self.max_bad_share = stream, max_bad_share
         # After the micro-batches given out so far; what was seen and skipped is this process's own.
         self.state: dict[str, Any] = {**stream.start, "seen": 0, "skipped": {}}
-        self._recent: deque[tuple[int, int]] = deque()  # samples seen and skipped, by micro-batch
+        # Of each task samples seen and skipped, by micro-batch. SAM's few are not to vanish among CLIP's many.
+        self._recent: dict[str, deque[tuple[int, int]]] = {name: deque() for name in stream.tasks}
         warn_of_shared_lanes(stream, num_workers)
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -314,20 +314,29 @@ class StepLoader:
             "seen": self.state["seen"] + seen,
             "skipped": dict(Counter(self.state["skipped"]) + skipped),
         }
-        self._recent.append((seen, skipped.total()))
-        while sum(seen for seen, _ in self._recent) - self._recent[0][0] >= self.MIN_SEEN:
-            self._recent.popleft()
-        self._judge()
+        for name, recent in self._recent.items():
+            of_task = [part["tasks"][name] for part in parts]
+            planned = sum(part["planned"] for part in of_task)
+            used = sum(len(part["samples"]["numbers"]) for part in of_task if part["samples"])
+            recent.append((planned, planned - used))
+            while sum(seen for seen, _ in recent) - recent[0][0] >= self.MIN_SEEN:
+                recent.popleft()
+            self._judge(name)
+        self._judge_shards()
 
-    def _judge(self) -> None:
-        seen, bad = (sum(numbers) for numbers in zip(*self._recent, strict=True))
-        if seen < self.MIN_SEEN:
+    def _judge(self, task: str) -> None:
+        seen, bad = (sum(numbers) for numbers in zip(*self._recent[task], strict=True))
+        if seen < (self.MIN_SEEN_IF_NONE if bad == seen else self.MIN_SEEN):
             return
         if bad > self.max_bad_share * seen:
             raise DataError(
-                f"{bad} of the last {seen} samples could not be used. That is more than max_bad_share, "
+                f"{bad} of the last {seen} samples of {task}_data could not be used. That is more than max_bad_share, "
                 f"{self.max_bad_share}: is this the right data? So far, by cause: {self.state['skipped']}."
             )
+
+    def _judge_shards(self) -> None:
+        if self.state["seen"] < self.MIN_SEEN:
+            return
         unreadable = self.state["skipped"].get(UNREADABLE_SHARD, 0)
         begun = sum(position.shards + 1 for lanes in self.state["lanes"].values() for position in lanes.values())
         if unreadable > self.max_bad_share * begun:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .streams import Stream
+from .streams import DataError, Stream
 
 MAX_EMPTY_PASSES = 10  # of a lane, which finds other shards in each
 
@@ -85,7 +85,15 @@ class Lane:
                 row = 0
             empty_passes = empty_passes + 1 if number == before else 0
             if empty_passes == MAX_EMPTY_PASSES:
-                raise ValueError("A stream holds no samples.")
+                raise DataError(
+                    f"The stream of {self.stream.shards.names[0]} holds no samples"
+                    + (
+                        f" that are held out, with held_out_share {self.stream.held_out_share}. Raise that, or do "
+                        "without evaluation."
+                        if self.stream.held_out
+                        else "."
+                    )
+                )
             epoch, first_turn = epoch + 1, 0
 
 
@@ -130,6 +138,11 @@ class Mixture:
             self._turns.append((chosen, int(counts[chosen])))
             counts[chosen] += 1
         self._turns_of = counts.tolist()
+        if counts.min() == 0:
+            raise DataError(
+                f"{shares[counts.argmin()]} of the shares {shares} is so small that nothing of that data would be "
+                "drawn: raise it, or leave that data out."
+            )
         self._lanes: dict[str, Lane] = {}
 
     def sample(self, number: int) -> tuple[int, dict[str, Any]]:

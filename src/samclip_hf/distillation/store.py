@@ -248,8 +248,11 @@ def _write(path: Path, keys: list[str], embeds: np.ndarray) -> None:
     flat = pa.FixedSizeListArray.from_arrays(pa.array(embeds.reshape(-1)), int(np.prod(embeds.shape[1:])))
     table = pa.table({"key": pa.array(keys, pa.string()), "embeds": flat})
     temporary = path.with_suffix(".partial")
-    pq.write_table(table.replace_schema_metadata({"num_crops": str(embeds.shape[1])}), temporary)
-    temporary.replace(path)
+    try:
+        pq.write_table(table.replace_schema_metadata({"num_crops": str(embeds.shape[1])}), temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def as_it_is(part: Any) -> Any:

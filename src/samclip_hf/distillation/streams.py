@@ -143,7 +143,19 @@ class DatasetShards:
             path = Path(image["path"]).name if image and image.get("path") else None
             key = sample.get("__key__") or path or f"{shard}/{row}"
             if wanted(key):
+                if image and not image.get("bytes") and "://" in (image.get("path") or ""):  # on the Hub, in a zip
+                    content = _read_address(image["path"])
+                    image = None if content is None else {"bytes": content, "path": path}
                 yield row, {"key": key, "image": image, "json": sample.get("json")}
+
+
+def _read_address(address: str) -> bytes | None:
+    """What is at an address, also in an archive; none where there is nothing, which another read will not change."""
+    try:
+        with fsspec.open(address, "rb") as file:
+            return file.read()
+    except FileNotFoundError:
+        return None
 
 
 class Stream:
@@ -271,7 +283,7 @@ def _first(shards: Shards, shard: int) -> list[dict[str, Any]]:
 
 def _is_without_annotations(sample: dict[str, Any]) -> bool:
     try:
-        draw_masks(sample, 1, np.random.default_rng(0))
+        _annotations(sample)
     except SkippedSampleError as error:
         return str(error) == "no annotations"  # rather than broken ones
     return False
@@ -347,13 +359,37 @@ def decode_image(sample: dict[str, Any]) -> Image.Image:
         raise SkippedSampleError("broken image") from error
 
 
-def draw_masks(sample: dict[str, Any], num_masks: int, rng: np.random.Generator) -> list[np.ndarray]:
+def draw_masks(
+    sample: dict[str, Any], num_masks: int, rng: np.random.Generator, size: tuple[int, int]
+) -> list[np.ndarray]:
     r"""
-    `num_masks` of the sample's masks at random, each bool of shape `(height, width)`, without repetition where there
-    are enough. Only those drawn are decoded; empty ones and those above 90 % of the image are left out.
+    `num_masks` of the sample's masks at random, each bool of shape `size`, the image's height and width, without
+    repetition where there are enough. Only those drawn are decoded; empty ones and those above 90 % of the image are
+    left out.
 
     Raises `SkippedSampleError` where there is none, or a broken one.
     """
+    annotations = _annotations(sample)
+    chosen = rng.permutation(len(annotations))[:num_masks]
+    if len(chosen) < num_masks:
+        chosen = np.concatenate([chosen, rng.integers(len(annotations), size=num_masks - len(chosen))])
+    decoded: dict[int, np.ndarray] = {}
+    for index in set(chosen.tolist()):
+        segmentation = annotations[index]["segmentation"]
+        if tuple(segmentation["size"]) != size:  # before decoding, which takes the memory that it says
+            raise SkippedSampleError("mask and image differ in size")
+        try:
+            decoded[index] = coco_mask.decode(segmentation).view(bool)
+        except Exception as error:  # pycocotools raises whatever its C code meets
+            raise SkippedSampleError("broken mask") from error
+        if not decoded[index].any():
+            raise SkippedSampleError("broken mask")
+    return [decoded[index] for index in chosen.tolist()]
+
+
+def _annotations(sample: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of the masks that are neither empty nor above 90 % of the image. Raises `SkippedSampleError` where there is
+    none."""
     try:
         stored = sample["json"]
         if isinstance(stored, bytes | str):
@@ -369,16 +405,4 @@ def draw_masks(sample: dict[str, Any], num_masks: int, rng: np.random.Generator)
         raise SkippedSampleError("no annotations") from error
     if not annotations:
         raise SkippedSampleError("no usable mask")
-    chosen = rng.permutation(len(annotations))[:num_masks]
-    if len(chosen) < num_masks:
-        chosen = np.concatenate([chosen, rng.integers(len(annotations), size=num_masks - len(chosen))])
-    decoded: dict[int, np.ndarray] = {}
-    for index in set(chosen.tolist()):
-        segmentation = annotations[index]["segmentation"]
-        try:
-            decoded[index] = coco_mask.decode(segmentation).view(bool)
-        except Exception as error:  # pycocotools raises whatever its C code meets
-            raise SkippedSampleError("broken mask") from error
-        if not decoded[index].any():
-            raise SkippedSampleError("broken mask")
-    return [decoded[index] for index in chosen.tolist()]
+    return annotations
