@@ -191,6 +191,15 @@ def test_a_model_that_learnt_from_nothing_is_not_saved(train, recipe, tmp_path):
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
+def test_an_error_in_a_worker_ends_the_training(recipe):
+    settings = ["stage: 1", "max_steps: 1", "clip_sizes: [64]", "clip_batch_size: 2", "dataloader_num_workers: 1"]
+    shares = ["clip_data: [miniature, miniature]", "clip_data_shares: [1, 0.0001]"]
+    path = recipe("\n".join([*settings, *shares, "report_to: none"]))
+    run = subprocess.run([sys.executable, TRAINING / "train.py", path], capture_output=True, text=True, timeout=100)
+    assert run.returncode == 1
+    assert "0.0001 of the shares [1.0, 0.0001] is so small" in run.stderr
+
+
 def test_an_argument_may_be_denied_by_its_other_name(train, recipe):
     args = train.parse_arguments([recipe("max_steps: 1"), "--no_dataloader_pin_memory"])
     assert args.dataloader_pin_memory is False

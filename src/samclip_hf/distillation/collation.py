@@ -5,7 +5,9 @@ Which samples meet in a step follows from the seed alone, whatever the number of
 Everything random about a sample follows from (seed, epoch, its key), everything random about a step from (seed, step).
 """
 
+import atexit
 import math
+import multiprocessing
 import signal
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -298,7 +300,10 @@ class StepLoader:
         self.stream.start = {name: self.state[name] for name in ("item", "drawn", "lanes")}
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        earlier = multiprocessing.active_children()
         parts = iter(self.parts)
+        workers = [process for process in multiprocessing.active_children() if process not in earlier]
+        atexit.register(_kill, workers)
         while True:
             of_workers = tuple(next(parts) for _ in range(max(1, self.parts.num_workers)))
             self._take_stock(of_workers)
@@ -376,6 +381,13 @@ def _leave_signals_to_the_trainer(worker: int) -> None:
     """Launchers and schedulers signal every process of a job; workers are needed to the end of the step."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+
+
+def _kill(workers: list[multiprocessing.process.BaseProcess]) -> None:
+    """When an error ends this process: by SIGTERM, which they do not heed, Python would ask them to end, and wait for
+    ever."""
+    for worker in workers:
+        worker.kill()
 
 
 def _stack(samples: dict[int, dict[str, np.ndarray]]) -> dict[str, Tensor]:
