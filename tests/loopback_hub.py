@@ -35,7 +35,7 @@ class Hub:
     Serves on `address` while it is entered.
 
     tokens (`dict[str, str]`):
-        Role, "write" or "read", by token. All belong to the user "me", a member of "lab".
+        Role, "write" or "read", by token. All belong to the user "me", a member of "lab", and of "library" to read.
     break_after (`int`, *optional*):
         So many bytes of LFS content are taken, then connections break off, until it is set back to `None`.
     """
@@ -111,8 +111,9 @@ class Hub:
             case "GET", ["api", "whoami-v2"]:
                 if role is None:
                     raise Refused(401, "Invalid username or password.")
+                orgs = [{"name": "lab", "roleInOrg": "write"}, {"name": "library", "roleInOrg": "read"}]
                 access = {"accessToken": {"role": role, "displayName": "token"}}
-                return 200, {}, {"type": "user", "name": "me", "orgs": [{"name": "lab"}], "auth": access}
+                return 200, {}, {"type": "user", "name": "me", "orgs": orgs, "auth": access}
             case "POST", ["api", "repos", "create"]:
                 self.must_write(role)
                 wanted = json.loads(body)

@@ -10,17 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 
 from samclip_hf import SamClipForImageSegmentation, SamClipModel, SamClipProcessor, miniature, publishing
-from samclip_hf.distillation import SamClipTrainingArguments
+from samclip_hf.distillation import SamClipTrainingArguments, provenance
 from samclip_hf.miniature.scenes import render
 from samclip_hf.proof import MODELS, use
-from samclip_hf.publishing import PublishingError, assemble, card, draw_example, prove, push, read_results
+from samclip_hf.publishing import PublishingError, assemble, card, draw_example, prove, push, read_results, teachers
 
-from .loopback_hub import Hub
+from .loopback_hub import Hub, Repository
 
 PUBLISH = Path(__file__).parents[1] / "training" / "publish.py"
 STAGES = [
@@ -107,6 +108,10 @@ class TestFolder:
         assert {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()} == {torch.bfloat16}
         assert SamClipForImageSegmentation.from_pretrained(tmp_path / "new").dtype == torch.bfloat16
 
+    def test_a_size_of_shards_that_is_none_is_refused(self, tmp_path):
+        with pytest.raises(PublishingError, match="cannot be saved in shards of '5 elephants'"):
+            assemble(miniature.checkpoint(), tmp_path / "new", max_shard_size="5 elephants")
+
     def test_what_is_no_samclip_is_refused(self, tmp_path, folder):
         for source in (miniature.sam_teacher(), tmp_path / "nowhere"):
             with pytest.raises(PublishingError, match="cannot be loaded as a SAM-CLIP with its processor"):
@@ -155,6 +160,36 @@ class TestCard:
         assert by_type["top1"].metric_value == pytest.approx(0.7239, abs=1e-4)
         assert by_type["top1"].task_type == "zero-shot-image-classification"
 
+    def test_teachers_are_those_that_taught(self, folder):
+        """Stage 3 asks no SAM, whatever its arguments say, and stage 2 alone looks up SAM's commit."""
+        clip = "openai/clip-vit-base-patch16"
+        arguments = STAGES[0]["arguments"]
+        first = {"stage": 1, "commits": {"clip_teacher": "def"}, "arguments": arguments | {"sam_student": "lab/sam-b"}}
+        last = {"stage": 3, "teachers": {"sam_teacher": "miniature", "clip_teacher": clip}, "commits": {}}
+        stages = [STAGES[0] | first, STAGES[0], STAGES[0] | last]
+        assert teachers(stages) == {
+            ("SAM as the start", "lab/sam-b"): None,
+            ("SAM", "facebook/sam-vit-base"): "abc",
+            ("CLIP", clip): "def",
+        }
+        made = card(folder, "lab/merged", stages)
+        assert made.data.base_model == ["lab/sam-b", "facebook/sam-vit-base", clip]
+        assert "SAM `facebook/sam-vit-base` at commit `abc`" in made.content
+        assert "`miniature`" not in made.content and "knows nothing of photographs" not in made.content
+
+    def test_the_shipped_miniature_is_on_record(self, folder):
+        stages = provenance.read(miniature.checkpoint())
+        for stage in stages:
+            config = PUBLISH.parent / "configs" / f"miniature_stage{stage['stage']}.yaml"
+            recipe = yaml.safe_load(config.read_text())
+            for name in ("dataloader_num_workers", "logging_steps", "save_steps", "report_to"):
+                recipe.pop(name)
+            assert stage["arguments"] == recipe | {"seed": 42}
+            assert stage["steps"] == recipe["max_steps"]
+        text = card(folder, "me/miniature", stages, licenses=provenance.licenses(stages)).content
+        assert "**Stage 3:** 400 steps, 13,864 images" in text and "knows nothing of photographs" in text
+        assert "SAM `miniature`, licence apache-2.0, as this package; CLIP `miniature`" in text
+
     def test_it_says_what_is_not_on_record(self, folder):
         text = card(folder, "me/merged").content
         assert "Not on record: this folder came without `provenance.json`" in text
@@ -178,6 +213,10 @@ class TestCard:
     def test_an_example_is_drawn(self, folder, tmp_path, picture):
         draw_example(folder, picture, tmp_path / "example.png")
         assert Image.open(tmp_path / "example.png").size == (3 * 256, 256)
+
+    def test_an_example_of_a_large_picture_is_not_large(self, folder, tmp_path, picture):
+        draw_example(folder, picture.resize((4000, 2000)), tmp_path / "example.png")
+        assert Image.open(tmp_path / "example.png").size == (3 * 1024, 512)
 
 
 @pytest.fixture
@@ -255,9 +294,24 @@ print(type(model).__name__, type(processor).__name__, model.clip_head.mlp.fc1.we
         push(folder, "merged")
         assert "model.safetensors" in repository.commits[repository.branches["main"]]
 
+    def test_a_pull_request_may_go_to_strangers(self, hub, folder):
+        repository = hub.repositories["strangers/merged"] = Repository(private=False)
+        main = repository.commit("main", {"config.json": b"{}"})
+        assert push(folder, "strangers/merged", create_pr=True).endswith("/strangers/merged/discussions/1")
+        assert repository.branches["main"] == main
+        assert "model.safetensors" in repository.commits[repository.branches["refs/pr/1"]]
+
+    def test_a_token_for_other_repositories_is_told_so(self, hub, folder):
+        """A fine-grained one, of whose permissions nothing is known before it is refused."""
+        hub.tokens["hf_fine"] = "fineGrained"
+        with pytest.raises(PublishingError, match="The token may not write to me/merged; a fine-grained one needs"):
+            push(folder, "merged", token="hf_fine")
+        assert not hub.repositories
+
     @pytest.mark.parametrize(
         ("token", "repo_id", "sentence"),
         [
+            ("hf_write", "library/merged", "me may only read in the organisation library"),
             ("hf_read", "merged", "The token of me may only read"),
             ("hf_unknown", "merged", "The Hub does not accept the token"),
             ("", "merged", "There is no token"),
@@ -309,9 +363,16 @@ class TestCommand:
             (["--results", str(tmp_path / "none.json")], "none.json cannot be read"),
             (["--update", "--example", str(PUBLISH)], "cannot identify image file"),
             (["--update", "--private"], "me/merged exists and is public"),
+            (["--results_name", "stage2"], "The results are of stage3: say by which"),
         ):
             with pytest.raises(SystemExit, match=rf"Nothing was published\. .*{re.escape(sentence)}"):
                 publish([*command, *wrong])
+        for wrong, sentence in (
+            (["miniature", "a/b/c"], "a/b/c"),
+            (["miniature", "merged", "--results_name", "stage3"], "--results_name is of --results"),
+        ):
+            with pytest.raises(SystemExit, match=rf"Nothing was published\. .*{sentence}"):
+                publish([*wrong, "--dry-run"])
         assert "Putting together" not in capsys.readouterr().out
 
 

@@ -9,6 +9,7 @@ with --dry-run, one commit. The same command again sends only what changed.
 """
 
 import argparse
+import os
 import shutil
 import sys
 import tempfile
@@ -18,7 +19,8 @@ from pathlib import Path
 sys.path = [path for path in sys.path if Path(path or ".").resolve() != Path(__file__).resolve().parent]
 
 from huggingface_hub import ModelCard
-from PIL import Image
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from PIL import Image, ImageOps
 
 from samclip_hf import miniature
 from samclip_hf.distillation import provenance
@@ -27,6 +29,7 @@ from samclip_hf.publishing import (
     PublishingError,
     assemble,
     card,
+    check_name,
     draw_example,
     find_target,
     prove,
@@ -38,7 +41,7 @@ from samclip_hf.publishing import (
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="training output: a folder, or 'miniature' for the shipped one")
-    parser.add_argument("repo_id", help="owner/name on the Hub")
+    parser.add_argument("repo_id", help="owner/name on the Hub, or a name of one's own")
     parser.add_argument("--folder", type=Path, help="a new folder, for what is published to be seen or kept")
     parser.add_argument("--results", type=Path, help="results.json of evaluate.py, for the card")
     parser.add_argument("--results_name", help="what the results call this model (default: its folder's name)")
@@ -63,24 +66,30 @@ def main(argv: list[str] | None = None) -> None:
         try:
             if arguments.folder is not None and arguments.folder.exists():
                 raise PublishingError(f"{arguments.folder} exists: name a new folder.")
+            validate_repo_id(repo_id)
             results = None if arguments.results is None else read_results(arguments.results)
+            results_name = arguments.results_name or Path(os.path.abspath(source)).name  # as evaluate.py calls it
+            if results is not None:
+                check_name(results, results_name)
+            elif arguments.results_name is not None:
+                raise PublishingError("--results_name is of --results: give it too.")
             picture = Image.fromarray(render(seed=0, index=8).image)
             if arguments.example is not None:
-                picture = Image.open(arguments.example).convert("RGB")
+                picture = ImageOps.exif_transpose(Image.open(arguments.example)).convert("RGB")
             if not arguments.dry_run:
                 repo_id = find_target(repo_id, *how)
             print(f"Putting together {repo_id} from {source} ...", flush=True)
             assemble(source, folder, arguments.dtype, arguments.max_shard_size)
             print("Loading it in a fresh interpreter without this package ...", flush=True)
-            for name, difference in prove(folder, picture).items():
-                print(f"  {name}: differs by {difference:.2g} of its largest value")
+            for output, difference in prove(folder, picture).items():
+                print(f"  {output}: differs by {difference:.2g} of its largest value")
             draw_example(folder, picture, folder / "example.png")
             if (record := Path(source) / provenance.FILE_NAME).is_file():
                 shutil.copy(record, folder)
             stages = provenance.read(source)
-            name = arguments.results_name or Path(source).name
             licenses = provenance.licenses(stages)
-            card(folder, repo_id, stages, results, name, licenses, has_picture=True).save(folder / "README.md")
+            made = card(folder, repo_id, stages, results, results_name, licenses, has_picture=True)
+            made.save(folder / "README.md")
             ModelCard.load(folder / "README.md")  # its metadata can be read
             if arguments.folder is not None:
                 shutil.copytree(folder, arguments.folder)
@@ -88,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
                 print(f"Proven, and not pushed: --dry-run.{f' See {arguments.folder}.' if arguments.folder else ''}")
                 return
             address = push(folder, repo_id, *how)
-        except (OSError, PublishingError) as error:
+        except (OSError, HFValidationError, PublishingError) as error:
             sys.exit(f"Nothing was published. {error}")
         print(f"Published: {address}")
 

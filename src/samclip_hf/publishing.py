@@ -27,6 +27,7 @@ from .proof import MODELS, use
 
 CODE = "*_samclip.py"  # the five files that travel
 TEMPLATE = Path(__file__).with_name("model_card.md")
+EXAMPLE_SIZE = 1024  # pixels of the longer side: three panels of a telephone's 48 megapixels would be 200 MB
 TOLERANCE = {
     torch.float32: 1e-4,
     torch.bfloat16: 0.1,
@@ -49,7 +50,8 @@ def assemble(source: str | Path, folder: Path, dtype: str | None = None, max_sha
     dtype (`str`, *optional*):
         Of the weights, such as "bfloat16"; by default the source's.
 
-    Raises `PublishingError` where the source is no SAM-CLIP with its processor, or the folder is not empty.
+    Raises `PublishingError` where the source is no SAM-CLIP with its processor, the folder is not empty, or the shards'
+    size is none.
     """
     if folder.exists() and any(folder.iterdir()):
         raise PublishingError(f"{folder} is not empty: name a new folder, or empty it.")
@@ -64,7 +66,10 @@ def assemble(source: str | Path, folder: Path, dtype: str | None = None, max_sha
         raise PublishingError(
             f"{source} lacks weights: {sorted(loading['missing_keys'])[:5]}. Nothing random is published."
         )
-    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    try:
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+    except ValueError as error:
+        raise PublishingError(f"The weights cannot be saved in shards of {max_shard_size!r}: {error}") from error
     processor.save_pretrained(folder)
     add_code(folder)
 
@@ -126,6 +131,8 @@ def prove(folder: Path, image: Image.Image) -> dict[str, float]:
         )
         try:
             own, own_tensors = use(str(folder.absolute()), image)
+        except Exception as error:
+            raise PublishingError(f"{folder} cannot be used with the package itself: {error!r}") from error
         finally:
             _, errors = stranger.communicate()
         if stranger.returncode:
@@ -177,18 +184,15 @@ def card(
         Whether `example.png` is in the folder.
     """
     config = json.loads((folder / "config.json").read_text())
-    names = [name for stage in stages[-1:] for name in stage["teachers"].values()]
-    on_hub = [name for name in dict.fromkeys(names) if name.count("/") == 1 and not Path(name).exists()]
+    sources = teachers(stages)
+    names = dict.fromkeys(name for _, name in sources)
+    on_hub = [name for name in names if name.count("/") == 1 and not Path(name).exists()]
     evaluation: list[EvalResult] = []
     table, protocols = [], []
     if results is not None:
         from .evaluation.report import PER_CLASS, jsonable, model_index, shown
 
-        if results_name is None or not any(results_name in task["models"] for task in results["tasks"].values()):
-            known = sorted({name for task in results["tasks"].values() for name in task["models"]})
-            raise PublishingError(
-                f"The results are of {', '.join(known)}: say by which of these names this model goes."
-            )
+        check_name(results, results_name)
         evaluation = model_index(results, results_name)
         for key, task in results["tasks"].items():
             if results_name in task["models"]:
@@ -223,6 +227,8 @@ def card(
         parameters=parameters,
         image_size=config["vision_config"]["image_size"],
         stages=list(stages),
+        teachers=[{"role": role, "name": name, "commit": commit} for (role, name), commit in sources.items()],
+        only_drawn=bool(stages) and all(_data(stage) == {"miniature"} for stage in stages),
         licenses=licenses or {},
         table=table,
         protocols=protocols,
@@ -232,6 +238,26 @@ def card(
         has_text_tower=config["has_text_tower"],
         has_picture=has_picture,
     )
+
+
+def teachers(stages: Sequence[dict[str, Any]]) -> dict[tuple[str, str], str | None]:
+    """
+    What a model was made from: by role ("SAM", "CLIP", "SAM as the start") and name, the commit on the Hub where one is
+    on record. Stage 3 asks no SAM teacher, whatever its arguments name, and only stage 2 looks its commit up.
+    """
+    found: dict[tuple[str, str], str | None] = {}
+    for stage in stages:
+        if start := stage["arguments"].get("sam_student"):
+            found.setdefault(("SAM as the start", start), None)
+        for kind, role in (("sam_teacher", "SAM"), ("clip_teacher", "CLIP")):
+            if kind == "clip_teacher" or stage["stage"] < 3 or len(stages) == 1:
+                key = role, stage["teachers"][kind]
+                found[key] = stage["commits"].get(kind) or found.get(key)
+    return found
+
+
+def _data(stage: dict[str, Any]) -> set[str]:
+    return {*stage["arguments"]["clip_data"], *(stage["arguments"]["sam_data"] if stage["stage"] == 2 else ())}
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -245,12 +271,20 @@ def read_results(path: Path) -> dict[str, Any]:
     return content
 
 
+def check_name(results: dict[str, Any], name: str | None) -> None:
+    """Raises `PublishingError` where the results of an evaluation call no model so."""
+    known = sorted({known for task in results["tasks"].values() for known in task["models"]})
+    if name not in known:
+        raise PublishingError(f"The results are of {', '.join(known)}: say by which of these names this model goes.")
+
+
 def draw_example(folder: Path, image: Image.Image, path: Path) -> None:
     """The picture, its mask from the point in its middle and, with a vocabulary, its segments by text, side by
     side."""
     from .evaluation.pictures import with_labels, with_masks, with_prompts
 
     image = image.convert("RGB")
+    image.thumbnail((EXAMPLE_SIZE, EXAMPLE_SIZE))
     pixels = np.asarray(image)
     model = SamClipForImageSegmentation.from_pretrained(folder).eval()
     processor = SamClipProcessor.from_pretrained(folder)
@@ -263,7 +297,7 @@ def draw_example(folder: Path, image: Image.Image, path: Path) -> None:
         )
         sizes = inputs["original_sizes"], inputs["reshaped_input_sizes"]
         mask = processor.post_process_masks(masks.float(), *sizes)[0][0, scores[0, 0].argmax()]
-        scale = -(-256 // min(image.size))  # letters need pixels
+        scale = -(-256 // max(image.size))  # letters need pixels
         pixels = enlarged(pixels, scale)
         drawn = with_masks(pixels, [enlarged(np.asarray(mask), scale)])
         panels = [pixels, with_prompts(drawn, points=np.array([point]) * scale)]
@@ -313,10 +347,18 @@ def find_target(
         )
     owner, _, name = repo_id.rpartition("/")
     owner = owner or me["name"]
-    if owner not in (me["name"], *(org["name"] for org in me.get("orgs", []))):
-        raise PublishingError(
-            f"{me['name']} is not of the organisation {owner}: name another owner, or ask to be let in."
-        )
+    roles = {org["name"]: org.get("roleInOrg") for org in me.get("orgs", [])}
+    if owner != me["name"] and not create_pr:  # anyone may make a pull request
+        if owner not in roles:
+            raise PublishingError(
+                f"{me['name']} is not of the organisation {owner}: name another owner, ask to be let in, or say "
+                "--create-pr for a pull request."
+            )
+        if roles[owner] == "read":
+            raise PublishingError(
+                f"{me['name']} may only read in the organisation {owner}: ask for a role that may write, or say "
+                "--create-pr for a pull request."
+            )
     repo_id = f"{owner}/{name}"
     try:
         info = api.model_info(repo_id)
@@ -326,6 +368,8 @@ def find_target(
         return repo_id
     except (HfHubHTTPError, ValueError) as error:  # ValueError: no name for a repository
         raise PublishingError(f"{repo_id} cannot be looked up: {error}") from error
+    except Exception as error:  # connections break in many ways
+        raise PublishingError(f"The Hub cannot be reached: {error}") from error
     if private and not info.private:
         raise PublishingError(f"{repo_id} exists and is public: make it private in its settings first.")
     existing = {file.rfilename for file in info.siblings or ()} - {".gitattributes"}
@@ -366,7 +410,8 @@ def push(
     repo_id = find_target(repo_id, private, revision, create_pr, update, token)
     api = HfApi(token=token)
     try:
-        api.create_repo(repo_id, private=private, exist_ok=True)
+        if not create_pr:
+            api.create_repo(repo_id, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         commit = api.upload_folder(
@@ -377,6 +422,11 @@ def push(
             commit_message="Upload SAM-CLIP",
         )
     except Exception as error:  # connections break in many ways
+        if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
+            raise PublishingError(
+                f"The token may not write to {repo_id}; a fine-grained one needs that permission for this owner or "
+                f"repository (hf.co/settings/tokens): {error}"
+            ) from error
         raise PublishingError(
             f"The upload to {repo_id} did not finish, and nothing of it is to be seen there: {error}\n"
             "The same command sends what is missing."

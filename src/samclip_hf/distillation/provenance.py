@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import EntryNotFoundError
 from transformers import TrainingArguments
 
+from ..publishing import teachers
 from .arguments import SamClipTrainingArguments
 
 FILE_NAME = "provenance.json"
@@ -74,9 +75,9 @@ def decisive_arguments(args: SamClipTrainingArguments) -> dict[str, Any]:
 
 
 def licenses(stages: list[dict[str, Any]]) -> dict[str, str]:
-    """Of the last stage's teachers, by name, where their cards, on the Hub or in their folders, tell one."""
+    """Of the teachers, by name, where their cards, on the Hub or in their folders, tell one."""
     found = {}
-    for name in stages[-1]["teachers"].values() if stages else ():
+    for _, name in teachers(stages):
         if name == "miniature":
             found[name] = "apache-2.0, as this package"
             continue
