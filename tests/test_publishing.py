@@ -46,7 +46,12 @@ RESULTS = {
         },
         "semantic:voc21": {
             "protocol": {"size": 448},
-            "models": {"stage3": {"figures": {"mean_iou": 0.6, "iou: cat": 0.9}, "num_samples": 1449}},
+            "models": {
+                "stage3": {
+                    **{"figures": {"mean_iou": 0.6, "iou: cat": 0.9}, "num_samples": 1449, "dtype": "bfloat16"},
+                    **{"command": "training/evaluate.py --dtype bfloat16", "environment": {"torch": "2.12.0"}},
+                }
+            },
         },
     },
 }
@@ -145,7 +150,9 @@ class TestCard:
             "CLIP `openai/clip-vit-base-patch16`, licence not on record",
             "**Stage 2:** 1000 steps, 2,048,000 images, 2.00 hours on 8 x A100",
             "| classification:imagenet@336 | top1 | 0.724 |",
-            "training/evaluate.py --model runs/stage3",
+            "Measured by `training/evaluate.py --model runs/stage3` with torch 2.14.1.",
+            "Measured by `training/evaluate.py --dtype bfloat16` with torch 2.12.0.",
+            "- dtype: bfloat16",
             "- templates: 80",
             "(example.png)",
             'model="lab/merged"',

@@ -189,6 +189,7 @@ def card(
     on_hub = [name for name in names if name.count("/") == 1 and not Path(name).exists()]
     evaluation: list[EvalResult] = []
     table, protocols = [], []
+    measured: dict[str, dict[str, Any]] = {}  # by the command; results.json may hold several runs
     if results is not None:
         from .evaluation.report import PER_CLASS, jsonable, model_index, shown
 
@@ -200,9 +201,13 @@ def card(
                 table += [
                     (key, figure, shown(value))
                     for figure, value in of_model["figures"].items()
-                    if not figure.startswith(PER_CLASS)
+                    if value is not None and not figure.startswith(PER_CLASS)
                 ]
                 described = {k: v for k, v in jsonable(task["protocol"]).items() if k != "categories"}
+                described |= {k: of_model[k] for k in ("dtype", "random weights") if k in of_model}
+                measured[of_model.get("command", results["command"])] = of_model.get(
+                    "environment", results["environment"]
+                )
                 protocols.append((key, described, of_model["num_samples"]))
     data = ModelCardData(
         license="apache-2.0",
@@ -232,8 +237,7 @@ def card(
         licenses=licenses or {},
         table=table,
         protocols=protocols,
-        command=None if results is None else results["command"],
-        environment=None if results is None else results["environment"],
+        measured=measured,
         labels=list(config.get("id2label", {}).values()) if config.get("vocabulary_label_ids") else [],
         has_text_tower=config["has_text_tower"],
         has_picture=has_picture,
