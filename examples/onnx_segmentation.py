@@ -268,13 +268,16 @@ def main() -> None:
     parser.add_argument("--template", nargs="+", default=["a photo of a {}"], help="sentences with {} for the name")
     parser.add_argument("--output", type=Path, help="picture to write, with the masks laid over the image")
     arguments = parser.parse_args()
-    model = OnnxSamClip(arguments.onnx)
-    with Image.open(arguments.image) as file:
-        image = ImageOps.exif_transpose(file).convert("RGB")
-    if arguments.labels:
-        vocabulary = model.embed_vocabulary(arguments.labels, arguments.background, arguments.template)
-    else:
-        vocabulary = model.own_vocabulary()
+    try:
+        model = OnnxSamClip(arguments.onnx)
+        with Image.open(arguments.image) as file:
+            image = ImageOps.exif_transpose(file).convert("RGB")
+        if arguments.labels:
+            vocabulary = model.embed_vocabulary(arguments.labels, arguments.background, arguments.template)
+        else:
+            vocabulary = model.own_vocabulary()
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     segments = model.segment(image, vocabulary)
     pixels = np.asarray(image).copy()
     for number, segment in enumerate(segments):

@@ -263,6 +263,17 @@ class TestTextToMasks:
             assert drawn.size == picture.size
             assert (np.asarray(drawn) != np.asarray(picture)).any()
 
+    def test_wrong_input_gets_a_sentence(self, exported, tmp_path):
+        (tmp_path / "text.png").write_text("no picture")
+        script = str(ROOT / "examples" / "onnx_segmentation.py")
+        for onnx, picture, sentence in (
+            (tmp_path / "nowhere", "text.png", "No such file or directory"),
+            (exported, "text.png", "cannot identify image file"),
+        ):
+            command = [sys.executable, script, "--onnx", str(onnx), "--image", str(tmp_path / picture)]
+            run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+            assert run.returncode == 2 and sentence in run.stderr and "Traceback" not in run.stderr
+
     def test_the_benchmarks_model_is_the_exported_one(self, exported, checkpoint, model):
         """What `benchmarks/precision.py` judges as ONNX segments as PyTorch does."""
         onnx_model = module(ROOT / "benchmarks" / "precision.py").OnnxModel.from_pretrained(checkpoint).eval()

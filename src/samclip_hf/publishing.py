@@ -50,8 +50,8 @@ def assemble(source: str | Path, folder: Path, dtype: str | None = None, max_sha
     dtype (`str`, *optional*):
         Of the weights, such as "bfloat16"; by default the source's.
 
-    Raises `PublishingError` where the source is no SAM-CLIP with its processor, the folder is not empty, or the shards'
-    size is none.
+    Raises `PublishingError` where the source is no SAM-CLIP with its processor, the folder is not empty, or the size of
+    the shards is none.
     """
     if folder.exists() and any(folder.iterdir()):
         raise PublishingError(f"{folder} is not empty: name a new folder, or empty it.")
@@ -193,7 +193,7 @@ def card(
     if results is not None:
         from .evaluation.report import PER_CLASS, jsonable, model_index, shown
 
-        check_name(results, results_name)
+        results_name = check_name(results, results_name)
         evaluation = model_index(results, results_name)
         for key, task in results["tasks"].items():
             if results_name in task["models"]:
@@ -246,8 +246,8 @@ def card(
 
 def teachers(stages: Sequence[dict[str, Any]]) -> dict[tuple[str, str], str | None]:
     """
-    What a model was made from: by role ("SAM", "CLIP", "SAM as the start") and name, the commit on the Hub where one is
-    on record. Stage 3 asks no SAM teacher, whatever its arguments name, and only stage 2 looks its commit up.
+    What a model was made from: by role ("SAM", "CLIP", "SAM as the start") and name, the commit on the Hub where one
+    is on record. Stage 3 asks no SAM teacher, whatever its arguments name, and only stage 2 looks its commit up.
     """
     found: dict[tuple[str, str], str | None] = {}
     for stage in stages:
@@ -275,11 +275,12 @@ def read_results(path: Path) -> dict[str, Any]:
     return content
 
 
-def check_name(results: dict[str, Any], name: str | None) -> None:
-    """Raises `PublishingError` where the results of an evaluation call no model so."""
+def check_name(results: dict[str, Any], name: str | None) -> str:
+    """The name. Raises `PublishingError` where the results of an evaluation call no model so."""
     known = sorted({known for task in results["tasks"].values() for known in task["models"]})
-    if name not in known:
+    if name is None or name not in known:
         raise PublishingError(f"The results are of {', '.join(known)}: say by which of these names this model goes.")
+    return name
 
 
 def draw_example(folder: Path, image: Image.Image, path: Path) -> None:
