@@ -50,8 +50,8 @@ def assemble(source: str | Path, folder: Path, dtype: str | None = None, max_sha
     dtype (`str`, *optional*):
         Of the weights, such as "bfloat16"; by default the source's.
 
-    Raises `PublishingError` where the source is no SAM-CLIP with its processor, the folder is not empty, or the size of
-    the shards is none.
+    Raises `PublishingError` where the source is no SAM-CLIP with its processor, the folder is not empty, or the
+    shards' size is none.
     """
     if folder.exists() and any(folder.iterdir()):
         raise PublishingError(f"{folder} is not empty: name a new folder, or empty it.")
