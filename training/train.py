@@ -81,6 +81,8 @@ def build_trainer(args: SamClipTrainingArguments) -> SamClipTrainer:
     clip = miniature.clip_teacher() if args.clip_teacher == "miniature" else args.clip_teacher
     clip_teacher = ClipTeacher(clip) if args.clip_teacher_store is None else TeacherStore(args.clip_teacher_store)
     sam_teacher = SamTeacher(sam) if args.stage == 2 else None
+    if args.model is None and args.stage == 3:
+        raise ValueError("Stage 3 adapts what the stages before it merged: give their result as model.")
     if args.model is None:
         base = args.sam_student or (sam_teacher.model if sam_teacher else sam)
         head = {"num_hidden_layers": args.clip_head_layers, "pooling": args.clip_head_pooling}

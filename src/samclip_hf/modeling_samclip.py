@@ -1615,7 +1615,12 @@ def load_teacher(classes: tuple[type[PreTrainedModel], ...], teacher, argument: 
     wanted = " or a ".join(cls.__name__ for cls in classes)
     if not isinstance(teacher, str | os.PathLike):
         raise TypeError(f"{argument} must be a name, a folder or a {wanted}, got {type(teacher).__name__}.")
-    config, _ = classes[0].config_class.get_config_dict(teacher)
+    try:
+        config, _ = classes[0].config_class.get_config_dict(teacher)
+    except OSError as error:
+        raise OSError(
+            f"{argument} {str(teacher)!r} is no folder with a model and no name on the Hub: {error}"
+        ) from error
     model_type = config.get("model_type")
     for cls in classes:
         if model_type == cls.config_class.model_type:

@@ -67,6 +67,21 @@ def test_folders_globs_parquet_and_pictures_give_the_same_columns(photos, tmp_pa
         assert decode_image(sample).size == (60, 40)
 
 
+def test_equal_names_are_different_samples(tmp_path):
+    for folder in ("cat", "dog"):
+        (tmp_path / "photos" / folder).mkdir(parents=True)
+        (tmp_path / "photos" / folder / "1.jpg").write_bytes(jpeg(0))
+    rows = {"image": [{"bytes": jpeg(n), "path": "image.jpg"} for n in range(3)]}
+    Dataset.from_dict(rows, features=Features({"image": Image()})).to_parquet(tmp_path / "photos.parquet")
+
+    def keys(name):
+        stream = open_stream(str(tmp_path / name))
+        return sorted(sample["key"] for shard in range(stream.num_shards) for _, sample in stream.read(shard))
+
+    assert keys("photos/*/*.jpg") == ["cat/1.jpg", "dog/1.jpg"]
+    assert len(set(keys("photos.parquet"))) == 3
+
+
 @pytest.mark.parametrize("name", ["/nowhere/photos", "./nowhere/*.tar", "nowhere/photos.tar"])
 def test_a_missing_path_is_named_with_what_would_do(name):
     with pytest.raises(FileNotFoundError, match=r"No data at .*nowhere.*Give a folder, a glob"):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import SamConfig, SamModel
@@ -141,8 +142,17 @@ def test_a_folder_that_holds_another_run_is_left_alone(train, recipe, tmp_path, 
     assert "no checkpoint in" in capsys.readouterr().err  # and so it said that it starts from the beginning
     with pytest.raises(SystemExit, match="checkpoint-1 is of an earlier run: go on with it"):
         train.main([path, "--max_steps", "2"])
-    with pytest.raises(SystemExit, match="cannot go on with something else: stage from 1 to 3"):
-        train.main([path, "--max_steps", "2", "--stage", "3", "--resume_from_checkpoint", "true"])
+    with pytest.raises(SystemExit, match="cannot go on with something else: stage from 1 to 2"):
+        train.main([path, "--max_steps", "2", "--stage", "2", "--resume_from_checkpoint", "true"])
+    Image.new("RGB", (40, 40)).save(tmp_path / "1.jpg")  # other data with as many shards
+    other = ["--clip_data", str(tmp_path / "*.jpg"), "--held_out_share", "0"]
+    with pytest.raises(SystemExit, match=r"clip_data's shards from \['\d+ of checksum"):
+        train.main([path, "--max_steps", "2", *other, "--resume_from_checkpoint", "true"])
+
+
+def test_stage_3_wants_what_was_merged(train, recipe):
+    with pytest.raises(SystemExit, match="Stage 3 adapts what the stages before it merged"):
+        train.main([recipe("stage: 3\nmax_steps: 1\nclip_sizes: [64]")])
 
 
 def test_a_longer_run_that_did_not_save_its_model_is_not_taken_for_finished(train, recipe, tmp_path, monkeypatch):

@@ -140,12 +140,14 @@ class DatasetShards:
         for row, batch in enumerate(samples.iter(batch_size=1), start):
             sample = {column: values[0] for column, values in batch.items()}
             image = sample[self.image_column]
-            path = Path(image["path"]).name if image and image.get("path") else None
-            key = sample.get("__key__") or path or f"{shard}/{row}"
+            path = Path(image["path"]).name if image and image.get("path") else ""
+            folder = Path(image["path"]).parent.name if path else ""
+            # A bare name, as parquet has it, may be that of every row; a folder's name tells `cat/1` from `dog/1`.
+            key = sample.get("__key__") or (f"{folder}/{path}" if folder else f"{shard}/{row}/{path}")
             if wanted(key):
                 if image and not image.get("bytes") and "://" in (image.get("path") or ""):  # on the Hub, in a zip
                     content = _read_address(image["path"])
-                    image = None if content is None else {"bytes": content, "path": path}
+                    image = None if content is None else {"bytes": content, "path": path or None}
                 yield row, {"key": key, "image": image, "json": sample.get("json")}
 
 
