@@ -184,7 +184,7 @@ class TestCard:
         assert "SAM `facebook/sam-vit-base` at commit `abc`" in made.content
         assert "`miniature`" not in made.content and "knows nothing of photographs" not in made.content
 
-    def test_the_shipped_miniature_is_on_record(self, folder):
+    def test_the_shipped_miniature_is_on_record(self, folder, tmp_path):
         stages = provenance.read(miniature.checkpoint())
         for stage in stages:
             config = PUBLISH.parent / "configs" / f"miniature_stage{stage['stage']}.yaml"
@@ -193,9 +193,38 @@ class TestCard:
                 recipe.pop(name)
             assert stage["arguments"] == recipe | {"seed": 42}
             assert stage["steps"] == recipe["max_steps"]
-        text = card(folder, "me/miniature", stages, licenses=provenance.licenses(stages)).content
+        stages, licenses = provenance.publish(miniature.checkpoint(), tmp_path)
+        made = card(folder, "me/miniature", stages, licenses=licenses)
+        text = made.content
+        assert made.data.license == "apache-2.0"
         assert "**Stage 3:** 400 steps, 13,864 images" in text and "knows nothing of photographs" in text
-        assert "SAM `miniature`, licence apache-2.0, as this package; CLIP `miniature`" in text
+        assert "SAM `miniature`, licence apache-2.0; CLIP `miniature`" in text
+
+    def test_folders_of_the_machine_are_not_published(self, tmp_path):
+        own = tmp_path / "home" / "my_sam"
+        own.mkdir(parents=True)
+        (own / "README.md").write_text("---\nlicense: mit\n---\n")
+        stage = STAGES[0] | {"teachers": {"sam_teacher": str(own), "clip_teacher": miniature.clip_teacher()}}
+        stage["arguments"] = stage["arguments"] | {"sam_data": [str(tmp_path / "sa1b")], "clip_data": ["photos/*.tar"]}
+        (tmp_path / provenance.FILE_NAME).write_text(json.dumps({"stages": [stage]}))
+        (tmp_path / "out").mkdir()
+        stages, licenses = provenance.publish(tmp_path, tmp_path / "out")
+        assert stages[0]["teachers"] == {"sam_teacher": "my_sam", "clip_teacher": "miniature"}
+        assert licenses == {"my_sam": "mit", "miniature": "apache-2.0"}
+        assert (stages[0]["arguments"]["sam_data"], stages[0]["arguments"]["clip_data"]) == (
+            ["sa1b"],
+            ["photos/*.tar"],
+        )
+        assert str(tmp_path) not in (tmp_path / "out" / provenance.FILE_NAME).read_text()
+
+    @pytest.mark.parametrize(
+        ("of_clip", "asked", "expected"),
+        [("mit", None, "apache-2.0"), ("cc-by-nc-4.0", None, "other"), (None, None, "other"), (None, "mit", "mit")],
+    )
+    def test_its_licence_is_what_the_teachers_allow(self, folder, of_clip, asked, expected):
+        licenses = {"facebook/sam-vit-base": "apache-2.0", "openai/clip-vit-base-patch16": of_clip}
+        made = card(folder, "me/merged", STAGES, licenses={k: v for k, v in licenses.items() if v}, license=asked)
+        assert made.data.license == expected
 
     def test_it_says_what_is_not_on_record(self, folder):
         text = card(folder, "me/merged").content

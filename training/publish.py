@@ -26,6 +26,7 @@ from samclip_hf import miniature
 from samclip_hf.distillation import provenance
 from samclip_hf.miniature.scenes import render
 from samclip_hf.publishing import (
+    UNDECIDED,
     PublishingError,
     assemble,
     card,
@@ -48,6 +49,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--example", type=Path, help="a picture for the proof and the card (default: a drawn scene)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (default: as is)")
     parser.add_argument("--max_shard_size", default="5GB")
+    parser.add_argument("--license", help="as the Hub names it (default: apache-2.0 if the teachers' allow it)")
     parser.add_argument("--private", action="store_true")
     parser.add_argument("--revision", help="a branch, made if there is none")
     parser.add_argument("--create-pr", action="store_true", help="as a pull request")
@@ -84,11 +86,10 @@ def main(argv: list[str] | None = None) -> None:
             for output, difference in prove(folder, picture).items():
                 print(f"  {output}: differs by {difference:.2g} of its largest value")
             draw_example(folder, picture, folder / "example.png")
-            if (record := Path(source) / provenance.FILE_NAME).is_file():
-                shutil.copy(record, folder)
-            stages = provenance.read(source)
-            licenses = provenance.licenses(stages)
-            made = card(folder, repo_id, stages, results, results_name, licenses, has_picture=True)
+            stages, licenses = provenance.publish(source, folder)
+            made = card(folder, repo_id, stages, results, results_name, licenses, True, arguments.license)
+            if made.data.license == UNDECIDED:
+                print("Not all teachers' licences are on record and permissive: the card says 'other'. See --license.")
             made.save(folder / "README.md")
             ModelCard.load(folder / "README.md")  # its metadata can be read
             if arguments.folder is not None:
@@ -97,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
                 print(f"Proven, and not pushed: --dry-run.{f' See {arguments.folder}.' if arguments.folder else ''}")
                 return
             address = push(folder, repo_id, *how)
-        except (OSError, HFValidationError, PublishingError) as error:
+        except (OSError, Image.DecompressionBombError, HFValidationError, PublishingError) as error:
             sys.exit(f"Nothing was published. {error}")
         print(f"Published: {address}")
 

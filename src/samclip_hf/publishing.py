@@ -27,6 +27,8 @@ from .proof import MODELS, use
 
 CODE = "*_samclip.py"  # the five files that travel
 TEMPLATE = Path(__file__).with_name("model_card.md")
+PERMISSIVE = {"apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0"}
+UNDECIDED = "other"  # as the Hub names a licence that it does not know
 EXAMPLE_SIZE = 1024  # pixels of the longer side: three panels of a telephone's 48 megapixels would be 200 MB
 TOLERANCE = {
     torch.float32: 1e-4,
@@ -168,6 +170,7 @@ def card(
     results_name: str | None = None,
     licenses: dict[str, str] | None = None,
     has_picture: bool = False,
+    license: str | None = None,
 ) -> ModelCard:
     """
     The template filled with what is on record, and with "not on record" where nothing is.
@@ -182,10 +185,13 @@ def card(
         Of the teachers, by their names.
     has_picture (`bool`):
         Whether `example.png` is in the folder.
+    license (`str`, *optional*):
+        Of this model; by default apache-2.0 if all teachers' licences are on record and permissive, "other" if not.
     """
     config = json.loads((folder / "config.json").read_text())
     sources = teachers(stages)
     names = dict.fromkeys(name for _, name in sources)
+    known = {(licenses or {}).get(name, UNDECIDED) for name in names}
     on_hub = [name for name in names if name.count("/") == 1 and not Path(name).exists()]
     evaluation: list[EvalResult] = []
     table, protocols = [], []
@@ -210,7 +216,7 @@ def card(
                 )
                 protocols.append((key, described, of_model["num_samples"]))
     data = ModelCardData(
-        license="apache-2.0",
+        license=license or ("apache-2.0" if known and known <= PERMISSIVE else UNDECIDED),
         library_name="transformers",
         pipeline_tag="image-segmentation",
         tags=["samclip", "segment-anything", "clip", "zero-shot-segmentation", "mask-generation", "distillation"],

@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import EntryNotFoundError
 from transformers import TrainingArguments
 
+from .. import miniature
 from ..publishing import teachers
 from .arguments import SamClipTrainingArguments
 
@@ -74,24 +75,38 @@ def decisive_arguments(args: SamClipTrainingArguments) -> dict[str, Any]:
     return {name: "inf" if value == float("inf") else value for name, value in values.items()}  # JSON has no infinity
 
 
-def licenses(stages: list[dict[str, Any]]) -> dict[str, str]:
-    """Of the teachers, by name, where their cards, on the Hub or in their folders, tell one."""
-    found = {}
-    for _, name in teachers(stages):
-        if name == "miniature":
-            found[name] = "apache-2.0, as this package"
-            continue
-        card = Path(name, "README.md")
-        if Path(name).exists() and not card.is_file():
-            continue
-        try:
-            license_name = ModelCard.load(card if card.is_file() else name).data.get("license")
-        except (
-            OSError,
-            ValueError,
-            EntryNotFoundError,
-        ):  # no card, no connection: the new card says that it is unknown
-            continue
-        if license_name:
-            found[name] = license_name
-    return found
+def publish(source: str | Path, folder: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """
+    What is on record of `source`, as strangers may see it: of paths of this machine only the last part. Writes it into
+    `folder`, which may be the same, if there is anything.
+
+    Returns the stages, and by their teachers' names the licences that cards tell, on the Hub or in their folders.
+    """
+    stages = read(source)
+    licenses = {_without_folders(name): found for _, name in teachers(stages) if (found := _license(name))}
+    stages = _without_folders(stages)
+    if stages:
+        (folder / FILE_NAME).write_text(json.dumps({"stages": stages}, indent=2) + "\n")
+    return stages, licenses
+
+
+def _without_folders(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_folders(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(part) for part in value]
+    if value in (miniature.sam_teacher(), miniature.clip_teacher()):
+        return "miniature"
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+
+def _license(name: str) -> str | None:
+    if _without_folders(name) == "miniature":
+        return "apache-2.0"  # this package's
+    card = Path(name, "README.md")
+    if Path(name).exists() and not card.is_file():
+        return None
+    try:
+        return ModelCard.load(card if card.is_file() else name).data.get("license")
+    except (OSError, ValueError, EntryNotFoundError):  # no card, no connection: the new card says that it is unknown
+        return None

@@ -476,9 +476,9 @@ class SamClipTrainer(Trainer):
         """
         if self.is_world_process_zero():
             folder = Path(self.args.output_dir)
-            stages = provenance.read(folder)
             publishing.add_code(folder)
-            card = publishing.card(folder, self.hub_model_id, stages, licenses=provenance.licenses(stages))
+            stages, licenses = provenance.publish(folder, folder)
+            card = publishing.card(folder, self.hub_model_id, stages, licenses=licenses)
             card.save(folder / "README.md")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
