@@ -77,7 +77,7 @@ resumes_on_cpus = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize(("processes", "num_workers"), [(1, 2), pytest.param(2, 0, marks=resumes_on_cpus)])
+@pytest.mark.parametrize(("processes", "num_workers"), [(1, 2), pytest.param(2, 2, marks=resumes_on_cpus)])
 def test_a_killed_run_ends_to_the_bit_where_an_uninterrupted_one_does(tmp_path, processes, num_workers):
     settings = {
         "max_steps": 16,

@@ -1,6 +1,7 @@
 """The training script's own job: reading a recipe and the command line."""
 
 import importlib.util
+import json
 import shutil
 import subprocess
 import sys
@@ -268,6 +269,17 @@ def test_a_student_may_start_from_a_smaller_sam_than_its_teacher(train, recipe, 
     assert student.config.vision_config.num_hidden_layers == 2
     with pytest.raises(SystemExit, match="leave one out"):
         train.main([path, "--model", str(tmp_path / "run")])
+
+
+def test_half_precision_and_checkpointing_learn_about_the_same(train, recipe, tmp_path):
+    settings = ["stage: 2", "max_steps: 2", "clip_sizes: [64]", "clip_batch_size: 4", "sam_batch_size: 1"]
+    path = recipe("\n".join([*settings, "masks_per_image: 2", "report_to: none", "save_strategy: 'no'"]))
+    losses = []
+    for options in ([], ["--bf16", "true"], ["--activation_checkpointing", "true"]):
+        train.main([path, "--output_dir", str(tmp_path / str(len(losses))), *options])
+        losses.append(json.loads((tmp_path / str(len(losses)) / "train_results.json").read_text())["train_loss"])
+    assert losses[1] == pytest.approx(losses[0], abs=0.02) and losses[1] != losses[0]
+    assert losses[2] == pytest.approx(losses[0], abs=1e-5)
 
 
 def test_compiled_training_learns_the_same(recipe, tmp_path):
