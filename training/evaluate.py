@@ -39,7 +39,7 @@ from samclip_hf.evaluation.classification import ZeroShotClassification
 from samclip_hf.evaluation.cost import Cost
 from samclip_hf.evaluation.data import open_captions, open_classification, open_objects, open_segmentation
 from samclip_hf.evaluation.instance_segmentation import PromptedSegmentation, ZeroShotInstanceSegmentation
-from samclip_hf.evaluation.models import SamClip, check, load
+from samclip_hf.evaluation.models import SamClip, kinds_of, load
 from samclip_hf.evaluation.probing import HeadProbing, LinearProbing
 from samclip_hf.evaluation.protocol import Protocol, Task
 from samclip_hf.evaluation.report import Results, draw_panel, model_index
@@ -215,7 +215,7 @@ def main(argv: list[str] | None = None) -> None:
     results = Results(arguments.output_dir, command)
     for name in arguments.model:
         try:
-            check(name)
+            kinds_of(name)
         except (ValueError, OSError) as error:
             sys.exit(f"{name} cannot be loaded: {error}")
     for name, short_name in zip(arguments.model, short_names(arguments.model), strict=True):

@@ -418,6 +418,7 @@ def push(
     Returns the commit's address. Raises `PublishingError`; until the commit, the last request, the repository shows
     nothing of it, and the next try goes on with what was sent.
     """
+    # Asked here too: a caller may not have, and what was free before the proof may be taken after it.
     repo_id = find_target(repo_id, private, revision, create_pr, update, token)
     api = HfApi(token=token)
     try:

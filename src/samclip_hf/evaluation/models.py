@@ -384,27 +384,25 @@ KINDS: dict[str, tuple[type, type[Candidate]]] = {
 }
 
 
-def kind_of(name: str) -> tuple[type, type[Candidate]]:
+def kinds_of(name: str) -> list[tuple[type, type[Candidate]]]:
     """
-    The classes of a model by its folder or name on the Hub, from its configuration alone.
+    The classes of a model, or of a cascade's two, by what `load` takes, from configurations alone.
 
     Raises `ValueError` for another kind of model, `OSError` where there is none.
     """
-    if Path(name).is_absolute() and not Path(name).is_dir():
-        raise FileNotFoundError(f"There is no folder {name}.")  # the Hub would complain of slashes
-    model_type = AutoConfig.from_pretrained(name).model_type
-    if model_type not in KINDS:
-        raise ValueError(
-            f"{name} is a model of type {model_type!r}; a SAM-CLIP, a SAM, a CLIP and a SigLIP can be judged."
-        )
-    return KINDS[model_type]
-
-
-def check(name: str) -> None:
-    """Raises what `load` would, short of reading weights."""
-    kinds = [kind_of(part)[1] for part in name.split("+", 1)]
-    if len(kinds) == 2 and not (issubclass(kinds[0], Promptable) and issubclass(kinds[1], ImageText)):
+    kinds = []
+    for part in name.split("+", 1):
+        if Path(part).is_absolute() and not Path(part).is_dir():
+            raise FileNotFoundError(f"There is no folder {part}.")  # the Hub would complain of slashes
+        model_type = AutoConfig.from_pretrained(part).model_type
+        if model_type not in KINDS:
+            raise ValueError(
+                f"{part} is a model of type {model_type!r}; a SAM-CLIP, a SAM, a CLIP and a SigLIP can be judged."
+            )
+        kinds.append(KINDS[model_type])
+    if len(kinds) == 2 and not (issubclass(kinds[0][1], Promptable) and issubclass(kinds[1][1], ImageText)):
         raise ValueError(f"A cascade is a SAM, a plus and a CLIP, in that order; got {name!r}.")
+    return kinds
 
 
 def load(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Candidate:
@@ -413,10 +411,8 @@ def load(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = tor
 
     Raises `ValueError` for another kind of model, `OSError` where there is none.
     """
-    check(name)
-    if "+" in name:
-        sam, clip = (load(part, device, dtype) for part in name.split("+", 1))
-        return Cascade(sam, clip)  # type: ignore[arg-type]  # checked above
-    model_class, candidate_class = kind_of(name)
-    model = model_class.from_pretrained(name, dtype=dtype).to(device)  # type: ignore[attr-defined]
-    return candidate_class(name, model, AutoProcessor.from_pretrained(name))
+    candidates = []
+    for part, (model_class, candidate_class) in zip(name.split("+", 1), kinds_of(name), strict=True):
+        model = model_class.from_pretrained(part, dtype=dtype).to(device)  # type: ignore[attr-defined]
+        candidates.append(candidate_class(part, model, AutoProcessor.from_pretrained(part)))
+    return candidates[0] if len(candidates) == 1 else Cascade(*candidates)  # type: ignore[arg-type]
