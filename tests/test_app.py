@@ -3,7 +3,6 @@ The app in `demo/`: its callbacks against the scenes' true masks and the stock p
 Chromium as its users have it. `make test-app` installs Debian's where it can; without one, the page's tests skip.
 """
 
-import importlib.util
 import io
 import json
 import os
@@ -42,15 +41,14 @@ from samclip_hf import (
 )
 from samclip_hf.miniature.scenes import BACKGROUND_PROMPTS, CLASS_NAMES, IMAGE_SIZE, render
 
+from .scripts import load_script
+
 DEMO = Path(__file__).parents[1] / "demo"
 BACKGROUND = ", ".join(BACKGROUND_PROMPTS)
 
 
 def load_module():
-    spec = importlib.util.spec_from_file_location("demo_app", DEMO / "app.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(DEMO / "app.py")
 
 
 demo = load_module()

@@ -1,6 +1,5 @@
 """The benchmarks run, at a size that says nothing about speed."""
 
-import importlib.util
 import re
 from pathlib import Path
 
@@ -9,15 +8,13 @@ import torch
 from transformers import CLIPVisionConfig
 
 from .conftest import tiny_sam
+from .scripts import load_script
 
 
 @pytest.fixture
 def inference():
     path = Path(__file__).parents[1] / "benchmarks" / "inference.py"
-    spec = importlib.util.spec_from_file_location("inference_benchmark", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(path)
 
 
 @pytest.fixture

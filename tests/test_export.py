@@ -1,6 +1,5 @@
 """The ONNX files give what PyTorch gives, at any size, and text becomes masks where there is no PyTorch."""
 
-import importlib.util
 import json
 import shutil
 import subprocess
@@ -29,6 +28,7 @@ from samclip_hf.export import PART_NAMES, SegmentEncoder, SiglipTextEncoder, exp
 from samclip_hf.miniature.scenes import CLASS_NAMES, render
 
 from .conftest import tiny_clip, tiny_sam
+from .scripts import load_script
 from .test_siglip import siglip_folder, student  # noqa: F401  # fixtures
 
 ROOT = Path(__file__).parents[1]
@@ -57,14 +57,6 @@ for number in range(3):
         found[f"{{name}} {{number}}"] = labels
 np.savez(results, **found)
 """
-
-
-def module(path: Path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    loaded = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = loaded  # where dataclasses look for their annotations
-    spec.loader.exec_module(loaded)
-    return loaded
 
 
 @pytest.fixture(scope="module")
@@ -276,7 +268,7 @@ class TestTextToMasks:
 
     def test_the_benchmarks_model_is_the_exported_one(self, exported, checkpoint, model):
         """What `benchmarks/precision.py` judges as ONNX segments as PyTorch does."""
-        onnx_model = module(ROOT / "benchmarks" / "precision.py").OnnxModel.from_pretrained(checkpoint).eval()
+        onnx_model = load_script(ROOT / "benchmarks" / "precision.py").OnnxModel.from_pretrained(checkpoint).eval()
         onnx_model.use(exported)
         pixel_values = SamClipProcessor.from_pretrained(checkpoint)(Image.fromarray(render(0, 8).image))[
             "pixel_values"

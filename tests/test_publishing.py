@@ -1,6 +1,5 @@
 """From a training output to a repository and back, through the real client and a stand-in for the Hub."""
 
-import importlib.util
 import json
 import re
 import shutil
@@ -22,6 +21,7 @@ from samclip_hf.proof import MODELS, use
 from samclip_hf.publishing import PublishingError, assemble, card, draw_example, prove, push, read_results, teachers
 
 from .loopback_hub import Hub, Repository
+from .scripts import load_script
 
 PUBLISH = Path(__file__).parents[1] / "training" / "publish.py"
 STAGES = [
@@ -363,10 +363,7 @@ print(type(model).__name__, type(processor).__name__, model.clip_head.mlp.fc1.we
 
 @pytest.fixture
 def publish():
-    spec = importlib.util.spec_from_file_location("publish", PUBLISH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return load_script(PUBLISH).main
 
 
 class TestCommand:

@@ -1,6 +1,5 @@
 """SigLIP as the teacher of texts: its text tower reads texts of one length, and its logits have a bias."""
 
-import importlib.util
 import io
 import json
 import shutil
@@ -50,6 +49,7 @@ from samclip_hf.miniature.scenes import render
 
 from .conftest import randomise
 from .distillation.tars import write_tar
+from .scripts import load_script
 
 TRAINING = Path(__file__).parents[1] / "training"
 FILTERS = {"SigLIP": 3, "SigLIP 2": 2}  # bicubic and bilinear, as their checkpoints have it
@@ -143,10 +143,7 @@ def png(pixels: np.ndarray) -> bytes:
 
 def script(name: str):
     """The main function of one of `training/`."""
-    spec = importlib.util.spec_from_file_location(name, TRAINING / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return load_script(TRAINING / f"{name}.py").main
 
 
 def as_siglip_reads(folder: Path) -> dict[str, torch.Tensor]:

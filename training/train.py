@@ -166,9 +166,8 @@ def save(trainer: SamClipTrainer, metrics: dict[str, float]) -> None:
         if trainer.args.lora_r:
             if trainer.is_world_process_zero():
                 trainer.model.save_pretrained(Path(trainer.args.output_dir) / "adapter")
-            trainer.model = (
-                trainer.model.merge_and_unload()
-            )  # a plain checkpoint, for the next stage and everyone else
+            # A plain checkpoint, for the next stage and everyone else.
+            trainer.model = trainer.model.merge_and_unload()
         trainer.save_model()
         trainer.save_state()
         trainer.save_provenance(metrics)

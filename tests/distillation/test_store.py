@@ -1,6 +1,5 @@
 """Stored embeddings teach what the teacher itself would."""
 
-import importlib.util
 import io
 import json
 import shutil
@@ -16,6 +15,7 @@ from samclip_hf.distillation import ClipTeacher, DataError, TeacherStore, store
 from samclip_hf.distillation.store import shard_path
 from samclip_hf.distillation.streams import open_stream
 
+from ..scripts import load_script
 from .tars import jpeg, write_tar
 
 SCRIPT = Path(__file__).parents[2] / "training" / "cache_teacher.py"
@@ -23,10 +23,7 @@ SCRIPT = Path(__file__).parents[2] / "training" / "cache_teacher.py"
 
 @pytest.fixture(scope="module")
 def cache_teacher():
-    spec = importlib.util.spec_from_file_location("cache_teacher", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return load_script(SCRIPT).main
 
 
 @pytest.fixture

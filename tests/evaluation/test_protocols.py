@@ -1,6 +1,5 @@
 """A model that is right on known pixels has the known score, one that is wrong has 0."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -47,6 +46,8 @@ from samclip_hf.evaluation.semantic_segmentation import (
 from samclip_hf.miniature.report import set_world_vocabulary
 from samclip_hf.miniature.scenes import CLASS_NAMES, HELD_OUT, TEMPLATES, evaluation_scene
 from samclip_hf.miniature.tasks import labelled_images, segmented_images, tasks
+
+from ..scripts import load_script
 
 TRAINING = Path(__file__).parents[2] / "training"
 NAMES = [["background"], ["red", "scarlet"], ["green"], ["blue"]]
@@ -497,10 +498,7 @@ def test_two_processes_agree_with_one_and_a_second_run_does_nothing_again(tmp_pa
 @pytest.fixture
 def script():
     """The script as a module, in this process."""
-    spec = importlib.util.spec_from_file_location("evaluate_script", TRAINING / "evaluate.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(TRAINING / "evaluate.py")
 
 
 def test_what_is_not_wholly_done_is_done_again(script, tmp_path, monkeypatch):

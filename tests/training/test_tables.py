@@ -1,6 +1,5 @@
 """The tables of all variants, in the smallest form that trains, judges, goes on and draws."""
 
-import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -8,15 +7,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from ..scripts import load_script
+
 TRAINING = Path(__file__).parents[2] / "training"
 
 
 @pytest.fixture
 def tables():
-    spec = importlib.util.spec_from_file_location("tables", TRAINING / "tables.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(TRAINING / "tables.py")
 
 
 def results(tables, seed: int) -> dict:

@@ -1,6 +1,5 @@
 """The training script's own job: reading a recipe and the command line."""
 
-import importlib.util
 import json
 import shutil
 import subprocess
@@ -18,16 +17,15 @@ from transformers import SamConfig, SamModel
 from samclip_hf import SamClipModel, miniature
 from samclip_hf.distillation import SamClipTrainingArguments
 
+from ..scripts import load_script
+
 TRAINING = Path(__file__).parents[2] / "training"
 RECIPES = sorted((TRAINING / "configs").glob("*.yaml"))
 
 
 @pytest.fixture(scope="module")
 def train():
-    spec = importlib.util.spec_from_file_location("train", TRAINING / "train.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(TRAINING / "train.py")
 
 
 @pytest.fixture
@@ -226,9 +224,7 @@ def test_accelerates_files_are_what_accelerate_reads():
 
 def test_costs_are_those_that_are_known(monkeypatch):
     monkeypatch.syspath_prepend(str(TRAINING))
-    spec = importlib.util.spec_from_file_location("cost", TRAINING / "cost.py")
-    cost = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(cost)
+    cost = load_script(TRAINING / "cost.py")
     monkeypatch.setattr(cost, "config_of", lambda cls, name, otherwise: cls(**otherwise))
     args = SamClipTrainingArguments(output_dir="unused", stage=1, max_steps=1, use_cpu=True)
     costs = cost.Costs(args)
