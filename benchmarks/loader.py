@@ -26,8 +26,8 @@ from pycocotools import mask as coco_mask
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional as F
 
+from samclip_hf.datasets.streams import open_stream
 from samclip_hf.distillation.collation import ClipBatches, SamBatches, StepStream
-from samclip_hf.distillation.streams import open_stream
 
 NUM_DRAWN = 24
 
@@ -71,11 +71,13 @@ def draw_data(folder: Path) -> tuple[str, str]:
 
 
 def clip_task(
-    data: str, size: int, teacher_size: int = 224, batch_size: int = 8, min_crop: float = 0.5
+    data: str, size: int, teacher_size: int = 224, batch_size: int = 8, min_crop_scale: float = 0.5
 ) -> ClipBatches:
     """Of one resolution."""
     streams = [open_stream(data)]
-    return ClipBatches(streams, [1.0], [size], teacher_size, batch_size, shuffle_buffer=64, min_crop=min_crop)
+    return ClipBatches(
+        streams, [1.0], [size], teacher_size, batch_size, shuffle_buffer=64, min_crop_scale=min_crop_scale
+    )
 
 
 def sam_task(data: str, size: int, batch_size: int = 2, masks: int = 32) -> SamBatches:
@@ -145,7 +147,7 @@ def main() -> None:
         photos, sa1b = arguments.photos or photos, arguments.sa1b or sa1b
         print("| training's own samples, one core | images a second |\n|---|---|")
         tasks: dict[str, ClipBatches | SamBatches] = {
-            "miniature: CLIP loss, 64 px": clip_task("miniature", 64, 64, batch_size=64, min_crop=0.08),
+            "miniature: CLIP loss, 64 px": clip_task("miniature", 64, 64, batch_size=64, min_crop_scale=0.08),
             "miniature: SAM loss, 128 px, 6 masks": sam_task("miniature", 128, batch_size=3, masks=6),
             **{f"photographs: CLIP loss, {size} px": clip_task(photos, size) for size in (224, 448, 1024)},
             "SA-1B: SAM loss, 1024 px, 32 masks": sam_task(sa1b, 1024),

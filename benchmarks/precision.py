@@ -32,11 +32,11 @@ from transformers import AutoProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from samclip_hf import SamClipForImageSegmentation, miniature
-from samclip_hf.evaluation.models import SamClip
-from samclip_hf.evaluation.protocol import Task
-from samclip_hf.export import PART_NAMES, export
+from samclip_hf.evaluation.adapters import SamClipAdapter
+from samclip_hf.evaluation.evaluator import Evaluator
+from samclip_hf.export.writer import PART_NAMES, export
 from samclip_hf.miniature.scenes import BACKGROUND_PROMPTS, CLASS_NAMES
-from samclip_hf.miniature.tasks import tasks
+from samclip_hf.miniature_lab.tasks import tasks
 from samclip_hf.modeling_samclip import SamClipVisionEncoderOutput
 
 FIGURES = {  # title, task, figure
@@ -177,9 +177,9 @@ def speed(seconds: dict[str, list[float]], title: str) -> str:
     return f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} - {ratios[-1]:.2f})"
 
 
-def judge(candidate: SamClip, chosen: dict[str, Task]) -> dict[str, float]:
+def judge(candidate: SamClipAdapter, chosen: dict[str, Evaluator]) -> dict[str, float]:
     outcomes = {task: chosen[task].run(candidate) for task, _ in FIGURES.values()}
-    return {title: outcomes[task].figures[figure] for title, (task, figure) in FIGURES.items()}
+    return {title: outcomes[task].metrics[figure] for title, (task, figure) in FIGURES.items()}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -213,7 +213,9 @@ def main(argv: list[str] | None = None) -> None:
             compare({title: lambda m=m, f=f: f(m) for title, (m, _) in models.items()}, arguments.repeats)
             for f in (encode, segment)
         )
-        figures = {title: judge(SamClip(title, model, processor), chosen) for title, (model, _) in models.items()}
+        figures = {
+            title: judge(SamClipAdapter(title, model, processor), chosen) for title, (model, _) in models.items()
+        }
 
     scenes = {task: len(chosen[task].data.samples) for task, _ in FIGURES.values()}
     height, width = pixel_values.shape[-2:]

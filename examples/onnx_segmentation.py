@@ -18,7 +18,7 @@ import onnxruntime
 from PIL import Image, ImageOps
 from tokenizers import Tokenizer
 
-CERTAIN = 20.0  # logits between what is certain and what is impossible
+BACKGROUND_LOGIT_MARGIN = 20.0  # logits between what is certain and what is impossible
 MAX_OVERLAP = 0.5  # IoU of two masks that are not taken for the same
 PROMPTS_AT_ONCE = 4
 
@@ -135,7 +135,9 @@ class OnnxSamClip:
             highest = logits.max(axis=-1)
             likeliest = 1 / np.exp(logits - highest[..., None]).sum(axis=-1)
             is_background = likeliest < vocabulary.background_threshold
-            logits[..., vocabulary.background] = highest + np.where(is_background, CERTAIN, -CERTAIN)
+            logits[..., vocabulary.background] = highest + np.where(
+                is_background, BACKGROUND_LOGIT_MARGIN, -BACKGROUND_LOGIT_MARGIN
+            )
         return logits
 
     def predict_masks(

@@ -52,9 +52,9 @@ def test_python(page, tmp_path):
     for name, folder in STAND_INS.items():
         shutil.copytree(folder, tmp_path / name)
     if "me/my-samclip" in page.read_text():
-        from samclip_hf.publishing import assemble
+        from samclip_hf.publishing.repository import build_repository
 
-        assemble(miniature.checkpoint(), tmp_path / "me/my-samclip")
+        build_repository(miniature.checkpoint(), tmp_path / "me/my-samclip")
     Image.fromarray(render(seed=0, index=8).image).resize((400, 300)).save(tmp_path / "photo.jpg")
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
     code = "\n".join(blocks(page, "python"))

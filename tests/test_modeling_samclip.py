@@ -64,7 +64,7 @@ ATTENTION_MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 0]])
 def assert_same(actual, expected, tolerance=5e-5):
     """Equal to `tolerance` of the largest value."""
     scale = expected.abs().max().item()
-    assert scale > 1e-3, "a comparison of near-zero values would prove nothing"
+    assert scale > 1e-3, "a comparison of near-zero values would verify nothing"
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * scale)
 
 

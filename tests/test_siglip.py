@@ -1,5 +1,6 @@
 """SigLIP as the teacher of texts: its text tower reads texts of one length, and its logits have a bias."""
 
+import importlib
 import io
 import json
 import shutil
@@ -41,15 +42,14 @@ from samclip_hf import (
     miniature,
     modeling_samclip,
 )
-from samclip_hf.distillation import ClipTeacher, TeacherStore
-from samclip_hf.distillation.store import StoredEmbeds
-from samclip_hf.distillation.streams import open_stream
-from samclip_hf.evaluation.models import Cascade, Siglip, load
+from samclip_hf.datasets.streams import open_stream
+from samclip_hf.distillation import ClipTeacher, EmbeddingCache
+from samclip_hf.distillation.embedding_cache import CachedEmbeds
+from samclip_hf.evaluation.adapters import CascadeAdapter, SiglipAdapter, load
 from samclip_hf.miniature.scenes import render
 
 from .conftest import randomise
-from .distillation.tars import write_tar
-from .scripts import load_script
+from .datasets.tars import write_tar
 
 TRAINING = Path(__file__).parents[1] / "training"
 FILTERS = {"SigLIP": 3, "SigLIP 2": 2}  # bicubic and bilinear, as their checkpoints have it
@@ -143,7 +143,7 @@ def png(pixels: np.ndarray) -> bytes:
 
 def script(name: str):
     """The main function of one of `training/`."""
-    return load_script(TRAINING / f"{name}.py").main
+    return importlib.import_module(f"samclip_cli.{name}").main
 
 
 def as_siglip_reads(folder: Path) -> dict[str, torch.Tensor]:
@@ -284,7 +284,16 @@ def test_the_eye_and_a_model_without_text_tower_load_from_it(student, processor,
 def test_the_miniature_is_trained_under_it(siglip_folder, tmp_path):
     train = script("train")
     common = ["--clip_teacher", str(siglip_folder), "--clip_batch_size", "4", "--use_cpu", "true"]
-    common += ["--save_strategy", "no", "--max_steps", "2", "--dataloader_num_workers", "0", "--clip_sizes", "64"]
+    common += [
+        "--save_strategy",
+        "no",
+        "--max_steps",
+        "2",
+        "--dataloader_num_workers",
+        "0",
+        "--clip_resolutions",
+        "64",
+    ]
     train([str(TRAINING / "configs/miniature_stage1.yaml"), "--output_dir", str(tmp_path / "stage1"), *common])
     more = ["--model", str(tmp_path / "stage1"), "--sam_batch_size", "1", "--masks_per_image", "2"]
     train([str(TRAINING / "configs/miniature_stage2.yaml"), "--output_dir", str(tmp_path / "stage2"), *common, *more])
@@ -301,9 +310,9 @@ def test_its_embeddings_are_stored_and_known_again(siglip, siglip_folder, studen
     write_tar(tmp_path / "photos-0.tar", {f"{n}.png": png(image) for n, image in enumerate(images)})
     data = str(tmp_path / "photos-0.tar")
     arguments = ["--clip_teacher", str(siglip_folder), "--clip_data", data, "--output_dir", str(tmp_path / "store")]
-    script("cache_teacher")([*arguments, "--use_cpu", "--num_workers", "0", "--min_crop", "1"])
-    store, streams = TeacherStore(tmp_path / "store"), [open_stream(data)]
-    keys, embeds = StoredEmbeds(store.folder, 0).read(0)
+    script("cache_teacher")([*arguments, "--use_cpu", "--num_workers", "0", "--min_crop_scale", "1"])
+    store, streams = EmbeddingCache(tmp_path / "store"), [open_stream(data)]
+    keys, embeds = CachedEmbeds(store.folder, 0).read(0)
     assert len(keys) == 3 and embeds.shape == (3, 1, 24)
     for image, (own,) in zip(images, embeds, strict=True):
         either = [Image.fromarray(image), Image.fromarray(image[:, ::-1])]  # a half of the crops is flipped
@@ -359,7 +368,7 @@ def test_a_tokenizer_that_cannot_be_used_is_refused(siglip, siglip_folder, sam, 
 
 def test_it_is_judged_as_a_parent(siglip, siglip_folder):
     parent = load(str(siglip_folder))
-    assert type(parent) is Siglip
+    assert type(parent) is SiglipAdapter
     with torch.inference_mode():
         expected = F.normalize(siglip.get_text_features(**as_siglip_reads(siglip_folder)).pooler_output, dim=-1)
         torch.testing.assert_close(parent.embed_texts(TEXTS), expected)
@@ -376,7 +385,7 @@ def test_it_is_judged_as_a_parent(siglip, siglip_folder):
 
 def test_it_names_the_masks_of_a_cascade(siglip_folder):
     cascade = load(f"{miniature.sam_teacher()}+{siglip_folder}")
-    assert type(cascade) is Cascade
+    assert type(cascade) is CascadeAdapter
     masks = np.zeros((2, 40, 50), dtype=bool)
     masks[0, 5:20, 5:30], masks[1, 10:, 20:] = True, True
     names = cascade.clip.embed_names(["red", "green"], ["a {} shape"])
@@ -386,8 +395,8 @@ def test_it_names_the_masks_of_a_cascade(siglip_folder):
 def test_its_cost_is_counted(siglip, siglip_folder, tmp_path, monkeypatch, capsys):
     recipe = (TRAINING / "configs/miniature_stage1.yaml").read_text()
     recipe = recipe.replace("clip_teacher: miniature", f"clip_teacher: {siglip_folder}")
-    (tmp_path / "online.yaml").write_text(recipe.replace("clip_sizes: [64, 96]", "clip_sizes: [64]"))
-    (tmp_path / "stored.yaml").write_text((tmp_path / "online.yaml").read_text() + "clip_teacher_store: store\n")
+    (tmp_path / "online.yaml").write_text(recipe.replace("clip_resolutions: [64, 96]", "clip_resolutions: [64]"))
+    (tmp_path / "stored.yaml").write_text((tmp_path / "online.yaml").read_text() + "clip_embedding_cache: store\n")
     monkeypatch.syspath_prepend(TRAINING)
     monkeypatch.setattr(sys, "argv", ["cost.py", str(tmp_path / "online.yaml"), str(tmp_path / "stored.yaml")])
     script("cost")()

@@ -46,7 +46,7 @@ import samclip_hf
 assert samclip_hf.__file__.startswith(wheel), samclip_hf.__file__
 from PIL import Image
 from samclip_hf import miniature
-from samclip_hf.proof import use
+from samclip_hf.publishing.verification import use
 
 results, outputs = use(miniature.checkpoint(), Image.open(sys.argv[3]))
 assert all(results.values()) and outputs.keys() >= {"pred_masks", "logits_per_image"}

@@ -1,3 +1,5 @@
-from .command_line import main
+"""`python -m samclip_hf` is the `samclip` command."""
+
+from samclip_cli import main
 
 raise SystemExit(main())

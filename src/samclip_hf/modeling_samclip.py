@@ -57,7 +57,9 @@ logger = logging.get_logger(__name__)
 POINTS_PER_CLASS = 3  # paper, section 5: one to three
 TEXTS_PER_BATCH = 256  # a thousand names in eighty templates do not fit at once
 CLASSES_PER_CHUNK = 32  # pass through the mask decoder together
-CERTAIN = 20.0  # logits between what is certain and what is impossible, e^-20; finite, so that maps can be resized
+BACKGROUND_LOGIT_MARGIN = (
+    20.0  # logits between what is certain and what is impossible, e^-20; finite, so that maps can be resized
+)
 BIAS_CHUNK = 2**21  # values of an attention bias that a thread has at a time: 8 MB in float32
 
 
@@ -1286,7 +1288,9 @@ class SamClipForImageSegmentation(SamClipModel):
         if vocabulary.background_threshold is not None:
             highest = logits.amax(dim=-1)
             is_background = (highest - logits.logsumexp(dim=-1)).exp() < vocabulary.background_threshold
-            logits[..., vocabulary.background_label_id] = highest + torch.where(is_background, CERTAIN, -CERTAIN)
+            logits[..., vocabulary.background_label_id] = highest + torch.where(
+                is_background, BACKGROUND_LOGIT_MARGIN, -BACKGROUND_LOGIT_MARGIN
+            )
         return logits
 
     @can_return_tuple

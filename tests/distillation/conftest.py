@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, CLIPImageProcessor, SamImageProcessor
 from samclip_hf import SamClipImageProcessor, SamClipProcessor, miniature
 from samclip_hf.distillation import ClipTeacher, SamClipTrainer, SamClipTrainingArguments, SamTeacher
 
-from .tars import annotation, jpeg, photo, write_tar
+from ..datasets.tars import annotation, jpeg, photo, write_tar
 
 
 @pytest.fixture(scope="session")
@@ -78,7 +78,7 @@ def make_trainer(model, clip_teacher, sam_teacher, processor, photos, sa1b, tmp_
             "output_dir": str(tmp_path / "run"),
             "clip_data": [str(photos)],
             "sam_data": [str(sa1b)],
-            "clip_sizes": [32, 64],
+            "clip_resolutions": [32, 64],
             "clip_batch_size": 4,
             "sam_batch_size": 2,
             "masks_per_image": 2,

@@ -31,7 +31,7 @@ from samclip_hf.distillation import (
 )
 from samclip_hf.distillation.teachers import normalize
 
-from .tars import jpeg, write_tar
+from ..datasets.tars import jpeg, write_tar
 
 TRAINED = {
     1: ("clip_head.",),
@@ -134,7 +134,7 @@ def test_the_log_names_every_part(make_trainer):
 
 
 def test_the_clip_loss_falls(make_trainer):
-    trainer = make_trainer(stage=1, max_steps=30, logging_steps=10, clip_sizes=[32])
+    trainer = make_trainer(stage=1, max_steps=30, logging_steps=10, clip_resolutions=[32])
     trainer.train()
     losses = [entry["clip_loss"] for entry in trainer.state.log_history if "clip_loss" in entry]
     assert losses[-1] < 0.8 * losses[0]
@@ -191,9 +191,9 @@ def test_a_checkpoint_of_other_data_is_refused(make_trainer, tmp_path):
     make_trainer(max_steps=1, save_strategy="steps", save_steps=1).train()
     checkpoint = str(tmp_path / "run" / "checkpoint-1")
     with pytest.raises(
-        DataError, match=r"with something else: seed from 42 to 1; data_lanes from 16 to 8. Start a new run"
+        DataError, match=r"with something else: seed from 42 to 1; num_readers from 16 to 8. Start a new run"
     ):
-        make_trainer(max_steps=2, seed=1, data_lanes=8).train(resume_from_checkpoint=checkpoint)
+        make_trainer(max_steps=2, seed=1, num_readers=8).train(resume_from_checkpoint=checkpoint)
 
 
 def test_a_half_written_checkpoint_is_passed_over(make_trainer, tmp_path, caplog):
@@ -260,7 +260,7 @@ def test_a_step_whose_gradient_is_no_number_is_not_taken(make_trainer, model, mo
     assert trainer.state.log_history[0]["skipped_steps"] == 3
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     with pytest.raises(FloatingPointError, match="10 steps in a row"):
-        trainer = make_trainer(stage=1, max_steps=20, max_step_grad_norm=1e-9)
+        trainer = make_trainer(stage=1, max_steps=20, skip_step_grad_norm=1e-9)
         trainer.train()
 
 
@@ -324,8 +324,8 @@ def test_a_clip_teacher_with_another_text_space_is_refused(model, clip_teacher):
     ("arguments", "sentence"),
     [
         ({"max_steps": -1}, "Streams are endless: say with max_steps"),
-        ({"clip_sizes": [30]}, r"clip_sizes \[30\] are not multiples of the student's patch size, 8"),
-        ({"min_crop": 0.0}, "min_crop is a share"),
+        ({"clip_resolutions": [30]}, r"clip_resolutions \[30\] are not multiples of the student's patch size, 8"),
+        ({"min_crop_scale": 0.0}, "min_crop_scale is a share"),
         ({"sam_batch_size": 0}, "sam_batch_size must be 1 or more, got 0"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be 1 or more, got 0"),
         ({"learning_rate": -1e-3}, "learning_rate must be 0 or more, got -0.001"),
@@ -391,13 +391,13 @@ def test_adapters_are_for_stage_2(make_trainer):
 
 
 def test_an_evaluation_measures_and_draws_what_is_held_out_and_leaves_training_alone(make_trainer, model, tmp_path):
-    settings = {"max_steps": 4, "held_out_share": 0.4, "logging_steps": 4}
+    settings = {"max_steps": 4, "eval_fraction": 0.4, "logging_steps": 4}
     start = {name: value.clone() for name, value in model.state_dict().items()}
     plain = make_trainer(**settings)
     plain.train()
     whole = {name: value.clone() for name, value in model.state_dict().items()}
     model.load_state_dict(start)
-    texts = {"panel_texts": ["ab", "cd"], "eval_strategy": "steps", "eval_steps": 2, "eval_batches": 3}
+    texts = {"eval_prompts": ["ab", "cd"], "eval_strategy": "steps", "eval_steps": 2, "eval_batches": 3}
     trainer = make_trainer(**settings, **texts)
     trainer.train()
     for name, value in model.state_dict().items():
@@ -423,12 +423,12 @@ def test_an_evaluation_measures_and_draws_what_is_held_out_and_leaves_training_a
 
 
 def test_an_evaluation_needs_something_held_out(make_trainer):
-    with pytest.raises(ValueError, match="held_out_share is 0"):
-        make_trainer(eval_strategy="steps", eval_steps=2, held_out_share=0.0)
+    with pytest.raises(ValueError, match="eval_fraction is 0"):
+        make_trainer(eval_strategy="steps", eval_steps=2, eval_fraction=0.0)
 
 
 def test_a_student_may_see_other_sizes_than_the_sam_teacher(make_trainer, model):
-    trainer = make_trainer(sam_sizes=[32, 64, 128])
+    trainer = make_trainer(sam_resolutions=[32, 64, 128])
     kinds = set()
     for _, batch in zip(range(24), trainer.get_train_dataloader(), strict=False):
         images = batch["sam"]["images"]
@@ -442,5 +442,5 @@ def test_a_student_may_see_other_sizes_than_the_sam_teacher(make_trainer, model)
 
 
 def test_sizes_of_the_sam_loss_are_whole_patches(make_trainer):
-    with pytest.raises(ValueError, match=r"sam_sizes \[30\] are not multiples of the student's patch size, 8"):
-        make_trainer(sam_sizes=[30, 64])
+    with pytest.raises(ValueError, match=r"sam_resolutions \[30\] are not multiples of the student's patch size, 8"):
+        make_trainer(sam_resolutions=[30, 64])

@@ -8,7 +8,8 @@ from transformers import AutoModel, AutoProcessor, pipeline
 
 from samclip_hf import SamClipModel, SamClipProcessor, SamClipVisionModel, miniature
 from samclip_hf.evaluation.semantic_segmentation import SemanticSegmentation
-from samclip_hf.miniature.report import (
+from samclip_hf.miniature.scenes import CLASS_NAMES, evaluation_scene
+from samclip_hf.miniature_lab.report import (
     NearestColour,
     beside_teachers,
     draw,
@@ -18,7 +19,6 @@ from samclip_hf.miniature.report import (
     measure,
     world_tasks,
 )
-from samclip_hf.miniature.scenes import CLASS_NAMES, evaluation_scene
 
 SHARE = 0.3  # of the scenes
 
@@ -34,7 +34,7 @@ def student():
 
 
 @pytest.fixture(scope="module")
-def figures(teachers, student):
+def compute_metrics(teachers, student):
     tasks = world_tasks(share=SHARE)
     sam, clip = teachers
     return beside_teachers(measure(student, tasks), measure(sam, tasks) | measure(clip, tasks))

@@ -38,7 +38,7 @@ class SamClipTrainingArguments(TrainingArguments):
     clip_teacher: str = field(
         default="miniature", metadata={"help": "A CLIPModel or SiglipModel on the Hub or in a folder, or 'miniature'."}
     )
-    clip_teacher_store: str | None = field(
+    clip_embedding_cache: str | None = field(
         default=None,
         metadata={
             "help": "A folder from cache_teacher.py: the CLIP teacher's embeddings, computed once. Training then does "
@@ -66,45 +66,45 @@ class SamClipTrainingArguments(TrainingArguments):
         default_factory=lambda: ["miniature"],
         metadata={"help": "Images with SA-1B's annotations for the SAM loss, named as clip_data."},
     )
-    clip_data_shares: list[float] | None = field(
+    clip_data_weights: list[float] | None = field(
         default=None,
         metadata={"help": "How much of each of clip_data to take, in any unit. By default as much of each."},
     )
-    sam_data_shares: list[float] | None = field(
+    sam_data_weights: list[float] | None = field(
         default=None,
         metadata={"help": "How much of each of sam_data to take, in any unit. By default as much of each."},
     )
-    sam_shards_share: float = field(
+    sam_shard_fraction: float = field(
         default=1.0,
         metadata={"help": "Of the tars of sam_data, drawn at random but always the same ones (paper: 0.057)."},
     )
-    held_out_share: float = field(
+    eval_fraction: float = field(
         default=0.01,
         metadata={"help": "Of all samples, by their keys: left out of training, for validation (paper: 0.01)."},
     )
-    max_bad_share: float = field(
+    max_corrupt_fraction: float = field(
         default=0.1,
         metadata={"help": "Training stops when more of the samples cannot be used; all that are skipped are counted."},
     )
-    clip_sizes: list[int] = field(
+    clip_resolutions: list[int] = field(
         default_factory=lambda: [224, 448],
         metadata={"help": "Resolutions of the CLIP loss in pixels; one is drawn for each step (paper: 224, 448)."},
     )
     clip_batch_size: int = field(
         default=32,
         metadata={
-            "help": "Images for the CLIP loss a process and micro-batch, at the smallest of clip_sizes; at a larger, "
+            "help": "Images for the CLIP loss a process and micro-batch, at the smallest of clip_resolutions; at a larger, "
             "as many as have about the same number of pixels (paper: 2048 in all)."
         },
     )
     sam_batch_size: int = field(
         default=4, metadata={"help": "Images for the SAM loss a process and micro-batch (paper: 32 in all)."}
     )
-    sam_sizes: list[int] = field(
+    sam_resolutions: list[int] = field(
         default_factory=list,
         metadata={
             "help": "Resolutions at which the student sees images for the SAM loss; one is drawn for each step. By "
-            "default the teacher's alone, as in the paper; others, and SAM's size among clip_sizes, work against a "
+            "default the teacher's alone, as in the paper; others, and SAM's size among clip_resolutions, work against a "
             "student that is a SAM at one size and a CLIP at another."
         },
     )
@@ -112,10 +112,10 @@ class SamClipTrainingArguments(TrainingArguments):
     max_box_noise: float = field(
         default=20.0, metadata={"help": "Largest noise of a box prompt, in pixels of the model's input (SAM: 20)."}
     )
-    min_crop: float = field(
+    min_crop_scale: float = field(
         default=0.5, metadata={"help": "Smallest share of an image that a random crop for the CLIP loss shows."}
     )
-    data_lanes: int = field(
+    num_readers: int = field(
         default=16,
         metadata={
             "help": "Shards of a stream that are read side by side, in all processes together; best a multiple of "
@@ -135,11 +135,11 @@ class SamClipTrainingArguments(TrainingArguments):
     focal_weight: float = field(default=20.0, metadata={"help": "Of the focal part in L_SAM (SAM: 20)."})
     dice_weight: float = field(default=1.0, metadata={"help": "Of the dice part in L_SAM (SAM: 1)."})
     iou_head_weight: float = field(default=1.0, metadata={"help": "Of the IoU head's part in L_SAM (SAM: 1)."})
-    encoder_learning_rate_scale: float = field(
+    encoder_lr_multiplier: float = field(
         default=0.1,
         metadata={"help": "Learning rate of image encoder and SAM head, relative to the CLIP head's (paper: 0.1)."},
     )
-    max_step_grad_norm: float = field(
+    skip_step_grad_norm: float = field(
         default=float("inf"),
         metadata={
             "help": "A step whose gradient's norm, before clipping, is larger or not finite is not taken, and is "
@@ -159,7 +159,7 @@ class SamClipTrainingArguments(TrainingArguments):
             "help": "With eval_strategy and eval_steps: micro-batches of held-out samples, always the same ones."
         },
     )
-    panel_texts: list[str] = field(
+    eval_prompts: list[str] = field(
         default_factory=list,
         metadata={
             "help": "Texts whose places the panel shows that every evaluation draws, such as 'a photo of a dog'."
@@ -186,7 +186,7 @@ class SamClipTrainingArguments(TrainingArguments):
             "clip_batch_size",
             "sam_batch_size",
             "masks_per_image",
-            "data_lanes",
+            "num_readers",
             "shuffle_buffer",
             "sam_shuffle_buffer",
             "eval_batches",
@@ -202,30 +202,32 @@ class SamClipTrainingArguments(TrainingArguments):
                 raise ValueError(
                     f"{name}_shares must be {len(names)} numbers above 0, one for each of {name}: {shares}."
                 )
-        if not 0 < self.sam_shards_share <= 1:
-            raise ValueError(f"sam_shards_share is a share, above 0 and up to 1, got {self.sam_shards_share}.")
-        if not 0 <= self.held_out_share < 1:
-            raise ValueError(f"held_out_share is a share, from 0 and below 1, got {self.held_out_share}.")
-        if self.eval_strategy != "no" and self.held_out_share == 0:
-            raise ValueError("An evaluation needs held-out samples: held_out_share is 0.")
-        if not 0 <= self.max_bad_share <= 1:
-            raise ValueError(f"max_bad_share is a share, from 0 to 1, got {self.max_bad_share}.")
-        if not 0 < self.min_crop <= 1:
-            raise ValueError(f"min_crop is a share of the image, above 0 and up to 1, got {self.min_crop}.")
-        if not self.clip_sizes or min(self.clip_sizes) < 1:
-            raise ValueError(f"clip_sizes must be one or more sizes in pixels, got {self.clip_sizes}.")
+        if not 0 < self.sam_shard_fraction <= 1:
+            raise ValueError(f"sam_shard_fraction is a share, above 0 and up to 1, got {self.sam_shard_fraction}.")
+        if not 0 <= self.eval_fraction < 1:
+            raise ValueError(f"eval_fraction is a share, from 0 and below 1, got {self.eval_fraction}.")
+        if self.eval_strategy != "no" and self.eval_fraction == 0:
+            raise ValueError("An evaluation needs held-out samples: eval_fraction is 0.")
+        if not 0 <= self.max_corrupt_fraction <= 1:
+            raise ValueError(f"max_corrupt_fraction is a share, from 0 to 1, got {self.max_corrupt_fraction}.")
+        if not 0 < self.min_crop_scale <= 1:
+            raise ValueError(
+                f"min_crop_scale is a share of the image, above 0 and up to 1, got {self.min_crop_scale}."
+            )
+        if not self.clip_resolutions or min(self.clip_resolutions) < 1:
+            raise ValueError(f"clip_resolutions must be one or more sizes in pixels, got {self.clip_resolutions}.")
         if min(self.sam_loss_weight, self.focal_weight, self.dice_weight, self.iou_head_weight) < 0:
             raise ValueError("Loss weights must be 0 or more.")
         if not self.learning_rate >= 0:
             raise ValueError(f"learning_rate must be 0 or more, got {self.learning_rate}.")
-        if self.encoder_learning_rate_scale < 0:
-            raise ValueError(f"encoder_learning_rate_scale must be 0 or more, got {self.encoder_learning_rate_scale}.")
+        if self.encoder_lr_multiplier < 0:
+            raise ValueError(f"encoder_lr_multiplier must be 0 or more, got {self.encoder_lr_multiplier}.")
         if self.clip_head_layers < 1:
             raise ValueError(f"clip_head_layers must be 1 or more, got {self.clip_head_layers}.")
         if not self.max_grad_norm > 0:
             raise ValueError("max_grad_norm must be above 0, inf for no clipping: by it, steps gone wrong are found.")
-        if not self.max_step_grad_norm > 0:
-            raise ValueError(f"max_step_grad_norm must be above 0, got {self.max_step_grad_norm}.")
+        if not self.skip_step_grad_norm > 0:
+            raise ValueError(f"skip_step_grad_norm must be above 0, got {self.skip_step_grad_norm}.")
         if self.max_box_noise < 0:
             raise ValueError(f"max_box_noise must be 0 or more pixels, got {self.max_box_noise}.")
         if self.stage not in (1, 2, 3):

@@ -22,11 +22,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 from transformers.utils import logging
 
+from ..datasets.streams import UNREADABLE_SHARD, DataError, SkippedSampleError, Stream, decode_image, draw_masks
 from .crops import STUDENT_FILTER, cut, draw_crop, sample_rng
-from .order import Mixture, Position, lanes_of
+from .embedding_cache import CacheDescription, as_it_is
 from .prompts import box_from_mask, point_from_mask
-from .store import StoreDescription, as_it_is
-from .streams import UNREADABLE_SHARD, DataError, SkippedSampleError, Stream, decode_image, draw_masks
+from .sampling import Mixture, Position, lanes_of
 
 logger = logging.get_logger(__name__)
 
@@ -47,11 +47,11 @@ class ClipBatches:
         Images a process and step at the smallest of `image_sizes`; see `num_images` for larger ones.
     shuffle_buffer (`int`):
         Of each stream, see [`Mixture`].
-    min_crop (`float`):
+    min_crop_scale (`float`):
         Smallest share of the image that a crop shows.
     teacher_filter (`PIL.Image.Resampling`):
         With which the teacher's images are resized; CLIP's by default.
-    store (`StoreDescription`, *optional*):
+    store (`CacheDescription`, *optional*):
         Of the stored embeddings that the streams' samples bring along, instead of images for the teacher.
     """
 
@@ -61,9 +61,9 @@ class ClipBatches:
     teacher_image_size: int
     batch_size: int
     shuffle_buffer: int
-    min_crop: float
+    min_crop_scale: float
     teacher_filter: Image.Resampling = Image.Resampling.BICUBIC
-    store: StoreDescription | None = None
+    store: CacheDescription | None = None
 
     def step_rule(self, rng: np.random.Generator) -> dict[str, Any]:
         """The number of images of a step, and what its samples have in common: the resolution."""
@@ -76,7 +76,7 @@ class ClipBatches:
         image = decode_image(raw)
         if self.store is not None:  # whose crops are drawn again and again
             seed, epoch = self.store.seed, epoch % self.store.num_crops
-        crop = draw_crop(image, self.min_crop, sample_rng(seed, epoch, raw["key"]))
+        crop = draw_crop(image, self.min_crop_scale, sample_rng(seed, epoch, raw["key"]))
         sample = {"images": cut(image, crop, image_size, STUDENT_FILTER)}
         if self.store is None:
             return sample | {"teacher_images": cut(image, crop, self.teacher_image_size, self.teacher_filter)}
@@ -268,7 +268,7 @@ class StepLoader:
 
     stream ([`StepStream`]):
         Where its parts come from.
-    max_bad_share (`float`):
+    max_corrupt_fraction (`float`):
         When more of a task's last thousand samples or so cannot be used, or of the shards begun so far, reading stops
         with a [`DataError`]; and when none of its first fifty can.
     """
@@ -276,7 +276,7 @@ class StepLoader:
     MIN_SEEN = 1000  # samples, before a share means something
     MIN_SEEN_IF_NONE = 50  # before it means something that none can be used
 
-    def __init__(self, stream: StepStream, max_bad_share: float, num_workers: int = 0, **kwargs):
+    def __init__(self, stream: StepStream, max_corrupt_fraction: float, num_workers: int = 0, **kwargs):
         self.parts: DataLoader = DataLoader(
             stream,
             batch_size=None,
@@ -285,7 +285,7 @@ class StepLoader:
             worker_init_fn=_leave_signals_to_the_trainer,
             **kwargs,
         )
-        self.stream, self.max_bad_share = stream, max_bad_share
+        self.stream, self.max_corrupt_fraction = stream, max_corrupt_fraction
         # After the micro-batches given out so far; what was seen and skipped is this process's own.
         self.state: dict[str, Any] = {**stream.start, "seen": 0, "skipped": {}}
         # Of each task samples seen and skipped, by micro-batch. SAM's few are not to vanish among CLIP's many.
@@ -333,10 +333,10 @@ class StepLoader:
         seen, bad = (sum(numbers) for numbers in zip(*self._recent[task], strict=True))
         if seen < (self.MIN_SEEN_IF_NONE if bad == seen else self.MIN_SEEN):
             return
-        if bad > self.max_bad_share * seen:
+        if bad > self.max_corrupt_fraction * seen:
             raise DataError(
-                f"{bad} of the last {seen} samples of {task}_data could not be used. That is more than max_bad_share, "
-                f"{self.max_bad_share}: is this the right data? So far, by cause: {self.state['skipped']}."
+                f"{bad} of the last {seen} samples of {task}_data could not be used. That is more than max_corrupt_fraction, "
+                f"{self.max_corrupt_fraction}: is this the right data? So far, by cause: {self.state['skipped']}."
             )
 
     def _judge_shards(self) -> None:
@@ -344,10 +344,10 @@ class StepLoader:
             return
         unreadable = self.state["skipped"].get(UNREADABLE_SHARD, 0)
         begun = sum(position.shards + 1 for lanes in self.state["lanes"].values() for position in lanes.values())
-        if unreadable > self.max_bad_share * begun:
+        if unreadable > self.max_corrupt_fraction * begun:
             raise DataError(
                 f"{unreadable} of {begun} shards could not be read to their ends, as the log says one by one. That is "
-                f"more than max_bad_share, {self.max_bad_share}."
+                f"more than max_corrupt_fraction, {self.max_corrupt_fraction}."
             )
 
     def _join(self, parts: list[dict[str, Any]]) -> dict[str, Any]:
@@ -410,5 +410,5 @@ def warn_of_shared_lanes(stream: StepStream, num_workers: int) -> None:
                 logger.warning(
                     f"{readers} readers (processes x workers) share the {lanes} lanes of {name} stream {number}, "
                     f"which has {source.num_shards} shards: each of them is read {shared + 1} times over. Let the "
-                    "number of readers divide the lanes, see data_lanes, or split the data into more shards."
+                    "number of readers divide the lanes, see num_readers, or split the data into more shards."
                 )

@@ -16,7 +16,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from transformers import TrainingArguments
 
 from .. import miniature
-from ..publishing import teachers
+from ..publishing.repository import teachers
 from .arguments import SamClipTrainingArguments
 
 FILE_NAME = "provenance.json"

@@ -27,16 +27,16 @@ from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerCont
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
-from .. import publishing
+from ..datasets.streams import DataError, open_stream
 from ..modeling_samclip import SamClipModel
 from ..processing_samclip import SamClipProcessor
+from ..publishing import repository as publishing
 from . import provenance
 from .arguments import SamClipTrainingArguments
 from .collation import ClipBatches, SamBatches, StepLoader, StepStream, furthest
+from .embedding_cache import EmbeddingCache
 from .losses import cosine_distillation_loss, mask_distillation_loss, mask_iou
 from .panel import PanelRow, draw_panel, resize_mask, text_map, to_image
-from .store import TeacherStore
-from .streams import DataError, open_stream
 from .teachers import ClipTeacher, SamTeacher, normalize
 
 try:
@@ -70,7 +70,7 @@ class SamClipTrainer(Trainer):
         The student. What the stage does not train is frozen.
     args ([`SamClipTrainingArguments`]):
         The stage and its numbers.
-    clip_teacher ([`ClipTeacher`] or [`TeacherStore`]):
+    clip_teacher ([`ClipTeacher`] or [`EmbeddingCache`]):
         Frozen; moved to the student's device, not saved. Or its embeddings, computed before.
     sam_teacher ([`SamTeacher`], needed in stage 2):
         As the CLIP teacher.
@@ -86,7 +86,7 @@ class SamClipTrainer(Trainer):
         self,
         model: SamClipModel,
         args: SamClipTrainingArguments,
-        clip_teacher: ClipTeacher | TeacherStore,
+        clip_teacher: ClipTeacher | EmbeddingCache,
         sam_teacher: SamTeacher | None = None,
         processing_class: SamClipProcessor | None = None,
         **kwargs,
@@ -98,7 +98,7 @@ class SamClipTrainer(Trainer):
         self.clip_teacher = clip_teacher
         self.sam_teacher = sam_teacher if args.stage == 2 else None
         patch_size = model.config.vision_config.patch_size
-        for name in ("clip_sizes", "sam_sizes"):
+        for name in ("clip_resolutions", "sam_resolutions"):
             if bad := [size for size in getattr(args, name) if size % patch_size]:
                 raise ValueError(f"{name} {bad} are not multiples of the student's patch size, {patch_size}.")
         image_processor = processing_class.image_processor
@@ -127,11 +127,11 @@ class SamClipTrainer(Trainer):
             )
         if self.is_fsdp_enabled and args.lora_r:
             raise ValueError("Adapters under FSDP are not supported: use DDP, for which LoRA leaves the memory.")
-        self.interruption = Interruption()
+        self.interruption = PreemptionCallback()
         self.add_callback(self.interruption)
         self._loader = StepLoader(
             self.train_dataset,
-            max_bad_share=args.max_bad_share,
+            max_corrupt_fraction=args.max_corrupt_fraction,
             num_workers=args.dataloader_num_workers,
             prefetch_factor=args.dataloader_prefetch_factor if args.dataloader_num_workers else None,
         )
@@ -153,13 +153,13 @@ class SamClipTrainer(Trainer):
             for name, task in training.tasks.items()
         }
         stream = StepStream(tasks, training.seed, num_lanes=1, rank=training.rank, world_size=training.world_size)
-        return list(islice(StepLoader(stream, max_bad_share=1.0), num_batches))
+        return list(islice(StepLoader(stream, max_corrupt_fraction=1.0), num_batches))
 
     def _open_streams(self, student: SamClipModel, args: SamClipTrainingArguments) -> StepStream:
-        share = args.held_out_share
-        streams = [open_stream(name, held_out_share=share) for name in args.clip_data]
-        if isinstance(self.clip_teacher, TeacherStore):
-            self.clip_teacher.check(student, streams, args.min_crop, args.clip_teacher)
+        share = args.eval_fraction
+        streams = [open_stream(name, eval_fraction=share) for name in args.clip_data]
+        if isinstance(self.clip_teacher, EmbeddingCache):
+            self.clip_teacher.check(student, streams, args.min_crop_scale, args.clip_teacher)
             self.clip_teacher.attach(streams)
             store = self.clip_teacher.description
             teacher_image_size, teacher_filter = store.image_size, Image.Resampling(store.resample)
@@ -170,26 +170,26 @@ class SamClipTrainer(Trainer):
         tasks: dict[str, ClipBatches | SamBatches] = {
             "clip": ClipBatches(
                 streams,
-                shares=args.clip_data_shares or [],
-                image_sizes=args.clip_sizes,
+                shares=args.clip_data_weights or [],
+                image_sizes=args.clip_resolutions,
                 teacher_image_size=teacher_image_size,
                 batch_size=args.clip_batch_size,
                 shuffle_buffer=args.shuffle_buffer,
-                min_crop=args.min_crop,
+                min_crop_scale=args.min_crop_scale,
                 teacher_filter=teacher_filter,
                 store=store,
             )
         }
         if self.sam_teacher is not None:
             streams = [
-                open_stream(name, with_masks=True, shards_share=args.sam_shards_share, held_out_share=share)
+                open_stream(name, with_masks=True, shard_fraction=args.sam_shard_fraction, eval_fraction=share)
                 for name in args.sam_data
             ]
             tasks["sam"] = SamBatches(
                 streams,
-                shares=args.sam_data_shares or [],
+                shares=args.sam_data_weights or [],
                 image_size=self.sam_teacher.image_size,
-                student_sizes=args.sam_sizes or [self.sam_teacher.image_size],
+                student_sizes=args.sam_resolutions or [self.sam_teacher.image_size],
                 batch_size=args.sam_batch_size,
                 masks_per_image=args.masks_per_image,
                 max_box_noise=args.max_box_noise,
@@ -198,7 +198,7 @@ class SamClipTrainer(Trainer):
         return StepStream(
             tasks,
             seed=args.seed,
-            num_lanes=args.data_lanes,
+            num_lanes=args.num_readers,
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             rank=args.process_index,
             world_size=args.world_size,
@@ -218,7 +218,7 @@ class SamClipTrainer(Trainer):
                 if parameter.requires_grad:
                     part = "head" if "clip_head." in name else "encoder"
                     groups[part, name in decayed].append(parameter)
-            scale = {"head": 1.0, "encoder": self.args.encoder_learning_rate_scale}
+            scale = {"head": 1.0, "encoder": self.args.encoder_lr_multiplier}
             optimizer_class, optimizer_arguments = self.get_optimizer_cls_and_kwargs(self.args, model)
             self.optimizer = optimizer_class(
                 [
@@ -257,7 +257,7 @@ class SamClipTrainer(Trainer):
         return total / self.current_gradient_accumulation_steps
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
-        """As in [`Trainer`]; a step whose gradient is not finite, or above `max_step_grad_norm`, is not taken, and
+        """As in [`Trainer`]; a step whose gradient is not finite, or above `skip_step_grad_norm`, is not taken, and
         `MAX_SKIPPED_STEPS` of them in a row end the training."""
         if self.accelerator.scaler is not None:  # float16's scaler expects infinities, and passes over them itself
             return super()._clip_grad_norm(model)
@@ -269,7 +269,7 @@ class SamClipTrainer(Trainer):
             self._record({f"grad_norm_{part}": torch.nn.utils.get_total_norm(own)})
         norm = super()._clip_grad_norm(model)
         value = float(norm)
-        if math.isfinite(value) and value <= self.args.max_step_grad_norm:
+        if math.isfinite(value) and value <= self.args.skip_step_grad_norm:
             self._skipped_steps_in_a_row = 0
             return norm
         model.zero_grad()  # to the optimizer a parameter without gradient is none of its business
@@ -278,7 +278,7 @@ class SamClipTrainer(Trainer):
         logger.warning(f"Step {self.state.global_step + 1} is not taken: its gradient's norm is {value}.")
         if self._skipped_steps_in_a_row == MAX_SKIPPED_STEPS:
             raise FloatingPointError(
-                f"{MAX_SKIPPED_STEPS} steps in a row had a gradient that is not finite or above max_step_grad_norm. "
+                f"{MAX_SKIPPED_STEPS} steps in a row had a gradient that is not finite or above skip_step_grad_norm. "
                 "Go on from the last checkpoint with a lower learning rate, or in float32 where this was not."
             )
         return norm
@@ -348,7 +348,7 @@ class SamClipTrainer(Trainer):
                     if rows and self.args.should_save:
                         path = Path(self.args.output_dir) / "panels" / f"step_{self.state.global_step:06d}.png"
                         title = f"held-out images, step {self.state.global_step}"
-                        draw_panel(path, rows, self.args.panel_texts, title)
+                        draw_panel(path, rows, self.args.eval_prompts, title)
             metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._averages().items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -378,9 +378,9 @@ class SamClipTrainer(Trainer):
                     row.point = prompt["input_points"][0, 0, 0].cpu().numpy()
                 else:
                     row.box = prompt["input_boxes"][0, 0].cpu().numpy()
-            if self.args.panel_texts:
+            if self.args.eval_prompts:
                 content = one[:, :, : row.image.shape[0], : row.image.shape[1]]
-                size_of_clip = (max(self.args.clip_sizes),) * 2
+                size_of_clip = (max(self.args.clip_resolutions),) * 2
                 resized = F.interpolate(content.float(), size=size_of_clip, mode="bilinear", antialias=True)
                 pixel_values = normalize(resized, self.image_mean, self.image_std)
                 row.texts = text_map(model, pixel_values, self._panel_embeds(model), row.image.shape[:2])
@@ -388,7 +388,7 @@ class SamClipTrainer(Trainer):
         return rows
 
     def _panel_embeds(self, model: SamClipModel) -> Tensor:
-        tokens = self.processing_class.tokenizer(self.args.panel_texts, padding=True, return_tensors="pt")
+        tokens = self.processing_class.tokenizer(self.args.eval_prompts, padding=True, return_tensors="pt")
         features = model.get_text_features(**tokens.to(self.args.device)).pooler_output
         return F.normalize(features.float(), dim=-1)
 
@@ -420,8 +420,12 @@ class SamClipTrainer(Trainer):
     @property
     def _order(self) -> dict[str, Any]:
         """What a checkpoint must have been made with: the stage, and what decides over the order of samples."""
-        order: dict[str, Any] = {"stage": self.args.stage, "seed": self.args.seed, "data_lanes": self.args.data_lanes}
-        order["held_out_share"] = self.args.held_out_share
+        order: dict[str, Any] = {
+            "stage": self.args.stage,
+            "seed": self.args.seed,
+            "num_readers": self.args.num_readers,
+        }
+        order["eval_fraction"] = self.args.eval_fraction
         for name, task in self.train_dataset.tasks.items():
             order[f"shuffle_buffer of {name}_data"] = task.shuffle_buffer
             order[f"{name}_data_shares"] = task.shares
@@ -545,7 +549,7 @@ def checksum(names: list[str]) -> str:
     return f"{len(names)} of checksum {zlib.crc32(repr([Path(name).name for name in names]).encode()):08x}"
 
 
-class Interruption(TrainerCallback):
+class PreemptionCallback(TrainerCallback):
     """On SIGTERM or Ctrl-C training ends after the step at hand with a checkpoint; a second Ctrl-C ends it at once."""
 
     def __init__(self) -> None:

@@ -5,15 +5,15 @@ from typing import Any
 
 import numpy as np
 
+from ..datasets.samples import DataSet, LabelledImage
 from ..templates import IMAGENET_TEMPLATES
+from ..visualization import captioned
+from .adapters import ImageTextAdapter, ModelAdapter
+from .evaluator import SampleEvaluator
 from .metrics import AccumulatingMetric, TopK
-from .models import Candidate, ImageText
-from .pictures import captioned
-from .protocol import Protocol
-from .samples import DataSet, LabelledImage
 
 
-class ZeroShotClassification(Protocol[LabelledImage]):
+class ZeroShotClassification(SampleEvaluator[LabelledImage]):
     """
     An image belongs to the class whose name, filled into every template and averaged, is most similar.
 
@@ -37,8 +37,8 @@ class ZeroShotClassification(Protocol[LabelledImage]):
         self.size, self.templates = size, templates
         self.class_names = [synonyms[0] for synonyms in data.names]
 
-    def applies_to(self, model: Candidate) -> bool:
-        return isinstance(model, ImageText)
+    def applies_to(self, model: ModelAdapter) -> bool:
+        return isinstance(model, ImageTextAdapter)
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -52,10 +52,10 @@ class ZeroShotClassification(Protocol[LabelledImage]):
     def new_metrics(self) -> dict[str, AccumulatingMetric]:
         return {"top_k": TopK(num_labels=len(self.class_names))}
 
-    def prepare(self, model: ImageText) -> None:
+    def prepare(self, model: ImageTextAdapter) -> None:
         self.class_embeds = model.embed_names(self.class_names, self.templates)
 
-    def judge(self, model: ImageText, samples: list[LabelledImage], metrics) -> list[float]:
+    def update(self, model: ImageTextAdapter, samples: list[LabelledImage], metrics) -> list[float]:
         scores = self._scores(model, samples)
         labels = np.array([sample.label for sample in samples])
         metrics["top_k"].add_batch(predictions=scores, references=labels)
@@ -63,14 +63,14 @@ class ZeroShotClassification(Protocol[LabelledImage]):
         others[np.arange(len(labels)), labels] = -np.inf
         return (scores[np.arange(len(labels)), labels] - others.max(axis=1)).tolist()  # how far ahead the truth is
 
-    def _scores(self, model: ImageText, samples: list[LabelledImage]) -> np.ndarray:
+    def _scores(self, model: ImageTextAdapter, samples: list[LabelledImage]) -> np.ndarray:
         image_embeds = model.embed_images([sample.image() for sample in samples], self.size)
         return (image_embeds @ self.class_embeds.T).cpu().numpy()
 
-    def figures(self, metrics) -> dict[str, float | None]:
+    def compute_metrics(self, metrics) -> dict[str, float | None]:
         return {name: value for name, value in metrics["top_k"].compute().items() if isinstance(value, float)}
 
-    def illustrate(self, model: ImageText, sample: LabelledImage) -> list[tuple[str, np.ndarray]]:
+    def visualize(self, model: ImageTextAdapter, sample: LabelledImage) -> list[tuple[str, np.ndarray]]:
         scores = self._scores(model, [sample])[0]
         best = scores.argsort()[::-1][:5]
         answers = [f"{self.class_names[label]} {scores[label]:.2f}" for label in best]

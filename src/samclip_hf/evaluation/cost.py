@@ -15,10 +15,10 @@ from accelerate import PartialState
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from .models import Candidate, Cascade, ImageText, Promptable, SamClip
-from .protocol import Outcome, Task
+from ..datasets.samples import DataSet, SegmentedImage
+from .adapters import CascadeAdapter, ImageTextAdapter, ModelAdapter, PromptableAdapter, SamClipAdapter
+from .evaluator import EvaluationResult, Evaluator
 from .report import device_name
-from .samples import DataSet, SegmentedImage
 from .semantic_segmentation import CascadeSegmentation, ComposedSegmentation, SemanticSegmentation
 
 # torch's counter (2.14) does not know the CPU's fused attention and counts nothing for it; on a GPU it does.
@@ -29,7 +29,7 @@ ATTENTION_ON_CPU = {
 }
 
 
-class Cost(Task):
+class Cost(Evaluator):
     """
     Parameters; and of one image of noise, for everything that the model can do, multiply-accumulates by torch's own
     counter (half of its operations), the median time, and the most memory above what was in use.
@@ -61,7 +61,7 @@ class Cost(Task):
         self.size = min(height, width) if size is None else size
         self.generation = generation
 
-    def applies_to(self, model: Candidate) -> bool:
+    def applies_to(self, model: ModelAdapter) -> bool:
         return True
 
     def describe(self) -> dict[str, Any]:
@@ -75,14 +75,14 @@ class Cost(Task):
             "memory": "above what was in use before: of the process on a CPU, of the allocator on a GPU",
         }
 
-    def run(self, model: Candidate) -> Outcome | None:
+    def run(self, model: ModelAdapter) -> EvaluationResult | None:
         """On the first process alone; the others wait."""
         state = PartialState()
         outcome = self._run(model) if state.is_main_process else None
         state.wait_for_everyone()
         return outcome
 
-    def _run(self, model: Candidate) -> Outcome:
+    def _run(self, model: ModelAdapter) -> EvaluationResult:
         start = time.perf_counter()
         parameters = sum(p.numel() for part in model.models for p in part.parameters())
         figures: dict[str, float | None] = {"parameters, M": parameters / 1e6}
@@ -106,25 +106,25 @@ class Cost(Task):
                 f"{title}, s": statistics.median(seconds),
                 f"{title}, MB": max(memory, default=None),
             }
-        return Outcome(figures, 1, time.perf_counter() - start)
+        return EvaluationResult(figures, 1, time.perf_counter() - start)
 
-    def jobs(self, model: Candidate) -> dict[str, Callable[[], Any]]:
+    def jobs(self, model: ModelAdapter) -> dict[str, Callable[[], Any]]:
         """What the model can do with an image."""
         pixels = np.random.default_rng(0).integers(0, 256, (self.height, self.width, 3), dtype=np.uint8)
         image = Image.fromarray(pixels)
         data: DataSet[SegmentedImage] = DataSet("noise", [], [[name] for name in self.names])
         jobs: dict[str, Callable[[], Any]] = {}
-        if isinstance(model, ImageText):
+        if isinstance(model, ImageTextAdapter):
             jobs["image embedding"] = lambda: model.embed_images([image])
-        if isinstance(model, Promptable):
+        if isinstance(model, PromptableAdapter):
             point = torch.tensor([[self.width // 2, self.height // 2]])
             jobs["masks from a point"] = lambda: model.predict_masks(image, points=point)
         by_text: dict[str, Any] = {}
-        if isinstance(model, ImageText):
+        if isinstance(model, ImageTextAdapter):
             by_text["by text, patches"] = SemanticSegmentation(data, size=self.size)
-        if isinstance(model, SamClip):
+        if isinstance(model, SamClipAdapter):
             by_text["by text, both heads"] = ComposedSegmentation(data)
-        if isinstance(model, Cascade):
+        if isinstance(model, CascadeAdapter):
             by_text["by text, cascade"] = CascadeSegmentation(data, generation=self.generation)
         for title, protocol in by_text.items():
             protocol.prepare(model)

@@ -11,14 +11,14 @@ import torch
 from pycocotools import mask as run_lengths
 from scipy.ndimage import distance_transform_edt
 
+from ..datasets.samples import DataSet, ImageWithObjects
+from ..visualization import with_masks, with_prompts
+from .adapters import ModelAdapter, PromptableAdapter
+from .evaluator import SampleEvaluator
 from .metrics import AccumulatingMetric, MaskAveragePrecision, MaskIoU
-from .models import Candidate, Promptable
-from .pictures import with_masks, with_prompts
-from .protocol import Protocol
-from .samples import DataSet, ImageWithObjects
 
 
-class ZeroShotInstanceSegmentation(Protocol[ImageWithObjects]):
+class ZeroShotInstanceSegmentation(SampleEvaluator[ImageWithObjects]):
     """
     Every box of a detector is a prompt for one mask, which keeps the box's class and score. Where the data have no
     detections, the true boxes take their place, with a score of 1: an upper bound, and called that.
@@ -34,8 +34,8 @@ class ZeroShotInstanceSegmentation(Protocol[ImageWithObjects]):
         super().__init__(data)
         self.style = style
 
-    def applies_to(self, model: Candidate) -> bool:
-        return isinstance(model, Promptable)
+    def applies_to(self, model: ModelAdapter) -> bool:
+        return isinstance(model, PromptableAdapter)
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -49,10 +49,10 @@ class ZeroShotInstanceSegmentation(Protocol[ImageWithObjects]):
         categories = self.data.description.get("categories")
         return {"average_precision": MaskAveragePrecision(style=self.style, categories=categories)}
 
-    def prepare(self, model: Promptable) -> None:
+    def prepare(self, model: PromptableAdapter) -> None:
         pass
 
-    def judge(self, model: Promptable, samples: list[ImageWithObjects], metrics) -> list[float]:
+    def update(self, model: PromptableAdapter, samples: list[ImageWithObjects], metrics) -> list[float]:
         scores = []
         for sample in samples:
             objects, boxes, masks = self._masks(model, sample)
@@ -67,7 +67,7 @@ class ZeroShotInstanceSegmentation(Protocol[ImageWithObjects]):
             scores.append(float(np.mean([best_iou(truth, masks) for truth in truths])) if truths else 1.0)
         return scores
 
-    def _masks(self, model: Promptable, sample: ImageWithObjects) -> tuple[list[dict], list[dict], np.ndarray]:
+    def _masks(self, model: PromptableAdapter, sample: ImageWithObjects) -> tuple[list[dict], list[dict], np.ndarray]:
         """True objects, boxes with classes and scores, and a mask for each of these."""
         image, objects = sample.image(), sample.objects()
         boxes = sample.detections
@@ -81,10 +81,10 @@ class ZeroShotInstanceSegmentation(Protocol[ImageWithObjects]):
         masks, _ = model.predict_masks(image, boxes=torch.from_numpy(corners.clip(0, limits)))
         return objects, boxes, masks[:, 0].numpy()
 
-    def figures(self, metrics) -> dict[str, float | None]:
+    def compute_metrics(self, metrics) -> dict[str, float | None]:
         return metrics["average_precision"].compute()
 
-    def illustrate(self, model: Promptable, sample: ImageWithObjects) -> list[tuple[str, np.ndarray]]:
+    def visualize(self, model: PromptableAdapter, sample: ImageWithObjects) -> list[tuple[str, np.ndarray]]:
         objects, boxes, masks = self._masks(model, sample)
         pixels = np.asarray(sample.image())
         corners = np.array([box["bbox"] for box in boxes], dtype=np.float32).reshape(-1, 4)
@@ -96,7 +96,7 @@ class ZeroShotInstanceSegmentation(Protocol[ImageWithObjects]):
         ]
 
 
-class PromptedSegmentation(Protocol[ImageWithObjects]):
+class PromptedSegmentation(SampleEvaluator[ImageWithObjects]):
     """
     The IoU of every object's mask with that found from one point, and from its tight box.
 
@@ -114,8 +114,8 @@ class PromptedSegmentation(Protocol[ImageWithObjects]):
         super().__init__(data)
         self.point, self.seed = point, seed
 
-    def applies_to(self, model: Candidate) -> bool:
-        return isinstance(model, Promptable)
+    def applies_to(self, model: ModelAdapter) -> bool:
+        return isinstance(model, PromptableAdapter)
 
     def describe(self) -> dict[str, Any]:
         description = {key: value for key, value in self.data.description.items() if key != "categories"}
@@ -131,10 +131,10 @@ class PromptedSegmentation(Protocol[ImageWithObjects]):
     def new_metrics(self) -> dict[str, AccumulatingMetric]:
         return {name: MaskIoU() for name in ("point_miou", "point_oracle_miou", "box_miou")}
 
-    def prepare(self, model: Promptable) -> None:
+    def prepare(self, model: PromptableAdapter) -> None:
         pass
 
-    def judge(self, model: Promptable, samples: list[ImageWithObjects], metrics) -> list[float]:
+    def update(self, model: PromptableAdapter, samples: list[ImageWithObjects], metrics) -> list[float]:
         scores = []
         for sample in samples:
             truths, _, _, found = self._masks(model, sample)
@@ -144,7 +144,7 @@ class PromptedSegmentation(Protocol[ImageWithObjects]):
             scores.append(float(np.mean(ious)) if ious else 1.0)
         return scores
 
-    def _masks(self, model: Promptable, sample: ImageWithObjects):
+    def _masks(self, model: PromptableAdapter, sample: ImageWithObjects):
         """True masks, their points and boxes, and by each figure's name the masks found."""
         image = sample.image()
         info = {"height": image.height, "width": image.width}
@@ -162,10 +162,10 @@ class PromptedSegmentation(Protocol[ImageWithObjects]):
         found = {"point_miou": likely, "point_oracle_miou": oracle, "box_miou": list(from_boxes[:, 0].numpy())}
         return truths, points, boxes, found
 
-    def figures(self, metrics) -> dict[str, float | None]:
+    def compute_metrics(self, metrics) -> dict[str, float | None]:
         return {name: metric.compute()["mean_iou"] for name, metric in metrics.items()}
 
-    def illustrate(self, model: Promptable, sample: ImageWithObjects) -> list[tuple[str, np.ndarray]]:
+    def visualize(self, model: PromptableAdapter, sample: ImageWithObjects) -> list[tuple[str, np.ndarray]]:
         truths, points, boxes, found = self._masks(model, sample)
         pixels = np.asarray(sample.image())
         return [

@@ -18,16 +18,16 @@ from torch import Tensor, nn
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 from tqdm import trange
 
+from ..datasets.samples import IGNORED, DataSet, LabelledImage, Sample, SegmentedImage
+from .adapters import CascadeAdapter, ModelAdapter, SamAdapter
+from .evaluator import EvaluationResult, Evaluator, own_batches
 from .metrics import MeanIoU, TopK
-from .models import Candidate, Cascade, Sam
-from .protocol import Outcome, Task, own_batches
-from .samples import IGNORED, DataSet, LabelledImage, Sample, SegmentedImage
 
 BATCH_SIZE = 16
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
 
 
-class Probing(Task):
+class Probing(Evaluator):
     """
     train, test (`DataSet`):
         Of one list of classes and of known lengths, and not the same images. `ValueError` otherwise.
@@ -48,8 +48,8 @@ class Probing(Task):
             raise ValueError(f"{train.name} and {test.name} do not have the same classes in the same order.")
         self.train, self.test, self.size, self.seed = train, test, size, seed
 
-    def applies_to(self, model: Candidate) -> bool:
-        return not isinstance(model, Cascade)
+    def applies_to(self, model: ModelAdapter) -> bool:
+        return not isinstance(model, CascadeAdapter)
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -60,8 +60,8 @@ class Probing(Task):
             "seed": self.seed,
         }
 
-    def size_for(self, model: Candidate) -> int:
-        return model.model.config.vision_config.image_size if isinstance(model, Sam) else self.size
+    def size_for(self, model: ModelAdapter) -> int:
+        return model.model.config.vision_config.image_size if isinstance(model, SamAdapter) else self.size
 
 
 class LinearProbing(Probing):
@@ -79,7 +79,7 @@ class LinearProbing(Probing):
             "classifier": f"logistic regression by L-BFGS, L2 penalty among {PENALTIES} chosen on a tenth held out",
         }
 
-    def run(self, model: Candidate) -> Outcome | None:
+    def run(self, model: ModelAdapter) -> EvaluationResult | None:
         start, size = time.perf_counter(), self.size_for(model)
         with tempfile.TemporaryDirectory() as folder:
             train, test = (
@@ -98,7 +98,7 @@ class LinearProbing(Probing):
                 metric = TopK(num_labels=num_labels, ks=(1,))
                 metric.add_batch(predictions=scores.numpy(), references=test_labels.numpy())
                 figures[f"top1 ({source})"] = metric.compute()["top1"]
-        return Outcome(figures, len(test_labels), time.perf_counter() - start)
+        return EvaluationResult(figures, len(test_labels), time.perf_counter() - start)
 
     def _classify(self, train: Tensor, labels: Tensor, test: Tensor, num_labels: int, device) -> Tensor:
         """Scores `(num_test, num_labels)`."""
@@ -159,7 +159,7 @@ class HeadProbing(Probing):
             "training": f"AdamW, {self.steps} steps of {BATCH_SIZE} images, rate {self.learning_rate}, cosine",
         }
 
-    def run(self, model: Candidate) -> Outcome | None:
+    def run(self, model: ModelAdapter) -> EvaluationResult | None:
         start, size = time.perf_counter(), self.size_for(model)
         num_labels = len(self.train.names or [])
         with tempfile.TemporaryDirectory() as folder:
@@ -178,7 +178,7 @@ class HeadProbing(Probing):
                     head = build(train[source].shape[1], num_labels).to(model.model.device)
                     self._train(head, train[source], labels, title)
                     figures[f"mean_iou: {title}"] = self._test(head, test[source], num_labels)
-        return Outcome(figures, len(self.test.samples), time.perf_counter() - start)  # type: ignore[arg-type]
+        return EvaluationResult(figures, len(self.test.samples), time.perf_counter() - start)  # type: ignore[arg-type]
 
     def _train(self, head: nn.Module, features: np.ndarray, labels: np.ndarray, title: str) -> None:
         optimizer = torch.optim.AdamW(head.parameters(), lr=self.learning_rate, weight_decay=1e-2)

@@ -15,8 +15,8 @@ import torch
 from accelerate import PartialState
 from huggingface_hub import EvalResult
 
-from .models import Candidate, SamClip
-from .protocol import Outcome, Protocol, Task
+from .adapters import ModelAdapter, SamClipAdapter
+from .evaluator import EvaluationResult, Evaluator, SampleEvaluator
 
 PER_CLASS = "iou: "  # figures of single classes, too many for a table
 MODEL_FILES = ("config.json", "processor_config.json", "preprocessor_config.json", "tokenizer.json")
@@ -43,7 +43,7 @@ class Results:
         self.content["command"] = command
         self.content["environment"] = environment()
 
-    def holds(self, key: str, task: Task, model: Candidate) -> bool:
+    def holds(self, key: str, task: Evaluator, model: ModelAdapter) -> bool:
         """Whether just this task has judged just this model."""
         entry = self.content["tasks"].get(key, {"protocol": None})
         if entry["protocol"] != jsonable(task.describe()):
@@ -51,7 +51,7 @@ class Results:
         of_model = entry["models"].get(model.name, {"identity": None})
         return of_model["identity"] == identity(model) and of_model.get("dtype", "float32") == dtype(model)
 
-    def add(self, key: str, task: Task, model: Candidate, outcome: Outcome) -> None:
+    def add(self, key: str, task: Evaluator, model: ModelAdapter, outcome: EvaluationResult) -> None:
         """Figures of another protocol under the same key are dropped: they cannot be compared."""
         protocol = jsonable(task.describe())
         entry = self.content["tasks"].get(key)
@@ -61,7 +61,7 @@ class Results:
             "kind": type(model).__name__,
             "identity": identity(model),
             "dtype": dtype(model),
-            "figures": outcome.figures,
+            "metrics": outcome.metrics,
             "num_samples": outcome.num_samples,
             "seconds": round(outcome.seconds, 1),
             "command": self.content["command"],
@@ -89,18 +89,18 @@ class Results:
             if "random weights" in of_model
         }
         kinds = {name: e["models"][name]["kind"] for e in tasks.values() for name in names if name in e["models"]}
-        merged = [name for name in names if kinds[name] == SamClip.__name__]
+        merged = [name for name in names if kinds[name] == SamClipAdapter.__name__]
         has_paper = any(key.partition("@")[0] in PAPER for key in tasks)
         header = ["task", "figure", *(f"{name} (random weights)" if name in random else name for name in names)] + (
             ["paper's SAM-CLIP", *(f"{n} - paper" for n in merged)] * has_paper
         )
         lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
         for key, entry in tasks.items():
-            figures = dict.fromkeys(f for model in entry["models"].values() for f in model["figures"])
+            figures = dict.fromkeys(f for model in entry["models"].values() for f in model["metrics"])
             for figure in figures:
                 if figure.startswith(PER_CLASS):
                     continue
-                values = {name: entry["models"].get(name, {}).get("figures", {}).get(figure) for name in names}
+                values = {name: entry["models"].get(name, {}).get("metrics", {}).get(figure) for name in names}
                 row = [key, figure, *(shown(value) for value in values.values())]
                 if has_paper:
                     whole = "only" not in entry["protocol"]
@@ -141,7 +141,7 @@ def jsonable(value: Any) -> Any:
     return json.loads(json.dumps(value, default=str))
 
 
-def identity(model: Candidate) -> str:
+def identity(model: ModelAdapter) -> str:
     """Changes when the model does: the Hub's commit, or a folder's files, of its weights their sizes and times."""
     parts = []
     for part in model.models:
@@ -156,7 +156,7 @@ def identity(model: Candidate) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
-def dtype(model: Candidate) -> str:
+def dtype(model: ModelAdapter) -> str:
     """What it computes in, such as "float32"."""
     return str(model.models[0].dtype).removeprefix("torch.")
 
@@ -200,7 +200,7 @@ def model_index(results: dict[str, Any], name: str) -> list[EvalResult]:
         protocol, _, data = key.partition(":")
         if name not in entry["models"] or protocol == "cost":
             continue
-        for figure, value in entry["models"][name]["figures"].items():
+        for figure, value in entry["models"][name]["metrics"].items():
             if value is not None and not figure.startswith(PER_CLASS):
                 label = figure + (" (random weights)" if "random weights" in entry["models"][name] else "")
                 entries.append(
@@ -217,7 +217,7 @@ def model_index(results: dict[str, Any], name: str) -> list[EvalResult]:
     return entries
 
 
-def draw_panel(protocol: Protocol, model: Candidate, outcome: Outcome, path: Path) -> None:
+def draw_panel(protocol: SampleEvaluator, model: ModelAdapter, outcome: EvaluationResult, path: Path) -> None:
     """The best, the median and the worst sample, as the protocol illustrates them."""
     import matplotlib
 
@@ -232,7 +232,7 @@ def draw_panel(protocol: Protocol, model: Candidate, outcome: Outcome, path: Pat
         if len(samples) == len(wanted):
             break
     rows: dict[str, list[tuple[str, np.ndarray]]] = {
-        f"{rank}: {samples[place].key}": protocol.illustrate(model, samples[place])
+        f"{rank}: {samples[place].key}": protocol.visualize(model, samples[place])
         for rank, place in outcome.extremes.items()
     }
     width = max(map(len, rows.values()))
@@ -243,7 +243,7 @@ def draw_panel(protocol: Protocol, model: Candidate, outcome: Outcome, path: Pat
         for axis, (caption, picture) in zip(row, pictures, strict=False):
             axis.imshow(picture)
             axis.set_title(caption if axis is not row[0] else f"{title}\n{caption}", fontsize=8, parse_math=False)
-    main_figure, value = next(iter(outcome.figures.items()))
+    main_figure, value = next(iter(outcome.metrics.items()))
     name = f"{model.name} (random weights)" if model.untrained else model.name
     title = f"{protocol.name}:{protocol.data.name}, {name}: {main_figure} {shown(value)}"
     figure.suptitle(title, fontsize=10, parse_math=False)  # a dollar sign is one

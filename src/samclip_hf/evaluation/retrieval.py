@@ -5,14 +5,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..datasets.samples import CaptionedImage, DataSet
+from ..visualization import captioned
+from .adapters import ImageTextAdapter, ModelAdapter
+from .evaluator import SampleEvaluator
 from .metrics import AccumulatingMetric, RecallAtK
-from .models import Candidate, ImageText
-from .pictures import captioned
-from .protocol import Protocol
-from .samples import CaptionedImage, DataSet
 
 
-class Retrieval(Protocol[CaptionedImage]):
+class Retrieval(SampleEvaluator[CaptionedImage]):
     """
     Images and captions are compared as they are, without templates. What the paper calls R@1 is the mean of both
     directions (its baselines match their own papers only so); all three figures are given by their names.
@@ -27,8 +27,8 @@ class Retrieval(Protocol[CaptionedImage]):
         super().__init__(data)
         self.size = size
 
-    def applies_to(self, model: Candidate) -> bool:
-        return isinstance(model, ImageText)
+    def applies_to(self, model: ModelAdapter) -> bool:
+        return isinstance(model, ImageTextAdapter)
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -42,10 +42,10 @@ class Retrieval(Protocol[CaptionedImage]):
     def new_metrics(self) -> dict[str, AccumulatingMetric]:
         return {"recall": RecallAtK()}
 
-    def prepare(self, model: ImageText) -> None:
+    def prepare(self, model: ImageTextAdapter) -> None:
         pass
 
-    def judge(self, model: ImageText, samples: list[CaptionedImage], metrics) -> list[float]:
+    def update(self, model: ImageTextAdapter, samples: list[CaptionedImage], metrics) -> list[float]:
         image_embeds = model.embed_images([sample.image() for sample in samples], self.size).cpu()
         text_embeds = model.embed_texts([caption for sample in samples for caption in sample.captions]).cpu()
         per_image = text_embeds.split([len(sample.captions) for sample in samples])
@@ -53,11 +53,11 @@ class Retrieval(Protocol[CaptionedImage]):
         # What an image's rank is, is known when all have been seen; its similarity to its own captions is known now.
         return [(own @ embed).mean().item() for embed, own in zip(image_embeds, per_image, strict=True)]
 
-    def figures(self, metrics) -> dict[str, float | None]:
+    def compute_metrics(self, metrics) -> dict[str, float | None]:
         figures = metrics["recall"].compute()
         return {"mean_recall@1": figures["mean_recall@1"], **figures}
 
-    def illustrate(self, model: ImageText, sample: CaptionedImage) -> list[tuple[str, np.ndarray]]:
+    def visualize(self, model: ImageTextAdapter, sample: CaptionedImage) -> list[tuple[str, np.ndarray]]:
         image = sample.image()
         with torch.inference_mode():
             similarities = model.embed_texts(sample.captions) @ model.embed_images([image], self.size)[0]

@@ -14,18 +14,18 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from ..datasets.samples import IGNORED, DataSet, SegmentedImage
 from ..modeling_samclip import SamClipVocabulary
 from ..templates import IMAGENET_TEMPLATES
+from ..visualization import with_labels
+from .adapters import CascadeAdapter, ImageTextAdapter, ModelAdapter, SamClipAdapter
+from .evaluator import SampleEvaluator
 from .metrics import AccumulatingMetric, MeanIoU
-from .models import Candidate, Cascade, ImageText, SamClip
-from .pictures import with_labels
-from .protocol import Protocol
-from .samples import IGNORED, DataSet, SegmentedImage
 
 NEVER = -1e9  # a logit; finite, because interpolation multiplies it by 0
 
 
-class LabelMaps(Protocol[SegmentedImage]):
+class LabelMaps(SampleEvaluator[SegmentedImage]):
     """
     What the three have in common: names become labels, and label maps are compared at the images' own sizes.
 
@@ -76,7 +76,7 @@ class LabelMaps(Protocol[SegmentedImage]):
     def predict(self, model: Any, image: Image.Image) -> np.ndarray:
         """Labels `(height, width)`."""
 
-    def judge(self, model: Any, samples: list[SegmentedImage], metrics) -> list[float]:
+    def update(self, model: Any, samples: list[SegmentedImage], metrics) -> list[float]:
         scores = []
         for sample in samples:
             predicted, truth = self.predict(model, sample.image()), sample.label_map()
@@ -85,7 +85,7 @@ class LabelMaps(Protocol[SegmentedImage]):
             scores.append(1.0 if own is None else own)
         return scores
 
-    def figures(self, metrics) -> dict[str, float | None]:
+    def compute_metrics(self, metrics) -> dict[str, float | None]:
         figures = metrics["mean_iou"].compute()
         by_name = {
             f"iou: {name}": value
@@ -94,7 +94,7 @@ class LabelMaps(Protocol[SegmentedImage]):
         }
         return {key: figures[key] for key in ("mean_iou", "mean_accuracy", "overall_accuracy")} | by_name
 
-    def illustrate(self, model: Any, sample: SegmentedImage) -> list[tuple[str, np.ndarray]]:
+    def visualize(self, model: Any, sample: SegmentedImage) -> list[tuple[str, np.ndarray]]:
         image = sample.image()
         pixels = np.asarray(image)
         has_background = self.data.background is not None
@@ -104,7 +104,7 @@ class LabelMaps(Protocol[SegmentedImage]):
             (self.name, with_labels(pixels, self.predict(model, image), self.label_names, has_background)),
         ]
 
-    def texts(self, model: ImageText) -> tuple[Tensor, Tensor]:
+    def texts(self, model: ImageTextAdapter) -> tuple[Tensor, Tensor]:
         """Embeddings `(num_texts, projection_dim)` of all names and, if they decide, of the texts of background; and
         each one's label."""
         assert self.data.names is not None
@@ -157,8 +157,8 @@ class SemanticSegmentation(LabelMaps):
         if self.window is not None and not 0 < (self.stride or 0) <= self.window:
             raise ValueError(f"Windows of {self.window} px every {self.stride} px would leave gaps.")
 
-    def applies_to(self, model: Candidate) -> bool:
-        return isinstance(model, ImageText)
+    def applies_to(self, model: ModelAdapter) -> bool:
+        return isinstance(model, ImageTextAdapter)
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -168,11 +168,11 @@ class SemanticSegmentation(LabelMaps):
             "upscaling": "bilinear, of logits",
         }
 
-    def prepare(self, model: ImageText) -> None:
+    def prepare(self, model: ImageTextAdapter) -> None:
         self.text_embeds, self.labels = self.texts(model)
 
     @torch.inference_mode()
-    def predict(self, model: ImageText, image: Image.Image) -> np.ndarray:
+    def predict(self, model: ImageTextAdapter, image: Image.Image) -> np.ndarray:
         if self.window is None:
             logits = self._logits(model, image, self.size)
         else:
@@ -180,12 +180,12 @@ class SemanticSegmentation(LabelMaps):
         logits = F.interpolate(logits[None], size=(image.height, image.width), mode="bilinear", align_corners=False)
         return self.decide(logits[0]).cpu().numpy()
 
-    def _logits(self, model: ImageText, image: Image.Image, size: int) -> Tensor:
+    def _logits(self, model: ImageTextAdapter, image: Image.Image, size: int) -> Tensor:
         """`(num_labels, grid_height, grid_width)`."""
         patches = model.embed_patches(image, size)
         return self.by_label(torch.tensordot(self.text_embeds, patches, 1) * model.logit_scale, self.labels)
 
-    def _windows(self, model: ImageText, image: Image.Image, window: int, stride: int) -> Tensor:
+    def _windows(self, model: ImageTextAdapter, image: Image.Image, window: int, stride: int) -> Tensor:
         """`(num_labels, height, width)` of the resized image."""
         scale = self.size / min(image.size)
         image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
@@ -218,14 +218,14 @@ class ComposedSegmentation(LabelMaps):
         super().__init__(data, **kwargs)
         self.size = size
 
-    def applies_to(self, model: Candidate) -> bool:
-        return isinstance(model, SamClip)
+    def applies_to(self, model: ModelAdapter) -> bool:
+        return isinstance(model, SamClipAdapter)
 
     def describe(self) -> dict[str, Any]:
         size = f"{self.size} px" if self.size else "the model's own"
         return {**super().describe(), "size": f"longer side {size}, padded to a square"}
 
-    def prepare(self, model: SamClip) -> None:
+    def prepare(self, model: SamClipAdapter) -> None:
         text_embeds, labels = self.texts(model)
         self.vocabulary = SamClipVocabulary(
             text_embeds.to(model.model.dtype),
@@ -236,7 +236,7 @@ class ComposedSegmentation(LabelMaps):
         )
 
     @torch.inference_mode()
-    def predict(self, model: SamClip, image: Image.Image) -> np.ndarray:
+    def predict(self, model: SamClipAdapter, image: Image.Image) -> np.ndarray:
         keywords = {"size": {"longest_edge": self.size}} if self.size else {}
         inputs = model.processor(image, return_tensors="pt", **keywords).to(model.model.device)
         inputs["pixel_values"] = inputs["pixel_values"].to(model.model.dtype)
@@ -261,8 +261,8 @@ class CascadeSegmentation(LabelMaps):
         super().__init__(data, **kwargs)
         self.generation = generation or {}
 
-    def applies_to(self, model: Candidate) -> bool:
-        return isinstance(model, Cascade)
+    def applies_to(self, model: ModelAdapter) -> bool:
+        return isinstance(model, CascadeAdapter)
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -271,11 +271,11 @@ class CascadeSegmentation(LabelMaps):
             "crops": "a mask's box, the rest of it in CLIP's mean colour, padded to a square",
         }
 
-    def prepare(self, model: Cascade) -> None:
+    def prepare(self, model: CascadeAdapter) -> None:
         self.text_embeds, self.labels = self.texts(model.clip)
 
     @torch.inference_mode()
-    def predict(self, model: Cascade, image: Image.Image) -> np.ndarray:
+    def predict(self, model: CascadeAdapter, image: Image.Image) -> np.ndarray:
         masks = model.sam.generate_masks(image, **self.generation)
         masks = masks[masks.any(axis=(1, 2))]
         masks = masks[np.argsort(-masks.sum(axis=(1, 2)), kind="stable")]

@@ -1,0 +1,7 @@
+"""The `samclip` command."""
+
+
+def main(argv=None) -> int:
+    from .photographs import main
+
+    return main(argv)

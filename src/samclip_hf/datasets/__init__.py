@@ -1,0 +1,1 @@
+"""Readers of training streams and evaluation sets."""

@@ -1,0 +1,5 @@
+"""`python -m samclip_hf.export` is `samclip export`."""
+
+from .writer import main
+
+main()

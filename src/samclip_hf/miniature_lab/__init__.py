@@ -1,0 +1,1 @@
+"""Training and reporting of the miniature world: teachers, evaluation tasks, demo and tables."""

@@ -1,0 +1,466 @@
+"""The command line on the shipped miniature, against the pipelines called directly and against pycocotools."""
+
+import importlib
+import io
+import json
+import os
+import shlex
+import signal
+import struct
+import subprocess
+import sys
+import time
+import tomllib
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as coco
+from transformers import pipeline
+
+from samclip_cli.photographs import _coco, _distinct_names, _parser, main
+from samclip_hf import SamClipForImageSegmentation, SamClipModel, miniature
+from samclip_hf.miniature.scenes import render
+from samclip_hf.visualization import annotated, colour_of
+
+LABELS = ["red fuzzy shape", "green zigzag shape"]
+WORDS = ["--labels", ", ".join(LABELS), "--background", "an empty scene"]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """An empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return tmp_path
+
+
+def scene(index: int = 8) -> Image.Image:
+    """Of an odd size."""
+    return Image.fromarray(render(seed=0, index=index).image).resize((150, 99 + index), Image.Resampling.BILINEAR)
+
+
+def save(*paths: str) -> None:
+    for number, path in enumerate(paths):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        scene(8 + number).save(path)
+
+
+def samclip(capsys, *arguments: str, status: int = 0) -> tuple[list[dict], list[str]]:
+    """The lines of JSON, and the lines of messages without the one about the miniature."""
+    assert main(arguments) == status
+    out, err = capsys.readouterr()
+    messages = [line for line in err.splitlines() if "the model is the shipped miniature" not in line]
+    return [json.loads(line) for line in out.splitlines()], messages
+
+
+def decode(segmentation: dict) -> np.ndarray:
+    return coco.decode(coco.frPyObjects(segmentation, *segmentation["size"])).astype(bool)
+
+
+def test_segments_are_the_pipelines(capsys):
+    save("photo.png")
+    [record], messages = samclip(capsys, "segment", "photo.png", *WORDS, "--threshold", "0.3")
+    segmenter = pipeline("zero-shot-image-segmentation", model=miniature.checkpoint())
+    expected = segmenter(scene(), candidate_labels=LABELS, background=["an empty scene"], threshold=0.3)
+    assert len(expected) >= 2 and messages == []
+    assert (record["image"], record["height"], record["width"]) == ("photo.png", 107, 150)
+    for segment, pipelines in zip(record["segments"], expected, strict=True):
+        assert segment["label"] == pipelines["label"]
+        assert segment["score"] == pytest.approx(pipelines["score"], abs=1e-5)
+        assert np.array_equal(decode(segment["segmentation"]), np.asarray(pipelines["mask"]) > 0)
+
+
+def test_without_labels_the_checkpoints_own_count(capsys):
+    save("photo.png")
+    [record], _ = samclip(capsys, "segment", "photo.png")
+    expected = pipeline("image-segmentation", model=miniature.checkpoint())(scene(), threshold=0.5)
+    expected = [(segment["label"], pytest.approx(segment["score"], abs=1e-5)) for segment in expected]
+    assert [(segment["label"], segment["score"]) for segment in record["segments"]] == expected
+    assert "red fuzzy shape" in dict(expected)
+
+
+def test_a_template_counts(capsys):
+    save("photo.png")
+    [one], _ = samclip(capsys, "segment", "photo.png", *WORDS, "--threshold", "0")
+    [other], _ = samclip(capsys, "segment", "photo.png", *WORDS, "--threshold", "0", "--template", "a {}")
+    segmenter = pipeline("zero-shot-image-segmentation", model=miniature.checkpoint())
+    words = {"candidate_labels": LABELS, "background": ["an empty scene"], "threshold": 0}
+    expected = segmenter(scene(), hypothesis_template="a {}", **words)
+    scores = [segment["score"] for segment in other["segments"]]
+    assert scores == pytest.approx([segment["score"] for segment in expected], abs=1e-5)
+    assert scores != pytest.approx([segment["score"] for segment in one["segments"]], abs=1e-5)
+
+
+@pytest.mark.parametrize("template", [None, "a drawing of a {}"])
+def test_classes_are_the_pipelines(capsys, template):
+    save("photo.png")
+    option = [] if template is None else ["--template", template]
+    [record], messages = samclip(capsys, "classify", "photo.png", "--labels", " , ".join(LABELS), *option)
+    classifier = pipeline("zero-shot-image-classification", model=miniature.checkpoint())
+    options = {} if template is None else {"hypothesis_template": template}
+    expected = classifier(scene(), candidate_labels=LABELS, **options)
+    assert [label["label"] for label in record["labels"]] == [label["label"] for label in expected]
+    scores = [label["score"] for label in expected]
+    assert [label["score"] for label in record["labels"]] == pytest.approx(scores, abs=1e-5) and messages == []
+
+
+def test_masks_are_the_pipelines(capsys):
+    save("photo.png")
+    [record], _ = samclip(capsys, "masks", "photo.png", "--points_per_crop", "6", "--pred_iou_thresh", "0.5")
+    generator = pipeline("mask-generation", model=miniature.checkpoint())
+    options = {"points_per_crop": 6, "pred_iou_thresh": 0.5, "stability_score_thresh": 0}
+    expected = generator(scene(), **options)
+    assert len(expected["masks"]) >= 3
+    for mask, pipelines, score in zip(record["masks"], expected["masks"], expected["scores"].tolist(), strict=True):
+        assert mask["score"] == pytest.approx(score, abs=1e-5)
+        assert np.array_equal(decode(mask["segmentation"]), np.asarray(pipelines))
+        assert mask["area"] == np.asarray(pipelines).sum()
+
+
+@pytest.mark.parametrize("kind", ["random", "empty", "full", "first pixel", "last pixel", "one row", "one column"])
+def test_masks_are_written_as_pycocotools_reads_them(kind):
+    mask = np.zeros((7, 11), dtype=bool)
+    if kind == "random":
+        mask[2:6, 3:9] = np.random.default_rng(0).random((4, 6)) > 0.5
+    elif kind != "empty":
+        places = {"first pixel": (0, 0), "last pixel": (-1, -1), "one row": 3, "one column": (slice(None), 4)}
+        mask[places.get(kind, slice(None))] = True
+    written = json.loads(json.dumps(_coco(mask)))
+    compressed = coco.frPyObjects(written["segmentation"], 7, 11)
+    assert np.array_equal(coco.decode(compressed), mask)
+    assert compressed["counts"] == coco.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"]
+    assert written["area"] == coco.area(compressed)
+    assert written["bbox"] == coco.toBbox(compressed).tolist()
+
+
+@pytest.mark.parametrize("command", [["segment", *WORDS], ["masks", "--points_per_crop", "6"]])
+def test_a_picture_is_the_photograph_with_masks_and_a_legend(capsys, command):
+    save("photo.png")
+    samclip(capsys, *command, "photo.png", "--output", "out.png")
+    [record], _ = samclip(capsys, *command, "photo.png")
+    picture, photograph = np.asarray(Image.open("out.png")), np.asarray(scene())
+    assert picture.shape[0] > 107 and picture.shape[1] >= 150
+    found = record.get("segments") or record["masks"]
+    inside = np.any([decode(one["segmentation"]) for one in found], axis=0)
+    differs = (picture[:107, :150] != photograph).any(axis=2)
+    assert not differs[~inside].any() and differs[inside].mean() > 0.99
+    assert (picture[107:] < 128).any()  # words
+
+
+def test_a_mask_is_tinted_inside_and_outlined_in_its_colour():
+    grey = Image.new("RGB", (60, 40), (100, 100, 100))
+    large, small = np.zeros((2, 40, 60), dtype=bool)
+    large[10:, 5:40], small[20:30, 10:20] = True, True
+    picture = np.asarray(
+        annotated(grey, [small, large, np.zeros_like(small)], [3, 0, 1], [(3, "small"), (0, "large")])
+    )
+    edge, tint = colour_of(0), [round(100 + 0.45 * (channel - 100)) for channel in colour_of(0)]
+    assert picture[10, 20].tolist() == list(edge) and picture[20, 5].tolist() == list(edge)
+    assert picture[15, 20] == pytest.approx(tint, abs=1)
+    assert picture[39, 20] == pytest.approx(tint, abs=1)  # where the image ends, no outline
+    assert picture[20, 15].tolist() == list(colour_of(3))  # the smaller on top
+    assert (picture[9, 20] == 100).all()
+    legend = picture[40:].reshape(-1, 3).tolist()
+    assert list(colour_of(3)) in legend and list(colour_of(0)) in legend and list(colour_of(1)) not in legend
+
+
+def test_labels_too_long_for_the_image_make_the_picture_wider(capsys):
+    save("photo.png")
+    samclip(capsys, "classify", "photo.png", "--labels", "a red and rather fuzzy shape, b", "--output", "a.png")
+    picture = Image.open("a.png")
+    assert picture.width > 200
+    right = np.asarray(picture)[107:, 150:]
+    assert (right < 128).any() and (right[:, -4:] > 128).all()  # words, and none cut off
+
+
+def test_files_folders_and_patterns_each_image_once(capsys):
+    save("a/1.png", "a/2.png", "a/deep/3.png", "b[1].png")
+    paths = ["a/2.png", "a", "a/*.png", "./a/../a/1.png", "a/**/*.png", "b[1].png"]
+    records, messages = samclip(capsys, "classify", *paths, "--labels", "a, b")
+    expected = ["a/2.png", "a/1.png", "a/deep/3.png", "b[1].png"]
+    assert [record["image"] for record in records] == expected and messages == []
+
+
+def test_a_folder_says_what_it_leaves_out(capsys):
+    save("photos/1.png")
+    for name in ("notes.txt", "raw.HEIC", ".hidden.txt"):
+        Path("photos", name).write_text("no image")
+    records, messages = samclip(capsys, "classify", "photos", "--labels", "a, b")
+    assert len(records) == 1
+    assert messages == ["samclip: photos: 2 of 3 files are not taken for images (.HEIC, .txt)."]
+
+
+def test_equal_names_do_not_overwrite_each_other(capsys):
+    save("a/cat.png", "b/Cat.png", "b/cat-2.png")
+    Path("out").mkdir()
+    _, messages = samclip(capsys, "classify", "a", "b", "--labels", "a, b", "--output", "out")
+    written = {path.name: json.loads(path.read_text())["image"] for path in Path("out").glob("*.json")}
+    assert written == {"cat.json": "a/cat.png", "Cat-3.json": "b/Cat.png", "cat-2.json": "b/cat-2.png"}
+    assert sorted(path.name for path in Path("out").glob("*.png")) == ["Cat-3.png", "cat-2.png", "cat.png"]
+    assert len(messages) == 1 and "b/Cat.png as Cat-3" in messages[0]
+
+
+def test_names_are_distinct_for_any_images():
+    images = [Path(path) for path in ("a/x.png", "a/x.jpg", "b/x.png", "x-2.png", "x-3.jpg", "X-3.png")]
+    names = _distinct_names(images)
+    assert len({name.casefold() for name in names}) == len(images)
+    assert names[0] == "x" and names[3:5] == ["x-2", "x-3"]
+
+
+def test_output_that_is_there_is_overwritten(capsys):
+    save("photo.png")
+    Path("out.JSON").write_text("old")
+    samclip(capsys, "classify", "photo.png", "--labels", "a, b", "--output", "out.JSON")
+    assert json.loads(Path("out.JSON").read_text())["image"] == "photo.png"
+    assert sorted(os.listdir()) == ["out.JSON", "photo.png"]
+
+
+def test_a_photograph_is_turned_as_it_says(capsys):
+    save("upright.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    scene().transpose(Image.Transpose.ROTATE_90).save("turned.png", exif=exif)
+    upright, turned = samclip(capsys, "segment", "upright.png", "turned.png", *WORDS)[0]
+    assert turned == upright | {"image": "turned.png"} and turned["segments"]
+    assert (turned["height"], turned["width"]) == (107, 150)
+
+
+def test_sixteen_bits_count(capsys):
+    grey = scene().convert("L")
+    grey.save("8.png")
+    Image.fromarray(np.asarray(grey).astype(np.uint16) * 257).save("16.png")
+    eight, sixteen = samclip(capsys, "classify", "8.png", "16.png", "--labels", ", ".join(LABELS))[0]
+    assert sixteen["labels"] == eight["labels"]
+
+
+def png(width: int, height: int) -> bytes:
+    """That claims a size and holds next to nothing."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
+
+
+def test_broken_images_are_reported_and_the_others_done(capsys):
+    save("photos/1.png", "photos/8.png")
+    file = io.BytesIO()
+    scene().resize((800, 800)).save(file, "JPEG")
+    broken = {
+        "2.png": (b"", "0 bytes"),
+        "3.png": (b"no image", "not an image"),
+        "4.jpg": (file.getvalue()[:10_000], "truncated"),
+        "5.png": (png(30_000, 30_000), "million pixels"),
+        "6.png": (png(10_000, 10_000), "million pixels"),
+        "7.png": (png(100, 100), "truncated"),
+    }
+    for name, (content, _) in broken.items():
+        Path("photos", name).write_bytes(content)
+    records, messages = samclip(capsys, "classify", "photos", "--labels", "a, b", status=1)
+    assert [record["image"] for record in records] == ["photos/1.png", "photos/8.png"]
+    assert messages.pop() == "samclip: 6 of 8 images failed."
+    for message, (name, (_, words)) in zip(messages, broken.items(), strict=True):
+        assert message.startswith(f"samclip: photos/{name}: ") and words in message
+
+
+MISTAKES = {
+    "no such file": (["nosuch.png"], "nosuch.png: no such file"),
+    "no name": ([""], "no such file"),
+    "one of several is missing": (["photo.png", "nosuch.png"], "nosuch.png: no such file"),
+    "pattern without a match": (["nosuch/*.png"], "no file matches"),
+    "empty folder": (["empty"], "no image in this folder"),
+    "device": (["/dev/null"], "neither a file nor a folder"),
+    "several images, one output": (["photo.png", "other.png", "--output", "o.png"], "there are 2 images"),
+    "unknown extension": (["photo.png", "--output", "o.jpg"], "neither .png nor .json"),
+    "no folder of the output": (["photo.png", "--output", "nosuch/o.png"], "there is no folder nosuch"),
+    "no output folder": (["photo.png", "--output", "nosuch"], "mkdir -p nosuch"),
+    "no output folder, dotted": (["photo.png", "--output", "v1.2/"], "mkdir -p v1.2/"),
+    "onto the image": (["photo.png", "--output", "photo.png"], "would be overwritten"),
+    "onto the images": (["photo.png", "--output", "."], "would be overwritten"),
+    "no labels": (["photo.png", "--labels", ""], "--labels is empty"),
+    "commas": (["photo.png", "--labels", " , "], "--labels is empty"),
+    "empty label": (["photo.png", "--labels", "cat,,sofa"], "nothing between two commas"),
+    "doubled label": (["photo.png", "--labels", "a  cat, sofa,a cat"], "more than once: a cat"),
+    "label in no text": (["photo.png", "--labels", "cat, \udcff"], "not in UTF-8"),
+    "template": (["photo.png", "--labels", "cat, sofa", "--template", "a photo"], "{} once"),
+    "braces": (["photo.png", "--labels", "cat, sofa", "--template", "{} {0}"], "{} once"),
+    "kind of model": (["photo.png", "--model", miniature.sam_teacher()], "no SAM-CLIP: its configuration says 'sam'"),
+    "folder without model": (["photo.png", "--model", "empty"], "--model empty cannot be used"),
+    "name without model": (["photo.png", "--model", "no/such"], "--model no/such cannot be used"),
+    "unknown device": (["photo.png", "--device", "toaster"], "--device toaster: "),
+    "device without number": (["photo.png", "--device", "cuda:x"], "--device cuda:x: "),
+}
+
+
+@pytest.mark.parametrize("command", ["segment", "classify"])
+@pytest.mark.parametrize("arguments, words", MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_gets_one_line_and_nothing_is_begun(capsys, folder, command, arguments, words):
+    save("photo.png", "other.png")
+    Path("empty").mkdir()
+    if "--labels" not in arguments:
+        arguments = [*arguments, "--labels", "cat, sofa"]
+    before = sorted(folder.rglob("*"))
+    records, messages = samclip(capsys, command, *arguments, status=2)
+    assert records == [] and len(messages) == 1
+    assert messages[0].startswith("samclip: ") and words in messages[0]
+    assert sorted(folder.rglob("*")) == before
+
+
+SEGMENT_MISTAKES = {
+    "background alone": (["--background", "wall"], "belong to --labels"),
+    "template alone": (["--template", "a {}"], "belong to --labels"),
+    "empty background": (["--labels", "cat, sofa", "--background", ","], "--background is empty"),
+    "a label called background": (["--labels", "cat, background", "--background", "wall"], "another name"),
+}
+
+
+@pytest.mark.parametrize("arguments, words", SEGMENT_MISTAKES.values(), ids=SEGMENT_MISTAKES)
+def test_mistakes_of_segment(capsys, arguments, words):
+    save("photo.png")
+    records, messages = samclip(capsys, "segment", "photo.png", *arguments, status=2)
+    assert records == [] and len(messages) == 1 and words in messages[0]
+
+
+@pytest.mark.parametrize("command", ["segment", "classify"])
+def test_a_label_too_long_is_refused_before_any_image(capsys, command):
+    save("photo.png")
+    # Not more than the text tower reads by itself, only in its sentence.
+    records, messages = samclip(capsys, command, "photo.png", "--labels", "a, " + "x " * 29, status=2)
+    assert records == [] and "32 tokens at most" in messages[-1]
+
+
+@pytest.mark.parametrize("value", ["2", "nan", "-0.1", "much"])
+def test_a_threshold_is_a_probability(capsys, value):
+    with pytest.raises(SystemExit, match="2"):
+        main(["segment", "photo.png", "--threshold", value])
+    assert f"a number from 0 to 1, not {value!r}" in capsys.readouterr().err
+
+
+def test_a_single_label_without_background_is_commented(capsys):
+    save("photo.png")
+    [record], messages = samclip(capsys, "segment", "photo.png", "--labels", "cat")
+    assert len(messages) == 1 and "--background" in messages[0]
+    assert {segment["score"] for segment in record["segments"]} == {1.0}
+
+
+def test_the_miniature_is_told_of_unless_it_was_asked_for(capsys):
+    save("photo.png")
+    command = ["classify", "photo.png", "--labels", "a, b"]
+    main(command)
+    assert "the shipped miniature" in capsys.readouterr().err
+    main([*command, "--model", miniature.checkpoint()])
+    assert capsys.readouterr().err == ""
+
+
+def test_a_published_checkpoint_needs_no_code_from_beside_it(capsys):
+    save("photo.png")
+    SamClipForImageSegmentation.from_pretrained(miniature.checkpoint()).save_pretrained("hub")
+    for path in Path(miniature.checkpoint()).iterdir():
+        if not Path("hub", path.name).exists():
+            Path("hub", path.name).write_bytes(path.read_bytes())
+    config = json.loads(Path("hub/config.json").read_text())
+    config["auto_map"] = {"AutoModelForImageSegmentation": "modeling_samclip.SamClipForImageSegmentation"}
+    implementation = "pipeline_samclip.SamClipImageSegmentationPipeline"
+    options = {"impl": implementation, "pt": ["AutoModelForImageSegmentation"], "type": "image"}
+    config["custom_pipelines"] = {"zero-shot-image-segmentation": options}
+    Path("hub/config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        pipeline("zero-shot-image-segmentation", model="hub")
+    records, _ = samclip(capsys, "segment", "photo.png", *WORDS, "--model", "hub")
+    assert records == samclip(capsys, "segment", "photo.png", *WORDS)[0]
+
+
+def test_what_a_checkpoint_lacks_is_said(capsys):
+    save("photo.png")
+    segmenter = SamClipForImageSegmentation.from_pretrained(miniature.checkpoint())
+    segmenter.drop_text_tower().save_pretrained("small")
+    SamClipModel.from_teachers(miniature.sam_teacher(), miniature.clip_teacher()).save_pretrained("bare")
+    for path in Path(miniature.checkpoint()).iterdir():
+        for folder in ("small", "bare"):
+            if not Path(folder, path.name).exists():
+                Path(folder, path.name).write_bytes(path.read_bytes())
+    assert len(samclip(capsys, "segment", "photo.png", "--model", "small")[0]) == 1
+    for command in ("segment", "classify"):
+        words = ["--labels", "cat, sofa", "--model", "small"]
+        assert "no text tower" in samclip(capsys, command, "photo.png", *words, status=2)[1][0]
+    _, messages = samclip(capsys, "segment", "photo.png", "--model", "bare", status=2)
+    assert "No vocabulary" in messages[0] and "--labels" in messages[0]
+
+
+@pytest.mark.parametrize("terminal, images, shown", [(True, 2, True), (True, 1, False), (False, 2, False)])
+def test_progress_is_shown_on_a_terminal_for_several_images(capsys, monkeypatch, terminal, images, shown):
+    save("1.png", "2.png")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    assert main(["classify", *["1.png", "2.png"][:images], "--labels", "a, b", "--output", "."]) == 2  # onto itself
+    capsys.readouterr()
+    Path("out").mkdir()
+    assert main(["classify", *["1.png", "2.png"][:images], "--labels", "a, b", "--output", "out"]) == 0
+    assert ("2/2" in capsys.readouterr().err) == shown
+
+
+def test_what_cannot_be_written_ends_the_work(capsys):
+    save("1.png", "2.png", "3.png")
+    Path("out/2.png").mkdir(parents=True)
+    _, [message] = samclip(capsys, "classify", "[123].png", "--labels", "a, b", "--output", "out", status=1)
+    assert "1 of 3 images are done" in message and "directory" in message
+    assert sorted(path.name for path in Path("out").iterdir()) == ["1.json", "1.png", "2.json", "2.png"]
+
+
+def test_the_examples_in_the_help_are_commands(capsys):
+    examples = []
+    for arguments in ([], ["segment"], ["classify"], ["masks"]):
+        with pytest.raises(SystemExit, match="0"):
+            main([*arguments, "--help"])
+        lines = capsys.readouterr().out.splitlines()
+        assert max(map(len, lines)) <= 120
+        examples += [line.partition(" > ")[0] for line in lines if line.startswith("  samclip ")]
+    assert len(examples) == 10
+    for example in examples:
+        assert _parser().parse_args(shlex.split(example)[1:]).load
+
+
+def test_the_installed_command_is_this_one():
+    scripts = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["scripts"]
+    module, _, name = scripts["samclip"].partition(":")
+    assert getattr(importlib.import_module(module), name) is main
+
+
+def start(*arguments: str) -> subprocess.Popen:
+    """A process of its own, which Ctrl-C ends, even where the tests run in the background."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "samclip_hf", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+
+
+def test_ctrl_c_keeps_what_is_finished():
+    save(*(f"photos/{number}.png" for number in range(9)))
+    Path("out").mkdir()
+    with start("masks", "photos", "--points_per_crop", "16", "--output", "out") as process:
+        while not Path("out/0.png").exists() and process.poll() is None:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        _, messages = process.communicate(timeout=60)
+    assert process.returncode == 130
+    done = sorted(Path("out").glob("*.png"))
+    assert 1 <= len(done) < 9 and f"stopped: {len(done)} of 9 images are done." in messages
+    assert "Traceback" not in messages and not list(Path("out").glob(".*"))
+    for path in Path("out").glob("*.json"):
+        assert json.loads(path.read_text())["masks"]
+
+
+def test_a_reader_that_has_enough_ends_the_work_quietly():
+    save(*(f"photos/{number}.png" for number in range(9)))
+    with start("masks", "photos", "--points_per_crop", "16") as process:
+        assert json.loads(process.stdout.readline())["image"] == "photos/0.png"
+        process.stdout.close()
+        messages = process.stderr.read()
+        assert process.wait(timeout=60) == 141
+    assert "Traceback" not in messages and "BrokenPipe" not in messages

@@ -1,0 +1,316 @@
+"""The training script's own job: reading a recipe and the command line."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import SamConfig, SamModel
+
+from samclip_cli import train as train_command
+from samclip_hf import SamClipModel, miniature
+from samclip_hf.distillation import SamClipTrainingArguments
+
+TRAINING = Path(__file__).parents[2] / "training"
+RECIPES = sorted((TRAINING / "configs").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def train():
+    return train_command
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def write(text: str) -> str:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(f"use_cpu: true\noutput_dir: {tmp_path / 'run'}\n" + text)
+        return str(path)
+
+    return write
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_understood(train, path, tmp_path):
+    args = train.parse_arguments([str(path), "--output_dir", str(tmp_path), "--bf16", "false", "--use_cpu"])
+    assert args.stage == int(path.stem[-1])
+    assert args.max_steps > 0
+
+
+def test_the_recipe_sets_and_the_command_line_wins(train, recipe):
+    path = recipe("stage: 2\nmax_steps: 10\nlearning_rate: 1e-4\nclip_sizes: [64, 96]\nmodel:\n")
+    args = train.parse_arguments([path, "--max_steps", "20", "--clip_resolutions", "32"])
+    assert (args.stage, args.max_steps, args.learning_rate, args.clip_resolutions, args.model) == (
+        2,
+        20,
+        1e-4,
+        [32],
+        None,
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "argv", "sentence"),
+    [
+        ("learning_rat: 1", [], "unknown argument 'learning_rat'. Did you mean 'learning_rate'?"),
+        ("zebra: 1", [], "unknown argument 'zebra'. See --help."),
+        ("", ["--max_step", "3"], "unknown argument 'max_step'. Did you mean 'max_steps'?"),
+        ("max_steps: soon", [], "argument --max_steps/--max-steps: invalid int value: 'soon'"),
+        ("stage: 7\nmax_steps: 1", [], "argument --stage: invalid choice"),
+        ("clip_head_pooling: median\nmax_steps: 1", [], "argument --clip_head_pooling/--clip-head-pooling: invalid"),
+        ("stage: 1", [], "say with max_steps how many optimizer steps"),
+        ("- 1", [], "must hold lines of the form 'argument: value'"),
+        ("stage: [1", [], "is not YAML"),
+        ("max_steps: 1", ["--encoder_lr_multiplier", "-1"], "encoder_lr_multiplier must be 0 or more"),
+        ("max_steps: 1", ["--clip_head_layers", "0"], "clip_head_layers must be 1 or more"),
+    ],
+)
+def test_a_wrong_key_or_value_is_refused_by_name(train, tmp_path, capsys, text, argv, sentence):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(SystemExit) as stopped:
+        train.parse_arguments([str(path), *argv])
+    assert stopped.value.code != 0
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_recipe_that_does_not_exist_is_named(train, capsys):
+    with pytest.raises(SystemExit):
+        train.parse_arguments(["nowhere.yaml"])
+    assert "There is no recipe nowhere.yaml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("clip_resolutions: [64]\nclip_data: [/nowhere/photos]", "No data at '/nowhere/photos'"),
+        ("clip_resolutions: [60]", "not multiples of the student's patch size"),
+        ("clip_resolutions: [64]\nstage: 2\nsam_data: ['/nowhere/*.tar']", "No data at"),
+        ("clip_resolutions: [64]\nresume_from_checkpoint: /nowhere", "no checkpoint to resume from in '/nowhere'"),
+    ],
+)
+def test_training_that_cannot_work_does_not_start(train, recipe, text, sentence):
+    with pytest.raises(SystemExit, match=f"Training did not start.*{sentence}"):
+        train.main([recipe(f"max_steps: 1\n{text}")])
+
+
+def test_a_stage_runs_from_recipe_to_checkpoint(train, recipe, tmp_path):
+    settings = ["stage: 1", "max_steps: 1", "clip_resolutions: [64]", "clip_batch_size: 2", "shuffle_buffer: 2"]
+    train.main([recipe("\n".join([*settings, "report_to: none"]))])
+    saved = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"config.json", "model.safetensors", "processor_config.json", "train_results.json"} <= saved
+
+
+def test_the_seed_decides_over_a_new_students_weights(train, recipe):
+    weights = []
+    for seed in (1, 1, 2):
+        args = train.parse_arguments([recipe(f"max_steps: 1\nclip_sizes: [64]\nseed: {seed}")])
+        weights.append(train.build_trainer(args).model.clip_head.mlp.fc1.weight)
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+def test_a_finished_run_is_not_run_once_more(train, recipe, tmp_path):
+    settings = ["stage: 1", "max_steps: 1", "clip_resolutions: [64]", "clip_batch_size: 2", "shuffle_buffer: 2"]
+    path = recipe("\n".join([*settings, "report_to: none", "save_strategy: steps", "save_steps: 1"]))
+    train.main([path])
+    before = (tmp_path / "run" / "train_results.json").read_text()
+    with pytest.raises(SystemExit, match="checkpoint-1 has all of its 1 steps, and the model"):
+        train.main([path, "--resume_from_checkpoint", "true"])
+    assert (tmp_path / "run" / "train_results.json").read_text() == before
+
+
+def test_a_run_that_was_stopped_before_it_saved_its_model_is_finished(train, recipe, tmp_path):
+    settings = [
+        "stage: 2",
+        "max_steps: 1",
+        "clip_resolutions: [64]",
+        "clip_batch_size: 2",
+        "sam_batch_size: 1",
+        "lora_r: 2",
+    ]
+    lines = [*settings, "masks_per_image: 2", "shuffle_buffer: 16", "report_to: none", "save_steps: 1"]
+    path = recipe("\n".join(lines))
+    train.main([path])
+    whole = load_file(tmp_path / "run" / "model.safetensors")
+    for name in ("model.safetensors", "train_results.json"):
+        (tmp_path / "run" / name).unlink()
+    train.main([path, "--resume_from_checkpoint", "true"])
+    for name, value in load_file(tmp_path / "run" / "model.safetensors").items():
+        assert torch.equal(value, whole[name]), name
+
+
+def test_a_folder_that_holds_another_run_is_left_alone(train, recipe, tmp_path, capsys):
+    settings = ["stage: 1", "clip_resolutions: [64]", "clip_batch_size: 2", "shuffle_buffer: 2", "report_to: none"]
+    path = recipe("\n".join([*settings, "save_strategy: steps", "save_steps: 1"]))
+    train.main([path, "--max_steps", "1", "--resume_from_checkpoint", "true"])
+    assert "no checkpoint in" in capsys.readouterr().err  # and so it said that it starts from the beginning
+    with pytest.raises(SystemExit, match="checkpoint-1 is of an earlier run: go on with it"):
+        train.main([path, "--max_steps", "2"])
+    with pytest.raises(SystemExit, match="cannot go on with something else: stage from 1 to 2"):
+        train.main([path, "--max_steps", "2", "--stage", "2", "--resume_from_checkpoint", "true"])
+    Image.new("RGB", (40, 40)).save(tmp_path / "1.jpg")  # other data with as many shards
+    other = ["--clip_data", str(tmp_path / "*.jpg"), "--eval_fraction", "0"]
+    with pytest.raises(SystemExit, match=r"clip_data's shards from \['\d+ of checksum"):
+        train.main([path, "--max_steps", "2", *other, "--resume_from_checkpoint", "true"])
+
+
+def test_stage_3_wants_what_was_merged(train, recipe):
+    with pytest.raises(SystemExit, match="Stage 3 adapts what the stages before it merged"):
+        train.main([recipe("stage: 3\nmax_steps: 1\nclip_sizes: [64]")])
+
+
+def test_a_longer_run_that_did_not_save_its_model_is_not_taken_for_finished(train, recipe, tmp_path, monkeypatch):
+    settings = ["stage: 1", "max_steps: 1", "clip_resolutions: [64]", "clip_batch_size: 2", "shuffle_buffer: 2"]
+    path = recipe("\n".join([*settings, "report_to: none", "save_steps: 1", "lr_scheduler_type: constant"]))
+    train.main([path])
+    shorter = load_file(tmp_path / "run" / "model.safetensors")
+    longer = [path, "--max_steps", "2", "--resume_from_checkpoint", "true"]
+
+    def full(*args, **kwargs):
+        raise SafetensorError("No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            train.SamClipTrainer, "save_model", lambda *args, _internal_call=False: _internal_call or full()
+        )
+        with pytest.raises(
+            SystemExit, match=r"All steps are done, but the model could not be written .*No space left"
+        ):
+            train.main(longer)
+    shutil.copy(
+        tmp_path / "run" / "model.safetensors", tmp_path / "run" / "checkpoint-2"
+    )  # which was patched away too
+    weights = {name: value + 1 for name, value in shorter.items()}
+    save_file(weights, tmp_path / "run" / "checkpoint-2" / "model.safetensors", metadata={"format": "pt"})
+    train.main(longer)
+    for name, value in load_file(tmp_path / "run" / "model.safetensors").items():
+        assert torch.equal(value, weights[name]), name
+
+
+def test_a_half_written_checkpoint_named_outright_is_refused(train, recipe, tmp_path):
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1" / "trainer_state.json").write_text("{")
+    path = recipe("stage: 1\nmax_steps: 2\nclip_sizes: [64]")
+    with pytest.raises(SystemExit, match="checkpoint-1 is not complete"):
+        train.main([path, "--resume_from_checkpoint", str(tmp_path / "checkpoint-1")])
+
+
+def test_a_model_that_learnt_from_nothing_is_not_saved(train, recipe, tmp_path):
+    for number in range(4):
+        (tmp_path / f"{number}.jpg").write_bytes(b"no picture")
+    settings = ["stage: 1", "max_steps: 2", "clip_resolutions: [64]", "clip_batch_size: 2", "save_strategy: 'no'"]
+    path = recipe("\n".join([*settings, "report_to: none", f"clip_data: ['{tmp_path}/*.jpg']"]))
+    with pytest.raises(SystemExit, match=r"not one sample could be used.*skipped_broken_image': 4"):
+        train.main([path])
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_an_error_in_a_worker_ends_the_training(recipe):
+    settings = [
+        "stage: 1",
+        "max_steps: 1",
+        "clip_resolutions: [64]",
+        "clip_batch_size: 2",
+        "dataloader_num_workers: 1",
+    ]
+    shares = ["clip_data: [miniature, miniature]", "clip_data_weights: [1, 0.0001]"]
+    path = recipe("\n".join([*settings, *shares, "report_to: none"]))
+    run = subprocess.run([sys.executable, TRAINING / "train.py", path], capture_output=True, text=True, timeout=100)
+    assert run.returncode == 1
+    assert "0.0001 of the shares [1.0, 0.0001] is so small" in run.stderr
+
+
+def test_an_argument_may_be_denied_by_its_other_name(train, recipe):
+    args = train.parse_arguments([recipe("max_steps: 1"), "--no_dataloader_pin_memory"])
+    assert args.dataloader_pin_memory is False
+
+
+def test_accelerates_files_are_what_accelerate_reads():
+    files = sorted((TRAINING / "accelerate").glob("*.yaml"))
+    assert len(files) == 3
+    for path in files:
+        config = load_config_from_file(str(path))
+        assert config.num_processes > 1 and config.mixed_precision == "bf16"
+
+
+def test_costs_are_those_that_are_known(monkeypatch):
+    from samclip_cli import cost
+
+    monkeypatch.setattr(cost, "config_of", lambda cls, name, otherwise: cls(**otherwise))
+    args = SamClipTrainingArguments(output_dir="unused", stage=1, max_steps=1, use_cpu=True)
+    costs = cost.Costs(args)
+    # ViT-L/14 at 224 px takes 162 GFLOP, ViT-B's encoder 35 (12 layers) and each of the head's 3 layers 3 x 2.8.
+    assert costs.clip(224) / 1e9 == pytest.approx(162 + 35 + 3 * 3 * 2.8, rel=0.03)
+    args.clip_embedding_cache = "somewhere"
+    assert costs.clip(224) / 1e9 == pytest.approx(35 + 3 * 3 * 2.8, rel=0.05)
+    args.stage = 2
+    # Twice the encoder's 972 (its windows' padding included) for the teacher's and the student's forward pass, and
+    # twice that for the student's backward pass.
+    encoder_only = 4 * 0.972e12
+    assert encoder_only < cost.Costs(args).sam(1024) < 1.35 * encoder_only
+    # A smaller student below the same teacher: one forward pass of ViT-B is left.
+    small = SamConfig(
+        vision_config={"hidden_size": 192, "num_attention_heads": 3, "global_attn_indexes": [2, 5, 8, 11]}
+    )
+    known = {"facebook/sam-vit-tiny": small}
+    monkeypatch.setattr(cost, "config_of", lambda cls, name, otherwise: known.get(name) or cls(**otherwise))
+    args.sam_student = "facebook/sam-vit-tiny"
+    assert 0.972e12 < cost.Costs(args).sam(1024) < 2.5 * 0.972e12
+
+
+def test_a_student_may_start_from_a_smaller_sam_than_its_teacher(train, recipe, tmp_path, capsys):
+    teacher = SamModel.from_pretrained(miniature.sam_teacher())
+    settings = teacher.config.to_dict()
+    settings["vision_config"] |= {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    settings["vision_config"] |= {"mlp_dim": 64, "global_attn_indexes": [1]}
+    SamModel(SamConfig.from_dict(settings)).save_pretrained(tmp_path / "small")
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (source := Path(miniature.sam_teacher()) / name).exists():
+            shutil.copy(source, tmp_path / "small")
+    lines = ["stage: 2", "max_steps: 2", "clip_resolutions: [64]", "clip_batch_size: 2", "sam_batch_size: 1"]
+    lines += ["masks_per_image: 2", "shuffle_buffer: 16", "report_to: none", f"sam_student: {tmp_path / 'small'}"]
+    path = recipe("\n".join(lines))
+    train.main([path])
+    student = SamClipModel.from_pretrained(tmp_path / "run")
+    assert student.config.vision_config.hidden_size == 32
+    assert student.config.vision_config.num_hidden_layers == 2
+    with pytest.raises(SystemExit, match="leave one out"):
+        train.main([path, "--model", str(tmp_path / "run")])
+
+
+def test_half_precision_and_checkpointing_learn_about_the_same(train, recipe, tmp_path):
+    settings = ["stage: 2", "max_steps: 2", "clip_resolutions: [64]", "clip_batch_size: 4", "sam_batch_size: 1"]
+    path = recipe("\n".join([*settings, "masks_per_image: 2", "report_to: none", "save_strategy: 'no'"]))
+    newer = hasattr(SamClipTrainingArguments, "activation_checkpointing")  # its name since transformers 5.20 or so
+    checkpointing = "--activation_checkpointing" if newer else "--gradient_checkpointing"
+    losses = []
+    for options in ([], ["--bf16", "true"], [checkpointing, "true"]):
+        train.main([path, "--output_dir", str(tmp_path / str(len(losses))), *options])
+        losses.append(json.loads((tmp_path / str(len(losses)) / "train_results.json").read_text())["train_loss"])
+    assert losses[1] == pytest.approx(losses[0], abs=0.02) and losses[1] != losses[0]
+    assert losses[2] == pytest.approx(losses[0], abs=1e-5)
+
+
+def test_compiled_training_learns_the_same(recipe, tmp_path):
+    """At several sizes, with the backend that traces all and compiles nothing."""
+    path = recipe(
+        "stage: 2\nmax_steps: 2\nclip_data: [miniature]\nsam_data: [miniature]\nclip_sizes: [64]\n"
+        "sam_resolutions: [128]\nclip_batch_size: 2\nsam_batch_size: 1\nmasks_per_image: 2\nreport_to: none\n"
+        "save_strategy: 'no'\n"
+    )
+    weights = []
+    for name, options in (("eager", []), ("compiled", ["--torch_compile_backend", "aot_eager"])):
+        command = [sys.executable, TRAINING / "train.py", path, "--output_dir", tmp_path / name, *options]
+        run = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        weights.append(load_file(tmp_path / name / "model.safetensors"))
+    assert weights[0].keys() == weights[1].keys()
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weight, weights[1][name], rtol=1e-4, atol=1e-4)

@@ -1,0 +1,362 @@
+"""The ONNX files give what PyTorch gives, at any size, and text becomes masks where there is no PyTorch."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from transformers import AutoTokenizer
+
+from samclip_hf import (
+    SamClipConfig,
+    SamClipForImageSegmentation,
+    SamClipImageProcessor,
+    SamClipImageProcessorPil,
+    SamClipModel,
+    SamClipProcessor,
+    miniature,
+)
+from samclip_hf.export import writer as exporting
+from samclip_hf.export.writer import PART_NAMES, SegmentEncoder, SiglipTextEncoder, export, main, parts_of
+from samclip_hf.miniature.scenes import CLASS_NAMES, render
+
+from ..conftest import tiny_clip, tiny_sam
+from ..scripts import load_script
+from ..test_siglip import siglip_folder, student  # noqa: F401  # fixtures
+
+ROOT = Path(__file__).parents[2]
+LABELS, BACKGROUND = list(CLASS_NAMES[:12]), ["an empty scene"]
+
+WITHOUT_TORCH = f"""
+import sys
+for name in ("torch", "transformers", "samclip_hf"):
+    sys.modules[name] = None  # as if it were not installed
+import numpy as np
+from PIL import Image
+sys.path.insert(0, sys.argv[1])
+from onnx_segmentation import OnnxSamClip
+
+folder, pictures, results = sys.argv[2:5]
+model = OnnxSamClip(folder)
+own = model.own_vocabulary()
+asked = model.embed_vocabulary({LABELS!r}, {BACKGROUND!r}, ["a {{}}", "a {{}} on a plain background"])
+found = {{"embeds": asked.embeds}}
+for number in range(3):
+    image = Image.open(f"{{pictures}}/{{number}}.png")
+    for name, vocabulary in (("own", own), ("asked", asked)):
+        labels = np.zeros((image.height, image.width), dtype=int)
+        for segment in model.segment(image, vocabulary):
+            labels[segment.mask] = vocabulary.names.index(segment.label)
+        found[f"{{name}} {{number}}"] = labels
+np.savez(results, **found)
+"""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """The shipped miniature with its last two image layers, one of windows and a global one, and one layer
+    in the CLIP head: half the time."""
+    whole = SamClipForImageSegmentation.from_pretrained(miniature.checkpoint())
+    config = whole.config.to_dict()
+    config["vision_config"] |= {"num_hidden_layers": 2, "global_attn_indexes": [1]}
+    config["clip_head_config"]["num_hidden_layers"] = 1
+    model = SamClipForImageSegmentation(SamClipConfig.from_dict(config))
+    weights = whole.state_dict()
+    for name in list(weights):
+        for number in (2, 3):
+            if name.startswith(f"vision_encoder.layers.{number}."):
+                weights[name.replace(f"layers.{number}", f"layers.{number - 2}")] = weights[name]
+    model.load_state_dict({name: weights[name] for name in model.state_dict()})
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model.save_pretrained(folder)
+    SamClipProcessor.from_pretrained(miniature.checkpoint()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoint, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("export") / "onnx"
+    main(["--model", str(checkpoint), "--output_dir", str(folder)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint) -> SamClipForImageSegmentation:
+    return SamClipForImageSegmentation.from_pretrained(checkpoint).eval()
+
+
+@pytest.fixture(scope="module")
+def run(exported):
+    """Runs a part with tensors, gives tensors by name."""
+    sessions = {part: onnxruntime.InferenceSession(str(exported / f"{part}.onnx")) for part in PART_NAMES}
+
+    def call(part, **inputs):
+        outputs = sessions[part].run(None, {name: value.numpy() for name, value in inputs.items()})
+        names = (output.name for output in sessions[part].get_outputs())
+        return dict(zip(names, map(torch.from_numpy, outputs), strict=True))
+
+    call.sessions = sessions
+    return call
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    for number, size in enumerate([(128, 128), (301, 200), (90, 160)]):  # whole, padded below, padded on the right
+        Image.fromarray(render(0, 8 + number).image).resize(size).save(folder / f"{number}.png")
+    return folder
+
+
+def assert_same(actual, expected):
+    """To the tolerance that the documentation states."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+
+
+def images(batch_size, height, width):
+    return torch.randn(batch_size, 3, height, width, generator=torch.Generator().manual_seed(1))
+
+
+class TestParts:
+    def test_lengths_that_may_vary_have_names(self, run):
+        def shapes(values):
+            return {value.name: value.shape for value in values}
+
+        image, masks, text = (run.sessions[part] for part in ("image_encoder", "mask_decoder", "text_encoder"))
+        assert shapes(image.get_inputs()) == {
+            "pixel_values": ["images", 3, "8*rows", "8*columns"],
+            "reshaped_input_sizes": ["images", 2],
+        }
+        assert shapes(image.get_outputs())["dense_embeds"] == ["images", 64, "rows", "columns"]
+        assert shapes(masks.get_outputs())["pred_masks"] == ["images", "prompts", 4, "4*rows", "4*columns"]
+        assert shapes(text.get_inputs())["input_ids"] == ["texts", "tokens"]
+
+    @pytest.mark.parametrize("size", [(1, 128, 128), (3, 16, 40), (2, 72, 56), (1, 200, 328)])
+    def test_images_of_any_size(self, run, model, size):
+        pixel_values = images(*size)
+        sizes = torch.tensor([[size[1] - 9, size[2]]] * size[0])
+        actual = run("image_encoder", pixel_values=pixel_values, reshaped_input_sizes=sizes)
+        with torch.no_grad():
+            expected = SamClipModel.forward(model, pixel_values, reshaped_input_sizes=sizes)
+        for name in ("image_embeddings", "image_embeds", "dense_embeds"):
+            assert_same(actual[name], expected[name])
+
+    def test_padding_does_not_count(self, run):
+        pixel_values = images(1, 64, 64)
+        whole, part = (
+            run("image_encoder", pixel_values=pixel_values, reshaped_input_sizes=torch.tensor([[64, width]]))
+            for width in (64, 24)
+        )
+        assert not torch.allclose(whole["image_embeds"], part["image_embeds"], atol=1e-3)
+
+    @pytest.mark.parametrize("texts", [["a"], [*CLASS_NAMES[:5], "a green meshed shape on a grey scene"]])
+    def test_any_number_of_texts(self, run, model, checkpoint, texts):
+        inputs = AutoTokenizer.from_pretrained(checkpoint)(texts, padding=True, return_tensors="pt")
+        with torch.no_grad():
+            expected = F.normalize(model.get_text_features(**inputs).pooler_output, dim=-1)
+        assert_same(run("text_encoder", **inputs)["text_embeds"], expected)
+
+    @pytest.mark.parametrize("prompts, points, grid", [(1, 1, (16, 16)), (5, 3, (3, 11))])
+    def test_points_and_boxes(self, run, model, prompts, points, grid):
+        generator = torch.Generator().manual_seed(0)
+        embeddings = torch.randn(2, 64, *grid, generator=generator)
+        input_points = torch.rand(2, prompts, points, 2, generator=generator) * 24
+        labels = torch.randint(0, 2, (2, prompts, points), generator=generator)
+        boxes = torch.rand(2, prompts, 4, generator=generator) * 24
+        none = F.pad(input_points, (0, 0, 0, 1)), F.pad(labels, (0, 1), value=-1)
+        corners = boxes.unflatten(-1, (2, 2))
+        corner_labels = torch.tensor([2, 3]).expand(2, prompts, 2)
+        both = torch.cat([input_points, corners], dim=2), torch.cat([labels, corner_labels], dim=2)
+        for (own_points, own_labels), prompt in {
+            none: {"input_points": input_points, "input_labels": labels},
+            (corners, corner_labels): {"input_boxes": boxes},
+            both: {"input_points": input_points, "input_labels": labels, "input_boxes": boxes},
+        }.items():
+            actual = run("mask_decoder", image_embeddings=embeddings, input_points=own_points, input_labels=own_labels)
+            with torch.no_grad():
+                one, three = (model.predict_masks(embeddings, **prompt, multimask_output=m) for m in (False, True))
+            assert_same(actual["pred_masks"], torch.cat([one[0], three[0]], dim=2))
+            assert_same(actual["iou_scores"], torch.cat([one[1], three[1]], dim=2))
+
+    def test_one_pass_of_the_mask_decoder_gives_all_four_masks(self, exported):
+        import onnx
+
+        graph = onnx.load(exported / "mask_decoder.onnx").graph
+        assert sum(node.op_type == "ConvTranspose" for node in graph.node) == 2
+
+    @pytest.mark.parametrize("pooling", ["max", "mean"])
+    @pytest.mark.parametrize("global_layers", [[2], [0]])
+    def test_a_segment_is_embedded_by_itself(self, pooling, global_layers):
+        """With windows in the CLIP head, and without."""
+        torch.manual_seed(0)
+        model = SamClipModel.from_teachers(
+            tiny_sam(global_attn_indexes=global_layers), tiny_clip(), {"pooling": pooling}
+        ).eval()
+        segments = torch.rand(1, 3, 7, 5) > 0.5
+        tokens = torch.randn(1, 7, 5, 32)
+        with torch.no_grad():
+            expected = F.normalize(model.clip_head.pool_segments(tokens, segments)[0], dim=-1)
+            actual = torch.cat(
+                [SegmentEncoder(model)(tokens, *segment.nonzero().unbind(1)) for segment in segments[0]]
+            )
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+    def test_siglip_reads_texts_of_its_own_length(self, student, siglip_folder):  # noqa: F811
+        inputs = AutoTokenizer.from_pretrained(siglip_folder)(["a red shape", "a"], padding=True, return_tensors="pt")
+        with torch.no_grad():
+            expected = F.normalize(student.get_text_features(**inputs).pooler_output, dim=-1)
+            actual = SiglipTextEncoder(student)(inputs["input_ids"])
+        torch.testing.assert_close(actual, expected)
+        processor = SamClipProcessor(SamClipImageProcessor(), AutoTokenizer.from_pretrained(siglip_folder))
+        part = parts_of(student, processor)["text_encoder"]
+        traced = torch.export.export(
+            part.module, part.make_inputs(2, 5, 7, 3), dynamic_shapes=tuple(part.inputs.values()), strict=False
+        )
+        with torch.no_grad():
+            torch.testing.assert_close(traced.module()(inputs["input_ids"]), expected)
+
+
+class TestTextToMasks:
+    def test_as_with_pytorch_in_an_interpreter_without_it(self, exported, checkpoint, model, pictures, tmp_path):
+        results = tmp_path / "results.npz"
+        arguments = [ROOT / "examples", exported, pictures, results]
+        subprocess.run([sys.executable, "-c", WITHOUT_TORCH, *map(str, arguments)], check=True, timeout=300)
+        found = np.load(results)
+
+        asked = model.embed_vocabulary(LABELS, BACKGROUND, ["a {}", "a {} on a plain background"])
+        np.testing.assert_allclose(found["embeds"], asked.class_embeds, atol=1e-5)
+        image_processor = SamClipImageProcessorPil.from_pretrained(checkpoint)
+        seen = set()
+        for number in range(3):
+            picture = Image.open(pictures / f"{number}.png")
+            inputs = image_processor(picture, return_tensors="pt")
+            for name, vocabulary in (("own", None), ("asked", asked)):
+                with torch.no_grad():
+                    outputs = model(**inputs, vocabulary=vocabulary)
+                size = [(picture.height, picture.width)]
+                expected = image_processor.post_process_semantic_segmentation(outputs, size)[0].numpy()
+                assert found[f"{name} {number}"].shape == expected.shape
+                assert (found[f"{name} {number}"] == expected).mean() > 0.999
+                seen |= set(np.unique(expected))
+        assert len(seen) > 3  # labels and background
+
+    def test_command(self, exported, pictures, tmp_path):
+        command = [sys.executable, str(ROOT / "examples" / "onnx_segmentation.py"), "--onnx", str(exported)]
+        command += ["--image", str(pictures / "1.png"), "--output", str(tmp_path / "masks.png")]
+        result = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+        assert "probability" in result.stdout
+        with Image.open(tmp_path / "masks.png") as drawn, Image.open(pictures / "1.png") as picture:
+            assert drawn.size == picture.size
+            assert (np.asarray(drawn) != np.asarray(picture)).any()
+
+    def test_wrong_input_gets_a_sentence(self, exported, tmp_path):
+        (tmp_path / "text.png").write_text("no picture")
+        script = str(ROOT / "examples" / "onnx_segmentation.py")
+        for onnx, picture, sentence in (
+            (tmp_path / "nowhere", "text.png", "No such file or directory"),
+            (exported, "text.png", "cannot identify image file"),
+        ):
+            command = [sys.executable, script, "--onnx", str(onnx), "--image", str(tmp_path / picture)]
+            run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+            assert run.returncode == 2 and sentence in run.stderr and "Traceback" not in run.stderr
+
+    def test_the_benchmarks_model_is_the_exported_one(self, exported, checkpoint, model):
+        """What `benchmarks/precision.py` judges as ONNX segments as PyTorch does."""
+        onnx_model = load_script(ROOT / "benchmarks" / "precision.py").OnnxModel.from_pretrained(checkpoint).eval()
+        onnx_model.use(exported)
+        pixel_values = SamClipProcessor.from_pretrained(checkpoint)(Image.fromarray(render(0, 8).image))[
+            "pixel_values"
+        ]
+        with torch.no_grad():
+            actual, expected = onnx_model(pixel_values), model(pixel_values)
+        assert expected["segment_scores"].count_nonzero() > 1
+        for name in ("logits", "segment_masks", "segment_logits", "segment_embeds", "segment_scores"):
+            torch.testing.assert_close(actual[name], expected[name], rtol=1e-3, atol=1e-3)
+
+
+class TestFolder:
+    def test_replaces_an_earlier_export_and_leaves_nothing_of_it(self, checkpoint, tmp_path, monkeypatch, capsys):
+        monkeypatch.setattr(exporting, "EXTERNAL_ABOVE", 0)
+        folder = tmp_path / "new" / "onnx"
+        differences = export(checkpoint, folder, ["text_encoder"], opset=20)
+        assert 0 < differences["text_encoder"] < exporting.TOLERANCE
+        names = {"samclip.json", "text_encoder.onnx", "text_encoder.onnx.data", "tokenizer.json", "class_embeds.npy"}
+        assert {path.name for path in folder.iterdir()} == names
+        assert (folder / "text_encoder.onnx.data").stat().st_size > (folder / "text_encoder.onnx").stat().st_size
+
+        monkeypatch.undo()
+        main(["--model", str(checkpoint), "--output_dir", str(folder), "--parts", "text_encoder"])
+        assert "text_encoder.onnx: 2.0 MB, differs from PyTorch by" in capsys.readouterr().out
+        assert {path.name for path in folder.iterdir()} == names - {"text_encoder.onnx.data"}
+        assert json.loads((folder / "samclip.json").read_text())["opset"] == 18
+        assert [path.name for path in folder.parent.iterdir()] == ["onnx"]
+
+    def test_a_file_that_gives_something_else_is_not_left(self, checkpoint, tmp_path, monkeypatch):
+        monkeypatch.setattr(exporting, "TOLERANCE", 0.0)
+        with pytest.raises(RuntimeError, match=r"text_encoder.onnx gives other text_embeds than PyTorch"):
+            export(checkpoint, tmp_path / "onnx", ["text_encoder"])
+        assert not list(tmp_path.iterdir())
+
+    def test_other_peoples_things_stay(self, checkpoint, tmp_path):
+        (tmp_path / "thesis.tex").write_text("x")
+        with pytest.raises(FileExistsError, match=r"holds other things than an earlier export: thesis\.tex"):
+            export(checkpoint, tmp_path)
+        (tmp_path / "thesis.tex").rename(tmp_path / "tokenizer.json")
+        with pytest.raises(FileExistsError, match=r"tokenizer\.json"):
+            export(checkpoint, tmp_path)
+        with pytest.raises(FileExistsError, match="is a file"):
+            export(checkpoint, tmp_path / "tokenizer.json")
+
+
+class TestErrors:
+    def test_other_models(self, tmp_path):
+        with pytest.raises(ValueError, match=r"of type 'clip'; a SAM-CLIP can be exported"):
+            export(miniature.clip_teacher(), tmp_path / "onnx")
+        with pytest.raises(ValueError, match=r"nowhere is no SAM-CLIP checkpoint"):
+            export(str(tmp_path / "nowhere"), tmp_path / "onnx")
+        assert not list(tmp_path.iterdir())
+
+    def test_a_checkpoint_without_a_processor(self, checkpoint, tmp_path):
+        for name in ("config.json", "model.safetensors"):
+            shutil.copy(checkpoint / name, tmp_path)
+        with pytest.raises(ValueError, match="no processor beside the model"):
+            export(str(tmp_path), tmp_path / "onnx")
+
+    def test_parts_that_there_are_not(self, checkpoint, model, tmp_path):
+        with pytest.raises(ValueError, match=r"no part 'vision': its parts are image_encoder"):
+            export(checkpoint, tmp_path / "onnx", ["vision"])
+        shutil.copytree(checkpoint, tmp_path / "mute")
+        mute = SamClipForImageSegmentation.from_pretrained(checkpoint).drop_text_tower()
+        mute.save_pretrained(tmp_path / "mute")
+        with pytest.raises(ValueError, match="has no text tower"):
+            export(str(tmp_path / "mute"), tmp_path / "onnx", ["text_encoder"])
+
+    def test_opsets(self, checkpoint, tmp_path):
+        with pytest.raises(ValueError, match="opsets 18 to 23 can be written, not 17"):
+            export(checkpoint, tmp_path / "onnx", opset=17)
+
+    def test_without_the_extra(self, checkpoint, tmp_path, monkeypatch):
+        monkeypatch.setitem(sys.modules, "onnxscript", None)
+        with pytest.raises(SystemExit, match=r"pip install 'samclip-hf\[export\]'"):
+            main(["--model", str(checkpoint), "--output_dir", str(tmp_path / "onnx")])
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor compiles by g++, which is not installed")
+def test_runs_compiled_ahead_of_time(model, checkpoint, tmp_path):
+    part = parts_of(model, SamClipProcessor.from_pretrained(checkpoint))["segment_encoder"]
+    with torch.no_grad():
+        traced = torch.export.export(
+            part.module, part.make_inputs(1, 9, 15, 3), dynamic_shapes=tuple(part.inputs.values())
+        )
+        path = torch._inductor.aoti_compile_and_package(
+            traced,
+            package_path=str(tmp_path / "segment_encoder.pt2"),
+        )
+        inputs = part.make_inputs(1, 16, 11, 5)
+        torch.testing.assert_close(torch._inductor.aoti_load_package(path)(*inputs), part.module(*inputs))
