@@ -20,7 +20,6 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from PIL import Image, ImageOps
 
 from samclip_hf import miniature
-from samclip_hf.distillation import provenance
 from samclip_hf.miniature.scenes import render
 from samclip_hf.publishing.repository import (
     UNDECIDED,
@@ -30,6 +29,7 @@ from samclip_hf.publishing.repository import (
     check_name,
     draw_example,
     find_target,
+    publish_provenance,
     push,
     read_results,
     verify,
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
             for output, difference in verify(folder, picture).items():
                 print(f"  {output}: differs by {difference:.2g} of its largest value")
             draw_example(folder, picture, folder / "example.png")
-            stages, licenses = provenance.publish(source, folder)
+            stages, licenses = publish_provenance(source, folder)
             made = card(folder, repo_id, stages, results, results_name, licenses, True, arguments.license)
             if made.data.license == UNDECIDED:
                 print("Not all teachers' licences are on record and permissive: the card says 'other'. See --license.")

@@ -24,9 +24,9 @@ from samclip_hf.publishing.repository import (
     build_repository,
     card,
     draw_example,
+    publish_provenance,
     push,
     read_results,
-    teachers,
     verify,
 )
 from samclip_hf.publishing.verification import MODELS, use
@@ -184,7 +184,7 @@ class TestCard:
         first = {"stage": 1, "commits": {"clip_teacher": "def"}, "arguments": arguments | {"sam_student": "lab/sam-b"}}
         last = {"stage": 3, "teachers": {"sam_teacher": "miniature", "clip_teacher": clip}, "commits": {}}
         stages = [STAGES[0] | first, STAGES[0], STAGES[0] | last]
-        assert teachers(stages) == {
+        assert provenance.teachers(stages) == {
             ("SAM as the start", "lab/sam-b"): None,
             ("SAM", "facebook/sam-vit-base"): "abc",
             ("CLIP", clip): "def",
@@ -203,7 +203,7 @@ class TestCard:
                 recipe.pop(name)
             assert stage["arguments"] == recipe | {"seed": 42}
             assert stage["steps"] == recipe["max_steps"]
-        stages, licenses = provenance.publish(miniature.checkpoint(), tmp_path)
+        stages, licenses = publish_provenance(miniature.checkpoint(), tmp_path)
         made = card(folder, "me/miniature", stages, licenses=licenses)
         text = made.content
         assert made.data.license == "apache-2.0"
@@ -218,7 +218,7 @@ class TestCard:
         stage["arguments"] = stage["arguments"] | {"sam_data": [str(tmp_path / "sa1b")], "clip_data": ["photos/*.tar"]}
         (tmp_path / provenance.FILE_NAME).write_text(json.dumps({"stages": [stage]}))
         (tmp_path / "out").mkdir()
-        stages, licenses = provenance.publish(tmp_path, tmp_path / "out")
+        stages, licenses = publish_provenance(tmp_path, tmp_path / "out")
         assert stages[0]["teachers"] == {"sam_teacher": "my_sam", "clip_teacher": "miniature"}
         assert licenses == {"my_sam": "mit", "miniature": "apache-2.0"}
         assert (stages[0]["arguments"]["sam_data"], stages[0]["arguments"]["clip_data"]) == (

@@ -4,6 +4,7 @@ How a checkpoint came about: a small file beside it, handed on from stage to sta
 
 import json
 import platform
+from collections.abc import Sequence
 from dataclasses import fields
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -11,12 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard
-from huggingface_hub.errors import EntryNotFoundError
 from transformers import TrainingArguments
 
-from .. import miniature
-from ..publishing.repository import teachers
 from .arguments import SamClipTrainingArguments
 
 FILE_NAME = "provenance.json"
@@ -75,38 +72,17 @@ def decisive_arguments(args: SamClipTrainingArguments) -> dict[str, Any]:
     return {name: "inf" if value == float("inf") else value for name, value in values.items()}  # JSON has no infinity
 
 
-def publish(source: str | Path, folder: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
+def teachers(stages: Sequence[dict[str, Any]]) -> dict[tuple[str, str], str | None]:
     """
-    What is on record of `source`, as strangers may see it: of paths of this machine only the last part. Writes it into
-    `folder`, which may be the same, if there is anything.
-
-    Returns the stages, and by their teachers' names the licences that cards tell, on the Hub or in their folders.
+    What a model was made from: by role ("SAM", "CLIP", "SAM as the start") and name, the commit on the Hub where one
+    is on record. Stage 3 asks no SAM teacher, whatever its arguments name, and only stage 2 looks its commit up.
     """
-    stages = read(source)
-    licenses = {_without_folders(name): found for _, name in teachers(stages) if (found := _license(name))}
-    stages = _without_folders(stages)
-    if stages:
-        (folder / FILE_NAME).write_text(json.dumps({"stages": stages}, indent=2) + "\n")
-    return stages, licenses
-
-
-def _without_folders(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_folders(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_without_folders(part) for part in value]
-    if value in (miniature.sam_teacher(), miniature.clip_teacher()):
-        return "miniature"
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
-
-
-def _license(name: str) -> str | None:
-    if _without_folders(name) == "miniature":
-        return "apache-2.0"  # this package's
-    card = Path(name, "README.md")
-    if Path(name).exists() and not card.is_file():
-        return None
-    try:
-        return ModelCard.load(card if card.is_file() else name).data.get("license")
-    except (OSError, ValueError, EntryNotFoundError):  # no card, no connection: the new card says that it is unknown
-        return None
+    found: dict[tuple[str, str], str | None] = {}
+    for stage in stages:
+        if start := stage["arguments"].get("sam_student"):
+            found.setdefault(("SAM as the start", start), None)
+        for kind, role in (("sam_teacher", "SAM"), ("clip_teacher", "CLIP")):
+            if kind == "clip_teacher" or stage["stage"] < 3 or len(stages) == 1:
+                key = role, stage["teachers"][kind]
+                found[key] = stage["commits"].get(kind) or found.get(key)
+    return found

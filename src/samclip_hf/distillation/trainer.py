@@ -30,7 +30,6 @@ from transformers.utils import logging
 from ..datasets.streams import DataError, open_stream
 from ..modeling_samclip import SamClipModel
 from ..processing_samclip import SamClipProcessor
-from ..publishing import repository as publishing
 from . import provenance
 from .arguments import SamClipTrainingArguments
 from .collation import ClipBatches, SamBatches, StepLoader, StepStream, furthest
@@ -479,9 +478,11 @@ class SamClipTrainer(Trainer):
         model's code, so that it loads without this package. Transformers' own arguments decide nothing.
         """
         if self.is_world_process_zero():
+            from ..publishing import repository as publishing
+
             folder = Path(self.args.output_dir)
             publishing.add_code(folder)
-            stages, licenses = provenance.publish(folder, folder)
+            stages, licenses = publishing.publish_provenance(folder, folder)
             card = publishing.card(folder, self.hub_model_id, stages, licenses=licenses)
             card.save(folder / "README.md")
 

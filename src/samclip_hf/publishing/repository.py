@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
 from PIL import Image
 from safetensors.torch import load_file
 
-from .. import modeling_samclip
+from .. import miniature, modeling_samclip
+from ..distillation import provenance
 from ..modeling_samclip import SamClipForImageSegmentation
 from ..processing_samclip import SamClipProcessor
 from .verification import MODELS, use
@@ -189,7 +190,7 @@ def card(
         Of this model; by default apache-2.0 if all teachers' licences are on record and permissive, "other" if not.
     """
     config = json.loads((folder / "config.json").read_text())
-    sources = teachers(stages)
+    sources = provenance.teachers(stages)
     names = dict.fromkeys(name for _, name in sources)
     known = {(licenses or {}).get(name, UNDECIDED) for name in names}
     on_hub = [name for name in names if name.count("/") == 1 and not Path(name).exists()]
@@ -250,20 +251,41 @@ def card(
     )
 
 
-def teachers(stages: Sequence[dict[str, Any]]) -> dict[tuple[str, str], str | None]:
+def publish_provenance(source: str | Path, folder: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """
-    What a model was made from: by role ("SAM", "CLIP", "SAM as the start") and name, the commit on the Hub where one
-    is on record. Stage 3 asks no SAM teacher, whatever its arguments name, and only stage 2 looks its commit up.
+    What is on record of `source`, as strangers may see it: of paths of this machine only the last part. Writes it into
+    `folder`, which may be the same, if there is anything.
+
+    Returns the stages, and by their teachers' names the licences that cards tell, on the Hub or in their folders.
     """
-    found: dict[tuple[str, str], str | None] = {}
-    for stage in stages:
-        if start := stage["arguments"].get("sam_student"):
-            found.setdefault(("SAM as the start", start), None)
-        for kind, role in (("sam_teacher", "SAM"), ("clip_teacher", "CLIP")):
-            if kind == "clip_teacher" or stage["stage"] < 3 or len(stages) == 1:
-                key = role, stage["teachers"][kind]
-                found[key] = stage["commits"].get(kind) or found.get(key)
-    return found
+    stages = provenance.read(source)
+    licenses = {_without_folders(name): found for _, name in provenance.teachers(stages) if (found := _license(name))}
+    stages = _without_folders(stages)
+    if stages:
+        (folder / provenance.FILE_NAME).write_text(json.dumps({"stages": stages}, indent=2) + "\n")
+    return stages, licenses
+
+
+def _without_folders(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_folders(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(part) for part in value]
+    if value in (miniature.sam_teacher(), miniature.clip_teacher()):
+        return "miniature"
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+
+def _license(name: str) -> str | None:
+    if _without_folders(name) == "miniature":
+        return "apache-2.0"  # this package's
+    card = Path(name, "README.md")
+    if Path(name).exists() and not card.is_file():
+        return None
+    try:
+        return ModelCard.load(card if card.is_file() else name).data.get("license")
+    except (OSError, ValueError, EntryNotFoundError):  # no card, no connection: the new card says that it is unknown
+        return None
 
 
 def _data(stage: dict[str, Any]) -> set[str]:
