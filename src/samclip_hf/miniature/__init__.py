@@ -1,12 +1,22 @@
-"""An embedded world: procedural scenes, a small SAM and a small CLIP trained on them, and a shipped SAM-CLIP.
+"""
+The miniature: procedural scenes, a small SAM and a small CLIP trained on them, and a SAM-CLIP distilled from both.
 
-Everything in this package that needs data or weights falls back on this world, so that it runs anywhere, offline.
-Importing it costs nothing: `scenes` needs numpy alone, `streams` needs the extra `train`.
+The weights ship with the package and the scenes are drawn on the fly, so examples, tests and the demo run offline.
+Importing this package is cheap: `scenes` needs only numpy, `streams` needs the extra `train`.
 """
 
 from pathlib import Path
 
 _WEIGHTS = Path(__file__).parent / "weights"
+
+# Everything mode of the miniature models. Their predicted IoU and stability scores stay below the defaults of the mask
+# generation pipeline.
+MASK_GENERATION = {
+    "points_per_crop": 16,
+    "pred_iou_thresh": 0.6,
+    "stability_score_thresh": 0.3,
+    "crops_nms_thresh": 0.5,
+}
 
 
 def sam_teacher() -> str:
@@ -20,8 +30,8 @@ def clip_teacher() -> str:
 
 
 def checkpoint() -> str:
-    """Folder of the shipped miniature SAM-CLIP: the default checkpoint of every command and example."""
+    """Folder of the miniature SAM-CLIP, the default checkpoint of the commands and examples."""
     return str(_WEIGHTS / "samclip")
 
 
-__all__ = ["checkpoint", "clip_teacher", "sam_teacher"]
+__all__ = ["MASK_GENERATION", "checkpoint", "clip_teacher", "sam_teacher"]

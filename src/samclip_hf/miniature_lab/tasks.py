@@ -19,6 +19,7 @@ from ..evaluation.instance_segmentation import (
 from ..evaluation.probing import HeadProbing, LinearProbing
 from ..evaluation.retrieval import Retrieval
 from ..evaluation.semantic_segmentation import CascadeSegmentation, ComposedSegmentation, SemanticSegmentation
+from ..miniature import MASK_GENERATION
 from ..miniature.scenes import (
     BACKGROUND_PROMPTS,
     CLASS_NAMES,
@@ -32,8 +33,6 @@ from ..miniature.scenes import (
 
 SIZES = (64, 96, 128)  # stand for the paper's 224, 448 and 1024 px
 NUM_SCENES = 200  # of one to four objects
-# Everything mode of the miniature SAM: its masks do not reach the pipeline's default thresholds.
-GENERATION = {"points_per_crop": 16, "pred_iou_thresh": 0.6, "stability_score_thresh": 0.3, "crops_nms_thresh": 0.5}
 
 
 class MiniatureClassification(ZeroShotClassification):
@@ -172,8 +171,8 @@ def tasks(seed: int = 101, share: float = 1.0) -> dict[str, Evaluator]:
         "instances:miniature": ZeroShotInstanceSegmentation(with_objects),
         "prompts:miniature": PromptedSegmentation(with_objects, point="random"),
         "composed:miniature": ComposedSegmentation(scenes, templates=TEMPLATES),
-        "cascade:miniature": CascadeSegmentation(scenes, GENERATION, templates=TEMPLATES),
+        "cascade:miniature": CascadeSegmentation(scenes, MASK_GENERATION, templates=TEMPLATES),
         "linear-probe:miniature": LinearProbing(*probe_images, size=IMAGE_SIZE),
         "head-probe:miniature": HeadProbing(*probe_scenes, size=IMAGE_SIZE, steps=number(400)),
-        "cost:miniature": Cost(IMAGE_SIZE, IMAGE_SIZE, list(CLASS_NAMES), size=IMAGE_SIZE, generation=GENERATION),
+        "cost:miniature": Cost(IMAGE_SIZE, IMAGE_SIZE, list(CLASS_NAMES), size=IMAGE_SIZE, generation=MASK_GENERATION),
     }

@@ -351,6 +351,20 @@ def enlarged(pixels: np.ndarray, scale: int) -> np.ndarray:
 # ---- The Hub ----
 
 
+def prepare_push(folder: Path, repo_id: str) -> None:
+    """
+    Adds the model code, the provenance and a model card to a training output, which then loads from the Hub without
+    this package.
+
+    Args:
+        folder (`Path`): Output folder of the trainer, with a model and its processor.
+        repo_id (`str`): Repository on the Hub that the card names.
+    """
+    add_code(folder)
+    stages, licenses = publish_provenance(folder, folder)
+    card(folder, repo_id, stages, licenses=licenses).save(folder / "README.md")
+
+
 def find_target(
     repo_id: str,
     private: bool = False,
