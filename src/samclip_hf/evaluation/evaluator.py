@@ -22,7 +22,7 @@ from .metrics import AccumulatingMetric
 @dataclass
 class EvaluationResult:
     """
-    figures (`dict[str, float | None]`):
+    metrics (`dict[str, float | None]`):
         In [0, 1] unless their names say a unit; the first is the main one. `None` where the data do not define one.
     num_samples (`int`), seconds (`float`):
         Judged by all processes together, in so much time.
@@ -30,7 +30,7 @@ class EvaluationResult:
         The places of the "best", "median" and "worst" samples, where samples are judged one by one.
     """
 
-    figures: dict[str, float | None]
+    metrics: dict[str, float | None]
     num_samples: int
     seconds: float
     extremes: dict[str, int] = field(default_factory=dict)

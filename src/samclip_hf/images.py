@@ -1,0 +1,163 @@
+"""Functions of images and masks: opening, boxes of masks, run-length encoding and normalization."""
+
+import io
+import warnings
+from collections.abc import Sequence
+from os import PathLike
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from .image_processing_samclip import _decode, _readable, _run_lengths
+
+
+def convert_to_rgb(image: Image.Image) -> Image.Image:
+    """Converts an image of any mode to RGB. 16 bits a channel are scaled to 8."""
+    return _readable(image, do_rescale=False).convert("RGB")
+
+
+def open_image(
+    source: str | PathLike[str] | bytes | BinaryIO,
+    *,
+    apply_orientation: bool = True,
+    max_pixels: int | None = None,
+    formats: Sequence[str] | None = None,
+) -> Image.Image:
+    r"""
+    Reads and decodes an image.
+
+    Args:
+        source (`str`, `PathLike`, `bytes` or a binary file):
+            A path, the content of a file, or an open file.
+        apply_orientation (`bool`, *optional*, defaults to `True`):
+            Whether to rotate and flip the image as its EXIF orientation says.
+        max_pixels (`int`, *optional*):
+            The largest accepted width times height. It is checked before the image is decoded and replaces Pillow's
+            warning about decompression bombs.
+        formats (`Sequence[str]`, *optional*):
+            The accepted formats, by Pillow's names, such as `"JPEG"`. All of Pillow's by default.
+
+    Returns:
+        `PIL.Image.Image`: The image in RGB, see [`convert_to_rgb`].
+
+    Raises:
+        PIL.Image.DecompressionBombError: The image has more than `max_pixels` pixels, or more than Pillow accepts.
+        PIL.UnidentifiedImageError: The content is not an image, or not in one of `formats`.
+        OSError: The file cannot be read, or the image is truncated. Pillow's decoders raise other errors, too.
+    """
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
+    with warnings.catch_warnings():
+        if max_pixels is not None:
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        image = Image.open(file, formats=formats)
+    with image:
+        if max_pixels is not None and image.width * image.height > max_pixels:
+            raise Image.DecompressionBombError(
+                f"The image has {image.width} x {image.height} pixels, more than {max_pixels}."
+            )
+        return convert_to_rgb(ImageOps.exif_transpose(image) if apply_orientation else image)
+
+
+def mask_to_box(mask: np.ndarray) -> tuple[int, int, int, int] | None:
+    """
+    Returns the bounding box of a mask `(height, width)` of type bool: left, top, right and bottom in pixels, right and
+    bottom exclusive. `None` for an empty mask.
+    """
+    columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
+    if not len(columns):
+        return None
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+def mask_to_prompt_box(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """
+    Returns the bounding box of a mask `(height, width)` of type bool as SAM's prompts have it: x1, y1, x2, y2, the
+    first and the last column and row with a foreground pixel, both inclusive. Raises `ValueError` for an empty mask.
+    """
+    box = mask_to_box(mask)
+    if box is None:
+        raise ValueError("An empty mask has no box.")
+    left, top, right, bottom = box
+    return left, top, right - 1, bottom - 1
+
+
+def mask_to_coco_box(mask: np.ndarray) -> list[int]:
+    """
+    Returns the bounding box of a mask `(height, width)` of type bool as COCO's annotations have it: left, top, width,
+    height in pixels. All are 0 for an empty mask.
+    """
+    left, top, right, bottom = mask_to_box(mask) or (0, 0, 0, 0)
+    return [left, top, right - left, bottom - top]
+
+
+def encode_mask(mask: np.ndarray, compressed: bool = False) -> dict[str, Any]:
+    r"""
+    Returns the run-length encoding of a mask as COCO's annotations have it: `"size"` (height, width) and `"counts"`,
+    the lengths of background and foreground runs in turn, column by column.
+
+    Args:
+        mask (`numpy.ndarray` of shape `(height, width)` and type bool).
+        compressed (`bool`, *optional*, defaults to `False`):
+            Whether `"counts"` is the string that `pycocotools` reads and writes instead of a list of integers. Needs
+            `pycocotools`, which the extra `train` installs.
+    """
+    if compressed:
+        from pycocotools import mask as coco_mask
+
+        encoded = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+        return {"size": list(mask.shape), "counts": encoded["counts"].decode("ascii")}
+    height, width = mask.shape
+    return _run_lengths(mask.T, 0, 0, height, width)
+
+
+def decode_mask(segmentation: dict[str, Any] | list, size: tuple[int, int] | None = None) -> np.ndarray:
+    r"""
+    Returns the mask `(height, width)` of type bool of a COCO annotation's `"segmentation"`.
+
+    Args:
+        segmentation (`dict` or `list`):
+            A run-length encoding, compressed or not, or a list of polygons. `pycocotools`, which the extra `train`
+            installs, decodes compressed ones and polygons.
+        size (`tuple[int, int]`, *optional*):
+            Height and width of the image. Polygons need it.
+    """
+    if isinstance(segmentation, dict) and isinstance(segmentation["counts"], list):
+        return _decode(segmentation)
+
+    from pycocotools import mask as coco_mask
+
+    if isinstance(segmentation, list):
+        if size is None:
+            raise ValueError("Polygons need the size of their image.")
+        segmentation = coco_mask.merge(coco_mask.frPyObjects(segmentation, *size))
+    return coco_mask.decode(segmentation).view(bool)
+
+
+def normalize(
+    images: Tensor, mean: Sequence[float], std: Sequence[float], content_sizes: Tensor | None = None
+) -> Tensor:
+    r"""
+    Normalizes images as a model's image processor does after resizing, on their device.
+
+    Args:
+        images (`torch.Tensor` of shape `(batch_size, 3, height, width)` and type uint8):
+            Images at the model's size.
+        mean, std (`Sequence[float]`):
+            Mean and standard deviation of each channel, for channels in [0, 1].
+        content_sizes (`torch.Tensor` of shape `(batch_size, 2)`, *optional*):
+            Height and width of each image without its padding, which is at the bottom and on the right. Padding
+            becomes 0 after normalization, as SAM has it.
+
+    Returns:
+        `torch.Tensor`: `pixel_values` of the same shape.
+    """
+    mean_, std_ = (torch.tensor(values, device=images.device)[:, None, None] * 255 for values in (mean, std))
+    pixel_values = (images - mean_) / std_
+    if content_sizes is not None:
+        rows, columns = (torch.arange(side, device=images.device) for side in images.shape[-2:])
+        inside = (rows < content_sizes[:, :1])[:, :, None] & (columns < content_sizes[:, 1:])[:, None, :]
+        pixel_values = pixel_values * inside[:, None]
+    return pixel_values

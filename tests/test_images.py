@@ -1,0 +1,153 @@
+"""Opening images, boxes and run lengths of masks, normalization."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from samclip_hf.images import (
+    convert_to_rgb,
+    decode_mask,
+    encode_mask,
+    mask_to_box,
+    mask_to_coco_box,
+    mask_to_prompt_box,
+    normalize,
+    open_image,
+)
+
+
+def encoded(image: Image.Image, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, **options)
+    return buffer.getvalue()
+
+
+def gradient(width: int = 6, height: int = 4) -> Image.Image:
+    pixels = (np.arange(width * height * 3) % 251).astype(np.uint8).reshape(height, width, 3)
+    return Image.fromarray(pixels)
+
+
+def rotated(orientation: int) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encoded(gradient(), format="PNG", exif=exif)
+
+
+class TestOpenImage:
+    def test_a_path_bytes_and_an_open_file_give_the_same_image(self, tmp_path):
+        content = encoded(gradient(), format="PNG")
+        path = tmp_path / "image.png"
+        path.write_bytes(content)
+        with open(path, "rb") as file:
+            images = [open_image(path), open_image(str(path)), open_image(content), open_image(file)]
+        assert all(np.array_equal(np.asarray(image), np.asarray(gradient())) for image in images)
+
+    def test_the_exif_orientation_is_applied_by_default(self):
+        image = open_image(rotated(6))
+        assert np.array_equal(np.asarray(image), np.rot90(np.asarray(gradient()), -1))
+
+    def test_the_exif_orientation_can_be_ignored(self):
+        assert np.array_equal(np.asarray(open_image(rotated(6), apply_orientation=False)), np.asarray(gradient()))
+
+    def test_more_pixels_than_accepted_raise_before_decoding(self):
+        content = encoded(gradient(600, 400), format="PNG")[:200]  # truncated
+        with pytest.raises(Image.DecompressionBombError, match="600 x 400 pixels, more than 239999"):
+            open_image(content, max_pixels=239_999)
+        with pytest.raises(OSError, match="truncated"):
+            open_image(content, max_pixels=240_000)
+
+    def test_other_formats_than_accepted_raise(self):
+        content = encoded(gradient(), format="PNG")
+        assert open_image(content, formats=["PNG"]).size == (6, 4)
+        with pytest.raises(Image.UnidentifiedImageError):
+            open_image(content, formats=["JPEG"])
+
+
+class TestConvertToRgb:
+    @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
+    def test_every_mode_becomes_rgb(self, mode):
+        image = gradient().convert("L").convert(mode) if mode == "LA" else gradient().convert(mode)
+        converted = convert_to_rgb(image)
+        assert (converted.mode, converted.size) == ("RGB", (6, 4))
+
+    def test_16_bits_are_scaled_to_8(self):
+        gray = Image.fromarray(np.array([[0, 257, 65535]], dtype=np.uint16))
+        assert np.asarray(convert_to_rgb(gray))[0, :, 0].tolist() == [0, 1, 255]
+
+
+@pytest.fixture
+def mask() -> np.ndarray:
+    mask = np.zeros((7, 9), dtype=bool)
+    mask[2:5, 3] = mask[3, 3:7] = True
+    return mask
+
+
+class TestBoxes:
+    def test_a_box_excludes_its_right_and_bottom_edge(self, mask):
+        left, top, right, bottom = mask_to_box(mask)
+        assert (left, top, right, bottom) == (3, 2, 7, 5)
+        assert mask[top:bottom, left:right].sum() == mask.sum()
+
+    def test_a_prompt_box_includes_the_last_row_and_column(self, mask):
+        assert mask_to_prompt_box(mask) == (3, 2, 6, 4)
+
+    def test_a_coco_box_has_width_and_height(self, mask):
+        assert mask_to_coco_box(mask) == [3, 2, 4, 3]
+
+    def test_boxes_of_one_pixel(self):
+        mask = np.zeros((3, 3), dtype=bool)
+        mask[2, 1] = True
+        assert mask_to_box(mask) == (1, 2, 2, 3)
+        assert mask_to_prompt_box(mask) == (1, 2, 1, 2)
+        assert mask_to_coco_box(mask) == [1, 2, 1, 1]
+
+    def test_an_empty_mask(self):
+        mask = np.zeros((3, 3), dtype=bool)
+        assert mask_to_box(mask) is None
+        assert mask_to_coco_box(mask) == [0, 0, 0, 0]
+        with pytest.raises(ValueError, match="empty mask"):
+            mask_to_prompt_box(mask)
+
+    def test_coco_boxes_equal_those_of_pycocotools(self, mask):
+        coco = pytest.importorskip("pycocotools.mask", reason="needs the extra `train`")
+        assert mask_to_coco_box(mask) == coco.toBbox(coco.encode(np.asfortranarray(mask, dtype=np.uint8))).tolist()
+
+
+class TestRunLengths:
+    @pytest.mark.parametrize("kind", ["some", "empty", "full", "last pixel", "first pixel"])
+    @pytest.mark.parametrize("compressed", [False, True])
+    def test_a_mask_survives_encoding_and_decoding(self, mask, kind, compressed):
+        if compressed:
+            pytest.importorskip("pycocotools", reason="needs the extra `train`")
+        if kind != "some":
+            mask[:] = kind == "full"
+        if kind in ("last pixel", "first pixel"):
+            mask[(-1, -1) if kind == "last pixel" else (0, 0)] = True
+        segmentation = encode_mask(mask, compressed=compressed)
+        assert isinstance(segmentation["counts"], str if compressed else list)
+        decoded = decode_mask(segmentation)
+        assert decoded.dtype == bool and np.array_equal(decoded, mask)
+
+    def test_both_encodings_equal_those_of_pycocotools(self, mask):
+        coco = pytest.importorskip("pycocotools.mask", reason="needs the extra `train`")
+        expected = coco.encode(np.asfortranarray(mask, dtype=np.uint8))
+        assert encode_mask(mask, compressed=True) == {"size": [7, 9], "counts": expected["counts"].decode()}
+        assert coco.frPyObjects(encode_mask(mask), 7, 9) == expected
+
+    def test_polygons_need_the_size_of_the_image(self):
+        pytest.importorskip("pycocotools", reason="needs the extra `train`")
+        polygons = [[1, 1, 4, 1, 4, 3, 1, 3]]
+        assert decode_mask(polygons, (5, 6)).sum() == 6
+        with pytest.raises(ValueError, match="size of their image"):
+            decode_mask(polygons)
+
+
+class TestNormalize:
+    def test_channels_are_scaled_and_padding_is_0(self):
+        images = torch.full((1, 3, 2, 3), 255, dtype=torch.uint8)
+        values = normalize(images, [0.5, 0.5, 0.0], [0.5, 0.25, 1.0], torch.tensor([[1, 2]]))
+        assert torch.allclose(values[0, :, 0, 0], torch.tensor([1.0, 2.0, 1.0]))
+        assert values[0, :, 1].abs().sum() == values[0, :, :, 2].abs().sum() == 0
