@@ -33,6 +33,7 @@ from samclip_hf.distillation import (
     SamTeacher,
     last_checkpoint,
 )
+from samclip_hf.publishing import prepare_push
 
 
 def parse_arguments(argv: list[str]) -> SamClipTrainingArguments:
@@ -99,7 +100,9 @@ def build_trainer(args: SamClipTrainingArguments) -> SamClipTrainer:
     else:
         model = SamClipModel.from_pretrained(args.model, use_safetensors=True)
         processor = SamClipProcessor.from_pretrained(args.model)
-    return SamClipTrainer(model, args, clip_teacher, sam_teacher, processing_class=processor)
+    return SamClipTrainer(
+        model, args, clip_teacher, sam_teacher, processing_class=processor, prepare_push=prepare_push
+    )
 
 
 def main(argv: list[str] | None = None) -> None:

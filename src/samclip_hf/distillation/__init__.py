@@ -1,4 +1,7 @@
-"""Distilling a SAM and a CLIP into one SAM-CLIP; needs the extra `train`."""
+"""Distillation of a SAM and a CLIP into one SAM-CLIP. Requires `pip install samclip-hf[train]`."""
+
+import warnings
+from typing import Any
 
 from ..datasets.streams import DataError
 from .arguments import SamClipTrainingArguments
@@ -15,3 +18,10 @@ __all__ = [
     "SamTeacher",
     "last_checkpoint",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "TeacherStore":
+        warnings.warn("TeacherStore is deprecated. Use EmbeddingCache.", FutureWarning, stacklevel=2)
+        return EmbeddingCache
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,12 +1,76 @@
-"""Everything that a training run can be told; see `training/configs/` for the recipes."""
+"""Arguments of a training run. The recipes in `samclip_hf/recipes/` set them."""
 
+import functools
 import os
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import TrainingArguments
 
+# Old name -> new name. Old names are accepted for one release, with a `FutureWarning`.
+DEPRECATED_ARGUMENTS = {
+    "clip_teacher_store": "clip_embedding_cache",
+    "clip_data_shares": "clip_data_weights",
+    "sam_data_shares": "sam_data_weights",
+    "sam_shards_share": "sam_shard_fraction",
+    "held_out_share": "eval_fraction",
+    "max_bad_share": "max_corrupt_fraction",
+    "clip_sizes": "clip_resolutions",
+    "sam_sizes": "sam_resolutions",
+    "min_crop": "min_crop_scale",
+    "data_lanes": "num_readers",
+    "encoder_learning_rate_scale": "encoder_lr_multiplier",
+    "max_step_grad_norm": "skip_step_grad_norm",
+    "panel_texts": "eval_prompts",
+}
 
+
+def rename_deprecated_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    Replaces deprecated argument names by the current ones.
+
+    Args:
+        arguments (`Mapping[str, Any]`): Values by argument name.
+
+    Returns:
+        `dict[str, Any]`: The same values in the same order, by current names.
+
+    Raises:
+        TypeError: If an argument is given by its deprecated and by its current name.
+    """
+    renamed: dict[str, Any] = {}
+    for name, value in arguments.items():
+        current = DEPRECATED_ARGUMENTS.get(name, name)
+        if current != name and current in arguments:
+            raise TypeError(f"{name} is the deprecated name of {current}: set only {current}.")
+        renamed[current] = value
+    return renamed
+
+
+def warn_of_deprecated_argument(name: str) -> None:
+    """Emits a `FutureWarning` that states the current name of the deprecated argument `name`."""
+    message = f"{name} is deprecated and will be removed in a future release. Use {DEPRECATED_ARGUMENTS[name]}."
+    warnings.warn(message, FutureWarning, stacklevel=3)
+
+
+def _accept_deprecated_arguments(cls: type) -> type:
+    """Class decorator: `__init__` accepts deprecated argument names. A dataclass generates its own `__init__`, which
+    can only be wrapped from outside."""
+    generated_init = cls.__init__  # type: ignore[misc]
+
+    @functools.wraps(generated_init)
+    def __init__(self, *args, **kwargs):
+        for name in kwargs.keys() & DEPRECATED_ARGUMENTS.keys():
+            warn_of_deprecated_argument(name)
+        generated_init(self, *args, **rename_deprecated_arguments(kwargs))
+
+    cls.__init__ = __init__  # type: ignore[misc]
+    return cls
+
+
+@_accept_deprecated_arguments
 @dataclass
 class SamClipTrainingArguments(TrainingArguments):
     r"""
@@ -195,12 +259,12 @@ class SamClipTrainingArguments(TrainingArguments):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}.")
         for name in ("clip_data", "sam_data"):
-            names, shares = getattr(self, name), getattr(self, f"{name}_shares")
-            if shares is None:
-                setattr(self, f"{name}_shares", [1.0] * len(names))
-            elif len(shares) != len(names) or min(shares) <= 0:
+            names, weights = getattr(self, name), getattr(self, f"{name}_weights")
+            if weights is None:
+                setattr(self, f"{name}_weights", [1.0] * len(names))
+            elif len(weights) != len(names) or min(weights) <= 0:
                 raise ValueError(
-                    f"{name}_shares must be {len(names)} numbers above 0, one for each of {name}: {shares}."
+                    f"{name}_weights must be {len(names)} numbers above 0, one for each of {name}, got {weights}."
                 )
         if not 0 < self.sam_shard_fraction <= 1:
             raise ValueError(f"sam_shard_fraction is a share, above 0 and up to 1, got {self.sam_shard_fraction}.")
@@ -237,3 +301,9 @@ class SamClipTrainingArguments(TrainingArguments):
         # DDP must expect that a micro-batch of one teacher leaves the other head alone.
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = self.stage == 2
+
+    def __getattr__(self, name: str) -> Any:
+        if name in DEPRECATED_ARGUMENTS:
+            warn_of_deprecated_argument(name)
+            return getattr(self, DEPRECATED_ARGUMENTS[name])
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from .arguments import SamClipTrainingArguments
+from .arguments import SamClipTrainingArguments, rename_deprecated_arguments
 
 FILE_NAME = "provenance.json"
 PACKAGES = ("samclip-hf", "torch", "transformers", "accelerate", "datasets")
@@ -26,9 +26,19 @@ DECISIVE = {
 
 
 def read(folder: str | Path) -> list[dict[str, Any]]:
-    """The stages, oldest first, that led to the checkpoint in `folder`; none where nothing is on record there."""
+    """
+    Reads the training stages of a checkpoint, oldest first.
+
+    Deprecated argument names, which earlier releases wrote, are replaced by the current ones.
+
+    Returns:
+        `list[dict]`: One entry for each stage. Empty if `folder` has no `provenance.json`.
+    """
     path = Path(folder) / FILE_NAME
-    return json.loads(path.read_text())["stages"] if path.is_file() else []
+    if not path.is_file():
+        return []
+    stages = json.loads(path.read_text())["stages"]
+    return [stage | {"arguments": rename_deprecated_arguments(stage["arguments"])} for stage in stages]
 
 
 def write(args: SamClipTrainingArguments, metrics: dict[str, float], commits: dict[str, str | None]) -> None:

@@ -12,7 +12,7 @@ import threading
 import time
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,10 @@ class SamClipTrainer(Trainer):
         As the CLIP teacher.
     processing_class ([`SamClipProcessor`]):
         Saved with the student; its size and normalisation are the student's.
+    prepare_push (`Callable[[Path, str], None]`, *optional*):
+        Called in the main process with the output folder and the repository id before the folder is pushed to the Hub.
+        [`samclip_hf.publishing.prepare_push`] adds the model code and the model card. By default the card is that of
+        [`Trainer`], without the model code.
     """
 
     args: SamClipTrainingArguments
@@ -88,12 +92,14 @@ class SamClipTrainer(Trainer):
         clip_teacher: ClipTeacher | EmbeddingCache,
         sam_teacher: SamTeacher | None = None,
         processing_class: SamClipProcessor | None = None,
+        prepare_push: Callable[[Path, str], None] | None = None,
         **kwargs,
     ):
         if args.stage == 2 and sam_teacher is None:
             raise ValueError("Stage 2 distils SAM as well: give its sam_teacher.")
         if processing_class is None:
             raise ValueError("Give the student's processor as processing_class: it says how the student sees images.")
+        self.prepare_push = prepare_push
         self.clip_teacher = clip_teacher
         self.sam_teacher = sam_teacher if args.stage == 2 else None
         patch_size = model.config.vision_config.patch_size
@@ -473,18 +479,11 @@ class SamClipTrainer(Trainer):
             provenance.write(self.args, metrics, commits)
 
     def create_model_card(self, *args, **kwargs) -> None:
-        """
-        For `push_to_hub`: the card by this package's template, from what `save_provenance` put on record, and the
-        model's code, so that it loads without this package. Transformers' own arguments decide nothing.
-        """
-        if self.is_world_process_zero():
-            from ..publishing import repository as publishing
-
-            folder = Path(self.args.output_dir)
-            publishing.add_code(folder)
-            stages, licenses = publishing.publish_provenance(folder, folder)
-            card = publishing.card(folder, self.hub_model_id, stages, licenses=licenses)
-            card.save(folder / "README.md")
+        """Prepares the output folder for a push with `prepare_push`; without one, writes the card of [`Trainer`]."""
+        if self.prepare_push is None:
+            super().create_model_card(*args, **kwargs)
+        elif self.is_world_process_zero():
+            self.prepare_push(Path(self.args.output_dir), self.hub_model_id)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
