@@ -98,6 +98,7 @@ def test_extreme_sizes_fit_in(processor_class, size):
     [
         ([], "list of images is empty"),
         (np.zeros((0, 5, 3), dtype=np.uint8), "no pixels"),
+        (Image.new("RGB", (0, 5)), "no pixels"),
         (np.full((5, 5, 3), np.nan, dtype=np.float32), "not finite"),
         (torch.full((3, 5, 5), torch.inf), "not finite"),
     ],

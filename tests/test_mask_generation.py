@@ -1,15 +1,30 @@
 """Everything mode through the stock pipeline: SAM-CLIP gives what SAM gives, with the weights of SAM."""
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
 import transformers
 from packaging.version import Version
 from PIL import Image
+from pycocotools import mask as coco
 from transformers import MaskGenerationPipeline, SamImageProcessor, SamImageProcessorPil, SamModel, pipeline
 
-from samclip_hf import SamClipImageProcessor, SamClipImageProcessorPil, SamClipModel, miniature
-from samclip_hf.image_processing_samclip import UpsampledMasks, _decode, _run_lengths
+from samclip_hf import (
+    SamClipImageProcessor,
+    SamClipImageProcessorPil,
+    SamClipModel,
+    mask_generation_samclip,
+    miniature,
+)
+from samclip_hf.mask_generation_samclip import (
+    MASK_GENERATION_DEFAULTS,
+    UpsampledMasks,
+    decode_mask,
+    encode_mask,
+    mask_to_box,
+)
 from samclip_hf.miniature.scenes import render
 
 # Low thresholds, so that many masks are compared.
@@ -55,7 +70,7 @@ def assert_same(actual, expected, min_masks=5):
         ours, stock = np.asarray(ours), np.asarray(stock)
         # Both encoders and both ways of resizing agree to float rounding: a pixel of thousands may fall either way.
         assert (ours ^ stock).sum() <= 5e-4 * stock.sum()
-        assert np.array_equal(_decode(run_lengths), ours)
+        assert np.array_equal(decode_mask(run_lengths), ours)
         if np.array_equal(ours, stock):
             assert run_lengths == stock_run_lengths
 
@@ -169,22 +184,56 @@ class TestUpsampledMasks:
 
     def test_scores_of_other_masks_are_refused(self):
         _, deferred = self.real_and_deferred()
-        with pytest.raises(ValueError, match="6 masks and 4 iou_scores"):
+        with pytest.raises(ValueError, match="4 iou_scores for 6 masks"):
             SamClipImageProcessor(**SIZES).filter_masks(deferred, torch.ones(2, 2), (40, 50), [0, 0, 50, 40])
 
 
 @pytest.mark.parametrize(
-    ("window", "counts"),
+    ("mask", "counts"),
     [
-        (np.zeros((4, 3), dtype=bool), [12]),
-        (np.ones((4, 3), dtype=bool), [0, 12]),
-        (np.eye(4, 3, dtype=bool), [0, 1, 3, 1, 3, 1, 3]),
-        (np.array([[True, True, True]]), [0, 3, 9]),
+        (np.zeros((3, 4), dtype=bool), [12]),
+        (np.ones((3, 4), dtype=bool), [0, 12]),
+        (np.eye(3, 4, dtype=bool), [0, 1, 3, 1, 3, 1, 3]),
+        (np.array([[True, False], [True, True]]), [0, 2, 1, 1]),
     ],
 )
-def test_run_lengths_decode_to_the_mask(window, counts):
-    run_lengths = _run_lengths(window, left=0, top=0, height=3, width=4)
-    assert run_lengths == {"size": [3, 4], "counts": counts}
-    expected = np.zeros((4, 3), dtype=bool)
-    expected[: len(window)] = window
-    assert np.array_equal(_decode(run_lengths), expected.T)
+def test_masks_survive_encoding_and_pycocotools_reads_them(mask, counts):
+    encoding = encode_mask(mask)
+    assert encoding == {"size": list(mask.shape), "counts": counts}
+    assert np.array_equal(decode_mask(encoding), mask)
+    compressed = coco.frPyObjects(encoding, *mask.shape)
+    assert compressed == coco.encode(np.asfortranarray(mask, dtype=np.uint8))
+    left, top, width, height = coco.toBbox(compressed).astype(int).tolist()
+    assert mask_to_box(mask) == ((left, top, left + width, top + height) if mask.any() else None)
+
+
+def test_counts_that_do_not_match_the_size_raise_an_error():
+    with pytest.raises(ValueError, match="mask of 2 x 3 pixels add up to 5"):
+        decode_mask({"size": [2, 3], "counts": [2, 3]})
+
+
+def test_suppression_without_torchvision_equals_torchvisions(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    corners = torch.randint(0, 12, (400, 2, 2), generator=generator).sort(dim=1).values  # empty boxes among them
+    boxes = corners.flatten(1).float()
+    scores = torch.randint(0, 30, (400,), generator=generator) / 30  # ties among them
+    for max_iou in (0.0, 0.25, 0.5, 0.7, 0.97, 1.0):  # 0.25 and 0.5 are exact IoUs of some boxes
+        expected = mask_generation_samclip._suppress_overlaps(boxes, scores, max_iou)
+        with monkeypatch.context() as patch:
+            patch.setattr(mask_generation_samclip, "is_torchvision_available", lambda: False)
+            patch.delattr(mask_generation_samclip, "nms")
+            actual = mask_generation_samclip._suppress_overlaps(boxes, scores, max_iou)
+        assert actual == expected
+
+
+def test_defaults_are_the_stock_pipelines():
+    def default(function, name):
+        return inspect.signature(function).parameters[name].default
+
+    stock = MaskGenerationPipeline.preprocess, SamImageProcessor.filter_masks, MaskGenerationPipeline.postprocess
+    assert {
+        "points_per_crop": default(stock[0], "points_per_crop"),
+        "pred_iou_thresh": default(stock[1], "pred_iou_thresh"),
+        "stability_score_thresh": default(stock[1], "stability_score_thresh"),
+        "crops_nms_thresh": default(stock[2], "crops_nms_thresh"),
+    } == MASK_GENERATION_DEFAULTS

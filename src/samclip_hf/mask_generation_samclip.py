@@ -1,0 +1,346 @@
+"""
+Post-processing for automatic mask generation ("everything mode"), and the mask formats it returns.
+
+`SamClipMaskGenerationMixin` overrides the three methods of SAM's image processors that the stock
+`pipeline("mask-generation")` calls. The results are SAM's; time and memory are lower, because low-scoring masks are
+never resized to the image.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils._pytree import tree_map_only
+from transformers import SamImageProcessorPil
+from transformers.utils import is_torchvision_available
+
+if is_torchvision_available():
+    from torchvision.ops import nms
+
+# Defaults of the stock mask-generation pipeline.
+MASK_GENERATION_DEFAULTS = {
+    "points_per_crop": 32,
+    "pred_iou_thresh": 0.88,
+    "stability_score_thresh": 0.95,
+    "crops_nms_thresh": 0.7,
+}
+CROP_EDGE_TOLERANCE = 20  # pixels, as in SAM: a mask this close to the edge of its crop counts as cut off
+
+
+class SamClipMaskGenerationMixin:
+    """Mask generation for subclasses of SAM's image processors."""
+
+    def post_process_masks(
+        self, masks, original_sizes, reshaped_input_sizes, mask_threshold=0.0, binarize=True, pad_size=None
+    ):
+        r"""
+        Resizes masks to the original image sizes and removes the padding, as SAM's image processor does.
+
+        Logits (`binarize=False`) that do not require gradients are returned as [`UpsampledMasks`], which are resized
+        on first use.
+
+        masks (`torch.Tensor` of shape `(batch_size, num_prompts, num_masks, mask_height, mask_width)`):
+            Mask logits.
+        original_sizes, reshaped_input_sizes (`torch.Tensor` of shape `(batch_size, 2)`):
+            Height and width of each image before and after resizing, from the image processor.
+        mask_threshold (`float`, defaults to 0.0):
+            Logits above this value are inside the mask.
+        binarize (`bool`, defaults to `True`):
+            Whether to return boolean masks instead of logits.
+        pad_size (`dict[str, int]`, *optional*):
+            Height and width after padding. Defaults to `self.pad_size`.
+
+        Returns a list with one tensor `(num_prompts, num_masks, height, width)` per image.
+        """
+
+        def upsample(masks, original_sizes, reshaped_input_sizes):
+            return super(SamClipMaskGenerationMixin, self).post_process_masks(
+                masks, original_sizes, reshaped_input_sizes, mask_threshold, binarize, pad_size
+            )
+
+        if binarize or not isinstance(masks, torch.Tensor) or masks.ndim != 5 or masks.requires_grad:
+            return upsample(masks, original_sizes, reshaped_input_sizes)
+        padded_size = self.pad_size if pad_size is None else pad_size
+        padded_size = (padded_size["height"], padded_size["width"])
+        return [
+            UpsampledMasks(mask, tuple(map(int, original_size)), tuple(map(int, reshaped_size)), padded_size, upsample)
+            for mask, original_size, reshaped_size in zip(masks, original_sizes, reshaped_input_sizes, strict=True)
+        ]
+
+    def filter_masks(
+        self,
+        masks,
+        iou_scores,
+        original_size,
+        cropped_box_image,
+        pred_iou_thresh=MASK_GENERATION_DEFAULTS["pred_iou_thresh"],
+        stability_score_thresh=MASK_GENERATION_DEFAULTS["stability_score_thresh"],
+        mask_threshold=0,
+        stability_score_offset=1,
+    ):
+        r"""
+        Selects the masks of one crop that have a high predicted IoU, are stable, and are not cut off by the crop.
+
+        The result is SAM's. The order of the steps differs: predicted IoUs are compared first, and each remaining mask
+        is resized by itself, inside its bounding box only.
+
+        masks (`torch.Tensor` of shape `(num_prompts, num_masks, height, width)`):
+            Mask logits at the size of the crop, from `post_process_masks(binarize=False)`.
+        iou_scores (`torch.Tensor` of shape `(num_prompts, num_masks)`):
+            Predicted IoUs.
+        original_size (`tuple[int, int]`):
+            Height and width of the whole image.
+        cropped_box_image (`torch.Tensor` of shape `(4,)`):
+            Left, top, right and bottom of the crop in the image.
+        pred_iou_thresh (`float`, defaults to 0.88):
+            Masks with a predicted IoU up to this value are removed.
+        stability_score_thresh (`float`, defaults to 0.95):
+            Masks with a stability score up to this value are removed. The stability score is the IoU of the mask at
+            `mask_threshold + stability_score_offset` and at `mask_threshold - stability_score_offset`.
+        mask_threshold (`float`, defaults to 0):
+            Logits above this value are inside the mask.
+        stability_score_offset (`float`, defaults to 1):
+            See `stability_score_thresh`.
+
+        Returns a tuple of the remaining masks as run-length encodings of the whole image (see [`encode_mask`]), their
+        predicted IoUs `(num_kept,)`, and their boxes `(num_kept, 4)` with inclusive corners, as SAM has them.
+
+        Raises `ValueError` if the numbers of masks and of predicted IoUs differ.
+        """
+        if not isinstance(masks, UpsampledMasks) or masks.upsampled is not None:
+            return super().filter_masks(
+                masks,
+                iou_scores,
+                original_size,
+                cropped_box_image,
+                pred_iou_thresh,
+                stability_score_thresh,
+                mask_threshold,
+                stability_score_offset,
+            )
+        logits = masks.low_resolution.flatten(0, 1)
+        scores = iou_scores.flatten(0, 1).to(logits.device)
+        if len(logits) != len(scores):
+            raise ValueError(
+                f"Expected one predicted IoU per mask, got {len(scores)} iou_scores for {len(logits)} masks."
+            )
+        if pred_iou_thresh > 0:
+            passed = scores > pred_iou_thresh
+            logits, scores = logits[passed], scores[passed]
+
+        height, width = (int(side) for side in original_size)
+        image_box = np.array([0, 0, width, height])
+        crop_box = np.array([int(edge) for edge in cropped_box_image])
+        crop_left, crop_top = crop_box[:2]
+        kept, boxes, encodings = [], [], []
+        floor = mask_threshold - abs(stability_score_offset)
+        for index, (left, top, window) in enumerate(_resize_windows(logits, masks.sizes, floor)):
+            if stability_score_thresh > 0:
+                union = np.count_nonzero(window > mask_threshold - stability_score_offset)
+                intersection = np.count_nonzero(window > mask_threshold + stability_score_offset)
+                if not union or intersection / union <= stability_score_thresh:
+                    continue
+            left, top = left + crop_left, top + crop_top
+            inside = window > mask_threshold
+            box = mask_to_box(inside)
+            if box is None:  # SAM's box of an empty mask
+                box = np.array([crop_left, crop_top, crop_left, crop_top])
+            else:
+                box = np.array([left, top, left - 1, top - 1]) + box
+            near_crop_edge, near_image_edge = (
+                abs(box - edges) <= CROP_EDGE_TOLERANCE for edges in (crop_box, image_box)
+            )
+            if (near_crop_edge & ~near_image_edge).any():
+                continue
+            kept.append(index)
+            boxes.append(box)
+            encodings.append(_encode_window(inside, left, top, height, width))
+        boxes = torch.tensor(np.array(boxes, dtype=np.int64).reshape(-1, 4), device=scores.device)
+        return encodings, scores[kept], boxes
+
+    def post_process_for_mask_generation(self, all_masks, all_scores, all_boxes, crops_nms_thresh):
+        r"""
+        Removes duplicates among the masks of all crops by non-maximum suppression of their boxes, as SAM's does.
+
+        all_masks (`list[dict]`), all_scores (`torch.Tensor` of shape `(num_masks,)`) and all_boxes (`torch.Tensor` of
+        shape `(num_masks, 4)`):
+            The concatenated results of `filter_masks`.
+        crops_nms_thresh (`float`):
+            Boxes that overlap a box of higher score by an IoU above this value are removed.
+
+        Returns a tuple of boolean masks `(height, width)`, scores, run-length encodings and boxes, in descending
+        order of scores. Masks are tensors, or arrays with the PIL image processor, as SAM's.
+        """
+        kept = _suppress_overlaps(all_boxes.float(), all_scores.float(), crops_nms_thresh)
+        encodings = [all_masks[index] for index in kept]
+        masks = [decode_mask(encoding) for encoding in encodings]
+        if not isinstance(self, SamImageProcessorPil):
+            masks = [torch.from_numpy(mask) for mask in masks]
+        return masks, all_scores[kept], encodings, all_boxes[kept]
+
+
+class UpsampledMasks(torch.Tensor):
+    r"""
+    Mask logits `(num_prompts, num_masks, height, width)` at the size of an image, computed on first use.
+
+    The stock mask-generation pipeline resizes the masks of all points to the image (26 GB for a photograph of two
+    megapixels) before `filter_masks` removes most of them by their predicted IoU. `filter_masks` of SAM-CLIP reads
+    `low_resolution` instead and resizes the remaining masks only. Any other operation computes the full tensor once
+    and runs on it.
+    """
+
+    @staticmethod
+    def __new__(cls, low_resolution, original_size, reshaped_size, padded_size, upsample):
+        shape = (*low_resolution.shape[:2], *original_size)
+        return cls._make_wrapper_subclass(cls, shape, dtype=low_resolution.dtype, device=low_resolution.device)
+
+    def __init__(self, low_resolution, original_size, reshaped_size, padded_size, upsample):
+        self.low_resolution = low_resolution
+        self.sizes = [padded_size, reshaped_size, original_size]
+        self.upsample = upsample
+        self.upsampled = None
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        args, kwargs = tree_map_only(cls, cls.compute, (args, kwargs or {}))
+        return function(*args, **kwargs)
+
+    # Some functions, such as torch.tensor, do not go through __torch_function__.
+    __torch_dispatch__ = __torch_function__  # type: ignore[assignment]
+
+    def compute(self) -> torch.Tensor:
+        """Returns the full tensor. Later calls return the same object, so in-place changes persist."""
+        if self.upsampled is None:
+            _, reshaped_size, original_size = self.sizes
+            self.upsampled = self.upsample([self.low_resolution], [original_size], [reshaped_size])[0]
+        return self.upsampled
+
+
+def encode_mask(mask: np.ndarray) -> dict:
+    r"""
+    Encodes a mask as uncompressed COCO run-length encoding (RLE).
+
+    mask (`np.ndarray` of shape `(height, width)`):
+        Boolean mask.
+
+    Returns a dict of `size`, height and width, and `counts`, lengths of alternating runs outside and inside the mask,
+    down the columns from left to right. The first run is outside and may be 0.
+    """
+    return _encode_window(mask, 0, 0, *mask.shape)
+
+
+def decode_mask(encoding: dict) -> np.ndarray:
+    r"""
+    Decodes uncompressed COCO run-length encoding.
+
+    encoding (`dict`):
+        `size` and `counts` as [`encode_mask`] returns them.
+
+    Returns a boolean mask `(height, width)`. Raises `ValueError` if `counts` do not add up to the size.
+    """
+    height, width = encoding["size"]
+    counts = encoding["counts"]
+    if sum(counts) != height * width:
+        raise ValueError(f"The counts of a mask of {height} x {width} pixels add up to {sum(counts)}.")
+    return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height).T
+
+
+def mask_to_box(mask: np.ndarray) -> tuple[int, int, int, int] | None:
+    r"""
+    Returns the bounding box of a mask as left, top, right and bottom in pixels, right and bottom exclusive; `None` if
+    the mask is empty.
+
+    mask (`np.ndarray` of shape `(height, width)`):
+        Boolean mask.
+    """
+    columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
+    if not len(columns):
+        return None
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+def _resize_windows(logits: torch.Tensor, sizes: list[tuple[int, int]], floor: float):
+    r"""
+    Resizes each mask as SAM does, inside the bounding box of the pixels that can exceed `floor`.
+
+    logits (`torch.Tensor` of shape `(num_masks, mask_height, mask_width)`):
+        Mask logits of the padded image.
+    sizes (`list[tuple[int, int]]`):
+        Heights and widths of the padded image, of its content after resizing, and of the original image. SAM resizes
+        to the first, cuts to the second and resizes to the third.
+    floor (`float`):
+        Lowest value of interest.
+
+    Yields, for each mask, left, top, and an array `(window_height, window_width)` with contiguous columns, as
+    run-length encoding reads them.
+    """
+    logits = logits.float()
+    rows, columns = (
+        _resize_matrix(length, *side).to(logits.device)
+        for length, side in zip(logits.shape[1:], zip(*sizes, strict=True), strict=True)
+    )
+    (row_cells, row_weights), (column_cells, column_weights) = _nonzero_weights(rows), _nonzero_weights(columns)
+    # Interpolation never exceeds the largest of the values that it combines.
+    tops, bottoms = _extents((logits.amax(dim=2) > floor).float() @ (rows != 0).float().T > 0)
+    lefts, rights = _extents((logits.amax(dim=1) > floor).float() @ (columns != 0).float().T > 0)
+    for mask, left, top, right, bottom in zip(logits, lefts, tops, rights, bottoms, strict=True):
+        # embedding_bag computes weighted sums of rows, and reads only the rows with a weight.
+        y, x = slice(top, bottom), slice(left, right)
+        resized = F.embedding_bag(row_cells[y], mask, per_sample_weights=row_weights[y], mode="sum").T.contiguous()
+        resized = F.embedding_bag(column_cells[x], resized, per_sample_weights=column_weights[x], mode="sum")
+        yield left, top, resized.cpu().numpy().T
+
+
+def _resize_matrix(length: int, padded: int, reshaped: int, original: int) -> torch.Tensor:
+    """Returns SAM's two resizes along one side, `length` to `padded` and, after the cut, `reshaped` to `original`, as
+    one matrix `(original, length)`: both are linear, so they are applied to the identity."""
+    resized = F.interpolate(torch.eye(length)[None], padded, mode="linear")
+    return F.interpolate(resized[..., :reshaped], original, mode="linear")[0].T
+
+
+def _nonzero_weights(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns columns and values `(num_rows, max_nonzero)` of the nonzero values in each row of a matrix."""
+    weights, cells = matrix.topk(int((matrix != 0).sum(dim=1).max()), dim=1)
+    return cells.contiguous(), weights.contiguous()
+
+
+def _extents(marked: torch.Tensor) -> tuple[list[int], list[int]]:
+    """Returns the start and the end (exclusive) of the marked range in each row of `(num_rows, length)`; the whole row
+    if nothing is marked."""
+    ends = marked.shape[1] - marked.flip(1).int().argmax(dim=1)
+    return marked.int().argmax(dim=1).tolist(), ends.tolist()
+
+
+def _encode_window(window: np.ndarray, left: int, top: int, height: int, width: int) -> dict:
+    """As [`encode_mask`], for a mask `(height, width)` that is empty outside a window `(window_height, window_width)`
+    at `left` and `top`."""
+    columns = np.zeros((window.shape[1], height), dtype=bool)
+    columns[:, top : top + window.shape[0]] = window.T
+    changes = left * height + np.flatnonzero(np.diff(columns.ravel(), prepend=False, append=False))
+    counts = np.diff(changes, prepend=0, append=height * width).tolist()
+    if counts[-1] == 0:  # the last pixel is inside the mask
+        counts.pop()
+    return {"size": [height, width], "counts": counts}
+
+
+def _suppress_overlaps(boxes: torch.Tensor, scores: torch.Tensor, max_iou: float) -> list[int]:
+    """Returns indices of the boxes `(num_boxes, 4)` after non-maximum suppression, in descending order of `scores`
+    `(num_boxes,)`: no box overlaps a better one by an IoU above `max_iou`."""
+    if is_torchvision_available():
+        return nms(boxes, scores, max_iou).tolist()
+    order = scores.argsort(descending=True, stable=True)
+    left_top, right_bottom = boxes[order].split(2, dim=1)
+    area = (right_bottom - left_top).prod(dim=1)
+    suppressed = torch.zeros_like(order, dtype=torch.bool)
+    kept = []
+    for position, index in enumerate(order.tolist()):
+        if suppressed[position]:
+            continue
+        kept.append(index)
+        overlap = torch.minimum(right_bottom, right_bottom[position]) - torch.maximum(left_top, left_top[position])
+        intersection = overlap.clamp_min(0).prod(dim=1)
+        iou = intersection / (area + area[position] - intersection)
+        suppressed |= iou.double() > max_iou  # torchvision compares in double
+    return kept
+
+
+__all__ = ["MASK_GENERATION_DEFAULTS", "SamClipMaskGenerationMixin", "decode_mask", "encode_mask", "mask_to_box"]
