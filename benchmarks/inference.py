@@ -25,7 +25,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, SamConfig, SamModel
 
 from samclip_hf import SamClipConfig, SamClipForImageSegmentation, SamClipModel
 from samclip_hf.evaluation.cost import peak, reset_peak
-from samclip_hf.modeling_samclip import SamClipVisionLayer
+from samclip_hf.vision_encoder_samclip import SamClipVisionLayer
 
 NUM_CLASSES = 20
 

@@ -37,7 +37,7 @@ from samclip_hf.evaluation.evaluator import Evaluator
 from samclip_hf.export.writer import PART_NAMES, export
 from samclip_hf.miniature.scenes import BACKGROUND_PROMPTS, CLASS_NAMES
 from samclip_hf.miniature_lab.tasks import tasks
-from samclip_hf.modeling_samclip import SamClipVisionEncoderOutput
+from samclip_hf.vision_encoder_samclip import SamClipVisionEncoderOutput
 
 FIGURES = {  # title, task, figure
     "top-1": ("classification:miniature@128", "top1"),

@@ -6,7 +6,7 @@ from transformers import AutoImageProcessor, SamImageProcessor
 
 from samclip_hf import SamClipImageProcessor, SamClipImageProcessorPil
 from samclip_hf.image_processing_samclip import MAPS_PER_CHUNK, resize_content
-from samclip_hf.modeling_samclip import SamClipObjectDetectionOutput, SamClipSegmentationOutput
+from samclip_hf.segmentation_samclip import SamClipObjectDetectionOutput, SamClipSegmentationOutput
 
 SIZES = {
     "size": {"longest_edge": 64},

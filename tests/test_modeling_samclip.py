@@ -34,17 +34,11 @@ from samclip_hf import (
     SamClipModel,
     SamClipVisionConfig,
     SamClipVisionModel,
-    modeling_samclip,
+    segmentation_samclip,
+    vision_encoder_samclip,
 )
-from samclip_hf.modeling_samclip import (
-    SamClipPatchGroups,
-    SamClipVisionAttention,
-    SamClipVisionLayer,
-    _distinct_masks,
-    _segments,
-    _spread_points,
-    _stability,
-)
+from samclip_hf.segmentation_samclip import _distinct_masks, _segments, _spread_points, _stability
+from samclip_hf.vision_encoder_samclip import SamClipPatchGroups, SamClipVisionAttention, SamClipVisionLayer
 
 from .conftest import randomise, tiny_clip, tiny_sam
 
@@ -106,7 +100,7 @@ class TestAttention:
     @pytest.mark.parametrize("backend", [*BACKENDS, "eager"])
     @pytest.mark.parametrize("inference", [True, False], ids=["inference", "training"])
     def test_equals_brute_force_with_the_explicit_bias(self, attention, grid, backend, inference, monkeypatch):
-        monkeypatch.setattr(modeling_samclip, "BIAS_CHUNK", 4 * math.prod(grid) // torch.get_num_threads())
+        monkeypatch.setattr(vision_encoder_samclip, "BIAS_CHUNK", 4 * math.prod(grid) // torch.get_num_threads())
         hidden_states = torch.randn(2, *grid, 16)
         weights, expected = brute_force(attention, hidden_states)
         if backend == "eager":
@@ -144,7 +138,7 @@ class TestAttention:
 
     @pytest.mark.parametrize("chunk", [1, 100, 10**6])
     def test_groups_of_patches_know_nothing_of_one_another(self, attention, chunk, monkeypatch):
-        monkeypatch.setattr(modeling_samclip, "BIAS_CHUNK", chunk)
+        monkeypatch.setattr(vision_encoder_samclip, "BIAS_CHUNK", chunk)
         hidden_states = torch.randn(1, 4, 7, 16)
         group = torch.randint(0, 3, (28,))
         expected = brute_force(attention, hidden_states, group[:, None] == group)[1].view(28, 16)
@@ -887,7 +881,7 @@ class TestImageSegmentation:
     def test_many_texts_are_embedded_in_batches(self, segmenter, monkeypatch):
         expected = segmenter.embed_vocabulary(list("abcdefgh"), tokenizer=WordTokenizer()).class_embeds
         sizes, features = [], segmenter.get_text_features
-        monkeypatch.setattr(modeling_samclip, "TEXTS_PER_BATCH", 3)
+        monkeypatch.setattr(segmentation_samclip, "TEXTS_PER_BATCH", 3)
         monkeypatch.setattr(
             segmenter,
             "get_text_features",
@@ -1025,7 +1019,7 @@ class TestImageSegmentation:
         for image, label, row in ((0, 1, 2), (0, 3, 6), (2, 2, 0), (2, 3, 3)):
             logits[image, label, row] = 20.0
         embeddings = torch.randn(3, 16, 8, 8)
-        monkeypatch.setattr(modeling_samclip, "CLASSES_PER_CHUNK", 3)  # several chunks, one across images
+        monkeypatch.setattr(segmentation_samclip, "CLASSES_PER_CHUNK", 3)  # several chunks, one across images
         asked, predict_masks = [], segmenter.predict_masks
         monkeypatch.setattr(segmenter, "predict_masks", lambda e, **kw: asked.append(kw) or predict_masks(e, **kw))
         with torch.no_grad():

@@ -1,21 +1,15 @@
-"""SAM-CLIP as a Hugging Face model. Importing this package registers it with transformers' Auto classes and pipelines."""
+"""SAM-CLIP as a Hugging Face model. Importing this package registers it with the Auto classes of transformers."""
 
 from importlib.metadata import version
 
 from . import miniature
 from .configuration_samclip import SamClipConfig, SamClipHeadConfig, SamClipVisionConfig
 from .image_processing_samclip import SamClipImageProcessor, SamClipImageProcessorPil
-from .modeling_samclip import (
-    SamClipForImageSegmentation,
-    SamClipForObjectDetection,
-    SamClipModel,
-    SamClipPreTrainedModel,
-    SamClipVisionModel,
-    SamClipVocabulary,
-)
+from .modeling_samclip import SamClipModel, SamClipPreTrainedModel, SamClipVisionModel
 from .pipeline_samclip import SamClipImageSegmentationPipeline
 from .processing_samclip import SamClipProcessor
 from .registration import register
+from .segmentation_samclip import SamClipForImageSegmentation, SamClipForObjectDetection, SamClipVocabulary
 
 __version__ = version("samclip-hf")
 register()

@@ -1,7 +1,7 @@
 """
 Registers SAM-CLIP with transformers: Auto classes, pipelines, and the tables of names that stock pipelines consult.
 
-Everything in this package that changes a registry of transformers is in `register`, which importing `samclip_hf` calls.
+Everything in this package that changes a registry of transformers is in `register`. Importing `samclip_hf` calls it.
 """
 
 from transformers import (
@@ -23,9 +23,10 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_samclip import SamClipConfig, SamClipVisionConfig
 from .image_processing_samclip import SamClipImageProcessor, SamClipImageProcessorPil
-from .modeling_samclip import SamClipForImageSegmentation, SamClipForObjectDetection, SamClipModel, SamClipVisionModel
+from .modeling_samclip import SamClipModel, SamClipVisionModel
 from .pipeline_samclip import SamClipImageSegmentationPipeline
 from .processing_samclip import SamClipProcessor
+from .segmentation_samclip import SamClipForImageSegmentation, SamClipForObjectDetection
 
 MODELS = {
     AutoModel: SamClipModel,

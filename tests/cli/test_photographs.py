@@ -363,7 +363,7 @@ def test_a_published_checkpoint_needs_no_code_from_beside_it(capsys):
         if not Path("hub", path.name).exists():
             Path("hub", path.name).write_bytes(path.read_bytes())
     config = json.loads(Path("hub/config.json").read_text())
-    config["auto_map"] = {"AutoModelForImageSegmentation": "modeling_samclip.SamClipForImageSegmentation"}
+    config["auto_map"] = {"AutoModelForImageSegmentation": "segmentation_samclip.SamClipForImageSegmentation"}
     implementation = "pipeline_samclip.SamClipImageSegmentationPipeline"
     options = {"impl": implementation, "pt": ["AutoModelForImageSegmentation"], "type": "image"}
     config["custom_pipelines"] = {"zero-shot-image-segmentation": options}

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoConfig, AutoProcessor, CLIPModel, PreTrainedModel, SamModel, SiglipModel, pipeline
 
-from ..modeling_samclip import SamClipForImageSegmentation
+from ..segmentation_samclip import SamClipForImageSegmentation
 
 PROMPTS_AT_ONCE = 64  # of one image; a mask decoder's memory grows with them
 CROPS_AT_ONCE = 64

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..datasets.samples import IGNORED, DataSet, SegmentedImage
-from ..modeling_samclip import SamClipVocabulary
+from ..segmentation_samclip import SamClipVocabulary
 from ..templates import IMAGENET_TEMPLATES
 from ..visualization import with_labels
 from .adapters import CascadeAdapter, ImageTextAdapter, ModelAdapter, SamClipAdapter

@@ -32,7 +32,9 @@ from transformers.utils import logging
 
 from .. import miniature
 from ..miniature.scenes import render
-from ..modeling_samclip import SamClipForImageSegmentation, SamClipModel, SamClipVisionAttention, SamClipVisionLayer
+from ..modeling_samclip import SamClipModel
+from ..segmentation_samclip import SamClipForImageSegmentation
+from ..vision_encoder_samclip import SamClipVisionAttention, SamClipVisionLayer
 
 logger = logging.get_logger(__name__)
 

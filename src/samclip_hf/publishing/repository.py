@@ -20,13 +20,18 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalToke
 from PIL import Image
 from safetensors.torch import load_file
 
-from .. import miniature, modeling_samclip
+from .. import miniature
 from ..distillation import provenance
-from ..modeling_samclip import SamClipForImageSegmentation
 from ..processing_samclip import SamClipProcessor
+from ..segmentation_samclip import SamClipForImageSegmentation
 from .verification import MODELS, use
 
-CODE = "*_samclip.py"  # the five files that travel
+CODE = "*_samclip.py"  # the files that travel
+MODULES = {
+    "SamClipModel": "modeling_samclip",
+    "SamClipForImageSegmentation": "segmentation_samclip",
+    "SamClipForObjectDetection": "segmentation_samclip",
+}
 TEMPLATE = Path(__file__).with_name("model_card.md")
 PERMISSIVE = {"apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0"}
 UNDECIDED = "other"  # as the Hub names a licence that it does not know
@@ -83,7 +88,7 @@ def add_code(folder: Path) -> None:
     and its processor. Written here by hand: `register_for_auto_class` knows one Auto class for each class, and would
     change the classes themselves.
     """
-    for file in Path(modeling_samclip.__file__).parent.glob(CODE):
+    for file in Path(__file__).parents[1].glob(CODE):
         shutil.copy(file, folder)
     processors = {
         "AutoImageProcessor": "image_processing_samclip.SamClipImageProcessor",
@@ -92,7 +97,7 @@ def add_code(folder: Path) -> None:
     _edit(
         folder / "config.json",
         auto_map={"AutoConfig": "configuration_samclip.SamClipConfig"}
-        | {auto_class: f"modeling_samclip.{name}" for auto_class, name in MODELS.items()},
+        | {auto_class: f"{MODULES[name]}.{name}" for auto_class, name in MODELS.items()},
         custom_pipelines={
             "zero-shot-image-segmentation": {
                 "impl": "pipeline_samclip.SamClipImageSegmentationPipeline",

@@ -1,0 +1,618 @@
+"""
+Segmentation and object detection by text: the vocabulary, and the composition of the CLIP head and the SAM head.
+
+`modeling_samclip.py` holds everything that does not depend on a vocabulary.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedTokenizerBase
+from transformers.modeling_outputs import ModelOutput
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import can_return_tuple
+
+from .modeling_samclip import SamClipModel, load_tokenizer
+from .vision_encoder_samclip import SamClipVisionEncoderOutput
+
+POINTS_PER_CLASS = 3  # paper, section 5: one to three
+TEXTS_PER_BATCH = 256  # texts in one pass of the text tower: 1000 names in 80 templates do not fit at once
+CLASSES_PER_CHUNK = 32  # classes in one pass of the mask decoder
+# Difference in logits between a certain and an impossible label: e^-20. Finite, because maps are resized bilinearly.
+BACKGROUND_LOGIT_MARGIN = 20.0
+
+
+@dataclass
+class SamClipSegmentationOutput(ModelOutput):
+    r"""
+    For the image processor's `post_process_semantic_`, `_instance_` and `_panoptic_segmentation`. The fields of the
+    segments are there with both heads only; an image with fewer segments than another has some of score 0.
+
+    logits (`torch.Tensor` of shape `(batch_size, num_labels, grid_height, grid_width)`):
+        The CLIP head's, per label and patch: cosine similarity to the label's text, scaled; the softmax over labels is
+        the label's probability.
+    segment_masks (`torch.Tensor` of shape `(batch_size, num_segments, 4 * grid_height, 4 * grid_width)`):
+        Mask logits of the segments; above 0 is inside.
+    segment_logits (`torch.Tensor` of shape `(batch_size, num_segments, num_labels)`):
+        As `logits`, of the segment as a whole.
+    segment_embeds (`torch.Tensor` of shape `(batch_size, num_segments, projection_dim)`):
+        The segments in the text space, of length 1; none with `config.composition="classes"`.
+    segment_scores (`torch.Tensor` of shape `(batch_size, num_segments)`):
+        How well drawn the masks are, from 0 to 1: where two overlap, the better one lies above.
+    content_sizes (`torch.Tensor` of shape `(batch_size, 2)`):
+        Height and width, in patches, of the part that shows the picture; the rest is padding.
+    dense_embeds (`torch.Tensor` of shape `(batch_size, projection_dim, grid_height, grid_width)`):
+        Every patch in the text space, of length 1.
+    background_label_ids (`torch.Tensor` of shape `(batch_size,)`):
+        The label that stands for "none of the classes", -1 if there is none.
+    hidden_states (`tuple[torch.Tensor]`, each of shape `(batch_size, grid_height, grid_width, hidden_size)`):
+        With `output_hidden_states=True`: what enters the image encoder's layers, and the last one's tokens.
+    attentions (`tuple[torch.Tensor]`):
+        With `output_attentions=True` and eager attention: the image encoder's weights, as SAM's.
+    """
+
+    logits: torch.Tensor | None = None
+    segment_masks: torch.Tensor | None = None
+    segment_logits: torch.Tensor | None = None
+    segment_embeds: torch.Tensor | None = None
+    segment_scores: torch.Tensor | None = None
+    content_sizes: torch.Tensor | None = None
+    dense_embeds: torch.Tensor | None = None
+    background_label_ids: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class SamClipVocabulary:
+    r"""
+    Labels and their texts, embedded: what [`SamClipForImageSegmentation`] looks for.
+
+    class_embeds (`torch.Tensor` of shape `(num_texts, projection_dim)`):
+        Of length 1.
+    label_ids (`list[int]`):
+        The label that each text stands for; the most similar text of a label counts.
+    id2label (`dict[int, str]`):
+        The labels' names.
+    background_label_id (`int`, *optional*):
+        The label that stands for "none of the classes".
+    background_threshold (`float`, *optional*):
+        Where background has no texts: it wins where no class is as probable as this.
+    label_tokens (`list[list[int]]`):
+        The names of the labels but background's, in their order, as the tokenizer gives them.
+    """
+
+    class_embeds: torch.Tensor
+    label_ids: list[int]
+    id2label: dict[int, str]
+    background_label_id: int | None = None
+    background_threshold: float | None = None
+    label_tokens: list[list[int]] = field(default_factory=list)
+
+
+def max_over_synonyms(text_logits: torch.Tensor, label_ids: torch.Tensor, num_labels: int, dim: int) -> torch.Tensor:
+    r"""
+    The logit of a label is the highest of its texts.
+
+    text_logits (`torch.Tensor` with `num_texts` entries in dimension `dim`):
+        Logits of the texts.
+    label_ids (`torch.Tensor` of shape `(num_texts,)`, `int64`):
+        The label of each text.
+    num_labels (`int`):
+        Number of labels.
+    dim (`int`):
+        The dimension of the texts.
+
+    Returns logits with `num_labels` entries in dimension `dim`. A label without texts gets half of the dtype's lowest
+    value: its probability is 0, and the value stays finite when the map is resized.
+    """
+    shape = [1] * text_logits.ndim
+    shape[dim] = -1
+    index = label_ids.view(shape).expand_as(text_logits)
+    size = list(text_logits.shape)
+    size[dim] = num_labels
+    logits = text_logits.new_full(size, torch.finfo(text_logits.dtype).min / 2)
+    return logits.scatter_reduce(dim, index, text_logits, "amax")
+
+
+def apply_background_threshold(
+    logits: torch.Tensor, background_label_id: int, threshold: float, dim: int
+) -> torch.Tensor:
+    r"""
+    Background where no class is probable enough.
+
+    logits (`torch.Tensor` with `num_labels` entries in dimension `dim`):
+        From [`max_over_synonyms`]; background has no texts.
+    background_label_id (`int`):
+        The label of background.
+    threshold (`float`):
+        Background wins where the softmax over the classes is below this everywhere.
+    dim (`int`):
+        The dimension of the labels.
+
+    Returns the logits with a new entry for background, `BACKGROUND_LOGIT_MARGIN` above the highest class where
+    background wins and as much below it elsewhere. The classes' probabilities change by at most e^-20 where a class
+    wins. All values are finite.
+    """
+    highest = logits.amax(dim=dim, keepdim=True)
+    is_background = (highest - logits.logsumexp(dim=dim, keepdim=True)).exp() < threshold
+    background = highest + torch.where(is_background, BACKGROUND_LOGIT_MARGIN, -BACKGROUND_LOGIT_MARGIN)
+    return logits.index_copy(dim, torch.tensor([background_label_id], device=logits.device), background)
+
+
+class SamClipForImageSegmentation(SamClipModel):
+    """
+    SAM-CLIP with a vocabulary: labels (`config.id2label`) and their text embeddings (`class_embeds`) live in the
+    checkpoint, so that an image alone gives labelled segments. Loads any SAM-CLIP checkpoint; give one without a
+    vocabulary its own by `set_vocabulary`.
+    """
+
+    @property
+    def vocabulary(self) -> SamClipVocabulary:
+        """The checkpoint's own. Raises `ValueError` if it has none."""
+        if self.class_embeds is None:
+            raise ValueError(
+                'No vocabulary in this checkpoint: call model.set_vocabulary(["cat", "sofa", ...]) first.'
+            )
+        config = self.config
+        return SamClipVocabulary(
+            self.class_embeds,
+            config.vocabulary_label_ids,
+            config.id2label,
+            config.background_label_id,
+            config.background_threshold,
+            config.label_tokens,
+        )
+
+    def set_vocabulary(self, *args, **kwargs) -> "SamClipForImageSegmentation":
+        """Makes [`embed_vocabulary`]'s result this checkpoint's own, to be saved with it. Returns the model."""
+        vocabulary = self.embed_vocabulary(*args, **kwargs)
+        self.class_embeds = vocabulary.class_embeds
+        self.config.vocabulary_label_ids = vocabulary.label_ids
+        self.config.background_label_id = vocabulary.background_label_id
+        self.config.background_threshold = vocabulary.background_threshold
+        self.config.label_tokens = vocabulary.label_tokens
+        self.config.id2label = vocabulary.id2label
+        self.config.label2id = {name: label_id for label_id, name in vocabulary.id2label.items()}
+        return self
+
+    def drop_text_tower(self) -> "SamClipForImageSegmentation":
+        """Leaves out the text tower, larger than ViT-B's image encoder, and with it any vocabulary but this one, for
+        good once saved. Returns the model."""
+        self.vocabulary  # noqa: B018  # raises if there is none, and nothing would be left to segment by
+        self.text_model = self.text_projection = None
+        self.config.has_text_tower = False
+        return self
+
+    @torch.no_grad()
+    def embed_vocabulary(
+        self,
+        labels: Sequence[str | Sequence[str]],
+        background: Sequence[str] | float | None = (),
+        templates: Sequence[str] = ("a photo of a {}",),
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        synonyms: Literal["max", "mean"] = "max",
+    ) -> SamClipVocabulary:
+        r"""
+        Embeds a vocabulary, once for any number of images: `model(pixel_values, vocabulary=vocabulary)`.
+
+        labels (`Sequence`):
+            Names of the classes. A list in place of a name holds synonyms: the first names the label.
+        background (`Sequence[str]` or `float`, *optional*):
+            Either texts of what belongs to no class ("a wall", "an empty scene"), used as they are, or a threshold:
+            what no class is as probable as that for, among the classes, is background. The likeliest of n classes has
+            at least 1/n, so thresholds up to that, and any for a single class, make no background. It also decides
+            where the SAM head is asked. With either, label 0 becomes
+            "background" and the classes follow; without, something of the vocabulary is everywhere.
+        templates (`Sequence[str]`, *optional*):
+            Sentences with a `{}` for the name, such as those in `samclip_hf.templates`; a name's embedding is the mean
+            over them.
+        tokenizer ([`PreTrainedTokenizerBase`], *optional*):
+            By default the one saved beside this model's checkpoint.
+        synonyms (`"max"` or `"mean"`, *optional*):
+            Whether the most similar of a label's synonyms counts, or the mean of their embeddings.
+
+        Raises `ValueError` for no labels, an empty or doubled name, a template without `{}`, a text longer than the
+        text tower reads, a threshold that is no probability.
+        """
+        if isinstance(labels, str) or not hasattr(labels, "__len__") or len(labels) == 0:
+            raise ValueError(f'A vocabulary is a list of at least one name, such as ["cat", "sofa"]; got {labels!r}.')
+        threshold: float | None = None
+        texts_of_background: Any = () if background is None else background
+        if isinstance(background, Real):  # numpy's too
+            threshold, texts_of_background = float(background), ()
+        if threshold is not None and not 0 < threshold < 1:
+            raise ValueError(f"As a threshold, background must be a probability between 0 and 1, got {threshold}.")
+        if isinstance(texts_of_background, str) or not all(
+            isinstance(text, str) and text.strip() for text in texts_of_background
+        ):
+            raise ValueError(
+                f'background must be a list of texts, such as ["a wall", "sky"], or a threshold; got {background!r}.'
+            )
+        if isinstance(templates, str) or not templates or not all(t.count("{}") == 1 for t in templates):
+            raise ValueError(f"templates must be a list of sentences that contain {{}} once, got {templates!r}.")
+        groups: list[list[Any]] = [list(label) if isinstance(label, list | tuple) else [label] for label in labels]
+        names = [name for group in groups for name in group]
+        if not all(groups) or not all(isinstance(name, str) and name.strip() for name in names):
+            raise ValueError(f"Every label must be a name or a list of names, and no name empty; got {labels!r}.")
+        if synonyms not in ("max", "mean"):
+            raise ValueError(f'synonyms must be "max" or "mean", got {synonyms!r}.')
+        has_background = threshold is not None or len(texts_of_background) > 0
+        if has_background and "background" in names:
+            raise ValueError(
+                'With a background, that is what label 0 is called: give the class "background" another name.'
+            )
+        counts = Counter(names)
+        if doubled := sorted(name for name, count in counts.items() if count > 1):
+            raise ValueError(f"These names appear more than once in the vocabulary: {doubled}.")
+
+        first_class = int(has_background)
+        id2label = {label_id: group[0] for label_id, group in enumerate(groups, start=first_class)}
+        label_ids = [0] * len(texts_of_background)
+        texts = [[text] for text in texts_of_background]  # one embedding for each list
+        for label_id, group in enumerate(groups, start=first_class):
+            filled = [[template.replace("{}", name) for template in templates] for name in group]
+            filled = [[text for texts_of_name in filled for text in texts_of_name]] if synonyms == "mean" else filled
+            label_ids += [label_id] * len(filled)
+            texts += filled
+        tokenizer = self._tokenizer() if tokenizer is None else tokenizer
+        features = self._embed_texts([text for group in texts for text in group], tokenizer)
+        means = [group.mean(dim=0) for group in features.split([len(group) for group in texts])]
+        return SamClipVocabulary(
+            F.normalize(torch.stack(means), dim=-1),
+            label_ids,
+            {0: "background"} | id2label if has_background else id2label,
+            0 if has_background else None,
+            threshold,
+            [tokenizer([group[0]], return_tensors="pt")["input_ids"][0].tolist() for group in groups],
+        )
+
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        """The one saved beside this model's checkpoint."""
+        if not self.config.name_or_path:
+            raise ValueError("This model was not loaded from a folder or the Hub: give its tokenizer.")
+        return load_tokenizer(self.config.name_or_path)
+
+    def _embed_texts(self, texts: list[str], tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+        """`(num_texts, projection_dim)`, of length 1."""
+        features = []
+        for start in range(0, len(texts), TEXTS_PER_BATCH):
+            batch = texts[start : start + TEXTS_PER_BATCH]
+            inputs = tokenizer(batch, padding=True, return_tensors="pt")
+            longest = self.config.text_config.max_position_embeddings
+            if inputs["input_ids"].shape[1] > longest:
+                cut = max(batch, key=lambda text: len(tokenizer(text)["input_ids"]))
+                raise ValueError(f"The text tower reads {longest} tokens at most, this text has more: {cut!r}.")
+            features.append(self.get_text_features(**inputs.to(self.device)).pooler_output)
+        return F.normalize(torch.cat(features), dim=-1)
+
+    def classify(self, embeds: torch.Tensor, vocabulary: SamClipVocabulary) -> torch.Tensor:
+        """
+        Logits `(..., num_labels)` of embeddings `(..., projection_dim)` of length 1: the scaled cosine similarity to
+        the most similar text of each label, with [`apply_background_threshold`] if the vocabulary has a threshold.
+        """
+        similarity = embeds @ vocabulary.class_embeds.to(embeds.dtype).T * self.logit_scale.exp()
+        label_ids = torch.tensor(vocabulary.label_ids, device=embeds.device)
+        logits = max_over_synonyms(similarity, label_ids, len(vocabulary.id2label), dim=-1)
+        if vocabulary.background_threshold is not None:
+            assert vocabulary.background_label_id is not None  # embed_vocabulary sets both
+            logits = apply_background_threshold(
+                logits, vocabulary.background_label_id, vocabulary.background_threshold, dim=-1
+            )
+        return logits
+
+    @can_return_tuple
+    def forward(  # type: ignore[override]  # another head, other inputs
+        self,
+        pixel_values: torch.Tensor | None = None,
+        reshaped_input_sizes: torch.Tensor | None = None,
+        original_sizes: torch.Tensor | None = None,
+        both_heads: bool = True,
+        vocabulary: SamClipVocabulary | None = None,
+        vision_embeds: SamClipVisionEncoderOutput | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SamClipSegmentationOutput:
+        r"""
+        pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`):
+            From the image processor.
+        reshaped_input_sizes (`torch.Tensor` of shape `(batch_size, 2)`, *optional*):
+            From the image processor: height and width of each picture without its padding.
+        original_sizes (`torch.Tensor` of shape `(batch_size, 2)`, *optional*):
+            Not used; post-processing takes them as `target_sizes`.
+        both_heads (`bool`, defaults to `True`):
+            Whether the SAM head refines what the CLIP head found (paper, section 5: "composing both CLIP and SAM
+            heads"), rather than the CLIP head alone.
+        vocabulary ([`SamClipVocabulary`], *optional*):
+            From `embed_vocabulary`; by default the checkpoint's own.
+        vision_embeds ([`SamClipVisionEncoderOutput`], *optional*):
+            From `vision_encoder`, instead of `pixel_values`, to segment an image again.
+        """
+        vocabulary = self.vocabulary if vocabulary is None else vocabulary
+        if prompts := sorted(name for name in kwargs if name.startswith("input_")):
+            raise ValueError(
+                f"This model segments by its vocabulary and takes no {', '.join(prompts)}: set_vocabulary changes the "
+                "texts, SamClipModel takes points and boxes."
+            )
+        if "labels" in kwargs:
+            raise ValueError(
+                "This model has no loss and takes no labels: a SamClipModel learns from its teachers, by the "
+                "SamClipTrainer."
+            )
+        vision_outputs = self._encode_once(pixel_values, vision_embeds, **kwargs)
+        dense_embeds = self.clip_head.project_patches(self.clip_head(vision_outputs.patch_tokens))
+        dense_embeds = F.normalize(dense_embeds, dim=1)
+        logits = self.classify(dense_embeds.permute(0, 2, 3, 1), vocabulary).permute(0, 3, 1, 2)
+        segments = {}
+        if both_heads:
+            content_mask = self._content_mask(vision_outputs.patch_tokens, reshaped_input_sizes)
+            if self.config.composition == "classes":
+                segments = self.compose_heads_by_class(
+                    vision_outputs.last_hidden_state, logits, vocabulary, content_mask
+                )
+            else:
+                segments = self.compose_heads(
+                    vision_outputs.last_hidden_state, vision_outputs.patch_tokens, logits, vocabulary, content_mask
+                )
+
+        patch_size = self.config.vision_config.patch_size
+        if reshaped_input_sizes is None:
+            reshaped_input_sizes = torch.tensor(logits.shape[-2:]).expand(len(logits), 2) * patch_size
+        content_sizes = torch.as_tensor(reshaped_input_sizes, device=logits.device) / patch_size
+        return SamClipSegmentationOutput(
+            logits=logits,
+            **segments,
+            content_sizes=content_sizes,
+            dense_embeds=dense_embeds,
+            background_label_ids=logits.new_full(
+                logits.shape[:1],
+                -1 if vocabulary.background_label_id is None else vocabulary.background_label_id,
+                dtype=torch.int64,
+            ),
+            hidden_states=vision_outputs.hidden_states,
+            attentions=vision_outputs.attentions,
+        )
+
+    def compose_heads(
+        self,
+        image_embeddings: torch.Tensor,
+        patch_tokens: torch.Tensor,
+        logits: torch.Tensor,
+        vocabulary: SamClipVocabulary,
+        content_mask: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        r"""
+        Both heads together: the CLIP head says where something of the vocabulary is, the SAM head draws what is there
+        from points, and the CLIP head looks once more, each patch at its own segment only, and names every segment as
+        it names a whole image.
+
+        Not the paper's composition, which is [`compose_heads_by_class`]: what stands beside an object no longer mixes
+        into its name, for one more pass of the CLIP head. The README compares the two.
+
+        image_embeddings (`torch.Tensor` of shape `(batch_size, output_channels, grid_height, grid_width)`):
+            What the mask decoder reads.
+        patch_tokens (`torch.Tensor` of shape `(batch_size, grid_height, grid_width, hidden_size)`):
+            What the CLIP head reads.
+        logits (`torch.Tensor` of shape `(batch_size, num_labels, grid_height, grid_width)`):
+            The CLIP head's, per patch.
+        vocabulary ([`SamClipVocabulary`]):
+            What `logits` are of.
+        content_mask (`torch.Tensor` of shape `(batch_size, grid_height, grid_width)`, *optional*):
+            `False` on padding.
+
+        Returns `segment_masks`, `_logits`, `_embeds` and `_scores` as in [`SamClipSegmentationOutput`].
+        """
+        background = vocabulary.background_label_id
+        something = torch.ones_like(logits[:, 0]) if background is None else 1 - logits.softmax(dim=1)[:, background]
+        if content_mask is not None:
+            something = something * content_mask
+        something = something > 0.5
+        points = _spread_points(something, self.config.composition_points)
+        points = ((points + 0.5) * self.config.vision_config.patch_size - 0.5)[:, :, None]
+        found = []
+        # At 1024 px a point is several copies of a 4 MB map in the mask decoder: two at a time stay in a CPU's cache.
+        for chunk in points.split(2 if points.device.type == "cpu" else points.shape[1], dim=1):
+            masks, iou_scores = self.predict_masks(image_embeddings, input_points=chunk)
+            scores, best = (iou_scores.clamp_min(0) * _stability(masks)).max(dim=-1)  # of the three masks of a point
+            best = best[:, :, None, None, None].expand(-1, -1, 1, *masks.shape[-2:])
+            found.append((masks.gather(2, best).squeeze(2), scores))
+        masks, scores = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
+
+        segments = torch.zeros(*masks.shape[:2], *logits.shape[-2:], device=masks.device, dtype=torch.bool)
+        for i in something.flatten(1).any(dim=1).nonzero().flatten().tolist():
+            kept = _distinct_masks(masks[i], scores[i], max_overlap=0.5)
+            segments[i, kept] = _segments(masks[i, kept], (segments.shape[-2], segments.shape[-1]))
+        if content_mask is not None:
+            segments &= content_mask[:, None]
+        is_segment = segments.flatten(2).any(dim=-1)
+
+        embeds = F.normalize(self.clip_head.pool_segments(patch_tokens, segments), dim=-1) * is_segment[..., None]
+        return {
+            "segment_masks": masks,
+            "segment_logits": self.classify(embeds, vocabulary),
+            "segment_embeds": embeds,
+            "segment_scores": scores * is_segment,
+        }
+
+    def compose_heads_by_class(
+        self,
+        image_embeddings: torch.Tensor,
+        logits: torch.Tensor,
+        vocabulary: SamClipVocabulary,
+        content_mask: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        r"""
+        Both heads together as in the paper (section 5): for every class that the CLIP head finds, its logits are the
+        mask prompt and three of its patches, drawn by probability, the points; the best class of every pixel counts.
+
+        Arguments and what is returned as in [`compose_heads`], but that a segment is all of a class.
+        """
+        probabilities = logits.softmax(dim=1)
+        found = probabilities > 0.5
+        if vocabulary.background_label_id is not None:
+            found[:, vocabulary.background_label_id] = False
+        if content_mask is not None:
+            found &= content_mask[:, None]
+        image, label = found.flatten(2).any(dim=-1).nonzero(as_tuple=True)
+        num_labels, grid_height, grid_width = logits.shape[1:]
+
+        weights = (probabilities * found)[image, label].flatten(1)
+        generator = torch.Generator(weights.device).manual_seed(0)  # the same image gives the same segments
+        cells = (
+            torch.multinomial(weights.float(), POINTS_PER_CLASS, replacement=True, generator=generator)
+            if len(image)
+            else image.new_zeros(0, POINTS_PER_CLASS)
+        )
+        points = torch.stack([cells % grid_width, cells // grid_width], dim=-1)[:, None]
+        points = (points + 0.5) * self.config.vision_config.patch_size - 0.5
+        prompts = F.interpolate(
+            # SAM's mask prompts are logits; in bfloat16, all that is near enough to 1 would be infinite.
+            probabilities[image, label][:, None].float().logit(eps=1e-4).to(image_embeddings.dtype),
+            size=(4 * grid_height, 4 * grid_width),
+            mode="bilinear",
+            align_corners=False,
+        )
+
+        counts = torch.bincount(image, minlength=len(logits))
+        number = torch.arange(len(image), device=image.device) - (counts.cumsum(0) - counts)[image]
+        size = (len(logits), max(1, int(counts.max())))
+        segment_masks = logits.new_zeros(*size, *prompts.shape[-2:])
+        segment_logits = logits.new_zeros(*size, num_labels)
+        segment_scores = logits.new_zeros(*size)
+        for start in range(0, len(image), CLASSES_PER_CHUNK):
+            chunk = slice(start, start + CLASSES_PER_CHUNK)
+            masks, _ = self.predict_masks(
+                image_embeddings[image[chunk]],
+                input_points=points[chunk],
+                input_masks=prompts[chunk],
+                multimask_output=False,
+            )
+            segment_masks[image[chunk], number[chunk]] = masks[:, 0, 0]
+        for pair in range(len(image)):  # each class has the most probable name wherever it was found
+            inside = found[image[pair], label[pair]]
+            segment_logits[image[pair], number[pair]] = probabilities[image[pair], :, inside].mean(dim=1).log()
+        segment_scores[image, number] = 1
+        return {"segment_masks": segment_masks, "segment_logits": segment_logits, "segment_scores": segment_scores}
+
+
+@dataclass
+class SamClipObjectDetectionOutput(SamClipSegmentationOutput):
+    r"""
+    object_scores (`torch.Tensor` of shape `(batch_size, num_segments)`):
+        How probable the text is for each segment, from 0 to 1; 0 where there is no segment.
+    """
+
+    object_scores: torch.Tensor | None = None
+
+
+class SamClipForObjectDetection(SamClipForImageSegmentation):
+    """
+    Boxes around what a text names: the segments of [`SamClipForImageSegmentation`], scored against a text.
+
+    A name of the checkpoint's vocabulary has the probability that it has there. Any other text is taken as it stands,
+    so write a sentence like those that the CLIP teacher read: its score is its share of the vocabulary's softmax.
+    """
+
+    @can_return_tuple
+    def forward(  # type: ignore[override]  # another task, other inputs
+        self,
+        pixel_values: torch.Tensor,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        reshaped_input_sizes: torch.Tensor | None = None,
+        original_sizes: torch.Tensor | None = None,
+        vocabulary: SamClipVocabulary | None = None,
+        **kwargs,
+    ) -> SamClipObjectDetectionOutput:
+        r"""
+        pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`):
+            From the image processor.
+        input_ids, attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`):
+            One text for each image.
+        reshaped_input_sizes, original_sizes (`torch.Tensor` of shape `(batch_size, 2)`, *optional*), vocabulary:
+            As in [`SamClipForImageSegmentation`].
+        """
+        if len(input_ids) != len(pixel_values):
+            raise ValueError(f"Give one text for each image; got {len(input_ids)} for {len(pixel_values)}.")
+        if self.config.composition != "segments":
+            raise ValueError(
+                'Segments found class by class cannot be scored against a text: set composition="segments".'
+            )
+        vocabulary = self.vocabulary if vocabulary is None else vocabulary
+        outputs = super().forward(pixel_values, reshaped_input_sizes, original_sizes, vocabulary=vocabulary, **kwargs)
+        text_embeds = F.normalize(self.get_text_features(input_ids, attention_mask).pooler_output, dim=-1)
+        similarity = (outputs["segment_embeds"] @ text_embeds[:, :, None]).squeeze(-1) * self.logit_scale.exp()
+        scores = (similarity - outputs["segment_logits"].logsumexp(dim=-1)).exp().clamp_max(1)
+        first_label = len(vocabulary.id2label) - len(vocabulary.label_tokens)
+        names = [self._without_padding(tokens) for tokens in vocabulary.label_tokens]
+        for number, text in enumerate(input_ids):
+            text = text if attention_mask is None else text[attention_mask[number].bool()]
+            tokens = self._without_padding(text.tolist())
+            if tokens in names:
+                label_id = first_label + names.index(tokens)
+                scores[number] = outputs["segment_logits"][number].softmax(dim=-1)[:, label_id]
+        return SamClipObjectDetectionOutput(**outputs, object_scores=scores * (outputs["segment_scores"] > 0))
+
+    def _without_padding(self, tokens: list[int]) -> list[int]:
+        """SigLIP's tokenizers give no mask by which to know it. The first one pads with what also ends a text."""
+        if not self.config.has_siglip_text:
+            return tokens
+        inside = [number for number, token in enumerate(tokens) if token != self.config.text_config.pad_token_id]
+        return tokens[inside[0] : inside[-1] + 1] if inside else []
+
+
+def _stability(masks: torch.Tensor) -> torch.Tensor:
+    """How little mask logits `(..., height, width)` change with their threshold, `(...)` from 0 to 1: IoU of the masks
+    cut at 1 and at -1 (Kirillov et al. 2023, appendix B, "stability score")."""
+    around = (masks > -1).sum(dim=(-2, -1))
+    return (masks > 1).sum(dim=(-2, -1)) / around.clamp_min(1)
+
+
+def _segments(masks: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
+    """Which patches make up each of the mask logits `(num_masks, height, width)`, best first: `(num_masks,
+    grid_height, grid_width)`. Those at least half inside, or the fullest one; a patch that several claim belongs to
+    the first, so that a mask may be left without."""
+    share = F.adaptive_avg_pool2d((masks > 0).float(), grid_size)
+    claimed = (share >= 0.5) | (share >= share.amax(dim=(1, 2), keepdim=True))
+    return claimed & (claimed.cumsum(dim=0) == 1)
+
+
+def _spread_points(cells: torch.Tensor, num_points: int) -> torch.Tensor:
+    """`num_points` of the marked cells `(batch_size, grid_height, grid_width)` of each image, evenly spread in reading
+    order and repeated where there are fewer: column and row `(batch_size, num_points, 2)`."""
+    marked = cells.flatten(1)
+    position = marked.int().argsort(dim=1, descending=True, stable=True)  # marked cells first, in reading order
+    step = torch.arange(num_points, device=cells.device) + 0.5
+    chosen = position.gather(1, (step * marked.sum(dim=1, keepdim=True) / num_points).long())
+    width = cells.shape[-1]
+    return torch.stack([chosen % width, chosen // width], dim=-1)
+
+
+def _distinct_masks(masks: torch.Tensor, scores: torch.Tensor, max_overlap: float) -> list[int]:
+    """Indices of mask logits `(num_masks, height, width)` that are neither empty nor, by an IoU above `max_overlap`,
+    one of better score once more: non-maximum suppression on the masks themselves."""
+    flat = (masks > 0).flatten(1).float()
+    area = flat.sum(dim=1)
+    intersection = flat @ flat.T
+    overlap = intersection / (area[:, None] + area[None, :] - intersection).clamp_min(1)
+    kept: list[int] = []
+    for index in scores.argsort(descending=True).tolist():
+        if area[index] > 0 and all(overlap[index, other] <= max_overlap for other in kept):
+            kept.append(index)
+    return kept
+
+
+__all__ = [
+    "SamClipForImageSegmentation",
+    "SamClipForObjectDetection",
+    "SamClipObjectDetectionOutput",
+    "SamClipSegmentationOutput",
+    "SamClipVocabulary",
+    "apply_background_threshold",
+    "max_over_synonyms",
+]
