@@ -11,12 +11,10 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from .image_processing_samclip import _decode, _readable, _run_lengths
-
-
-def convert_to_rgb(image: Image.Image) -> Image.Image:
-    """Converts an image of any mode to RGB. 16 bits a channel are scaled to 8."""
-    return _readable(image, do_rescale=False).convert("RGB")
+from .image_processing_samclip import convert_to_rgb
+from .mask_generation_samclip import decode_mask as _decode_uncompressed
+from .mask_generation_samclip import encode_mask as _encode_uncompressed
+from .mask_generation_samclip import mask_to_box
 
 
 def open_image(
@@ -61,17 +59,6 @@ def open_image(
         return convert_to_rgb(ImageOps.exif_transpose(image) if apply_orientation else image)
 
 
-def mask_to_box(mask: np.ndarray) -> tuple[int, int, int, int] | None:
-    """
-    Returns the bounding box of a mask `(height, width)` of type bool: left, top, right and bottom in pixels, right and
-    bottom exclusive. `None` for an empty mask.
-    """
-    columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
-    if not len(columns):
-        return None
-    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
-
-
 def mask_to_prompt_box(mask: np.ndarray) -> tuple[int, int, int, int]:
     """
     Returns the bounding box of a mask `(height, width)` of type bool as SAM's prompts have it: x1, y1, x2, y2, the
@@ -109,8 +96,7 @@ def encode_mask(mask: np.ndarray, compressed: bool = False) -> dict[str, Any]:
 
         encoded = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
         return {"size": list(mask.shape), "counts": encoded["counts"].decode("ascii")}
-    height, width = mask.shape
-    return _run_lengths(mask.T, 0, 0, height, width)
+    return _encode_uncompressed(mask)
 
 
 def decode_mask(segmentation: dict[str, Any] | list, size: tuple[int, int] | None = None) -> np.ndarray:
@@ -125,7 +111,7 @@ def decode_mask(segmentation: dict[str, Any] | list, size: tuple[int, int] | Non
             Height and width of the image. Polygons need it.
     """
     if isinstance(segmentation, dict) and isinstance(segmentation["counts"], list):
-        return _decode(segmentation)
+        return _decode_uncompressed(segmentation)
 
     from pycocotools import mask as coco_mask
 
