@@ -32,7 +32,7 @@ from accelerate.utils import broadcast_object_list
 from huggingface_hub import ModelCardData
 
 from samclip_hf import miniature
-from samclip_hf.datasets.evaluation_sets import open_captions, open_classification, open_objects, open_segmentation
+from samclip_hf.datasets import open_captions, open_classification, open_objects, open_segmentation
 from samclip_hf.datasets.samples import DataSet
 from samclip_hf.evaluation.adapters import SamClipAdapter, kinds_of, load
 from samclip_hf.evaluation.classification import ZeroShotClassification

@@ -1,4 +1,4 @@
-"""Tiny webdataset tars."""
+"""Writes small webdataset tars."""
 
 import io
 import tarfile
@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from pycocotools import mask as coco_mask
+
+from samclip_hf.images import encode_mask
 
 
 def jpeg(seed: int, size: tuple[int, int] = (60, 40)) -> bytes:
-    """A picture of `size` (width, height)."""
+    """Returns a JPEG file of random colors with the `size` (width, height)."""
     pixels = np.random.default_rng(seed).integers(0, 255, (4, 6, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).resize(size).save(buffer, format="JPEG")
@@ -18,15 +19,12 @@ def jpeg(seed: int, size: tuple[int, int] = (60, 40)) -> bytes:
 
 
 def annotation(mask: np.ndarray) -> dict:
-    encoded = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
-    return {
-        "id": 0,
-        "segmentation": {"size": list(mask.shape), "counts": encoded["counts"].decode()},
-        "area": int(mask.sum()),
-    }
+    """Returns a mask's annotation in SA-1B's format."""
+    return {"id": 0, "segmentation": encode_mask(mask, compressed=True), "area": int(mask.sum())}
 
 
 def write_tar(path: Path, files: dict[str, bytes]) -> None:
+    """Writes the files, by name."""
     with tarfile.open(path, "w") as tar:
         for name, content in files.items():
             member = tarfile.TarInfo(name)
@@ -35,4 +33,5 @@ def write_tar(path: Path, files: dict[str, bytes]) -> None:
 
 
 def photo(number: int) -> dict[str, bytes]:
+    """Returns the files of a sample, by extension."""
     return {"jpg": jpeg(number), "txt": b"never read"}

@@ -1,42 +1,14 @@
 """Tiny webdataset tars, real JPEGs inside, as the paper's data come in."""
 
-import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 from transformers import AutoTokenizer, CLIPImageProcessor, SamImageProcessor
 
 from samclip_hf import SamClipImageProcessor, SamClipProcessor, miniature
 from samclip_hf.distillation import ClipTeacher, SamClipTrainer, SamClipTrainingArguments, SamTeacher
 
-from ..datasets.tars import annotation, jpeg, photo, write_tar
-
-
-@pytest.fixture(scope="session")
-def photos(tmp_path_factory) -> Path:
-    """Three tars of four photographs."""
-    folder = tmp_path_factory.mktemp("photos")
-    for shard in range(3):
-        numbers = range(shard * 4, shard * 4 + 4)
-        write_tar(folder / f"{shard}.tar", {f"{n:03d}.{ending}": c for n in numbers for ending, c in photo(n).items()})
-    return folder
-
-
-@pytest.fixture(scope="session")
-def sa1b(tmp_path_factory) -> Path:
-    """One tar in SA-1B's layout: four images with a small mask, a larger one, and one of the whole image."""
-    folder = tmp_path_factory.mktemp("sa1b")
-    small, large, whole = np.zeros((40, 60), bool), np.zeros((40, 60), bool), np.ones((40, 60), bool)
-    small[5:10, 20:30] = True
-    large[15:35, 10:50] = True
-    annotations = [annotation(mask) for mask in (small, large, whole)]
-    files = {}
-    for number in range(4):
-        files[f"sa_{number}.jpg"] = jpeg(100 + number)
-        files[f"sa_{number}.json"] = json.dumps({"image": {"image_id": number}, "annotations": annotations}).encode()
-    write_tar(folder / "sa_000000.tar", files)
-    return folder
+from ..datasets.conftest import photos, sa1b  # noqa: F401  (pytest fixtures)
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +42,7 @@ def processor(teacher_folders) -> SamClipProcessor:
 
 
 @pytest.fixture
-def make_trainer(model, clip_teacher, sam_teacher, processor, photos, sa1b, tmp_path):
+def make_trainer(model, clip_teacher, sam_teacher, processor, photos, sa1b, tmp_path):  # noqa: F811  (pytest fixtures)
     """A trainer on the tiny tars; arguments override."""
 
     def make(stage: int = 2, clip_teacher=clip_teacher, **arguments) -> SamClipTrainer:

@@ -110,7 +110,7 @@ def test_what_cannot_be_used_is_counted_and_has_no_embedding(cache_teacher, argu
     cache_teacher([*arguments, "--clip_data", str(tmp_path / "0.tar")])
     assert "3 images embedded, 1 of which cannot be used, by cause: {'broken image': 1}" in capsys.readouterr().out
     stream = open_stream(str(tmp_path / "0.tar"))
-    EmbeddingCache(tmp_path / "store").attach([stream])
+    (stream,) = EmbeddingCache(tmp_path / "store").attach([stream])
     embeds = [sample["embeds"] for _, sample in stream.read(0)]
     assert [np.isnan(e).all() for e in embeds] == [False, True, False] and embeds[0].shape == (2, 20)
 
@@ -164,7 +164,7 @@ def test_data_that_changed_since_are_refused(cache_teacher, arguments, tmp_path)
     cache_teacher([*arguments, "--clip_data", str(tmp_path / "0.tar")])
     write_tar(tmp_path / "0.tar", {"0.jpg": jpeg(0), "other.jpg": jpeg(1)})
     stream = open_stream(str(tmp_path / "0.tar"))
-    EmbeddingCache(tmp_path / "store").attach([stream])
+    (stream,) = EmbeddingCache(tmp_path / "store").attach([stream])
     with pytest.raises(DataError, match=r"Row 1 of .*is '0/other', but its stored embedding is of another sample"):
         list(stream.read(0))
 
@@ -179,5 +179,5 @@ def test_a_shard_that_cannot_be_read_is_tried_again_next_time(cache_teacher, arg
     (tmp_path / "0.tar").write_bytes(whole)
     cache_teacher(words)
     stream = open_stream(str(tmp_path / "0.tar"))
-    EmbeddingCache(tmp_path / "store").attach([stream])
+    (stream,) = EmbeddingCache(tmp_path / "store").attach([stream])
     assert len([sample["embeds"] for _, sample in stream.read(0)]) == 2

@@ -21,11 +21,11 @@ from samclip_cli import evaluate as evaluate_command
 from samclip_hf import SamClipForImageSegmentation, SamClipModel, SamClipProcessor, miniature
 from samclip_hf import visualization as pictures
 from samclip_hf.datasets.samples import (
-    IGNORED,
+    IGNORE_INDEX,
     CaptionedImage,
     DataSet,
     ImageWithObjects,
-    LabelledImage,
+    LabeledImage,
     SegmentedImage,
 )
 from samclip_hf.evaluation import cost, report
@@ -127,7 +127,7 @@ def scenes() -> list[np.ndarray]:
 
 def segmented(ignored: bool = False) -> DataSet[SegmentedImage]:
     def truth(classes):
-        return np.where((classes == 1) & ignored, IGNORED, classes)
+        return np.where((classes == 1) & ignored, IGNORE_INDEX, classes)
 
     samples = [SegmentedImage(str(n), partial(picture, m), partial(truth, m)) for n, m in enumerate(scenes())]
     return DataSet("shades", samples, NAMES, ["nothing"])
@@ -157,8 +157,8 @@ def with_objects() -> DataSet[ImageWithObjects]:
     return DataSet("shades", samples, description={"categories": [{"id": i, "name": NAMES[i][0]} for i in (1, 2, 3)]})
 
 
-def labelled() -> DataSet[LabelledImage]:
-    samples = [LabelledImage(str(n), partial(picture, np.full((4, 6), n % 4)), n % 4) for n in range(40)]
+def labelled() -> DataSet[LabeledImage]:
+    samples = [LabeledImage(str(n), partial(picture, np.full((4, 6), n % 4)), n % 4) for n in range(40)]
     return DataSet("shades", samples, NAMES)
 
 
@@ -264,7 +264,7 @@ def test_probes_read_what_features_hold_and_no_more():
         def patch_features(self, images, size):
             return {"nothing": torch.zeros(len(images), 4, 4, 6)}
 
-    def mixed() -> DataSet[LabelledImage]:  # one class in four
+    def mixed() -> DataSet[LabeledImage]:  # one class in four
         return labelled()
 
     assert LinearProbing(mixed(), mixed(), size=4).run(Oracle()).metrics == {"top1 (shades)": 1.0}

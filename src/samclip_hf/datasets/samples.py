@@ -1,6 +1,6 @@
 """
-What protocols judge by: images and what is known about them. Nothing is decoded before it is asked for, so that a
-process can pass over what another one judges.
+Samples of evaluation sets: images and their annotations. Samples decode nothing until their functions are called, so
+that a process can skip the samples of other processes at no cost.
 """
 
 from collections.abc import Callable, Iterable
@@ -10,16 +10,18 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from PIL import Image
 
-IGNORED = 255  # of label maps: pixels that do not count
+from ..images import open_image
+
+IGNORE_INDEX = 255  # in label maps: pixels that do not count
 
 
 @dataclass(frozen=True)
 class Sample:
     """
     key (`str`):
-        Names the sample in messages and pictures: a file's name, or a number.
+        Identifies the sample in messages and panels: a file's name, or a number.
     image (`Callable[[], PIL.Image.Image]`):
-        Reads it, in RGB.
+        Reads the image, in RGB.
     """
 
     key: str
@@ -27,10 +29,10 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class LabelledImage(Sample):
+class LabeledImage(Sample):
     """
     label (`int`):
-        The class's place in the data set's names.
+        Index of the class in the data set's `names`.
     """
 
     label: int
@@ -40,7 +42,7 @@ class LabelledImage(Sample):
 class CaptionedImage(Sample):
     """
     captions (`tuple[str, ...]`):
-        One or more.
+        One or more captions.
     """
 
     captions: tuple[str, ...]
@@ -50,7 +52,7 @@ class CaptionedImage(Sample):
 class SegmentedImage(Sample):
     """
     label_map (`Callable[[], numpy.ndarray]`):
-        Reads `(height, width)` integers: places in the data set's names, or `IGNORED`.
+        Reads integers of shape `(height, width)`: indices in the data set's `names`, or `IGNORE_INDEX`.
     """
 
     label_map: Callable[[], np.ndarray]
@@ -60,10 +62,11 @@ class SegmentedImage(Sample):
 class ImageWithObjects(Sample):
     """
     objects (`Callable[[], list[dict]]`):
-        Annotations in COCO's format: `"segmentation"` (polygons or run lengths), `"bbox"` (x, y, width, height in
-        pixels), `"category_id"`, `"area"`, `"iscrowd"`, `"id"`.
+        Reads annotations in COCO's format: `"segmentation"` (polygons or run-length encoding), `"bbox"` (left, top,
+        width, height in pixels), `"category_id"`, `"area"`, `"iscrowd"`, `"id"`.
     detections (`list[dict]`):
-        Of a detector, in COCO's result format: `"bbox"`, `"category_id"`, `"score"`. Empty where there is none.
+        Detections of a detector in COCO's result format: `"bbox"`, `"category_id"`, `"score"`. Empty without a
+        detector.
     image_info (`dict`):
         The image's entry in the annotation file: `"id"`, `"height"`, `"width"`, and LVIS's `"neg_category_ids"` and
         `"not_exhaustive_category_ids"`.
@@ -81,15 +84,15 @@ SampleType = TypeVar("SampleType", bound=Sample)
 class DataSet(Generic[SampleType]):
     """
     name (`str`):
-        As on the command line, such as "voc21".
+        The name on the command line, such as "voc21".
     samples (`Iterable[SampleType]`):
-        In a fixed order; may be iterated more than once. Has a length where it is known beforehand.
+        The samples in a fixed order. Can be iterated repeatedly. Has a length if the length is known.
     names (`list[list[str]]`, *optional*):
-        Of each class its synonyms, the first of which is the label; `None` where there are no classes.
+        The synonyms of each class; the first one is the label. `None` for data without classes.
     background (`list[str]`, *optional*):
-        Where label 0 is background: texts that describe it. `names[0]` is then `["background"]`.
+        Texts that describe the background, if label 0 is background. `names[0]` is then `["background"]`.
     description (`dict`):
-        What of it belongs in the results: where it comes from, which split, the source of names.
+        What the results state about the data: path, split, source of the names.
     """
 
     name: str
@@ -97,3 +100,9 @@ class DataSet(Generic[SampleType]):
     names: list[list[str]] | None = None
     background: list[str] | None = None
     description: dict[str, Any] = field(default_factory=dict)
+
+
+def read_image(source, max_pixels: int | None = None) -> Image.Image:
+    """Reads an image of a data set as [`open_image`] does, without its EXIF orientation: annotations are of the pixels
+    as they are stored."""
+    return open_image(source, apply_orientation=False, max_pixels=max_pixels)

@@ -1,21 +1,21 @@
 """
-Images and SA-1B-style masks, undecoded, from the miniature world, folders, globs, the Hub.
+Training streams: undecoded images, and masks in SA-1B's format, from tars, parquet files, folders, the Hub or the
+miniature.
 
-A stream is a number of shards, each a sequence of samples that can be read from any row on: what was read up to some
-row needs no reading again after an interruption. Nothing is loaded whole and nothing is decoded before its turn.
+A stream has shards, and each shard can be read from any row. Resuming after an interruption does not read the rows
+before it again. Nothing is loaded as a whole, and images are decoded one at a time.
 """
 
 import glob
-import io
 import json
 import os
 import re
 import tarfile
 import time
-import warnings
 import zlib
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import groupby, islice
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,58 +24,72 @@ import fsspec
 import numpy as np
 from datasets import IterableDataset, load_dataset
 from PIL import Image
-from pycocotools import mask as coco_mask
 from transformers.utils import logging
+
+from ..images import decode_mask
+from .samples import read_image
+from .tar import iterate_files, sample_key
 
 logger = logging.get_logger(__name__)
 
-# Columns that hold the picture, by the names that webdataset tars, parquet files and image folders use.
+# Names of the image column in webdataset tars, parquet files and image folders.
 IMAGE_COLUMNS = ("jpg", "jpeg", "png", "webp", "image", "images", "img")
-# Formats that `datasets` streams, by file ending; tars are read here.
+# Builders of `datasets` by extension. Tars are read by `TarShards`.
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}
-KINDS = (".tar", *BUILDERS)
-PICTURES = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-MAX_MASK_SHARE = 0.9  # of the image; SA-1B's larger masks are background
-MAX_PIXELS = 89_478_485  # of an image; what Pillow warns of as a decompression bomb, a quarter of a gigabyte in RGB
-UNREADABLE_SHARD = "unreadable shard"  # the cause under which the rest of one is counted, as one sample
+SHARD_EXTENSIONS = (".tar", *BUILDERS)
+IMAGE_EXTENSIONS = {extension for extension, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+MAX_MASK_FRACTION = 0.9  # of the image; larger masks of SA-1B are background
+MAX_PIXELS = 89_478_485  # from which on Pillow warns of a decompression bomb; 0.27 GB in RGB
+UNREADABLE_SHARD = "unreadable shard"  # the cause that counts the rest of a shard as one sample
 MAX_RETRIES = 5  # of a remote read, after 1, 2, 4, 8 and 16 s
-WHAT_A_NAME_IS = (
-    "Give a folder, a glob such as 'photos/*.tar', 'hf://datasets/owner/name/*.tar', a data set's name on the Hub, or "
-    "'miniature'."
+ACCEPTED_NAMES = (
+    "Pass a folder, a glob such as 'photos/*.tar', 'hf://datasets/owner/name/*.tar', the name of a data set on the "
+    "Hub, or 'miniature'."
 )
 
 
 class DataError(ValueError):
-    """Data with which training cannot go on."""
+    """The data cannot be used for training."""
 
 
 class SkippedSampleError(ValueError):
-    """A sample that cannot be used; its message is the cause under which it is counted."""
+    """A sample cannot be used. The message is the cause that it is counted under."""
 
 
 class Shards(Protocol):
-    """Where a stream's samples come from."""
+    """
+    The shards of a stream.
 
-    names: list[str]  # of the shards
-    is_remote: bool  # so that a read that fails may succeed the next time
+    names (`list[str]`):
+        A name for each shard.
+    is_remote (`bool`):
+        Whether the shards are read over a network, where a failed read is worth another try.
+    """
+
+    names: list[str]
+    is_remote: bool
 
     def rows(self, shard: int, start: int, wanted: Callable[[str], bool]) -> Iterator[tuple[int, dict[str, Any]]]:
-        """The samples of a shard from row `start` on whose keys are wanted, with their rows: `key`, unique in the
-        shard; `image`, `{"bytes", "path"}` or `None`; `json` with SA-1B's annotations, where masks are asked for."""
+        """
+        Yields the row and the sample of each sample from row `start` on whose key is `wanted`. A sample has `key`,
+        unique in the shard; `image`, a dict of `bytes` and `path`, or `None`; and `json`, SA-1B's annotations, or
+        `None`.
+        """
 
 
-class Embeds(Protocol):
-    """What a teacher says about the samples of a stream."""
+class ShardEmbeddings(Protocol):
+    """A teacher's embeddings of the samples of a stream."""
 
     def read(self, shard: int) -> tuple[list[str], np.ndarray]:
-        """Keys of a shard's samples, in order, and an array with as many rows."""
+        """Returns the keys of a shard's samples in their order, and an array with one entry per sample."""
 
 
 class TarShards:
-    """Tars in webdataset's layout, also SA-1B's: what stands in a row under one name, up to its first dot, is one
-    sample. On this machine what lies before the row is not read at all, over a network at most its own tar.
+    """
+    Tars in webdataset's layout, such as SA-1B's. Consecutive files with one name up to the first dot are a sample.
+    Skipped rows of a local tar are not read; a remote tar is read from its start.
 
-    A tar that was cut off between two of its files looks whole, to Python's `tarfile` too.
+    A tar that is truncated between two files reads as complete, as in Python's `tarfile`.
     """
 
     def __init__(self, names: list[str], with_masks: bool):
@@ -83,49 +97,37 @@ class TarShards:
         self.is_remote = any("://" in name for name in names)
 
     def rows(self, shard: int, start: int, wanted: Callable[[str], bool]) -> Iterator[tuple[int, dict[str, Any]]]:
-        name = self.names[shard]
-        row, stem = -1, None
-        sample: dict[str, Any] | None = None  # the one being read, if it is wanted
-        with fsspec.open(name, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            while (member := tar.next()) is not None:
-                tar.members.clear()  # type: ignore[attr-defined]  # or it remembers all of them
-                if not member.isfile():
-                    continue
-                folder, _, file_name = member.name.rpartition("/")
-                own_stem, _, ending = file_name.partition(".")
-                if (folder, own_stem) != stem:
-                    if sample is not None:
-                        yield row, sample
-                    row, stem = row + 1, (folder, own_stem)
-                    key = f"{Path(name).stem}/{own_stem}"
-                    is_wanted = row >= start and wanted(key)
-                    sample = {"key": key, "image": None, "json": None} if is_wanted else None
-                if sample is None:  # passed over without reading
-                    continue
-                if f".{ending.lower()}" in PICTURES:
-                    sample["image"] = {"bytes": _read_member(tar, member), "path": None}
-                elif ending == "json" and self.with_masks:
-                    sample["json"] = _read_member(tar, member)
-            if sample is not None:
+        path = self.names[shard]
+        with fsspec.open(path, "rb") as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
+            for row, (name, files) in enumerate(groupby(iterate_files(tar), key=attrgetter("sample"))):
+                key = sample_key(path, name)
+                if row < start or not wanted(key):
+                    continue  # without reading the files
+                sample: dict[str, Any] = {"key": key, "image": None, "json": None}
+                for file in files:
+                    if f".{file.extension}" in IMAGE_EXTENSIONS:
+                        sample["image"] = {"bytes": _read_member(tar, file.member), "path": None}
+                    elif file.extension == "json" and self.with_masks:
+                        sample["json"] = _read_member(tar, file.member)
                 yield row, sample
 
 
 def _read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     file = tar.extractfile(member)
-    assert file is not None  # `member` is a file
+    assert file is not None  # `member` is a regular file
     return file.read()
 
 
 class DatasetShards:
-    """What `datasets` streams: parquet and image files, data sets on the Hub, the miniature world. Rows before the
-    first are read and thrown away."""
+    """Shards of a streaming data set of `datasets`: parquet and image files, data sets on the Hub, the miniature.
+    Skipped rows are read and discarded."""
 
     def __init__(self, stream: IterableDataset, name: str, with_masks: bool, is_remote: bool = False):
         self.is_remote = is_remote
         columns = list(stream.features or next(iter(stream), {}))
         image_column = next((column for column in IMAGE_COLUMNS if column in columns), None)
         if image_column is None:
-            raise ValueError(f"{name!r} has no column of pictures: found {columns}, looked for {list(IMAGE_COLUMNS)}.")
+            raise ValueError(f"{name!r} has no image column: found {columns}, expected one of {list(IMAGE_COLUMNS)}.")
         if with_masks and "json" not in columns:
             raise ValueError(f"{name!r} has no column 'json' with SA-1B's annotations: found {columns}.")
         kept = {"__key__", image_column} | ({"json"} if with_masks else set())
@@ -136,25 +138,25 @@ class DatasetShards:
 
     def rows(self, shard: int, start: int, wanted: Callable[[str], bool]) -> Iterator[tuple[int, dict[str, Any]]]:
         samples = self.stream.shard(num_shards=len(self.names), index=shard).skip(start)
-        # Not `iter(samples)`, which in a data loader's worker would hand out that worker's part alone.
+        # `iter(samples)` would yield only a part of the shard in a data loader's worker.
         for row, batch in enumerate(samples.iter(batch_size=1), start):
             sample = {column: values[0] for column, values in batch.items()}
             image = sample[self.image_column]
             path = Path(image["path"]).name if image and image.get("path") else ""
             folder = Path(image["path"]).parent.name if path else ""
-            # A bare name, as parquet has it, may be that of every row; a folder's name tells `cat/1` from `dog/1`.
+            # The folder distinguishes `cat/1.jpg` from `dog/1.jpg`. In parquet, all rows may have the same bare name.
             key = sample.get("__key__") or (f"{folder}/{path}" if folder else f"{shard}/{row}/{path}")
             if wanted(key):
-                if image and not image.get("bytes") and "://" in (image.get("path") or ""):  # on the Hub, in a zip
-                    content = _read_address(image["path"])
+                if image and not image.get("bytes") and "://" in (image.get("path") or ""):  # a file of a zip
+                    content = _read_url(image["path"])
                     image = None if content is None else {"bytes": content, "path": path or None}
                 yield row, {"key": key, "image": image, "json": sample.get("json")}
 
 
-def _read_address(address: str) -> bytes | None:
-    """What is at an address, also in an archive; none where there is nothing, which another read will not change."""
+def _read_url(url: str) -> bytes | None:
+    """Returns the content of a URL, which may point into an archive; `None` if there is no such file."""
     try:
-        with fsspec.open(address, "rb") as file:
+        with fsspec.open(url, "rb") as file:
             return file.read()
     except FileNotFoundError:
         return None
@@ -162,26 +164,36 @@ def _read_address(address: str) -> bytes | None:
 
 class Stream:
     r"""
-    Shards, without the samples that are held out for validation, or those alone. Which ones follows from their keys,
-    so that they are the same in every stage and run.
+    The samples of some shards, either without those held out for evaluation, or only those. Whether a sample is held
+    out depends on its key alone, so that it is the same in every stage and run.
 
     shards ([`Shards`]):
         The source.
-    eval_fraction (`float`):
-        How many are held out.
-    held_out (`bool`):
-        Whether this stream holds those rather than the others.
+    eval_fraction (`float`, *optional*, defaults to 0.0):
+        The fraction of the samples that is held out.
+    held_out (`bool`, *optional*, defaults to `False`):
+        Whether the stream has the held-out samples instead of the others.
+    embeddings ([`ShardEmbeddings`], *optional*):
+        Embeddings to add to each sample as `embeds`.
     """
 
-    def __init__(self, shards: Shards, eval_fraction: float = 0.0, held_out: bool = False):
+    def __init__(
+        self,
+        shards: Shards,
+        eval_fraction: float = 0.0,
+        held_out: bool = False,
+        embeddings: ShardEmbeddings | None = None,
+    ):
         self.shards, self.eval_fraction, self.held_out = shards, eval_fraction, held_out
-        self.embeds: Embeds | None = None  # with which every sample comes, see `store.py`
+        self.embeddings = embeddings
 
     def complement(self) -> "Stream":
-        """The samples of the same shards that are not in this stream."""
-        other = Stream(self.shards, self.eval_fraction, not self.held_out)
-        other.embeds = self.embeds
-        return other
+        """Returns a stream of the samples of the same shards that are not in this stream."""
+        return Stream(self.shards, self.eval_fraction, not self.held_out, self.embeddings)
+
+    def with_embeddings(self, embeddings: ShardEmbeddings) -> "Stream":
+        """Returns a stream of the same samples with their embeddings."""
+        return Stream(self.shards, self.eval_fraction, self.held_out, embeddings)
 
     @property
     def num_shards(self) -> int:
@@ -189,16 +201,21 @@ class Stream:
         return len(self.shards.names)
 
     def is_wanted(self, key: str) -> bool:
-        """Whether a sample of this key belongs to the stream."""
+        """Returns whether a sample with this key belongs to the stream."""
         return (zlib.crc32(key.encode()) < self.eval_fraction * 2**32) == self.held_out
 
     def read(self, shard: int, start: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
-        """The samples of a shard from row `start` on, with their rows.
+        """
+        Yields the row and the sample of each sample of a shard from row `start` on, see [`Shards`].
 
-        A remote read that fails is tried again with back-off, from where it failed. Where the rest of a shard stays
-        unreadable, it comes as one sample without an image, and the log says why."""
+        A failed remote read is retried with exponential backoff from the row where it failed. If the rest of a shard
+        cannot be read, it yields one sample without an image, whose `cause` is `UNREADABLE_SHARD`, and logs the error.
+
+        Raises:
+            DataError: The stored embeddings are of other samples.
+        """
         row, failures = start, 0
-        keys, embeds = self.embeds.read(shard) if self.embeds is not None else ([], None)
+        keys, embeds = self.embeddings.read(shard) if self.embeddings is not None else ([], None)
         while True:
             try:
                 for number, sample in self.shards.rows(shard, row, self.is_wanted):
@@ -206,7 +223,8 @@ class Stream:
                         if number >= len(keys) or keys[number] != sample["key"]:
                             raise DataError(
                                 f"Row {number} of {self.shards.names[shard]} is {sample['key']!r}, but its stored "
-                                "embedding is of another sample: the data changed since. Make the store anew."
+                                "embedding is of another sample: the embedding cache was computed for other data. "
+                                "Compute it again."
                             )
                         sample["embeds"] = embeds[number]
                     yield number, sample
@@ -214,14 +232,14 @@ class Stream:
                 return
             except DataError:
                 raise
-            except Exception as error:  # tarfile, the file system, the HTTP client and `datasets` have each their own
+            except Exception as error:  # tarfile, fsspec, HTTP clients and `datasets` raise different errors
                 name = self.shards.names[shard]
                 if self.shards.is_remote and failures < MAX_RETRIES:
-                    logger.warning(f"{name} could not be read from row {row} on, trying again: {error!r}")
+                    logger.warning(f"Reading {name} failed at row {row}, retrying: {error!r}")
                     time.sleep(2**failures)
                     failures += 1
                     continue
-                logger.warning(f"{name} could not be read from row {row} on: {error!r}")
+                logger.warning(f"Reading {name} failed at row {row}: {error!r}")
                 yield row, {"key": name, "image": None, "cause": UNREADABLE_SHARD}
                 return
 
@@ -234,37 +252,45 @@ def open_stream(
     eval_fraction: float = 0.0,
 ) -> Stream:
     r"""
-    name (`str`):
-        "miniature"; a folder of `.tar` (webdataset, SA-1B's layout), `.parquet` or image files; a glob of such files,
-        on this machine or on the Hub (`hf://datasets/owner/name/*.tar`); or the name of a data set on the Hub.
-    split (`str`):
-        Of a data set on the Hub.
-    with_masks (`bool`):
-        Whether SA-1B's annotations are needed.
-    shard_fraction (`float`):
-        Of the tars, at random but always the same ones: the paper uses 5.7 % of SA-1B's. At least one.
-    eval_fraction (`float`):
-        See [`Stream`]; its complement holds the held-out samples.
+    Opens training data.
 
-    Raises `FileNotFoundError` where there is nothing, `ValueError` where it cannot be read, where there is no picture
-    or no annotation.
+    Args:
+        name (`str`):
+            "miniature"; a folder of `.tar` files (webdataset, such as SA-1B), `.parquet` files or images; a glob of
+            such files, local or on the Hub (`hf://datasets/owner/name/*.tar`); or the name of a data set on the Hub.
+        split (`str`, *optional*, defaults to `"train"`):
+            The split of a data set on the Hub.
+        with_masks (`bool`, *optional*, defaults to `False`):
+            Whether samples need SA-1B's annotations.
+        shard_fraction (`float`, *optional*, defaults to 1.0):
+            The fraction of the tars to use, at least one tar. They are chosen at random, but always the same ones. The
+            paper uses 5.7 % of SA-1B.
+        eval_fraction (`float`, *optional*, defaults to 0.0):
+            The fraction of the samples that is held out, see [`Stream`]. `stream.complement()` has them.
+
+    Raises:
+        FileNotFoundError: There are no data.
+        ValueError: The data cannot be read, or have no images or no annotations.
     """
     try:
-        shards = _find(name, split, with_masks)
+        shards = _find_shards(name, split, with_masks)
         first = next((samples for shard in range(len(shards.names)) if (samples := _first(shards, shard))), None)
     except (FileNotFoundError, ValueError):
         raise
     except Exception as error:
-        raise ValueError(f"{name!r} could not be read: {error!r}. {WHAT_A_NAME_IS}") from error
+        raise ValueError(f"{name!r} could not be read: {error!r}. {ACCEPTED_NAMES}") from error
     if first is None:
-        raise FileNotFoundError(f"There is no sample in {name!r}. {WHAT_A_NAME_IS}")
+        raise FileNotFoundError(f"{name!r} has no samples. {ACCEPTED_NAMES}")
     if all(sample["image"] is None for sample in first):
-        raise ValueError(f"{name!r} has no pictures: its first samples, such as {first[0]['key']!r}, hold none.")
-    if with_masks and all(_is_without_annotations(sample) for sample in first):
-        raise ValueError(f"{name!r} has no json with SA-1B's annotations: {first[0]['key']!r} is without.")
+        raise ValueError(f"{name!r} has no images: its first samples, such as {first[0]['key']!r}, are without.")
+    if with_masks and all(_has_no_annotations(sample) for sample in first):
+        raise ValueError(
+            f"{name!r} has no json files with SA-1B's annotations: its first samples, such as {first[0]['key']!r}, "
+            "are without."
+        )
     if shard_fraction < 1:
         if not isinstance(shards, TarShards):
-            raise ValueError(f"A share of the shards can be had of tars alone, not of {name!r}.")
+            raise ValueError(f"A fraction of the shards can be chosen for tars only, not for {name!r}.")
         kept = max(1, round(shard_fraction * len(shards.names)))
         order = np.random.default_rng(0).permutation(len(shards.names))
         shards.names = [shards.names[shard] for shard in sorted(order[:kept])]
@@ -272,7 +298,8 @@ def open_stream(
 
 
 def _first(shards: Shards, shard: int) -> list[dict[str, Any]]:
-    """A shard's first few samples; a broken shard among others is found out when its turn comes."""
+    """Returns the first samples of a shard, at most 8. Errors are raised for the last shard only: reading the stream
+    counts unreadable shards."""
     samples: list[dict[str, Any]] = []
     try:
         for _, sample in islice(shards.rows(shard, 0, lambda key: True), 8):
@@ -283,81 +310,73 @@ def _first(shards: Shards, shard: int) -> list[dict[str, Any]]:
     return samples
 
 
-def _is_without_annotations(sample: dict[str, Any]) -> bool:
+def _has_no_annotations(sample: dict[str, Any]) -> bool:
     try:
         _annotations(sample)
     except SkippedSampleError as error:
-        return str(error) == "no annotations"  # rather than broken ones
+        return str(error) == "no annotations"  # and not, for example, "broken json"
     return False
 
 
-def _find(name: str, split: str, with_masks: bool) -> Shards:
+def _find_shards(name: str, split: str, with_masks: bool) -> Shards:
     if name == "miniature":
         from ..miniature import streams as miniature
 
         return DatasetShards(miniature.masks() if with_masks else miniature.images(), name, with_masks)
     if os.path.isdir(name):
-        for ending in KINDS:
-            if files := sorted(glob.glob(os.path.join(glob.escape(name), f"*{ending}"))):
-                return _open_files(files, ending, name, with_masks)
+        for extension in SHARD_EXTENSIONS:
+            if paths := sorted(glob.glob(os.path.join(glob.escape(name), f"*{extension}"))):
+                return _open_files(paths, extension, name, with_masks)
         stream = load_dataset("imagefolder", data_dir=name, split="train", streaming=True, drop_labels=True)
         return DatasetShards(stream, name, with_masks)
-    if files := sorted(glob.glob(name, recursive=True)):
-        endings = {Path(file).suffix for file in files}
-        if len(endings) > 1:
-            raise ValueError(f"{name!r} matches files of several kinds, {sorted(endings)}: name one kind.")
-        ending = endings.pop()
-        if ending not in KINDS and ending.lower() not in PICTURES:
-            raise ValueError(f"{name!r} matches files of a kind that is not read, {ending!r}. {WHAT_A_NAME_IS}")
-        return _open_files(files, ending, name, with_masks)
+    if paths := sorted(glob.glob(name, recursive=True)):
+        extensions = {Path(path).suffix for path in paths}
+        if len(extensions) > 1:
+            raise ValueError(f"{name!r} matches files with several extensions, {sorted(extensions)}. Choose one.")
+        extension = extensions.pop()
+        if extension not in SHARD_EXTENSIONS and extension.lower() not in IMAGE_EXTENSIONS:
+            raise ValueError(f"{name!r} matches files with the unsupported extension {extension!r}. {ACCEPTED_NAMES}")
+        return _open_files(paths, extension, name, with_masks)
 
-    ending = Path(name).suffix
-    is_remote_file = "://" in name and ending in KINDS
-    is_hub_name = ending not in KINDS and re.fullmatch(r"(hf://datasets/)?[\w.-]+(/[\w.-]+)?", name)
+    extension = Path(name).suffix
+    is_remote_file = "://" in name and extension in SHARD_EXTENSIONS
+    is_hub_name = extension not in SHARD_EXTENSIONS and re.fullmatch(r"(hf://datasets/)?[\w.-]+(/[\w.-]+)?", name)
     if not is_remote_file and not is_hub_name:
-        raise FileNotFoundError(f"No data at {name!r}: it is no folder and matches no file. {WHAT_A_NAME_IS}")
+        raise FileNotFoundError(f"No data at {name!r}: it is not a folder and matches no file. {ACCEPTED_NAMES}")
     try:
         if is_remote_file:
             file_system, pattern = fsspec.core.url_to_fs(name)
             found = sorted(file_system.glob(pattern)) if glob.has_magic(name) else [pattern]
             if not found:
                 raise FileNotFoundError("it matches no file")
-            return _open_files([file_system.unstrip_protocol(path) for path in found], ending, name, with_masks)
+            return _open_files([file_system.unstrip_protocol(path) for path in found], extension, name, with_masks)
         stream = load_dataset(name.removeprefix("hf://datasets/"), split=split, streaming=True)
-    except Exception as error:  # not found, no permission, no such split, or what the HTTP client says without network
+    except Exception as error:  # missing, private or without this split, or any error of the HTTP client
         raise FileNotFoundError(
-            f"No data at {name!r}: it is no folder, matches no file, and could not be opened on the Hub "
-            f"({type(error).__name__}: {error}). {WHAT_A_NAME_IS}"
+            f"No data at {name!r}: it is not a folder, matches no file, and could not be opened on the Hub "
+            f"({type(error).__name__}: {error}). {ACCEPTED_NAMES}"
         ) from error
     return DatasetShards(stream, name, with_masks, is_remote=True)
 
 
-def _open_files(files: list[str], ending: str, name: str, with_masks: bool) -> Shards:
-    if ending == ".tar":
-        return TarShards(files, with_masks)
-    builder = BUILDERS.get(ending, "imagefolder")
-    stream = load_dataset(builder, data_files=files, split="train", streaming=True)
-    return DatasetShards(stream, name, with_masks, is_remote="://" in files[0])
+def _open_files(paths: list[str], extension: str, name: str, with_masks: bool) -> Shards:
+    if extension == ".tar":
+        return TarShards(paths, with_masks)
+    builder = BUILDERS.get(extension, "imagefolder")
+    stream = load_dataset(builder, data_files=paths, split="train", streaming=True)
+    return DatasetShards(stream, name, with_masks, is_remote="://" in paths[0])
 
 
 def decode_image(sample: dict[str, Any]) -> Image.Image:
-    """The sample's picture in RGB. Raises `SkippedSampleError` where there is none or it cannot be read."""
+    """Decodes a sample's image to RGB. Raises `SkippedSampleError` if it is missing, too large or corrupt."""
     stored = sample["image"]
     if stored is None:
         raise SkippedSampleError(sample.get("cause", "no image"))
     try:
-        source = io.BytesIO(stored["bytes"]) if stored.get("bytes") else stored["path"]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # it gets its answer below
-            image = Image.open(source)
-        if image.width * image.height > MAX_PIXELS:
-            raise SkippedSampleError("image too large")
-        return image.convert("RGB")
+        return read_image(stored["bytes"] if stored.get("bytes") else stored["path"], max_pixels=MAX_PIXELS)
     except Image.DecompressionBombError as error:
         raise SkippedSampleError("image too large") from error
-    except SkippedSampleError:
-        raise
-    except Exception as error:  # Pillow's plugins raise whatever they meet
+    except Exception as error:  # Pillow's decoders raise many kinds of errors
         raise SkippedSampleError("broken image") from error
 
 
@@ -365,11 +384,24 @@ def draw_masks(
     sample: dict[str, Any], num_masks: int, rng: np.random.Generator, size: tuple[int, int]
 ) -> list[np.ndarray]:
     r"""
-    `num_masks` of the sample's masks at random, each bool of shape `size`, the image's height and width, without
-    repetition where there are enough. Only those drawn are decoded; empty ones and those above 90 % of the image are
-    left out.
+    Draws `num_masks` of a sample's masks at random, without repetition if there are enough. Masks that are empty or
+    cover more than 90 % of the image are excluded. Only the drawn masks are decoded.
 
-    Raises `SkippedSampleError` where there is none, or a broken one.
+    Args:
+        sample (`dict`):
+            A sample of a stream that was opened with `with_masks`.
+        num_masks (`int`):
+            Number of masks.
+        rng (`numpy.random.Generator`):
+            The source of randomness.
+        size (`tuple[int, int]`):
+            The image's height and width.
+
+    Returns:
+        `list[numpy.ndarray]`: Masks of shape `(height, width)` and type bool.
+
+    Raises:
+        SkippedSampleError: There is no mask, or a drawn one is corrupt.
     """
     annotations = _annotations(sample)
     chosen = rng.permutation(len(annotations))[:num_masks]
@@ -378,11 +410,11 @@ def draw_masks(
     decoded: dict[int, np.ndarray] = {}
     for index in set(chosen.tolist()):
         segmentation = annotations[index]["segmentation"]
-        if tuple(segmentation["size"]) != size:  # before decoding, which takes the memory that it says
+        if tuple(segmentation["size"]) != size:  # before decoding, which allocates memory for this size
             raise SkippedSampleError("mask and image differ in size")
         try:
-            decoded[index] = coco_mask.decode(segmentation).view(bool)
-        except Exception as error:  # pycocotools raises whatever its C code meets
+            decoded[index] = decode_mask(segmentation)
+        except Exception as error:  # pycocotools raises many kinds of errors
             raise SkippedSampleError("broken mask") from error
         if not decoded[index].any():
             raise SkippedSampleError("broken mask")
@@ -390,8 +422,8 @@ def draw_masks(
 
 
 def _annotations(sample: dict[str, Any]) -> list[dict[str, Any]]:
-    """Of the masks that are neither empty nor above 90 % of the image. Raises `SkippedSampleError` where there is
-    none."""
+    """Returns the annotations of masks that are not empty and cover at most 90 % of the image. Raises
+    `SkippedSampleError` if there are none."""
     try:
         stored = sample["json"]
         if isinstance(stored, bytes | str):
@@ -399,9 +431,9 @@ def _annotations(sample: dict[str, Any]) -> list[dict[str, Any]]:
         annotations = [
             annotation
             for annotation in stored["annotations"]
-            if 0 < annotation["area"] <= MAX_MASK_SHARE * float(np.prod(annotation["segmentation"]["size"]))
+            if 0 < annotation["area"] <= MAX_MASK_FRACTION * float(np.prod(annotation["segmentation"]["size"]))
         ]
-    except ValueError as error:  # no json, or no text
+    except ValueError as error:  # not JSON, or not UTF-8
         raise SkippedSampleError("broken json") from error
     except (KeyError, TypeError) as error:
         raise SkippedSampleError("no annotations") from error

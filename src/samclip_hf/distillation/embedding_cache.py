@@ -96,10 +96,9 @@ class EmbeddingCache:
                 "or ones of other names."
             )
 
-    def attach(self, streams: list[Stream]) -> None:
-        """Lets every sample of `streams` bring its embeddings, as `embeds` `(num_crops, projection_dim)`."""
-        for number, stream in enumerate(streams):
-            stream.embeds = CachedEmbeds(self.folder, number)
+    def attach(self, streams: list[Stream]) -> list[Stream]:
+        """Returns streams whose samples have their embeddings as `embeds` `(num_crops, projection_dim)`."""
+        return [stream.with_embeddings(CachedEmbeds(self.folder, number)) for number, stream in enumerate(streams)]
 
 
 @dataclass

@@ -165,7 +165,7 @@ class SamClipTrainer(Trainer):
         streams = [open_stream(name, eval_fraction=share) for name in args.clip_data]
         if isinstance(self.clip_teacher, EmbeddingCache):
             self.clip_teacher.check(student, streams, args.min_crop_scale, args.clip_teacher)
-            self.clip_teacher.attach(streams)
+            streams = self.clip_teacher.attach(streams)
             store = self.clip_teacher.description
             teacher_image_size, teacher_filter = store.image_size, Image.Resampling(store.resample)
         else:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ..datasets.samples import DataSet, LabelledImage
+from ..datasets.samples import DataSet, LabeledImage
 from ..templates import IMAGENET_TEMPLATES
 from ..visualization import captioned
 from .adapters import ImageTextAdapter, ModelAdapter
@@ -13,7 +13,7 @@ from .evaluator import SampleEvaluator
 from .metrics import AccumulatingMetric, TopK
 
 
-class ZeroShotClassification(SampleEvaluator[LabelledImage]):
+class ZeroShotClassification(SampleEvaluator[LabeledImage]):
     """
     An image belongs to the class whose name, filled into every template and averaged, is most similar.
 
@@ -27,7 +27,7 @@ class ZeroShotClassification(SampleEvaluator[LabelledImage]):
 
     def __init__(
         self,
-        data: DataSet[LabelledImage],
+        data: DataSet[LabeledImage],
         size: int | None = None,
         templates: Sequence[str] = IMAGENET_TEMPLATES,
     ):
@@ -55,7 +55,7 @@ class ZeroShotClassification(SampleEvaluator[LabelledImage]):
     def prepare(self, model: ImageTextAdapter) -> None:
         self.class_embeds = model.embed_names(self.class_names, self.templates)
 
-    def update(self, model: ImageTextAdapter, samples: list[LabelledImage], metrics) -> list[float]:
+    def update(self, model: ImageTextAdapter, samples: list[LabeledImage], metrics) -> list[float]:
         scores = self._scores(model, samples)
         labels = np.array([sample.label for sample in samples])
         metrics["top_k"].add_batch(predictions=scores, references=labels)
@@ -63,14 +63,14 @@ class ZeroShotClassification(SampleEvaluator[LabelledImage]):
         others[np.arange(len(labels)), labels] = -np.inf
         return (scores[np.arange(len(labels)), labels] - others.max(axis=1)).tolist()  # how far ahead the truth is
 
-    def _scores(self, model: ImageTextAdapter, samples: list[LabelledImage]) -> np.ndarray:
+    def _scores(self, model: ImageTextAdapter, samples: list[LabeledImage]) -> np.ndarray:
         image_embeds = model.embed_images([sample.image() for sample in samples], self.size)
         return (image_embeds @ self.class_embeds.T).cpu().numpy()
 
     def compute_metrics(self, metrics) -> dict[str, float | None]:
         return {name: value for name, value in metrics["top_k"].compute().items() if isinstance(value, float)}
 
-    def visualize(self, model: ImageTextAdapter, sample: LabelledImage) -> list[tuple[str, np.ndarray]]:
+    def visualize(self, model: ImageTextAdapter, sample: LabeledImage) -> list[tuple[str, np.ndarray]]:
         scores = self._scores(model, [sample])[0]
         best = scores.argsort()[::-1][:5]
         answers = [f"{self.class_names[label]} {scores[label]:.2f}" for label in best]

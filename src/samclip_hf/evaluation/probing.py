@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 from tqdm import trange
 
-from ..datasets.samples import IGNORED, DataSet, LabelledImage, Sample, SegmentedImage
+from ..datasets.samples import IGNORE_INDEX, DataSet, LabeledImage, Sample, SegmentedImage
 from .adapters import CascadeAdapter, ModelAdapter, SamAdapter
 from .evaluator import EvaluationResult, Evaluator, own_batches
 from .metrics import MeanIoU, TopK
@@ -191,8 +191,8 @@ class HeadProbing(Probing):
             logits = head(torch.from_numpy(features[chosen].astype(np.float32)).to(device))
             truth = torch.from_numpy(labels[chosen].astype(np.int64)).to(device)
             logits = F.interpolate(logits, size=truth.shape[1:], mode="bilinear", align_corners=False)
-            loss = F.cross_entropy(logits, truth, ignore_index=IGNORED, reduction="sum")
-            loss = loss / (truth != IGNORED).sum().clamp(min=1)  # a batch may hold nothing that counts
+            loss = F.cross_entropy(logits, truth, ignore_index=IGNORE_INDEX, reduction="sum")
+            loss = loss / (truth != IGNORE_INDEX).sum().clamp(min=1)  # a batch may hold nothing that counts
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -200,7 +200,7 @@ class HeadProbing(Probing):
 
     @torch.inference_mode()
     def _test(self, head: nn.Module, features: np.ndarray, num_labels: int) -> float:
-        metric, device = MeanIoU(num_labels=num_labels, ignore_index=IGNORED), next(head.parameters()).device
+        metric, device = MeanIoU(num_labels=num_labels, ignore_index=IGNORE_INDEX), next(head.parameters()).device
         head.eval()
         for index, sample in enumerate(self.test.samples):
             truth = sample.label_map()
@@ -255,7 +255,7 @@ def shared(folder: str) -> Path:
 
 
 def extract(
-    data: DataSet[LabelledImage] | DataSet[SegmentedImage],
+    data: DataSet[LabeledImage] | DataSet[SegmentedImage],
     features: Callable[[list[Image.Image]], dict[str, Tensor]],
     folder: Path,
     title: str,

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ..datasets.samples import IGNORED, DataSet, SegmentedImage
+from ..datasets.samples import IGNORE_INDEX, DataSet, SegmentedImage
 from ..segmentation_samclip import SamClipVocabulary
 from ..templates import IMAGENET_TEMPLATES
 from ..visualization import with_labels
@@ -70,7 +70,7 @@ class LabelMaps(SampleEvaluator[SegmentedImage]):
         }
 
     def new_metrics(self) -> dict[str, AccumulatingMetric]:
-        return {"mean_iou": MeanIoU(num_labels=len(self.label_names), ignore_index=IGNORED)}
+        return {"mean_iou": MeanIoU(num_labels=len(self.label_names), ignore_index=IGNORE_INDEX)}
 
     @abstractmethod
     def predict(self, model: Any, image: Image.Image) -> np.ndarray:

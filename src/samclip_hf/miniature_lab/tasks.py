@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..datasets.samples import CaptionedImage, DataSet, ImageWithObjects, LabelledImage, SegmentedImage
+from ..datasets.samples import CaptionedImage, DataSet, ImageWithObjects, LabeledImage, SegmentedImage
 from ..evaluation.classification import ZeroShotClassification
 from ..evaluation.cost import Cost
 from ..evaluation.evaluator import Evaluator
@@ -89,10 +89,10 @@ def objects(seed: int, index: int) -> list[dict[str, Any]]:
     return annotations
 
 
-def labelled_images(seed: int, num_scenes: int) -> DataSet[LabelledImage]:
+def labelled_images(seed: int, num_scenes: int) -> DataSet[LabeledImage]:
     """Single objects, balanced over all classes."""
     samples = [
-        LabelledImage(f"scene {seed}/{index}", partial(single_object, seed, index), index % len(CLASS_NAMES))
+        LabeledImage(f"scene {seed}/{index}", partial(single_object, seed, index), index % len(CLASS_NAMES))
         for index in range(num_scenes)
     ]
     return DataSet("miniature", samples, [[name] for name in CLASS_NAMES], description=described(seed, num_scenes))

@@ -1,0 +1,111 @@
+"""Layouts of common data sets, and functions that find files or raise an error with the expected layout."""
+
+import glob
+import json
+import textwrap
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
+HUB_PREFIX = "hf://"  # of names of data sets on the Hub: "hf://owner/name?config=...&split=...&classes=..."
+
+Split = Literal["train", "val"]  # of data sets with a name in `LAYOUTS`; a path is a split of its own
+
+# The expected files below `root` of each data set with a name, and where to get them.
+LAYOUTS = {
+    "imagenet": "imagenet/val/<WordNet id>/*.JPEG, the validation images of ILSVRC2012 from https://image-net.org",
+    "imagenet-v2": "imagenetv2-matched-frequency-format-val/<0 to 999>/*.jpeg, from "
+    "https://huggingface.co/datasets/vaishaal/ImageNetV2",
+    "places365": "places365 with categories_places365.txt, places365_val.txt and val_256/*.jpg, from "
+    "http://places2.csail.mit.edu/download.html",
+    "flickr30k": "flickr30k/dataset_flickr30k.json, Karpathy's splits from "
+    "https://cs.stanford.edu/people/karpathy/deepimagesent, and flickr30k/flickr30k-images/*.jpg, from "
+    "https://shannon.cs.illinois.edu/DenotationGraph",
+    "coco-captions": "coco/dataset_coco.json, Karpathy's splits from "
+    "https://cs.stanford.edu/people/karpathy/deepimagesent, and coco/val2014/*.jpg, from https://cocodataset.org",
+    "coco": "coco/annotations/instances_val2017.json and coco/val2017/*.jpg, from https://cocodataset.org",
+    "lvis": "lvis/lvis_v1_val.json, from https://www.lvisdataset.org, and coco/val2017/*.jpg and "
+    "coco/train2017/*.jpg, from https://cocodataset.org",
+    "voc21": "VOCdevkit/VOC2012 with ImageSets/Segmentation/val.txt, JPEGImages and SegmentationClass, from "
+    "http://host.robots.ox.ac.uk/pascal/VOC/voc2012",
+    "context60": "VOCdevkit/VOC2010 with ImageSets/SegmentationContext/val.txt, JPEGImages and "
+    "SegmentationClassContext (values 0 to 59), from https://www.cs.stanford.edu/~roozbeh/pascal-context by "
+    "mmsegmentation's tools/dataset_converters/pascal_context.py",
+    "stuff171": "coco/stuffthingmaps/val2017/*.png, from https://github.com/nightrome/cocostuff, and "
+    "coco/val2017/*.jpg, from https://cocodataset.org",
+    "panoptic133": "coco/annotations/panoptic_val2017.json, coco/annotations/panoptic_val2017/*.png and "
+    "coco/val2017/*.jpg, from https://cocodataset.org",
+    "ade150": "ADEChallengeData2016 with images/validation/*.jpg and annotations/validation/*.png, from "
+    "http://sceneparsing.csail.mit.edu",
+    "cityscapes": "cityscapes with leftImg8bit/val/<city>/*_leftImg8bit.png and "
+    "gtFine/val/<city>/*_gtFine_labelIds.png, from https://www.cityscapes-dataset.com",
+}
+LAYOUTS |= {"voc20": LAYOUTS["voc21"], "context59": LAYOUTS["context60"], "object81": LAYOUTS["stuff171"]}
+
+
+def layout_of(name: str, split: Split = "val", default: str = "") -> str:
+    """Returns the expected layout of a data set's split, or `default` for a name that is not in `LAYOUTS`."""
+    layout = LAYOUTS.get(name, default)
+    return f"the training images in place of these: {layout}" if split == "train" and name in LAYOUTS else layout
+
+
+def require(path: Path, layout: str) -> Path:
+    """Returns the path if it exists. Raises `FileNotFoundError` with the expected layout otherwise."""
+    return path if path.exists() else raise_missing(path, layout)
+
+
+def raise_missing(path: str | Path, layout: str) -> NoReturn:
+    raise FileNotFoundError(f"{path} does not exist. Expected: {layout}.")
+
+
+def find_folder(name: str, root: str | Path, layout: str) -> Path:
+    """Returns the folder `name` or `root / name`."""
+    for folder in (Path(name), Path(root, name)):
+        if folder.is_dir():
+            return folder
+    raise_missing(name, layout)
+
+
+def find_tars(name: str, root: str | Path) -> list[Path]:
+    """Returns the tars of a folder, a glob or a path, absolute or below `root`. Empty if there are none."""
+    for place in (name, str(Path(root, name))):
+        files = [Path(file) for file in sorted(glob.glob(f"{place}/*.tar" if Path(place).is_dir() else place))]
+        if tars := [file for file in files if file.suffix == ".tar" and file.is_file()]:
+            return tars
+    return []
+
+
+def list_paths(folder: Path) -> list[Path]:
+    """Returns the sorted paths in a folder, without those whose names begin with a dot."""
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def list_images(folder: Path, layout: str) -> list[Path]:
+    """Returns the sorted images of a folder. Raises `FileNotFoundError` if it is empty, and `ValueError` if it has
+    other files."""
+    paths = list_paths(folder)
+    if not paths:
+        raise_missing(folder / "*", layout)
+    for path in paths:
+        if path.suffix.lower() not in IMAGE_EXTENSIONS or not path.is_file():
+            raise ValueError(f"{path} is not an image ({', '.join(IMAGE_EXTENSIONS)}).")
+    return paths
+
+
+def read_json(file: Path) -> Any:
+    return parse_json(file.read_bytes(), str(file))
+
+
+def parse_json(content: bytes, source: str) -> Any:
+    """Parses JSON. Raises `ValueError` with the name of its source if it is invalid."""
+    try:
+        return json.loads(content)
+    except ValueError as error:
+        raise ValueError(f"{source} is not valid JSON: {error}.") from error
+
+
+def get(content: Any, key: str, source: str | Path) -> Any:
+    """Returns `content[key]`. Raises `ValueError` with the name of its source if the key is missing."""
+    if not isinstance(content, dict) or key not in content:
+        raise ValueError(f"{source} has no {key!r} in {textwrap.shorten(str(content), 100)}.")
+    return content[key]

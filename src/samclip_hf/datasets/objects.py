@@ -1,0 +1,120 @@
+"""Evaluation sets for instance segmentation."""
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from .layouts import LAYOUTS, find_tars, get, parse_json, raise_missing, read_json, require
+from .samples import DataSet, ImageWithObjects, read_image
+from .tar import TarSample, index_samples
+
+OBJECT_TARS = "tars in SA-1B's format, jpg and json"
+
+
+def open_objects(name: str, root: str | Path, detections: str | Path | None = None) -> DataSet[ImageWithObjects]:
+    """
+    Opens images with object masks.
+
+    Args:
+        name (`str`):
+            - "coco" (val2017) or "lvis" (v1 val), below `root`;
+            - a folder or a glob of tars in SA-1B's format, with jpg and json files. All objects get the category 1.
+        root (`str` or `Path`):
+            The folder of the data sets with names, and of relative paths.
+        detections (`str` or `Path`, *optional*):
+            A detector's results in COCO's format: a list of `{"image_id", "category_id", "bbox", "score"}`.
+
+    Returns:
+        `DataSet`: Its description has `"categories"`, the list of the annotation file, if there is one, and `"boxes"`,
+        the file name of the detections, if they are given.
+
+    Raises:
+        FileNotFoundError: A file is missing. The message has the expected layout.
+        ValueError: Annotations or detections are of images or categories that are not in the data set.
+    """
+    if name in ("coco", "lvis"):
+        samples, description = _open_coco(name, Path(root))
+        categories = {category["id"] for category in description["categories"]}
+    else:
+        tars = find_tars(name, root)
+        if not tars:
+            raise_missing(name, f"{OBJECT_TARS}; or one of coco, lvis")
+        samples, description, categories = _open_tars(tars), {"path": name}, {1}
+    if detections is not None:
+        by_image = _read_detections(Path(detections), {sample.image_info["id"] for sample in samples}, categories)
+        samples = [
+            ImageWithObjects(
+                sample.key, sample.image, sample.objects, by_image.get(sample.image_info["id"], []), sample.image_info
+            )
+            for sample in samples
+        ]
+        description["boxes"] = Path(detections).name
+    description["images"] = len(samples)
+    return DataSet(name, samples, description=description)
+
+
+def _open_coco(name: str, root: Path) -> tuple[list[ImageWithObjects], dict[str, Any]]:
+    is_coco = name == "coco"
+    file = root / ("coco/annotations/instances_val2017.json" if is_coco else "lvis/lvis_v1_val.json")
+    content = read_json(require(file, LAYOUTS[name]))
+    images = {get(image, "id", file): image for image in get(content, "images", file)}
+    categories = {get(category, "id", file) for category in get(content, "categories", file)}
+    annotations: dict[Any, list[dict]] = {image_id: [] for image_id in images}
+    for annotation in get(content, "annotations", file):
+        image_id, category_id = (get(annotation, key, file) for key in ("image_id", "category_id"))
+        if image_id not in images or category_id not in categories:
+            raise ValueError(f"{file}: annotation {annotation.get('id')} is of an unknown image or category.")
+        annotations[image_id].append({"iscrowd": 0, **annotation})
+    samples = []
+    for image_id in sorted(images):
+        location = get(images[image_id], "file_name" if is_coco else "coco_url", file)
+        parts = ["val2017", location] if is_coco else location.split("/")[-2:]  # LVIS has images of two splits
+        path = require(root.joinpath("coco", *parts), LAYOUTS[name])
+        read_objects = partial(list, annotations[image_id])
+        samples.append(
+            ImageWithObjects(path.name, partial(read_image, path), read_objects, image_info=images[image_id])
+        )
+    description = {"path": str(file), "split": "val2017" if is_coco else "v1 val", "categories": content["categories"]}
+    return samples, description
+
+
+def _open_tars(tars: list[Path]) -> list[ImageWithObjects]:
+    samples: list[ImageWithObjects] = []
+    image_ids = set()
+    for sample in index_samples(tars):
+        source = f"{sample.path}: {sample.name}.json"
+        image_info = get(parse_json(sample.read("json"), source), "image", source)
+        image_id = get(image_info, "image_id", source)
+        if image_id in image_ids:
+            raise ValueError(f"{source} has the image id {image_id} of another image.")
+        image_ids.add(image_id)
+        read_image_of_sample: Callable[[], Image.Image] = sample.image_reader()
+        read_objects = partial(_read_sa1b_objects, sample)
+        samples.append(
+            ImageWithObjects(sample.key, read_image_of_sample, read_objects, image_info={**image_info, "id": image_id})
+        )
+    return samples
+
+
+def _read_sa1b_objects(sample: TarSample) -> list[dict]:
+    """Returns SA-1B's annotations in COCO's format. SA-1B has neither categories nor crowds."""
+    annotations = json.loads(sample.read("json"))["annotations"]
+    return [{"category_id": 1, "iscrowd": 0, **annotation} for annotation in annotations]
+
+
+def _read_detections(file: Path, image_ids: Iterable[Any], categories: set[int]) -> dict[Any, list[dict]]:
+    """Returns the detections of each image that has any."""
+    known_images = set(image_ids)
+    by_image = defaultdict(list)
+    for detection in read_json(require(file, "detections in COCO's result format")):
+        if missing := {"image_id", "category_id", "bbox", "score"} - set(detection):
+            raise ValueError(f"{file}: a detection has no {', '.join(sorted(missing))}: {detection}.")
+        if detection["image_id"] not in known_images or detection["category_id"] not in categories:
+            raise ValueError(f"{file}: a detection is of an unknown image or category: {detection}.")
+        by_image[detection["image_id"]].append(detection)
+    return by_image

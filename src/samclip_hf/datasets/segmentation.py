@@ -1,0 +1,242 @@
+"""Evaluation sets for semantic segmentation."""
+
+import io
+import re
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from .hub import HubSamples, image_source, open_hub, read_hub_image
+from .layouts import (
+    HUB_PREFIX,
+    LAYOUTS,
+    Split,
+    find_folder,
+    get,
+    layout_of,
+    list_images,
+    list_paths,
+    raise_missing,
+    read_json,
+    require,
+)
+from .samples import IGNORE_INDEX, DataSet, SegmentedImage, read_image
+from .vocabularies import Vocabulary, describe_shared_names, load_vocabulary, read_vocabulary
+
+SEGMENTATION_NAMES = "voc20, voc21, context59, context60, ade150, stuff171, object81, panoptic133, cityscapes"
+LABEL_MAPS = "a folder with images/, labels/ (png of the same stems) and, in it or in its parent, classes.json"
+COCO_STUFF_VALUES = range(182)  # in stuffthingmaps; some of them are unused
+CITYSCAPES_VALUES = range(35)  # in labelIds files; 19 of them are evaluated. 255 is -1, the license plate
+
+
+def open_segmentation(name: str, root: str | Path, split: Split = "val") -> DataSet[SegmentedImage]:
+    """
+    Opens images with label maps.
+
+    Args:
+        name (`str`):
+            - "voc21", "context60" and "object81", which have a background, below `root`; "voc20" and "context59", the
+              same images with background ignored; "stuff171", "panoptic133", "ade150" and "cityscapes" (19 classes);
+            - "hf://owner/name?classes=classes.json", with a column of images and a column of label maps;
+            - a folder with `images/` and `labels/`, png files of the same stems. Their values are indices in the list
+              of classes in `classes.json` of the folder or of its parent, or 255, which is ignored.
+        root (`str` or `Path`):
+            The folder of the data sets with names, and of relative paths.
+        split (`"train"` or `"val"`, *optional*, defaults to `"val"`):
+            The split of a data set with a name.
+
+    Raises:
+        FileNotFoundError: A file is missing. The message has the expected layout.
+        ValueError: Images and label maps do not match. Reading a label map raises it if the map has unknown values, or
+            another size than its image.
+    """
+    if name.startswith(HUB_PREFIX):
+        return _open_hub(name)
+    root, layout = Path(root), layout_of(name, split, LABEL_MAPS)
+    if name == "panoptic133":
+        return _open_panoptic(root / "coco", split)
+    labels: dict[int, int]  # by value in the files
+    if name in ("voc20", "voc21", "context59", "context60"):
+        vocabulary = load_vocabulary("voc21" if name.startswith("voc") else "context60")
+        labels = {value: value for value in range(len(vocabulary.names))}
+        if name in ("voc20", "context59"):
+            vocabulary = vocabulary._replace(names=vocabulary.names[1:], background=None)
+            labels = {0: IGNORE_INDEX} | {1 + label: label for label in range(len(vocabulary.names))}
+        year, task, maps = (
+            ("VOC2012", "Segmentation", "SegmentationClass")
+            if name.startswith("voc")
+            else ("VOC2010", "SegmentationContext", "SegmentationClassContext")
+        )
+        folder = root / "VOCdevkit" / year
+        stems = sorted(require(folder / f"ImageSets/{task}/{split}.txt", layout).read_text().split())
+        pairs = [(folder / f"JPEGImages/{stem}.jpg", folder / f"{maps}/{stem}.png") for stem in stems]
+    elif name in ("stuff171", "object81"):
+        vocabulary = load_vocabulary(name)
+        assert vocabulary.ids is not None
+        folder = root / "coco"
+        pairs = _pair(folder / f"{split}2017", folder / f"stuffthingmaps/{split}2017", layout)
+        has_background = len(vocabulary.names) > len(vocabulary.ids)  # which has no value of its own
+        labels = dict.fromkeys(COCO_STUFF_VALUES, 0 if has_background else IGNORE_INDEX)
+        labels |= {value: has_background + index for index, value in enumerate(vocabulary.ids)}
+        if has_background:
+            labels[255] = 0  # the literature counts unlabeled pixels as background
+    elif name == "ade150":
+        vocabulary = load_vocabulary("ade150")
+        folder = root / "ADEChallengeData2016"
+        subfolder = {"val": "validation", "train": "training"}[split]
+        pairs = _pair(folder / "images" / subfolder, folder / "annotations" / subfolder, layout)
+        labels = {0: IGNORE_INDEX} | {1 + label: label for label in range(150)}
+    elif name == "cityscapes":
+        vocabulary = load_vocabulary("cityscapes19")
+        assert vocabulary.ids is not None
+        folder = root / "cityscapes"
+        pairs = []
+        for city in list_paths(require(folder / "leftImg8bit" / split, layout)):
+            for path in list_images(city, layout):
+                label_map = path.name.replace("_leftImg8bit.png", "_gtFine_labelIds.png")
+                pairs.append((path, folder / "gtFine" / split / city.name / label_map))
+        labels = dict.fromkeys(CITYSCAPES_VALUES, IGNORE_INDEX)
+        labels |= {value: index for index, value in enumerate(vocabulary.ids)}
+    else:
+        accepted = f"{LABEL_MAPS}; {HUB_PREFIX}owner/name; or one of {SEGMENTATION_NAMES}"
+        folder = find_folder(name, root, accepted)
+        own, of_parent = folder / "classes.json", folder.absolute().parent / "classes.json"
+        vocabulary = read_vocabulary(own if own.exists() else require(of_parent, accepted))
+        pairs = _pair(folder / "images", folder / "labels", accepted)
+        labels = _labels_by_index(vocabulary, name)
+    samples = [
+        SegmentedImage(
+            image.stem,
+            partial(read_image, require(image, layout)),
+            partial(_read_label_map, require(label_map, layout), image, {255: IGNORE_INDEX} | labels),
+        )
+        for image, label_map in pairs
+    ]
+    if not samples:
+        raise_missing(folder, layout)
+    description = {
+        "path": str(folder),
+        "images": len(samples),
+        "names": vocabulary.source,
+        **describe_shared_names(vocabulary.names),
+    }
+    description |= {"split": split} if name in LAYOUTS else {}
+    return DataSet(name, samples, vocabulary.names, vocabulary.background, description)
+
+
+def _labels_by_index(vocabulary: Vocabulary, name: str) -> dict[int, int]:
+    if len(vocabulary.names) > IGNORE_INDEX:
+        raise ValueError(f"{name} has {len(vocabulary.names)} classes, label maps at most {IGNORE_INDEX}.")
+    return {label: label for label in range(len(vocabulary.names))}
+
+
+def _open_panoptic(coco: Path, split: Split) -> DataSet[SegmentedImage]:
+    """Opens the things and stuff of COCO's panoptic task. Pixels outside all segments are ignored."""
+    layout, file = layout_of("panoptic133", split), coco / f"annotations/panoptic_{split}2017.json"
+    content = read_json(require(file, layout))
+    categories = sorted(get(content, "categories", file), key=lambda category: get(category, "id", file))
+    labels = {category["id"]: label for label, category in enumerate(categories)}
+    # "wall-other-merged" becomes "wall".
+    names = [
+        [re.sub("(-other|-stuff|-merged)+$", "", get(category, "name", file)).replace("-", " ")]
+        for category in categories
+    ]
+    file_names = {get(image, "id", file): get(image, "file_name", file) for image in get(content, "images", file)}
+    samples = []
+    for annotation in sorted(get(content, "annotations", file), key=lambda entry: get(entry, "image_id", file)):
+        segments = get(annotation, "segments_info", file)
+        segment_categories = {get(segment, "category_id", file) for segment in segments}
+        if annotation["image_id"] not in file_names or not segment_categories <= set(labels):
+            raise ValueError(f"{file}: {annotation.get('file_name')} is of an unknown image or category.")
+        image = require(coco / f"{split}2017" / file_names[annotation["image_id"]], layout)
+        segment_map = coco / f"annotations/panoptic_{split}2017" / get(annotation, "file_name", file)
+        segment_labels = {0: IGNORE_INDEX} | {
+            get(segment, "id", file): labels[segment["category_id"]] for segment in segments
+        }
+        read_label_map = partial(_read_panoptic_map, require(segment_map, layout), image, segment_labels)
+        samples.append(SegmentedImage(image.stem, partial(read_image, image), read_label_map))
+    description = {
+        "path": str(file),
+        "images": len(samples),
+        "names": f"{file.name}, without the endings -other, -stuff and -merged",
+        "split": f"{split}2017",
+        **describe_shared_names(names),
+    }
+    return DataSet("panoptic133", samples, names, description=description)
+
+
+def _pair(images: Path, label_maps: Path, layout: str) -> list[tuple[Path, Path]]:
+    """Pairs the images and the label maps of two folders by their stems. Raises `ValueError` for stems that one folder
+    lacks, or has twice."""
+    image_paths = sorted(list_images(require(images, layout), layout), key=lambda path: path.stem)
+    map_paths = sorted(list_images(require(label_maps, layout), layout), key=lambda path: path.stem)
+    if unpaired := {path.stem for path in image_paths} ^ {path.stem for path in map_paths}:
+        raise ValueError(
+            f"{images} and {label_maps} have different stems; in one of them only: {sorted(unpaired)[:5]}."
+        )
+    if len(image_paths) != len(map_paths):
+        raise ValueError(f"{images} or {label_maps} has two files with one stem.")
+    return sorted(zip(image_paths, map_paths, strict=True))
+
+
+def _read_label_map(file: Path, image_file: Path, labels: Mapping[int, int]) -> np.ndarray:
+    """Reads a label map whose values are indices. See [`_map_values`]."""
+    with Image.open(file) as label_map, Image.open(image_file) as image:
+        return _map_values(np.asarray(label_map), labels, image.size, str(file))
+
+
+def _read_panoptic_map(file: Path, image_file: Path, labels: Mapping[int, int]) -> np.ndarray:
+    """Reads a label map whose values are colors, red first (COCO's panoptic format). See [`_map_values`]."""
+    with Image.open(file) as segment_map, Image.open(image_file) as image:
+        values = np.asarray(segment_map.convert("RGB")).astype(np.int64) @ (1, 256, 256**2)
+        return _map_values(values, labels, image.size, str(file))
+
+
+def _map_values(values: np.ndarray, labels: Mapping[int, int], image_size: tuple[int, int], source: str) -> np.ndarray:
+    """
+    Maps the values of a file to labels, `(height, width)` uint8.
+
+    Raises `ValueError` if the values `(height, width)` are not those of a label map, have another size than the image
+    (width, height), or are not all in `labels`.
+    """
+    if values.ndim != 2:
+        raise ValueError(f"{source} is not a label map: it has {values.shape[2]} channels.")
+    if values.shape != image_size[::-1]:
+        raise ValueError(f"{source} has the size {values.shape}, its image {image_size[::-1]} (height, width).")
+    present, inverse = np.unique(values, return_inverse=True)
+    if unknown := set(present.tolist()) - set(labels):
+        raise ValueError(f"{source} has values without a class: {sorted(unknown)[:5]}.")
+    return np.array([labels[value] for value in present.tolist()], dtype=np.uint8)[inverse].reshape(values.shape)
+
+
+def _open_hub(name: str) -> DataSet[SegmentedImage]:
+    split = open_hub(name)
+    if len(split.image_columns) != 2 or "classes" not in split.options:
+        raise ValueError(
+            f"{name} must have a column of images, a column of label maps, and ?classes=; its image columns: "
+            f"{split.image_columns or 'none'}."
+        )
+    vocabulary = read_vocabulary(require(Path(split.options["classes"]), "a list of the classes' names"))
+    labels = _labels_by_index(vocabulary, name) | {255: IGNORE_INDEX}
+    samples: Any = HubSamples(split, partial(_build_hub_sample, *split.image_columns, labels))
+    description = {**split.description, "names": vocabulary.source}
+    return DataSet(name, samples, vocabulary.names, vocabulary.background, description)
+
+
+def _build_hub_sample(
+    image_column: str, map_column: str, labels: dict[int, int], key: str, row: dict[str, Any]
+) -> SegmentedImage:
+    read_label_map = partial(_read_hub_label_map, row[map_column], row[image_column], labels, key)
+    return SegmentedImage(key, partial(read_hub_image, row[image_column], key), read_label_map)
+
+
+def _read_hub_label_map(
+    cell: dict[str, Any] | None, image_cell: dict[str, Any] | None, labels: dict[int, int], key: str
+) -> np.ndarray:
+    source = image_source(cell, key, "label map")
+    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as label_map:
+        return _map_values(np.asarray(label_map), labels, read_hub_image(image_cell, key).size, key)

@@ -1,0 +1,54 @@
+"""Lists of classes: those of common data sets, and those that users write."""
+
+import json
+from collections import Counter
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..layouts import get, read_json
+
+
+class Vocabulary(NamedTuple):
+    """
+    A list of classes.
+
+    source (`str`):
+        Where the list is from.
+    names (`list[list[str]]`):
+        The synonyms of each class; the first one is the label.
+    background (`list[str]`, *optional*):
+        Texts that describe the background, if the first class is background.
+    ids (`list`, *optional*):
+        The classes' folder names, or their values in label maps.
+    """
+
+    source: str
+    names: list[list[str]]
+    background: list[str] | None = None
+    ids: list[Any] | None = None
+
+
+def load_vocabulary(name: str) -> Vocabulary:
+    """Loads a list of classes of this package, such as "voc21"."""
+    file = resources.files(__package__).joinpath(f"{name}.json")
+    return Vocabulary(**json.loads(file.read_text(encoding="utf-8")))
+
+
+def read_vocabulary(file: Path) -> Vocabulary:
+    """Reads a json file with a list of names or of lists of synonyms, or with the `names`, `source` and `background`
+    of a [`Vocabulary`]. Raises `ValueError` for other content."""
+    content = read_json(file)
+    if isinstance(content, list):
+        content = {"names": content}
+    names = [[name] if isinstance(name, str) else list(name) for name in get(content, "names", file)]
+    if not names or not all(name and all(isinstance(synonym, str) for synonym in name) for name in names):
+        raise ValueError(f"{file} must hold a list of names or of lists of synonyms.")
+    return Vocabulary(content.get("source", str(file)), names, content.get("background"))
+
+
+def describe_shared_names(names: list[list[str]]) -> dict[str, Any]:
+    """Returns an entry for the results if several classes have the same name, so that no text distinguishes them."""
+    counts = Counter(synonyms[0] for synonyms in names)
+    shared = sorted(name for name, count in counts.items() if count > 1)
+    return {"names that several classes share": shared} if shared else {}
