@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Runs in an interpreter in which only what is named after it can be imported.
 INFERENCE = """
-import importlib.abc, json, sys
+import importlib.abc, json, runpy, sys
 from importlib import metadata
 
 wheel, allowed = sys.argv[1], set(json.loads(sys.argv[2]))
@@ -46,9 +46,9 @@ import samclip_hf
 assert samclip_hf.__file__.startswith(wheel), samclip_hf.__file__
 from PIL import Image
 from samclip_hf import miniature
-from samclip_hf.publishing.verification import use
+run_checkpoint = runpy.run_path(f"{wheel}/samclip_hf/publishing/verification_script.py")["run_checkpoint"]
 
-results, outputs = use(miniature.checkpoint(), Image.open(sys.argv[3]))
+results, outputs = run_checkpoint(miniature.checkpoint(), Image.open(sys.argv[3]))
 assert all(results.values()) and outputs.keys() >= {"pred_masks", "logits_per_image"}
 loaded = {name.partition(".")[0] for name in sys.modules} & hidden
 assert not loaded, loaded

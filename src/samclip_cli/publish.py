@@ -21,17 +21,17 @@ from PIL import Image, ImageOps
 
 from samclip_hf import miniature
 from samclip_hf.miniature.scenes import render
-from samclip_hf.publishing.repository import (
-    UNDECIDED,
+from samclip_hf.publishing import (
+    UNKNOWN_LICENSE,
     PublishingError,
     build_repository,
-    card,
-    check_name,
-    draw_example,
-    find_target,
+    check_results_name,
+    create_model_card,
+    draw_example_image,
     publish_provenance,
     push,
     read_results,
+    resolve_target,
     verify,
 )
 
@@ -69,23 +69,23 @@ def main(argv: list[str] | None = None) -> None:
             results = None if arguments.results is None else read_results(arguments.results)
             results_name = arguments.results_name or Path(os.path.abspath(source)).name  # as evaluate.py calls it
             if results is not None:
-                check_name(results, results_name)
+                check_results_name(results, results_name)
             elif arguments.results_name is not None:
                 raise PublishingError("--results_name is of --results: give it too.")
             picture = Image.fromarray(render(seed=0, index=8).image)
             if arguments.example is not None:
                 picture = ImageOps.exif_transpose(Image.open(arguments.example)).convert("RGB")
             if not arguments.dry_run:
-                repo_id = find_target(repo_id, *how)
+                repo_id = resolve_target(repo_id, *how)
             print(f"Putting together {repo_id} from {source} ...", flush=True)
             build_repository(source, folder, arguments.dtype, arguments.max_shard_size)
             print("Loading it in a fresh interpreter without this package ...", flush=True)
             for output, difference in verify(folder, picture).items():
                 print(f"  {output}: differs by {difference:.2g} of its largest value")
-            draw_example(folder, picture, folder / "example.png")
+            draw_example_image(folder, picture, folder / "example.png")
             stages, licenses = publish_provenance(source, folder)
-            made = card(folder, repo_id, stages, results, results_name, licenses, True, arguments.license)
-            if made.data.license == UNDECIDED:
+            made = create_model_card(folder, repo_id, stages, results, results_name, licenses, True, arguments.license)
+            if made.data.license == UNKNOWN_LICENSE:
                 print("Not all teachers' licences are on record and permissive: the card says 'other'. See --license.")
             made.save(folder / "README.md")
             ModelCard.load(folder / "README.md")  # its metadata can be read

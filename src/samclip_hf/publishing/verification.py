@@ -1,90 +1,73 @@
-"""
-What a stranger does with a published folder, through every Auto class and pipeline. As a script, in an interpreter
-that cannot import the package, so that the folder's own code is what runs:
-
-    python -P proof.py FOLDER PICTURE RESULTS
-
-Writes `RESULTS.safetensors` and `RESULTS.json`.
-"""
+"""Verification: a repository is loaded without this package, and its outputs are compared with the package's."""
 
 import json
+import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
-import numpy as np
 import torch
-import transformers
 from PIL import Image
-from safetensors.torch import save_file
-from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, pipeline
+from safetensors.torch import load_file
 
-MODELS = {
-    "AutoModel": "SamClipModel",
-    "AutoModelForMaskGeneration": "SamClipModel",
-    "AutoModelForZeroShotImageClassification": "SamClipModel",
-    "AutoModelForImageSegmentation": "SamClipForImageSegmentation",
-    "AutoModelForSemanticSegmentation": "SamClipForImageSegmentation",
-    "AutoModelForZeroShotObjectDetection": "SamClipForObjectDetection",
-}
+from ..images import convert_to_rgb
+from .repository import PublishingError
+from .verification_script import run_checkpoint
+
+SCRIPT = Path(__file__).with_name("verification_script.py")
+# Maximum difference of outputs, relative to their largest absolute value.
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 
-def use(folder: str, image: Image.Image) -> tuple[dict[str, object], dict[str, torch.Tensor]]:
+def verify(folder: Path, image: Image.Image) -> dict[str, float]:
     """
-    Everything that the folder's model can do, done to the picture. Where the package is imported, transformers takes
-    its classes and not the folder's code.
+    Loads a repository through every Auto class and pipeline, in this process and in a new one that cannot import this
+    package and therefore runs the repository's own code. Compares the results.
 
-    Returns what each Auto class and pipeline gave, by its name, and `AutoModel`'s outputs.
+    Args:
+        folder (`Path`): A folder from `build_repository`.
+        image (`PIL.Image.Image`): The input of the models and pipelines.
+
+    Returns:
+        `dict[str, float]`: For each output of `AutoModel`, the largest difference relative to its largest absolute
+        value.
+
+    Raises:
+        PublishingError: If anything fails to load or differs.
     """
-    trust = {"trust_remote_code": True}
-    config = AutoConfig.from_pretrained(folder, **trust)
-    assert config.model_type == "samclip"
-    processor = AutoProcessor.from_pretrained(folder, **trust)
-    middle = [[[[image.width / 2, image.height / 2]]]]
-    inputs = processor(image, input_points=middle, **({"text": ["a photo"]} if config.has_text_tower else {}))
-    alone = AutoImageProcessor.from_pretrained(folder, **trust)(image, return_tensors="pt")
-    assert torch.equal(inputs["pixel_values"], alone["pixel_values"])
-    results: dict[str, object] = {}
-    tensors = {}
-    for name in MODELS:
-        model = getattr(transformers, name).from_pretrained(folder, **trust).eval()
-        results[name] = type(model).__name__
-        if name == "AutoModel":
-            inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-            with torch.inference_mode():
-                outputs = model(**inputs)
-            tensors = {
-                key: outputs[key].float().contiguous()
-                for key in ("pred_masks", "iou_scores", "logits_per_image", "image_embeds")
-                if outputs.get(key) is not None
-            }
-    everything = {"points_per_crop": 4, "pred_iou_thresh": 0.0, "stability_score_thresh": 0.0}
-    results["mask-generation"] = len(pipeline("mask-generation", model=folder, **trust)(image, **everything)["masks"])
-    features = pipeline("image-feature-extraction", model=folder, **trust)(image)
-    results["image-feature-extraction"] = list(np.asarray(features).shape)
-    labels = ["a person", "a car"]
-    if config.has_text_tower:
-        classes = pipeline("zero-shot-image-classification", model=folder, **trust)(image, candidate_labels=labels)
-        results["zero-shot-image-classification"] = [(c["label"], round(c["score"], 3)) for c in classes]
-        segmenter = pipeline("zero-shot-image-segmentation", model=folder, **trust)
-        results["zero-shot-image-segmentation"] = areas(segmenter(image, candidate_labels=labels))
-    if config.vocabulary_label_ids:
-        segments = pipeline("image-segmentation", model=folder, **trust)(image, threshold=0.0)
-        results["image-segmentation"] = areas(segments)
-        if config.has_text_tower and config.composition == "segments":
-            detect = pipeline("zero-shot-object-detection", model=folder, **trust)
-            boxes = detect(image, candidate_labels=labels, threshold=0.0)
-            results["zero-shot-object-detection"] = [list(box["box"].values()) for box in boxes]
-    return results, tensors
-
-
-def areas(segments: list[dict]) -> list[tuple[str, int]]:
-    """Names and numbers of pixels."""
-    return [(segment["label"], int((np.asarray(segment["mask"]) > 0).sum())) for segment in segments]
-
-
-if __name__ == "__main__":
-    sys.modules["samclip_hf"] = None  # type: ignore[assignment]  # as if it were not installed
-    folder, picture, results_path = sys.argv[1:]
-    results, tensors = use(folder, Image.open(picture))
-    save_file(tensors, f"{results_path}.safetensors")
-    with open(f"{results_path}.json", "w") as file:
-        json.dump(results, file)
+    with tempfile.TemporaryDirectory() as temporary:
+        image_path, results_path = Path(temporary, "image.png"), Path(temporary, "results")
+        image = convert_to_rgb(image)
+        image.save(image_path)
+        process = subprocess.Popen(
+            [sys.executable, "-P", str(SCRIPT), str(folder.absolute()), str(image_path), str(results_path)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            expected_results, expected_outputs = run_checkpoint(str(folder.absolute()), image)
+        except Exception as error:
+            raise PublishingError(f"{folder} does not work with the package: {error!r}") from error
+        finally:
+            _, stderr = process.communicate()
+        if process.returncode:
+            raise PublishingError(f"{folder} does not load without the package:\n{stderr[-3000:]}")
+        results = json.loads(results_path.with_suffix(".json").read_text())
+        outputs = load_file(results_path.with_suffix(".safetensors"))
+    for name, expected in expected_results.items():
+        if results.get(name) != expected:
+            raise PublishingError(
+                f"{name} returns {results.get(name)} with the repository's code and {expected} with the package's."
+            )
+    tolerance = TOLERANCES[getattr(torch, str(json.loads((folder / "config.json").read_text())["dtype"]))]
+    differences = {}
+    for name, expected in expected_outputs.items():
+        difference = (outputs[name] - expected).abs().max() / expected.abs().max().clamp(min=1e-6)
+        differences[name] = difference.item()
+        if not difference <= tolerance:  # also true for NaN
+            raise PublishingError(
+                f"{name} differs by {difference:.3g} of its largest absolute value between the repository's code and "
+                "the package's."
+            )
+    return differences

@@ -1,0 +1,261 @@
+"""The model card: its text, the provenance that is published with it, evaluation results, and the example image."""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import EntryNotFoundError
+from PIL import Image
+from safetensors.torch import load_file
+
+from .. import miniature
+from ..distillation import provenance
+from ..evaluation.report import PER_CLASS, jsonable, model_index, shown
+from ..images import convert_to_rgb
+from ..processing_samclip import SamClipProcessor
+from ..segmentation_samclip import SamClipForImageSegmentation
+from ..visualization import with_labels, with_masks, with_prompts
+from .repository import PublishingError, add_code
+
+TEMPLATE = Path(__file__).with_name("model_card.md")
+PERMISSIVE_LICENSES = {"apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0"}
+UNKNOWN_LICENSE = "other"  # the Hub's value for licenses outside its list
+EXAMPLE_SIZE = 1024  # maximum width and height of a panel of the example image
+
+
+def prepare_push(folder: Path, repo_id: str) -> None:
+    """
+    Adds the model code, the published provenance and a model card to a training output, so that it loads from the Hub
+    without this package.
+
+    Args:
+        folder (`Path`): A model saved with its processor, and `provenance.json`.
+        repo_id (`str`): The repository on the Hub.
+    """
+    add_code(folder)
+    stages, licenses = publish_provenance(folder, folder)
+    create_model_card(folder, repo_id, stages, licenses=licenses).save(folder / "README.md")
+
+
+def create_model_card(
+    folder: Path,
+    repo_id: str,
+    stages: Sequence[dict[str, Any]] = (),
+    results: dict[str, Any] | None = None,
+    results_name: str | None = None,
+    licenses: dict[str, str] | None = None,
+    has_example_image: bool = False,
+    license: str | None = None,
+) -> ModelCard:
+    """
+    Fills the template with everything that is recorded. The card says what is not recorded.
+
+    Args:
+        folder (`Path`): A folder from `build_repository`.
+        repo_id (`str`): The repository on the Hub.
+        stages (`Sequence[dict]`): Training stages, from `publish_provenance`.
+        results (`dict`, *optional*): `results.json` of an evaluation.
+        results_name (`str`, *optional*): Name of this model in `results`.
+        licenses (`dict[str, str]`, *optional*): License of each teacher, by its name.
+        has_example_image (`bool`): Whether the folder contains `example.png`.
+        license (`str`, *optional*): License of this model. Default: "apache-2.0" if the licenses of all teachers are
+            recorded and permissive, else "other".
+
+    Raises:
+        PublishingError: If `results` contains no model of the name `results_name`.
+    """
+    config = json.loads((folder / "config.json").read_text())
+    licenses = licenses or {}
+    sources = provenance.teachers(stages)
+    names = list(dict.fromkeys(name for _, name in sources))
+    on_hub = [name for name in names if name.count("/") == 1 and not Path(name).exists()]
+    if license is None:
+        permissive = bool(names) and all(licenses.get(name) in PERMISSIVE_LICENSES for name in names)
+        license = "apache-2.0" if permissive else UNKNOWN_LICENSE
+    if results is not None:
+        results_name = check_results_name(results, results_name)
+    eval_results = [] if results is None or results_name is None else model_index(results, results_name)
+    data = ModelCardData(
+        license=license,
+        library_name="transformers",
+        pipeline_tag="image-segmentation",
+        tags=["samclip", "segment-anything", "clip", "zero-shot-segmentation", "mask-generation", "distillation"],
+        base_model=on_hub or None,
+        base_model_relation="merge" if on_hub else None,
+        model_name=repo_id.rpartition("/")[2] if eval_results else None,
+        eval_results=eval_results or None,
+    )
+    return ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        repo_id=repo_id,
+        dtype=config["dtype"],
+        num_parameters=_num_parameters(folder),
+        image_size=config["vision_config"]["image_size"],
+        minimum_transformers_version=config.get("minimum_transformers_version"),
+        stages=list(stages),
+        teachers=[{"role": role, "name": name, "commit": commit} for (role, name), commit in sources.items()],
+        licenses=licenses,
+        only_miniature=bool(stages) and all(_data_sources(stage) == {"miniature"} for stage in stages),
+        labels=list(config.get("id2label", {}).values()) if config.get("vocabulary_label_ids") else [],
+        has_text_tower=config["has_text_tower"],
+        has_example_image=has_example_image,
+        **_results_of_model(results, results_name),
+    )
+
+
+def _num_parameters(folder: Path) -> dict[str, int]:
+    """Number of parameters of each part of the model: the first component of the weights' names."""
+    counts: Counter[str] = Counter()
+    for file in folder.glob("*.safetensors"):
+        for name, tensor in load_file(file).items():
+            counts[name.partition(".")[0]] += tensor.numel()
+    return dict(counts)
+
+
+def _data_sources(stage: dict[str, Any]) -> set[str]:
+    arguments = stage["arguments"]
+    return {*arguments["clip_data"], *(arguments["sam_data"] if stage["stage"] == 2 else ())}
+
+
+# ---- evaluation results ----
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """Reads `results.json` of an evaluation. Raises `PublishingError` if the file is not one."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise PublishingError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict) or not {"tasks", "command", "environment"} <= content.keys():
+        raise PublishingError(f"{path} is not a results.json of `samclip evaluate`.")
+    return content
+
+
+def check_results_name(results: dict[str, Any], name: str | None) -> str:
+    """Returns `name`. Raises `PublishingError` if the evaluation results contain no model of this name."""
+    known = sorted({known for task in results["tasks"].values() for known in task["models"]})
+    if name is None or name not in known:
+        raise PublishingError(f"No results for {name!r}. Pass --results_name with one of: {', '.join(known)}.")
+    return name
+
+
+def _results_of_model(results: dict[str, Any] | None, name: str | None) -> dict[str, Any]:
+    """The template's variables for the results: a table of metrics, the protocols, and the commands that were run."""
+    metrics: list[tuple[str, str, str]] = []
+    protocols: list[tuple[str, dict[str, Any], int]] = []
+    commands: dict[str, dict[str, Any]] = {}  # command -> versions; results.json may contain several runs
+    for task, entry in results["tasks"].items() if results is not None else ():
+        if name not in entry["models"]:
+            continue
+        of_model = entry["models"][name]
+        metrics += [
+            (task, metric, shown(value))
+            for metric, value in of_model["metrics"].items()
+            if value is not None and not metric.startswith(PER_CLASS)
+        ]
+        protocol = {key: value for key, value in jsonable(entry["protocol"]).items() if key != "categories"}
+        protocol |= {key: of_model[key] for key in ("dtype", "random weights") if key in of_model}
+        protocols.append((task, protocol, of_model["num_samples"]))
+        command = of_model.get("command", results["command"])
+        commands[command] = of_model.get("environment", results["environment"])
+    return {"metrics": metrics, "protocols": protocols, "commands": commands}
+
+
+# ---- provenance ----
+
+
+def publish_provenance(source: str | Path, folder: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """
+    Writes the provenance of a checkpoint to `folder`. Absolute paths of this machine are shortened to their last part.
+
+    Args:
+        source (`str` or `Path`): The checkpoint. No file is written if it has no `provenance.json`.
+        folder (`Path`): The repository's folder. It may be the same as `source`.
+
+    Returns:
+        `tuple[list[dict], dict[str, str]]`: The stages, and the licenses of the teachers, by name, as far as their
+        model cards state them.
+    """
+    stages = provenance.read(source)
+    teachers = [name for _, name in provenance.teachers(stages)]
+    licenses = {_shorten_paths(name): license for name in teachers if (license := _license(name)) is not None}
+    stages = _shorten_paths(stages)
+    if stages:
+        (folder / provenance.FILE_NAME).write_text(json.dumps({"stages": stages}, indent=2) + "\n")
+    return stages, licenses
+
+
+def _shorten_paths(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _shorten_paths(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_shorten_paths(part) for part in value]
+    if value in (miniature.sam_teacher(), miniature.clip_teacher()):
+        return "miniature"
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+
+def _license(name: str) -> str | None:
+    """License from the model card of a folder or a repository on the Hub, `None` if there is none."""
+    if _shorten_paths(name) == "miniature":
+        return "apache-2.0"
+    card_path = Path(name, "README.md")
+    if Path(name).exists() and not card_path.is_file():
+        return None
+    try:
+        return ModelCard.load(card_path if card_path.is_file() else name).data.get("license")
+    except (OSError, ValueError, EntryNotFoundError):  # no card or no connection
+        return None
+
+
+# ---- the example image ----
+
+
+def draw_example_image(folder: Path, image: Image.Image, path: Path) -> None:
+    """
+    Saves an image of two or three panels: the input, the mask from a point at its center and, if the checkpoint has a
+    vocabulary, the segmentation by text.
+
+    Args:
+        folder (`Path`): A folder from `build_repository`.
+        image (`PIL.Image.Image`): The input. It is reduced to at most 1024 pixels in width and height.
+        path (`Path`): The file to write.
+    """
+    image = convert_to_rgb(image)
+    image.thumbnail((EXAMPLE_SIZE, EXAMPLE_SIZE))
+    model = SamClipForImageSegmentation.from_pretrained(folder).eval()
+    processor = SamClipProcessor.from_pretrained(folder)
+    point = [image.width / 2, image.height / 2]
+    inputs = processor(image, input_points=[[[point]]])
+    inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    with torch.inference_mode():
+        masks, iou_scores = model.predict_masks(
+            model.get_image_embeddings(inputs["pixel_values"]), input_points=inputs["input_points"].to(model.dtype)
+        )
+        masks = processor.post_process_masks(masks.float(), inputs["original_sizes"], inputs["reshaped_input_sizes"])[
+            0
+        ]
+        mask = masks[0, iou_scores[0, 0].argmax()].numpy()
+
+        scale = -(-256 // max(image.size))  # small images are enlarged, so that labels are legible
+        pixels = _enlarge(np.asarray(image), scale)
+        with_mask = with_masks(pixels, [_enlarge(mask, scale)])
+        panels = [pixels, with_prompts(with_mask, points=np.array([point]) * scale)]
+        if model.config.vocabulary_label_ids:
+            outputs = model(inputs["pixel_values"], inputs["reshaped_input_sizes"])
+            label_map = processor.post_process_semantic_segmentation(outputs, [(image.height, image.width)])[0]
+            names = list(model.config.id2label.values())
+            has_background = model.config.background_label_id is not None
+            panels.append(with_labels(pixels, _enlarge(label_map.numpy(), scale), names, has_background))
+    Image.fromarray(np.concatenate(panels, axis=1)).save(path)
+
+
+def _enlarge(pixels: np.ndarray, scale: int) -> np.ndarray:
+    """Repeats each pixel of `(height, width, ...)` along both axes, `scale` times."""
+    return pixels.repeat(scale, axis=0).repeat(scale, axis=1)

@@ -1,0 +1,139 @@
+"""The model card, the published provenance and the example image."""
+
+import json
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from PIL import Image
+
+from samclip_hf import miniature
+from samclip_hf.distillation import provenance
+from samclip_hf.publishing import (
+    PublishingError,
+    create_model_card,
+    draw_example_image,
+    publish_provenance,
+    read_results,
+)
+
+from .records import RECIPES, RESULTS, STAGES
+
+
+def test_the_card_contains_everything_that_is_recorded(folder, tmp_path):
+    licenses = {"facebook/sam-vit-base": "apache-2.0"}
+    card = create_model_card(folder, "lab/merged", STAGES, RESULTS, "stage3", licenses, True)
+    for expected in (
+        "SAM `facebook/sam-vit-base` at commit `abc`, license apache-2.0",
+        "CLIP `openai/clip-vit-base-patch16`, license not recorded",
+        "**Stage 2:** 1000 steps, 2,048,000 images, 2.00 hours on 8 x A100",
+        "| classification:imagenet@336 | top1 | 0.724 |",
+        "Measured with `training/evaluate.py --model runs/stage3` and torch 2.14.1.",
+        "Measured with `training/evaluate.py --dtype bfloat16` and torch 2.12.0.",
+        "- dtype: bfloat16",
+        "- templates: 80",
+        "(example.png)",
+        'model="lab/merged"',
+        "title   = {SAM-CLIP: Merging",
+    ):
+        assert expected in card.content, expected
+    assert "iou: cat" not in card.content and "{{" not in card.content and "None" not in card.content
+    card.save(tmp_path / "README.md")
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert data.base_model == ["facebook/sam-vit-base", "openai/clip-vit-base-patch16"]
+    by_type = {result.metric_type: result for result in data.eval_results}
+    assert by_type["top1"].metric_value == pytest.approx(0.7239, abs=1e-4)
+    assert by_type["top1"].task_type == "zero-shot-image-classification"
+
+
+def test_only_teachers_that_were_used_are_listed(folder):
+    """Stage 3 uses no SAM teacher, whatever its arguments name, and only stage 2 records SAM's commit."""
+    clip = "openai/clip-vit-base-patch16"
+    arguments = STAGES[0]["arguments"]
+    first = {"stage": 1, "commits": {"clip_teacher": "def"}, "arguments": arguments | {"sam_student": "lab/sam-b"}}
+    last = {"stage": 3, "teachers": {"sam_teacher": "miniature", "clip_teacher": clip}, "commits": {}}
+    stages = [STAGES[0] | first, STAGES[0], STAGES[0] | last]
+    assert provenance.teachers(stages) == {
+        ("SAM as the start", "lab/sam-b"): None,
+        ("SAM", "facebook/sam-vit-base"): "abc",
+        ("CLIP", clip): "def",
+    }
+    card = create_model_card(folder, "lab/merged", stages)
+    assert card.data.base_model == ["lab/sam-b", "facebook/sam-vit-base", clip]
+    assert "SAM `facebook/sam-vit-base` at commit `abc`" in card.content
+    assert "`miniature`" not in card.content and "does not work on photographs" not in card.content
+
+
+def test_the_provenance_of_the_shipped_miniature_is_complete(folder, tmp_path):
+    stages = provenance.read(miniature.checkpoint())
+    for stage in stages:
+        recipe = yaml.safe_load((RECIPES / f"miniature_stage{stage['stage']}.yaml").read_text())
+        for name in ("dataloader_num_workers", "logging_steps", "save_steps", "report_to"):
+            recipe.pop(name)
+        assert stage["arguments"] == recipe | {"seed": 42}
+        assert stage["steps"] == recipe["max_steps"]
+    stages, licenses = publish_provenance(miniature.checkpoint(), tmp_path)
+    card = create_model_card(folder, "me/miniature", stages, licenses=licenses)
+    assert card.data.license == "apache-2.0"
+    assert "**Stage 3:** 400 steps, 13,864 images" in card.content
+    assert "does not work on photographs" in card.content
+    assert "SAM `miniature`, license apache-2.0; CLIP `miniature`" in card.content
+
+
+def test_absolute_paths_are_not_published(tmp_path):
+    own = tmp_path / "home" / "my_sam"
+    own.mkdir(parents=True)
+    (own / "README.md").write_text("---\nlicense: mit\n---\n")
+    stage = STAGES[0] | {"teachers": {"sam_teacher": str(own), "clip_teacher": miniature.clip_teacher()}}
+    stage["arguments"] = stage["arguments"] | {"sam_data": [str(tmp_path / "sa1b")], "clip_data": ["photos/*.tar"]}
+    (tmp_path / provenance.FILE_NAME).write_text(json.dumps({"stages": [stage]}))
+    (tmp_path / "out").mkdir()
+    stages, licenses = publish_provenance(tmp_path, tmp_path / "out")
+    assert stages[0]["teachers"] == {"sam_teacher": "my_sam", "clip_teacher": "miniature"}
+    assert licenses == {"my_sam": "mit", "miniature": "apache-2.0"}
+    assert (stages[0]["arguments"]["sam_data"], stages[0]["arguments"]["clip_data"]) == (["sa1b"], ["photos/*.tar"])
+    assert str(tmp_path) not in (tmp_path / "out" / provenance.FILE_NAME).read_text()
+
+
+@pytest.mark.parametrize(
+    ("clip_license", "license", "expected"),
+    [("mit", None, "apache-2.0"), ("cc-by-nc-4.0", None, "other"), (None, None, "other"), (None, "mit", "mit")],
+)
+def test_the_default_license_depends_on_the_licenses_of_the_teachers(folder, clip_license, license, expected):
+    licenses = {"facebook/sam-vit-base": "apache-2.0", "openai/clip-vit-base-patch16": clip_license}
+    licenses = {name: value for name, value in licenses.items() if value}
+    card = create_model_card(folder, "me/merged", STAGES, licenses=licenses, license=license)
+    assert card.data.license == expected
+
+
+def test_the_card_says_what_is_not_recorded(folder):
+    text = create_model_card(folder, "me/merged").content
+    assert "Not recorded: the checkpoint has no `provenance.json`" in text
+    assert "Not evaluated" in text and "example.png" not in text
+
+
+def test_results_of_another_model_raise(folder, tmp_path):
+    with pytest.raises(PublishingError, match=r"No results for 'stage2'\. Pass --results_name with one of: stage3"):
+        create_model_card(folder, "me/merged", results=RESULTS, results_name="stage2")
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(PublishingError, match=r"is not a results\.json"):
+        read_results(tmp_path / "other.json")
+
+
+def test_the_python_code_of_the_card_runs(folder, tmp_path, image, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    image.resize((400, 300)).save("photo.jpg")
+    code = create_model_card(folder, str(folder)).content.split("```python\n")[1].split("```")[0]
+    names: dict = {}
+    exec(code, names)
+    assert names["outputs"].pred_masks is not None and names["outputs"].logits_per_image.shape == (1, 2)
+
+
+def test_the_example_image_has_three_panels(folder, tmp_path, image):
+    draw_example_image(folder, image, tmp_path / "example.png")
+    assert Image.open(tmp_path / "example.png").size == (3 * 256, 256)
+
+
+def test_the_example_image_of_a_large_input_is_reduced(folder, tmp_path, image):
+    draw_example_image(folder, image.resize((4000, 2000)), tmp_path / "example.png")
+    assert Image.open(tmp_path / "example.png").size == (3 * 1024, 512)

@@ -1,0 +1,87 @@
+"""`samclip publish`, and the push of the trainer, with a local server in place of the Hub."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from samclip_cli import publish
+from samclip_hf.distillation import SamClipTrainingArguments
+from samclip_hf.publishing import push
+
+from .records import RECIPES, RESULTS
+
+TRAINING = Path(__file__).parents[2] / "training"
+
+
+class TestCommand:
+    @pytest.fixture
+    def arguments(self, tmp_path):
+        (tmp_path / "results.json").write_text(json.dumps(RESULTS))
+        return ["miniature", "merged", "--results", str(tmp_path / "results.json"), "--results_name", "stage3"]
+
+    def test_it_verifies_and_pushes(self, hub, arguments, tmp_path):
+        command = [sys.executable, TRAINING / "publish.py", *arguments, "--folder", tmp_path / "folder"]
+        run = subprocess.run(command, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        assert "pred_masks: differs by" in run.stdout and "Published: " in run.stdout
+        repository = hub.repositories["me/merged"]
+        published = repository.commits[repository.branches["main"]]
+        assert {"README.md", "example.png", "modeling_samclip.py"} <= published.keys()
+        assert 'model="me/merged"' in published["README.md"].decode()
+        assert published.keys() - {".gitattributes"} == {path.name for path in (tmp_path / "folder").iterdir()}
+
+    def test_a_dry_run_needs_no_token(self, hub, arguments, monkeypatch, capsys):
+        monkeypatch.setenv("HF_TOKEN", "")
+        publish.main([*arguments, "--dry-run"])
+        assert "Proven, and not pushed" in capsys.readouterr().out and not hub.repositories
+
+    def test_invalid_arguments_raise_before_the_folder_is_built(self, hub, folder, arguments, tmp_path, capsys):
+        push(folder, "merged")
+        for options, message in (
+            ([], "me/merged exists and contains"),
+            (["--folder", str(tmp_path)], f"{tmp_path} exists"),
+            (["--results", str(tmp_path / "none.json")], "none.json cannot be read"),
+            (["--update", "--example", __file__], "cannot identify image file"),
+            (["--update", "--private"], "me/merged exists and is public"),
+            (["--results_name", "stage2"], "No results for 'stage2'"),
+        ):
+            with pytest.raises(SystemExit, match=rf"Nothing was published\. .*{re.escape(message)}"):
+                publish.main([*arguments, *options])
+        for options, message in (
+            (["miniature", "a/b/c"], "a/b/c"),
+            (["miniature", "merged", "--results_name", "stage3"], "--results_name is of --results"),
+        ):
+            with pytest.raises(SystemExit, match=rf"Nothing was published\. .*{message}"):
+                publish.main([*options, "--dry-run"])
+        assert "Putting together" not in capsys.readouterr().out
+
+
+def test_the_trainer_pushes_checkpoints_and_at_the_end_code_and_card(hub, tmp_path):
+    config = RECIPES / "miniature_stage1.yaml"
+    options = "--max_steps 2 --save_steps 1 --clip_batch_size 2 --dataloader_num_workers 0 --report_to none"
+    options += " --push_to_hub true --hub_model_id lab/merged --hub_always_push true --hub_private_repo true"
+    command = [sys.executable, TRAINING / "train.py", config, "--output_dir", tmp_path / "run"]
+    run = subprocess.run([*command, *options.split()], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    repository = hub.repositories["lab/merged"]
+    assert repository.private
+    assert repository.titles[-1] == "End of training" and "Training in progress, step 1" in repository.titles
+    published = repository.commits[repository.branches["main"]]
+    assert "**Stage 1:** 2 steps" in published["README.md"].decode()
+    code = """
+import sys; sys.modules["samclip_hf"] = None
+from transformers import pipeline
+segmenter = pipeline("zero-shot-image-segmentation", model="lab/merged", trust_remote_code=True)
+print(type(segmenter.model).__name__)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0 and run.stdout.strip() == "SamClipForImageSegmentation", run.stderr
+
+
+def test_a_hub_token_in_the_arguments_raises(tmp_path):
+    with pytest.raises(ValueError, match="hub_token would be published"):
+        SamClipTrainingArguments(output_dir=str(tmp_path), max_steps=1, push_to_hub=True, hub_token="hf_write")
