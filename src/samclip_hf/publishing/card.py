@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image
 from safetensors.torch import load_file
 
 from .. import miniature
 from ..distillation import provenance
-from ..evaluation.report import PER_CLASS, jsonable, model_index, shown
 from ..images import convert_to_rgb
 from ..processing_samclip import SamClipProcessor
 from ..segmentation_samclip import SamClipForImageSegmentation
@@ -77,9 +76,15 @@ def create_model_card(
     if license is None:
         permissive = bool(names) and all(licenses.get(name) in PERMISSIVE_LICENSES for name in names)
         license = "apache-2.0" if permissive else UNKNOWN_LICENSE
+    eval_results: list[EvalResult] = []
+    of_model: dict[str, Any] = {}
     if results is not None:
         results_name = check_results_name(results, results_name)
-    eval_results = [] if results is None or results_name is None else model_index(results, results_name)
+        # Imported here because training imports this module and needs no evaluation.
+        from ..evaluation.report import model_index
+
+        eval_results = model_index(results, results_name)
+        of_model = _results_of_model(results, results_name)
     data = ModelCardData(
         license=license,
         library_name="transformers",
@@ -105,7 +110,7 @@ def create_model_card(
         labels=list(config.get("id2label", {}).values()) if config.get("vocabulary_label_ids") else [],
         has_text_tower=config["has_text_tower"],
         has_example_image=has_example_image,
-        **_results_of_model(results, results_name),
+        **of_model,
     )
 
 
@@ -145,12 +150,14 @@ def check_results_name(results: dict[str, Any], name: str | None) -> str:
     return name
 
 
-def _results_of_model(results: dict[str, Any] | None, name: str | None) -> dict[str, Any]:
+def _results_of_model(results: dict[str, Any], name: str) -> dict[str, Any]:
     """The template's variables for the results: a table of metrics, the protocols, and the commands that were run."""
+    from ..evaluation.report import PER_CLASS, jsonable, shown
+
     metrics: list[tuple[str, str, str]] = []
     protocols: list[tuple[str, dict[str, Any], int]] = []
     commands: dict[str, dict[str, Any]] = {}  # command -> versions; results.json may contain several runs
-    for task, entry in results["tasks"].items() if results is not None else ():
+    for task, entry in results["tasks"].items():
         if name not in entry["models"]:
             continue
         of_model = entry["models"][name]
