@@ -1,14 +1,14 @@
 """
-What lower precision costs and brings, in one table: size, speed, and how the figures change.
+Benchmark of lower precision: size, speed and accuracy, in one table.
 
     python benchmarks/precision.py
     python benchmarks/precision.py --share 0.5 --repeats 20
 
-Float32, bfloat16 and float16; int8 by torchao, of the weights alone or of activations too (dynamic); ONNX in float32
-and in int8 (dynamic, by onnxruntime.quantization, of matrix products). All are judged on the same drawn scenes by the
-protocols of samclip_hf.evaluation, and timed in turns, so that what else the machine does hits all. Another model's
-speed and size can be had by --model; figures on drawn scenes say something of a miniature only. Needs the extras
-`train` and `export`.
+Compares float32, bfloat16 and float16; int8 weights, and int8 weights and activations (dynamic), with torchao; ONNX in
+float32, and in int8 (dynamic, matrix products only) with onnxruntime.quantization. All variants are evaluated on the
+same scenes of the miniature and alternate in one process, so that other load on the machine affects all of them.
+`--model` measures size and speed of another checkpoint; its metrics on these scenes are not meaningful. Needs the
+extras `train` and `export`.
 """
 
 import argparse
@@ -34,12 +34,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from samclip_hf import SamClipForImageSegmentation, miniature
 from samclip_hf.evaluation.adapters import SamClipAdapter
 from samclip_hf.evaluation.evaluator import Evaluator
-from samclip_hf.export.writer import PART_NAMES, export
+from samclip_hf.export import PART_NAMES, export
 from samclip_hf.miniature.scenes import BACKGROUND_PROMPTS, CLASS_NAMES
 from samclip_hf.miniature_lab.tasks import tasks
 from samclip_hf.vision_encoder_samclip import SamClipVisionEncoderOutput
 
-FIGURES = {  # title, task, figure
+METRICS = {  # title: (task, metric)
     "top-1": ("classification:miniature@128", "top1"),
     "point": ("prompts:miniature", "point_miou"),
     "text, CLIP head": ("semantic:miniature@128", "mean_iou"),
@@ -48,7 +48,7 @@ FIGURES = {  # title, task, figure
 
 
 class OnnxVisionEncoder(nn.Module):
-    """The exported image encoder in the place of the model's own, for images without padding."""
+    """Replaces the model's image encoder by the exported one, for images without padding."""
 
     def __init__(self, run: Callable):
         super().__init__()
@@ -63,7 +63,8 @@ class OnnxVisionEncoder(nn.Module):
 
 
 class OnnxClipHead(nn.Module):
-    """What the image encoder's graph has computed of the CLIP head, and the segment encoder."""
+    """Replaces the CLIP head. The outputs for the whole image come from the exported image encoder, which contains the
+    CLIP head; those for segments come from the exported segment encoder."""
 
     def __init__(self, encoder: OnnxVisionEncoder):
         super().__init__()
@@ -90,9 +91,9 @@ class OnnxClipHead(nn.Module):
 
 
 class OnnxModel(SamClipForImageSegmentation):
-    """A SAM-CLIP whose parts are the files of an export; between them runs what always runs."""
+    """A SAM-CLIP that runs the exported parts with onnxruntime, and the code between them with PyTorch."""
 
-    def use(self, folder: Path) -> "OnnxModel":
+    def load_onnx(self, folder: Path) -> "OnnxModel":
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         self.sessions = {
@@ -124,23 +125,23 @@ class OnnxModel(SamClipForImageSegmentation):
         return outputs["pred_masks"][:, :, masks], outputs["iou_scores"][:, :, masks]
 
 
-def variants(name: str, folder: Path) -> dict[str, tuple[SamClipForImageSegmentation, int]]:
-    """Models and the bytes of their files, by title."""
+def create_variants(name: str, folder: Path) -> dict[str, tuple[SamClipForImageSegmentation, int]]:
+    """Returns the model in every precision and the size of its files in bytes, by title."""
     model = SamClipForImageSegmentation.from_pretrained(name, dtype=torch.float32).eval()
-    made: dict[str, SamClipForImageSegmentation] = {"float32": model}
+    models: dict[str, SamClipForImageSegmentation] = {"float32": model}
     for dtype in (torch.bfloat16, torch.float16):
-        made[str(dtype).removeprefix("torch.")] = copy.deepcopy(model).to(dtype)
+        models[str(dtype).removeprefix("torch.")] = copy.deepcopy(model).to(dtype)
     for title, config in {
         "torchao int8, weights": Int8WeightOnlyConfig(),
         "torchao int8, dynamic": Int8DynamicActivationInt8WeightConfig(),
     }.items():
-        made[title] = copy.deepcopy(model)
-        quantize_(made[title], config)
-    sized = {}
-    for title, variant in made.items():
+        models[title] = copy.deepcopy(model)
+        quantize_(models[title], config)
+    variants = {}
+    for title, model in models.items():
         path = folder / "weights.pt"
-        torch.save(variant.state_dict(), path)
-        sized[title] = (variant, path.stat().st_size)
+        torch.save(model.state_dict(), path)
+        variants[title] = (model, path.stat().st_size)
 
     export(name, folder / "onnx")
     (folder / "onnx_int8").mkdir()
@@ -153,15 +154,15 @@ def variants(name: str, folder: Path) -> dict[str, tuple[SamClipForImageSegmenta
         )
     for title, subfolder in {"ONNX float32": "onnx", "ONNX int8, dynamic": "onnx_int8"}.items():
         size = sum(path.stat().st_size for path in (folder / subfolder).glob("*.onnx*"))
-        onnx_model = OnnxModel.from_pretrained(name, dtype=torch.float32).eval().use(folder / subfolder)
-        sized[title] = (onnx_model, size)
-    return sized
+        onnx_model = OnnxModel.from_pretrained(name, dtype=torch.float32).eval().load_onnx(folder / subfolder)
+        variants[title] = (onnx_model, size)
+    return variants
 
 
 def compare(functions: dict[str, Callable], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each, in turns."""
+    """Returns the seconds of every run of each function. The functions alternate."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for repeat in range(repeats + 1):  # the first one warms up
+    for repeat in range(repeats + 1):  # the first run is a warm-up
         for name, function in functions.items():
             start = time.perf_counter()
             with torch.inference_mode():
@@ -172,35 +173,35 @@ def compare(functions: dict[str, Callable], repeats: int) -> dict[str, list[floa
 
 
 def speed(seconds: dict[str, list[float]], title: str) -> str:
-    """Against float32, median (lowest - highest)."""
-    ratios = sorted(base / own for base, own in zip(seconds["float32"], seconds[title], strict=True))
+    """Formats the speed relative to float32: median (lowest - highest)."""
+    ratios = sorted(base / variant for base, variant in zip(seconds["float32"], seconds[title], strict=True))
     return f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} - {ratios[-1]:.2f})"
 
 
-def judge(candidate: SamClipAdapter, chosen: dict[str, Evaluator]) -> dict[str, float]:
-    outcomes = {task: chosen[task].run(candidate) for task, _ in FIGURES.values()}
-    return {title: outcomes[task].metrics[figure] for title, (task, figure) in FIGURES.items()}
+def evaluate(adapter: SamClipAdapter, evaluators: dict[str, Evaluator]) -> dict[str, float]:
+    results = {task: evaluators[task].run(adapter) for task, _ in METRICS.values()}
+    return {title: results[task].metrics[metric] for title, (task, metric) in METRICS.items()}
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=miniature.checkpoint(), help="default: the shipped miniature")
-    parser.add_argument("--share", type=float, default=0.25, help="of the 480 and 200 scenes to judge on")
+    parser.add_argument("--share", type=float, default=0.25, help="fraction of the 480 and 200 evaluation scenes")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=101, help="of the scenes")
+    parser.add_argument("--seed", type=int, default=101, help="seed of the scenes")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
-    warnings.simplefilter("ignore")  # of exporter and quantisers about themselves
+    warnings.simplefilter("ignore")  # the exporter's and quantizers' warnings about their own code
     logging.getLogger().setLevel(logging.ERROR)
 
     with tempfile.TemporaryDirectory() as folder:
-        models = variants(arguments.model, Path(folder))
+        variants = create_variants(arguments.model, Path(folder))
         processor = AutoProcessor.from_pretrained(arguments.model)
-        chosen = tasks(arguments.seed, arguments.share)
-        scene = chosen["composed:miniature"].data.samples[3].image()
+        evaluators = tasks(arguments.seed, arguments.share)
+        scene = evaluators["composed:miniature"].data.samples[3].image()
         pixel_values = processor(scene)["pixel_values"]
-        vocabulary = models["float32"][0].embed_vocabulary(CLASS_NAMES, BACKGROUND_PROMPTS, ["a {}"])
+        vocabulary = variants["float32"][0].embed_vocabulary(CLASS_NAMES, BACKGROUND_PROMPTS, ["a {}"])
 
         def encode(model):
             tokens = model.vision_encoder(pixel_values.to(model.dtype)).patch_tokens
@@ -209,30 +210,32 @@ def main(argv: list[str] | None = None) -> None:
         def segment(model):
             model(pixel_values.to(model.dtype), vocabulary=vocabulary)
 
-        encoder, both = (
-            compare({title: lambda m=m, f=f: f(m) for title, (m, _) in models.items()}, arguments.repeats)
+        encoder_seconds, model_seconds = (
+            compare({title: lambda m=m, f=f: f(m) for title, (m, _) in variants.items()}, arguments.repeats)
             for f in (encode, segment)
         )
-        figures = {
-            title: judge(SamClipAdapter(title, model, processor), chosen) for title, (model, _) in models.items()
+        metrics = {
+            title: evaluate(SamClipAdapter(title, model, processor), evaluators)
+            for title, (model, _) in variants.items()
         }
 
-    scenes = {task: len(chosen[task].data.samples) for task, _ in FIGURES.values()}
+    scenes = {task: len(evaluators[task].data.samples) for task, _ in METRICS.values()}
     height, width = pixel_values.shape[-2:]
     print(
         f"{height} x {width} pixels, {arguments.threads} threads, {arguments.repeats} runs; scenes: {scenes}; torch "
         f"{torch.__version__}, torchao {torchao.__version__}, onnxruntime {onnxruntime.__version__}, transformers "
         f"{transformers.__version__}\n\n"
-        f"| | MB | speed, encoder and CLIP head | speed, text to masks | {' | '.join(FIGURES)} |\n"
-        f"|{'---|' * (4 + len(FIGURES))}"
+        f"| | MB | speed, encoder and CLIP head | speed, text to masks | {' | '.join(METRICS)} |\n"
+        f"|{'---|' * (4 + len(METRICS))}"
     )
-    for title, (_, size) in models.items():
-        change = [
-            f"{own:.3f}" if title == "float32" else f"{own:.3f} ({own - base:+.3f})"
-            for own, base in zip(figures[title].values(), figures["float32"].values(), strict=True)
+    for title, (_, size) in variants.items():
+        cells = [
+            f"{value:.3f}" if title == "float32" else f"{value:.3f} ({value - base:+.3f})"
+            for value, base in zip(metrics[title].values(), metrics["float32"].values(), strict=True)
         ]
         print(
-            f"| {title} | {size / 1e6:.1f} | {speed(encoder, title)} | {speed(both, title)} | {' | '.join(change)} |"
+            f"| {title} | {size / 1e6:.1f} | {speed(encoder_seconds, title)} | {speed(model_seconds, title)} | "
+            f"{' | '.join(cells)} |"
         )
 
 

@@ -1,11 +1,11 @@
 """
-Text -> masks by onnxruntime alone: what `SamClipForImageSegmentation` does, without PyTorch.
+Text-prompted segmentation with onnxruntime: `SamClipForImageSegmentation` without PyTorch.
 
-    python -m samclip_hf.export --output_dir onnx
+    samclip export --output_dir onnx
     python examples/onnx_segmentation.py --onnx onnx --image photo.jpg --output masks.png \
         --labels "red fuzzy shape" "green zigzag shape" --background "an empty scene" --template "a {}"
 
-Needs numpy, pillow, onnxruntime and tokenizers. To take along: nothing here is imported from samclip_hf.
+Needs numpy, pillow, onnxruntime and tokenizers. Copy this file into your project: it does not import samclip_hf.
 """
 
 import argparse
@@ -18,21 +18,29 @@ import onnxruntime
 from PIL import Image, ImageOps
 from tokenizers import Tokenizer
 
-BACKGROUND_LOGIT_MARGIN = 20.0  # logits between what is certain and what is impossible
-MAX_OVERLAP = 0.5  # IoU of two masks that are not taken for the same
-PROMPTS_AT_ONCE = 4
+BACKGROUND_LOGIT_MARGIN = 20.0  # logit of background above or below all other labels, if it is thresholded
+MAX_OVERLAP = 0.5  # masks with a larger IoU are duplicates
+PROMPTS_PER_BATCH = 4
+INSIDE, NO_POINT = 1, -1  # labels of points
+COLORS = np.array([[230, 60, 60], [60, 90, 230], [60, 180, 75], [240, 180, 30], [170, 60, 200]])
 
 
 @dataclass
 class Vocabulary:
     """
-    What to look for.
+    Labels and the embeddings of their texts.
 
-    embeds (`np.ndarray` of shape `(num_texts, projection_dim)`): of length 1.
-    label_ids (`list[int]`): which label each text stands for.
-    names (`list[str]`): of the labels.
-    background (`int`, *optional*): the label that stands for "none of the others".
-    background_threshold (`float`, *optional*): the probability below which nothing else counts.
+    Args:
+        embeds (`np.ndarray` of shape `(num_texts, projection_dim)`):
+            Normalized text embeddings.
+        label_ids (`list[int]`):
+            Label of each text. A label can have several texts; the most similar one counts.
+        names (`list[str]`):
+            Names of the labels.
+        background (`int`, *optional*):
+            Label of pixels that belong to no other label.
+        background_threshold (`float`, *optional*):
+            Pixels and segments are background if no other label has a probability of at least this value.
     """
 
     embeds: np.ndarray
@@ -44,7 +52,17 @@ class Vocabulary:
 
 @dataclass
 class Segment:
-    """A label, its probability among all labels, and a mask `(height, width)` of type bool at the image's size."""
+    """
+    One segment of an image.
+
+    Args:
+        label (`str`):
+            Name of the label.
+        score (`float`):
+            Probability of the label among all labels of the vocabulary.
+        mask (`np.ndarray` of shape `(height, width)`):
+            Boolean mask at the size of the image.
+    """
 
     label: str
     score: float
@@ -52,7 +70,13 @@ class Segment:
 
 
 class OnnxSamClip:
-    """An exported SAM-CLIP. `folder` is what `python -m samclip_hf.export` wrote."""
+    """
+    An exported SAM-CLIP.
+
+    Args:
+        folder (`str` or `Path`):
+            Output folder of `samclip export`.
+    """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -64,15 +88,15 @@ class OnnxSamClip:
         self.patch_size = self.description["image"]["patch_size"]
 
     def run(self, part: str, **inputs: np.ndarray) -> dict[str, np.ndarray]:
-        """A part's outputs by name."""
+        """Runs one part and returns its outputs by name."""
         if part not in self.sessions:
-            raise ValueError(f"{self.folder} was exported without {part}: it has {', '.join(self.sessions)}.")
+            raise ValueError(f"{self.folder} contains no {part}, only {', '.join(self.sessions)}.")
         outputs = self.sessions[part].get_outputs()
         return dict(zip((output.name for output in outputs), self.sessions[part].run(None, inputs), strict=True))
 
     def prepare(self, image: Image.Image) -> tuple[np.ndarray, tuple[int, int]]:
-        """`pixel_values` `(1, 3, height, width)`, and height and width without the padding: the longest edge resized,
-        the rest padded below and on the right."""
+        """Resizes the longest edge, normalizes, and pads at the bottom and on the right. Returns `pixel_values`
+        `(1, 3, height, width)`, and height and width without the padding."""
         settings = self.description["image"]
         scale = settings["longest_edge"] / max(image.size)
         width, height = (max(1, int(side * scale + 0.5)) for side in image.size)
@@ -83,12 +107,13 @@ class OnnxSamClip:
         return padded, (height, width)
 
     def encode(self, image: Image.Image) -> tuple[dict[str, np.ndarray], tuple[int, int]]:
-        """What the image encoder gives, once for any number of texts and prompts; and the size without padding."""
+        """Runs the image encoder. Returns its outputs, which serve any number of texts and prompts, and height and
+        width of the resized image without padding."""
         pixel_values, size = self.prepare(image)
         return self.run("image_encoder", pixel_values=pixel_values, reshaped_input_sizes=np.array([size])), size
 
     def embed_texts(self, texts: list[str]) -> np.ndarray:
-        """`(num_texts, projection_dim)`, of length 1."""
+        """Returns normalized text embeddings `(num_texts, projection_dim)`."""
         settings = self.description["text"]
         tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
         tokenizer.no_padding()
@@ -96,7 +121,7 @@ class OnnxSamClip:
         tokens = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
         longest = max(map(len, tokens))
         if longest > settings["max_tokens"]:
-            raise ValueError(f"The text encoder reads {settings['max_tokens']} tokens at most, a text has {longest}.")
+            raise ValueError(f"A text has {longest} tokens; the maximum is {settings['max_tokens']}.")
         inputs = {"input_ids": np.full((len(texts), longest), settings["pad_token_id"])}
         if settings["takes_mask"]:
             inputs["attention_mask"] = np.zeros_like(inputs["input_ids"])
@@ -107,7 +132,18 @@ class OnnxSamClip:
         return self.run("text_encoder", **inputs)["text_embeds"]
 
     def embed_vocabulary(self, labels: list[str], background: list[str], templates: list[str]) -> Vocabulary:
-        """Names, filled into every template and averaged; with texts of background, label 0 is that."""
+        """
+        Embeds labels, each as the average of its embeddings in all templates.
+
+        Args:
+            labels (`list[str]`):
+                Names of the labels.
+            background (`list[str]`):
+                Texts that describe the background, complete sentences without a template. If there are any, label 0 is
+                background.
+            templates (`list[str]`):
+                Sentences with `{}` for the name.
+        """
         embeds = [self.embed_texts([template.replace("{}", name) for template in templates]) for name in labels]
         means = np.stack([embed.mean(axis=0) for embed in embeds])
         means /= np.linalg.norm(means, axis=1, keepdims=True)
@@ -116,25 +152,27 @@ class OnnxSamClip:
         label_ids = [0] * len(background) + list(range(1, len(labels) + 1))
         return Vocabulary(np.concatenate([self.embed_texts(background), means]), label_ids, ["background", *labels], 0)
 
-    def own_vocabulary(self) -> Vocabulary:
-        """The checkpoint's. Raises `ValueError` if it has none."""
+    def load_vocabulary(self) -> Vocabulary:
+        """Returns the vocabulary of the checkpoint. Raises `ValueError` if it has none."""
         if "vocabulary" not in self.description:
-            raise ValueError("This checkpoint has no vocabulary of its own: say what to look for.")
-        own = self.description["vocabulary"]
-        names = [own["id2label"][str(label)] for label in range(len(own["id2label"]))]
+            raise ValueError("The checkpoint has no vocabulary. Pass labels.")
+        saved = self.description["vocabulary"]
+        names = [saved["id2label"][str(label)] for label in range(len(saved["id2label"]))]
         embeds = np.load(self.folder / "class_embeds.npy")
-        return Vocabulary(embeds, own["label_ids"], names, own["background_label_id"], own["background_threshold"])
+        return Vocabulary(
+            embeds, saved["label_ids"], names, saved["background_label_id"], saved["background_threshold"]
+        )
 
     def classify(self, embeds: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
-        """Logits `(..., num_labels)` of embeddings `(..., projection_dim)`; a label has its most similar text."""
+        """Returns logits `(..., num_labels)` of embeddings `(..., projection_dim)`."""
         similarity = embeds @ vocabulary.embeds.T * self.description["logit_scale"]
         logits = np.full((*embeds.shape[:-1], len(vocabulary.names)), -np.inf, dtype=np.float32)
         for text, label in enumerate(vocabulary.label_ids):
             logits[..., label] = np.maximum(logits[..., label], similarity[..., text])
         if vocabulary.background_threshold is not None:
             highest = logits.max(axis=-1)
-            likeliest = 1 / np.exp(logits - highest[..., None]).sum(axis=-1)
-            is_background = likeliest < vocabulary.background_threshold
+            max_probability = 1 / np.exp(logits - highest[..., None]).sum(axis=-1)
+            is_background = max_probability < vocabulary.background_threshold
             logits[..., vocabulary.background] = highest + np.where(
                 is_background, BACKGROUND_LOGIT_MARGIN, -BACKGROUND_LOGIT_MARGIN
             )
@@ -143,13 +181,25 @@ class OnnxSamClip:
     def predict_masks(
         self, image_embeddings: np.ndarray, points: np.ndarray, labels: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Of prompts `(num_prompts, num_points, 2)`, x and y in pixels of `pixel_values`, and their labels (1 inside,
-        0 outside, 2 and 3 a box's corners, and a last -1 if there is no box): mask logits `(num_prompts, 4, height,
-        width)` and predicted IoUs `(num_prompts, 4)`. The first mask is best for a box or several points, one of the
-        other three for a single point."""
+        """
+        Predicts the masks of prompts.
+
+        Args:
+            image_embeddings (`np.ndarray` of shape `(1, output_channels, grid_height, grid_width)`):
+                Output of the image encoder.
+            points (`np.ndarray` of shape `(num_prompts, num_points, 2)`):
+                x and y in pixels of `pixel_values`.
+            labels (`np.ndarray` of shape `(num_prompts, num_points)`):
+                1 for a point inside the object, 0 for a point outside, 2 and 3 for the upper left and lower right
+                corner of a box, -1 for no point. The last label of a prompt without a box must be -1.
+
+        Returns:
+            `tuple(np.ndarray)`: Mask logits `(num_prompts, 4, height, width)` and predicted IoUs `(num_prompts, 4)`.
+            Use the first mask for a box or several points, and the best of the other three for a single point.
+        """
         masks, scores = [], []
-        for start in range(0, len(points), PROMPTS_AT_ONCE):
-            chunk = slice(start, start + PROMPTS_AT_ONCE)
+        for start in range(0, len(points), PROMPTS_PER_BATCH):
+            chunk = slice(start, start + PROMPTS_PER_BATCH)
             outputs = self.run(
                 "mask_decoder",
                 image_embeddings=image_embeddings,
@@ -162,78 +212,91 @@ class OnnxSamClip:
 
     def segment(self, image: Image.Image, vocabulary: Vocabulary) -> list[Segment]:
         """
-        The CLIP head says where something is, the mask decoder draws what is there from points, and the CLIP head
-        names each segment by itself. Best drawn first; a pixel that several claim belongs to the best drawn.
+        Segments an image.
+
+        The CLIP head classifies every patch, which separates foreground from background. Points on the foreground
+        prompt the mask decoder. The CLIP head then classifies each mask. A pixel in several masks belongs to the best
+        one.
+
+        Returns segments in descending order of mask quality, without background.
         """
-        outputs, content = self.encode(image)
+        outputs, content_size = self.encode(image)
         dense_embeds = outputs["dense_embeds"][0].transpose(1, 2, 0)
         probabilities = softmax(self.classify(dense_embeds, vocabulary))
         rows, columns = (np.arange(side) for side in dense_embeds.shape[:2])
-        shown = (rows < content[0] / self.patch_size)[:, None] & (columns < content[1] / self.patch_size)
-        something = shown.copy()
+        content = (rows < content_size[0] / self.patch_size)[:, None] & (columns < content_size[1] / self.patch_size)
+        foreground = content.copy()
         if vocabulary.background is not None:
-            something &= 1 - probabilities[..., vocabulary.background] > 0.5
-        if not something.any():
+            foreground &= 1 - probabilities[..., vocabulary.background] > 0.5
+        if not foreground.any():
             return []
 
-        points = spread_points(something, self.description["composition_points"])
+        points = spread_points(foreground, self.description["composition_points"])
         points = np.stack([(points + 0.5) * self.patch_size - 0.5, np.zeros_like(points)], axis=1)
-        masks, scores = self.predict_masks(outputs["image_embeddings"], points, np.array([[1, -1]] * len(points)))
+        labels = np.array([[INSIDE, NO_POINT]] * len(points))
+        masks, scores = self.predict_masks(outputs["image_embeddings"], points, labels)
         masks, scores = masks[:, 1:], scores[:, 1:].clip(0) * stability(masks[:, 1:])
         best, prompts = scores.argmax(axis=1), np.arange(len(masks))
         masks, scores = masks[prompts, best], scores[prompts, best]
 
-        kept = distinct_masks(masks, scores)
-        named = []
-        for number, patches in zip(kept, own_patches(masks[kept], something.shape), strict=True):
-            patches &= shown
+        kept = remove_duplicates(masks, scores)
+        classified = []  # indices of masks, and the probabilities of their labels
+        for index, patches in zip(kept, assign_patches(masks[kept], foreground.shape), strict=True):
+            patches &= content
             if patches.any():
-                at = dict(zip(("rows", "columns"), patches.nonzero(), strict=True))
-                embeds = self.run("segment_encoder", patch_tokens=outputs["patch_tokens"], **at)["segment_embeds"]
-                named.append((number, softmax(self.classify(embeds[0], vocabulary))))
+                rows, columns = patches.nonzero()
+                embeds = self.run("segment_encoder", patch_tokens=outputs["patch_tokens"], rows=rows, columns=columns)[
+                    "segment_embeds"
+                ]
+                classified.append((index, softmax(self.classify(embeds[0], vocabulary))))
 
+        best_score = np.zeros((image.height, image.width))
+        best = np.full(best_score.shape, -1)
+        cells = [
+            side * masks.shape[-1] / padded for side, padded in zip(content_size, self._padded_size(), strict=True)
+        ]
+        for position, (index, _) in enumerate(classified):
+            probability = 1 / (1 + np.exp(-resize(masks[index], cells, best_score.shape)))
+            score = probability * (probability > 0.5) * scores[index]
+            best = np.where(score > best_score, position, best)
+            best_score = np.maximum(score, best_score)
         segments = []
-        claimed = np.zeros((image.height, image.width))
-        owner = np.full(claimed.shape, -1)
-        for position, (number, _) in enumerate(named):
-            cells = [side * masks.shape[-1] / padded for side, padded in zip(content, self._padded(), strict=True)]
-            vote = 1 / (1 + np.exp(-resize(masks[number], cells, claimed.shape)))
-            vote = vote * (vote > 0.5) * scores[number]
-            owner = np.where(vote > claimed, position, owner)
-            claimed = np.maximum(vote, claimed)
-        for position, (_, probability) in enumerate(named):
-            label = int(probability.argmax())
+        for position, (_, probabilities) in enumerate(classified):
+            label = int(probabilities.argmax())
             if label != vocabulary.background:
-                segments.append(Segment(vocabulary.names[label], float(probability[label]), owner == position))
+                segments.append(Segment(vocabulary.names[label], float(probabilities[label]), best == position))
         return segments
 
-    def _padded(self) -> tuple[int, int]:
+    def _padded_size(self) -> tuple[int, int]:
         return self.description["image"]["padded_height"], self.description["image"]["padded_width"]
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
-    """Over the last axis."""
+    """Returns the softmax over the last axis."""
     powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
     return powers / powers.sum(axis=-1, keepdims=True)
 
 
-def spread_points(cells: np.ndarray, number: int) -> np.ndarray:
-    """So many of the marked cells `(rows, columns)`, evenly spread in reading order: x and y `(number, 2)`."""
+def spread_points(cells: np.ndarray, num_points: int) -> np.ndarray:
+    """Selects `num_points` of the marked cells `(rows, columns)`, evenly spaced in reading order. Returns their x and
+    y `(num_points, 2)`."""
     marked = cells.ravel().nonzero()[0]
-    chosen = marked[((np.arange(number, dtype=np.float32) + 0.5) * len(marked) / number).astype(int)]
-    return np.stack([chosen % cells.shape[1], chosen // cells.shape[1]], axis=-1)
+    selected = marked[((np.arange(num_points, dtype=np.float32) + 0.5) * len(marked) / num_points).astype(int)]
+    return np.stack([selected % cells.shape[1], selected // cells.shape[1]], axis=-1)
 
 
 def stability(masks: np.ndarray) -> np.ndarray:
-    """How little mask logits `(..., height, width)` change with their threshold, from 0 to 1."""
+    """Returns the stability score, 0 to 1, of mask logits `(..., height, width)`: the IoU of the masks at the
+    thresholds 1 and -1."""
     return (masks > 1).sum(axis=(-2, -1)) / (masks > -1).sum(axis=(-2, -1)).clip(1)
 
 
-def distinct_masks(masks: np.ndarray, scores: np.ndarray) -> list[int]:
-    """Those that are neither empty nor a better one once more, best first."""
+def remove_duplicates(masks: np.ndarray, scores: np.ndarray) -> list[int]:
+    """Returns indices of the mask logits `(num_masks, height, width)` after non-maximum suppression, without empty
+    masks, in descending order of scores."""
     flat = (masks > 0).reshape(len(masks), -1).astype(np.float32)
-    area, shared = flat.sum(axis=1), flat @ flat.T
-    overlap = shared / (area[:, None] + area[None, :] - shared).clip(1)
+    area, intersection = flat.sum(axis=1), flat @ flat.T
+    overlap = intersection / (area[:, None] + area[None, :] - intersection).clip(1)
     kept: list[int] = []
     for index in np.argsort(-scores, kind="stable").tolist():
         if area[index] > 0 and all(overlap[index, other] <= MAX_OVERLAP for other in kept):
@@ -241,17 +304,20 @@ def distinct_masks(masks: np.ndarray, scores: np.ndarray) -> list[int]:
     return kept
 
 
-def own_patches(masks: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """Which patches `(num_masks, rows, columns)` are at least half inside, or the fullest one; the first claims."""
-    blocks = (masks > 0).reshape(len(masks), grid[0], masks.shape[1] // grid[0], grid[1], masks.shape[2] // grid[1])
-    share = blocks.mean(axis=(2, 4))
-    claimed = (share >= 0.5) | (share >= share.max(axis=(1, 2), keepdims=True))
-    return claimed & (claimed.cumsum(axis=0) == 1)
+def assign_patches(masks: np.ndarray, grid_size: tuple[int, int]) -> np.ndarray:
+    """Assigns patches to the mask logits `(num_masks, height, width)`. Returns a boolean array `(num_masks, rows,
+    columns)`: a mask contains the patches that it covers by half or more, or else the patch that it covers most; a
+    patch in several masks belongs to the first."""
+    height, width = grid_size
+    blocks = (masks > 0).reshape(len(masks), height, masks.shape[1] // height, width, masks.shape[2] // width)
+    coverage = blocks.mean(axis=(2, 4))
+    covered = (coverage >= 0.5) | (coverage >= coverage.max(axis=(1, 2), keepdims=True))
+    return covered & (covered.cumsum(axis=0) == 1)
 
 
-def resize(mask: np.ndarray, content: list[float], size: tuple[int, ...]) -> np.ndarray:
-    """The upper left corner of `content` (height, width) cells of a mask, bilinearly resized to `size`."""
-    for axis, (cells, length) in enumerate(zip(content, size, strict=True)):
+def resize(mask: np.ndarray, content_size: list[float], size: tuple[int, ...]) -> np.ndarray:
+    """Resizes the upper left corner of a mask, of `content_size` (height and width in cells), bilinearly to `size`."""
+    for axis, (cells, length) in enumerate(zip(content_size, size, strict=True)):
         last = mask.shape[axis] - 1
         position = ((np.arange(length) + 0.5) * cells / length - 0.5).clip(0, last)
         below = np.floor(position).astype(int)
@@ -263,12 +329,12 @@ def resize(mask: np.ndarray, content: list[float], size: tuple[int, ...]) -> np.
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--onnx", type=Path, required=True, help="folder of the export")
+    parser.add_argument("--onnx", type=Path, required=True, help="output folder of `samclip export`")
     parser.add_argument("--image", type=Path, required=True)
-    parser.add_argument("--labels", nargs="+", help="what to look for (default: the checkpoint's vocabulary)")
-    parser.add_argument("--background", nargs="+", default=[], help="texts of what belongs to no label")
-    parser.add_argument("--template", nargs="+", default=["a photo of a {}"], help="sentences with {} for the name")
-    parser.add_argument("--output", type=Path, help="picture to write, with the masks laid over the image")
+    parser.add_argument("--labels", nargs="+", help="names of the labels (default: the checkpoint's vocabulary)")
+    parser.add_argument("--background", nargs="+", default=[], help="texts that describe the background")
+    parser.add_argument("--template", nargs="+", default=["a photo of a {}"], help="sentences with {} for a label")
+    parser.add_argument("--output", type=Path, help="file for the image with colored masks")
     arguments = parser.parse_args()
     try:
         model = OnnxSamClip(arguments.onnx)
@@ -277,17 +343,16 @@ def main() -> None:
         if arguments.labels:
             vocabulary = model.embed_vocabulary(arguments.labels, arguments.background, arguments.template)
         else:
-            vocabulary = model.own_vocabulary()
+            vocabulary = model.load_vocabulary()
     except (OSError, ValueError) as error:
         parser.error(str(error))
     segments = model.segment(image, vocabulary)
     pixels = np.asarray(image).copy()
     for number, segment in enumerate(segments):
-        colour = np.array([[230, 60, 60], [60, 90, 230], [60, 180, 75], [240, 180, 30], [170, 60, 200]])[number % 5]
-        pixels[segment.mask] = (pixels[segment.mask] * 0.4 + colour * 0.6).astype(np.uint8)
+        pixels[segment.mask] = (pixels[segment.mask] * 0.4 + COLORS[number % len(COLORS)] * 0.6).astype(np.uint8)
         print(f"{segment.label}: probability {segment.score:.3f}, {segment.mask.sum()} pixels")
     if not segments:
-        print("Nothing found.")
+        print("No segments.")
     if arguments.output:
         Image.fromarray(pixels).save(arguments.output)
 

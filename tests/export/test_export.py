@@ -23,8 +23,9 @@ from samclip_hf import (
     SamClipProcessor,
     miniature,
 )
-from samclip_hf.export import writer as exporting
-from samclip_hf.export.writer import PART_NAMES, SegmentEncoder, SiglipTextEncoder, export, main, parts_of
+from samclip_hf.export import PART_NAMES, create_parts, export, writer
+from samclip_hf.export.__main__ import main
+from samclip_hf.export.modules import SegmentEncoder, SiglipTextEncoder
 from samclip_hf.miniature.scenes import CLASS_NAMES, render
 
 from ..conftest import tiny_clip, tiny_sam
@@ -45,7 +46,7 @@ from onnx_segmentation import OnnxSamClip
 
 folder, pictures, results = sys.argv[2:5]
 model = OnnxSamClip(folder)
-own = model.own_vocabulary()
+own = model.load_vocabulary()
 asked = model.embed_vocabulary({LABELS!r}, {BACKGROUND!r}, ["a {{}}", "a {{}} on a plain background"])
 found = {{"embeds": asked.embeds}}
 for number in range(3):
@@ -214,7 +215,7 @@ class TestParts:
             actual = SiglipTextEncoder(student)(inputs["input_ids"])
         torch.testing.assert_close(actual, expected)
         processor = SamClipProcessor(SamClipImageProcessor(), AutoTokenizer.from_pretrained(siglip_folder))
-        part = parts_of(student, processor)["text_encoder"]
+        part = create_parts(student, processor)["text_encoder"]
         traced = torch.export.export(
             part.module, part.make_inputs(2, 5, 7, 3), dynamic_shapes=tuple(part.inputs.values()), strict=False
         )
@@ -267,9 +268,9 @@ class TestTextToMasks:
             assert run.returncode == 2 and sentence in run.stderr and "Traceback" not in run.stderr
 
     def test_the_benchmarks_model_is_the_exported_one(self, exported, checkpoint, model):
-        """What `benchmarks/precision.py` judges as ONNX segments as PyTorch does."""
+        """The ONNX model of `benchmarks/precision.py` gives PyTorch's segments."""
         onnx_model = load_script(ROOT / "benchmarks" / "precision.py").OnnxModel.from_pretrained(checkpoint).eval()
-        onnx_model.use(exported)
+        onnx_model.load_onnx(exported)
         pixel_values = SamClipProcessor.from_pretrained(checkpoint)(Image.fromarray(render(0, 8).image))[
             "pixel_values"
         ]
@@ -282,10 +283,10 @@ class TestTextToMasks:
 
 class TestFolder:
     def test_replaces_an_earlier_export_and_leaves_nothing_of_it(self, checkpoint, tmp_path, monkeypatch, capsys):
-        monkeypatch.setattr(exporting, "EXTERNAL_ABOVE", 0)
+        monkeypatch.setattr(writer, "EXTERNAL_DATA_BYTES", 0)
         folder = tmp_path / "new" / "onnx"
         differences = export(checkpoint, folder, ["text_encoder"], opset=20)
-        assert 0 < differences["text_encoder"] < exporting.TOLERANCE
+        assert 0 < differences["text_encoder"] < writer.TOLERANCE
         names = {"samclip.json", "text_encoder.onnx", "text_encoder.onnx.data", "tokenizer.json", "class_embeds.npy"}
         assert {path.name for path in folder.iterdir()} == names
         assert (folder / "text_encoder.onnx.data").stat().st_size > (folder / "text_encoder.onnx").stat().st_size
@@ -298,14 +299,14 @@ class TestFolder:
         assert [path.name for path in folder.parent.iterdir()] == ["onnx"]
 
     def test_a_file_that_gives_something_else_is_not_left(self, checkpoint, tmp_path, monkeypatch):
-        monkeypatch.setattr(exporting, "TOLERANCE", 0.0)
-        with pytest.raises(RuntimeError, match=r"text_encoder.onnx gives other text_embeds than PyTorch"):
+        monkeypatch.setattr(writer, "TOLERANCE", 0.0)
+        with pytest.raises(RuntimeError, match=r"text_embeds of text_encoder.onnx differs from PyTorch"):
             export(checkpoint, tmp_path / "onnx", ["text_encoder"])
         assert not list(tmp_path.iterdir())
 
     def test_other_peoples_things_stay(self, checkpoint, tmp_path):
         (tmp_path / "thesis.tex").write_text("x")
-        with pytest.raises(FileExistsError, match=r"holds other things than an earlier export: thesis\.tex"):
+        with pytest.raises(FileExistsError, match=r"not of an earlier export: thesis\.tex"):
             export(checkpoint, tmp_path)
         (tmp_path / "thesis.tex").rename(tmp_path / "tokenizer.json")
         with pytest.raises(FileExistsError, match=r"tokenizer\.json"):
@@ -316,20 +317,20 @@ class TestFolder:
 
 class TestErrors:
     def test_other_models(self, tmp_path):
-        with pytest.raises(ValueError, match=r"of type 'clip'; a SAM-CLIP can be exported"):
+        with pytest.raises(ValueError, match=r"not a SAM-CLIP checkpoint but a model of type 'clip'"):
             export(miniature.clip_teacher(), tmp_path / "onnx")
-        with pytest.raises(ValueError, match=r"nowhere is no SAM-CLIP checkpoint"):
+        with pytest.raises(ValueError, match=r"nowhere is not a SAM-CLIP checkpoint"):
             export(str(tmp_path / "nowhere"), tmp_path / "onnx")
         assert not list(tmp_path.iterdir())
 
     def test_a_checkpoint_without_a_processor(self, checkpoint, tmp_path):
         for name in ("config.json", "model.safetensors"):
             shutil.copy(checkpoint / name, tmp_path)
-        with pytest.raises(ValueError, match="no processor beside the model"):
+        with pytest.raises(ValueError, match="contains no processor"):
             export(str(tmp_path), tmp_path / "onnx")
 
     def test_parts_that_there_are_not(self, checkpoint, model, tmp_path):
-        with pytest.raises(ValueError, match=r"no part 'vision': its parts are image_encoder"):
+        with pytest.raises(ValueError, match=r"Unknown part 'vision': choose from image_encoder"):
             export(checkpoint, tmp_path / "onnx", ["vision"])
         shutil.copytree(checkpoint, tmp_path / "mute")
         mute = SamClipForImageSegmentation.from_pretrained(checkpoint).drop_text_tower()
@@ -338,7 +339,7 @@ class TestErrors:
             export(str(tmp_path / "mute"), tmp_path / "onnx", ["text_encoder"])
 
     def test_opsets(self, checkpoint, tmp_path):
-        with pytest.raises(ValueError, match="opsets 18 to 23 can be written, not 17"):
+        with pytest.raises(ValueError, match="opset 17: choose one of 18 to 23"):
             export(checkpoint, tmp_path / "onnx", opset=17)
 
     def test_without_the_extra(self, checkpoint, tmp_path, monkeypatch):
@@ -349,7 +350,7 @@ class TestErrors:
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor compiles by g++, which is not installed")
 def test_runs_compiled_ahead_of_time(model, checkpoint, tmp_path):
-    part = parts_of(model, SamClipProcessor.from_pretrained(checkpoint))["segment_encoder"]
+    part = create_parts(model, SamClipProcessor.from_pretrained(checkpoint))["segment_encoder"]
     with torch.no_grad():
         traced = torch.export.export(
             part.module, part.make_inputs(1, 9, 15, 3), dynamic_shapes=tuple(part.inputs.values())

@@ -1,5 +1,6 @@
-"""ONNX export of a SAM-CLIP; needs the extra `export`."""
+"""ONNX export of a SAM-CLIP. Needs the extra `export`."""
 
-from .writer import PART_NAMES, export
+from .modules import PART_NAMES, Part, create_parts
+from .writer import OPSETS, export
 
-__all__ = ["PART_NAMES", "export"]
+__all__ = ["OPSETS", "PART_NAMES", "Part", "create_parts", "export"]
