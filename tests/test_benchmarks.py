@@ -1,4 +1,4 @@
-"""The benchmarks run, at a size that says nothing about speed."""
+"""Benchmarks run end to end on tiny models."""
 
 import re
 from pathlib import Path
@@ -24,7 +24,7 @@ def sizes():
 
 
 @pytest.mark.parametrize("what, rows", [("encoder", 4), ("text_to_masks", 5)])
-def test_every_variant_gets_its_row_of_finite_figures(inference, sizes, capsys, what, rows):
+def test_inference_benchmark_prints_a_row_for_every_variant(inference, sizes, capsys, what, rows):
     threads = torch.get_num_threads()
     inference.main([what, "--repeats", "2"], *sizes)
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| S") or line.startswith("| C")]
@@ -34,7 +34,7 @@ def test_every_variant_gets_its_row_of_finite_figures(inference, sizes, capsys, 
     assert torch.get_num_threads() == threads
 
 
-def test_what_each_step_bought_is_measured_on_the_same_numbers(inference, sizes, monkeypatch):
+def test_inference_benchmark_compares_equal_outputs(inference, sizes, monkeypatch):
     results = {}
 
     def compare(functions, repeats, device):
@@ -49,8 +49,16 @@ def test_what_each_step_bought_is_measured_on_the_same_numbers(inference, sizes,
         torch.testing.assert_close(result.last_hidden_state, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_without_a_gpu_nothing_is_measured(inference, capsys, monkeypatch):
+def test_inference_benchmark_requires_the_requested_gpu(inference, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit):
         inference.main(["encoder", "--device", "cuda"])
     assert "nothing was measured" in capsys.readouterr().err
+
+
+def test_mask_generation_benchmark_finds_equal_masks_with_both_models(capsys):
+    script = load_script(Path(__file__).parents[1] / "benchmarks" / "mask_generation.py")
+    script.main(["--longest_edge", "96", "--points_per_crop", "4", "--repeats", "1"])
+    output = capsys.readouterr().out
+    assert re.search(r"Equal masks: [1-9]\d* pairs, lowest IoU (1\.0|0\.99)", output), output
+    assert output.count(" - ") == 3  # two rows, and the header

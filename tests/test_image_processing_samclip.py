@@ -14,44 +14,44 @@ SIZES = {
     "mask_size": {"longest_edge": 32},
     "mask_pad_size": {"height": 32, "width": 32},
 }
-BOTH = pytest.mark.parametrize("processor_class", [SamClipImageProcessor, SamClipImageProcessorPil])
+BOTH_BACKENDS = pytest.mark.parametrize("processor_class", [SamClipImageProcessor, SamClipImageProcessorPil])
 
 
-def random_image(width, height, seed=0):
-    # Smooth, as photographs are: the two backends' resampling differs on noise.
+def smooth_image(width, height, seed=0):
+    # Smooth, because the backends resample noise differently.
     small = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def test_pixels_are_sams():
-    images = [random_image(100, 50), random_image(30, 90, seed=1)]
+def test_pixel_values_equal_those_of_sam():
+    images = [smooth_image(100, 50), smooth_image(30, 90, seed=1)]
     expected = SamImageProcessor(**SIZES)(images, return_tensors="pt")
     actual = SamClipImageProcessor(**SIZES)(images, return_tensors="pt")
     for name in ("pixel_values", "original_sizes", "reshaped_input_sizes"):
         torch.testing.assert_close(actual[name], expected[name], rtol=0, atol=0)
 
 
-def test_backends_agree_to_a_few_grey_levels():
-    images = [random_image(100, 50), random_image(30, 90, seed=1)]
+def test_backends_agree_to_within_three_of_255_levels():
+    images = [smooth_image(100, 50), smooth_image(30, 90, seed=1)]
     torchvision = SamClipImageProcessor(**SIZES)(images, return_tensors="pt")
     pil = SamClipImageProcessorPil(**SIZES)(images, return_tensors="pt")
     assert pil["reshaped_input_sizes"].tolist() == torchvision["reshaped_input_sizes"].tolist()
     difference = (torchvision["pixel_values"] - pil["pixel_values"]).abs()
-    assert difference.max() < 3 / 255 / 0.22  # three grey levels under SAM's smallest standard deviation
+    assert difference.max() < 3 / 255 / 0.22  # three levels, divided by the smallest standard deviation
 
 
-@BOTH
-def test_a_size_for_one_call_pads_to_it(processor_class):
+@BOTH_BACKENDS
+def test_size_argument_also_sets_the_padding(processor_class):
     processor = processor_class(**SIZES)
-    inputs = processor(random_image(100, 50), size={"longest_edge": 48}, return_tensors="pt")
+    inputs = processor(smooth_image(100, 50), size={"longest_edge": 48}, return_tensors="pt")
     assert inputs["pixel_values"].shape == (1, 3, 48, 48)
     assert inputs["reshaped_input_sizes"].tolist() == [[24, 48]]
     assert not inputs["pixel_values"][0, :, 24:].any()
-    assert processor(random_image(100, 50), return_tensors="pt")["pixel_values"].shape == (1, 3, 64, 64)
+    assert processor(smooth_image(100, 50), return_tensors="pt")["pixel_values"].shape == (1, 3, 64, 64)
 
 
-@BOTH
-def test_saves_and_loads(processor_class, tmp_path):
+@BOTH_BACKENDS
+def test_loads_what_it_saved(processor_class, tmp_path):
     processor_class(**SIZES).save_pretrained(tmp_path)
     backend = "pil" if processor_class is SamClipImageProcessorPil else "torchvision"
     loaded = AutoImageProcessor.from_pretrained(tmp_path, backend=backend)
@@ -59,13 +59,13 @@ def test_saves_and_loads(processor_class, tmp_path):
     assert loaded.size["longest_edge"] == 64 and loaded.pad_size["height"] == 64
 
 
-@BOTH
-def test_the_same_picture_in_any_type_gives_the_same_pixels(processor_class):
-    image = random_image(60, 40)
+@BOTH_BACKENDS
+def test_pixel_values_do_not_depend_on_the_type_of_the_image(processor_class):
+    image = smooth_image(60, 40)
     pixels = np.asarray(image)
-    grey = np.asarray(image.convert("L"))
-    sixteen_bits = Image.fromarray(grey.astype(np.uint16) * 257)
-    assert sixteen_bits.mode == "I;16"
+    gray = np.asarray(image.convert("L"))
+    image_16_bit = Image.fromarray(gray.astype(np.uint16) * 257)
+    assert image_16_bit.mode == "I;16"
     processor = processor_class(**SIZES)
 
     def pixel_values(image):
@@ -81,20 +81,20 @@ def test_the_same_picture_in_any_type_gives_the_same_pixels(processor_class):
     ):
         torch.testing.assert_close(pixel_values(same), pixel_values(image), rtol=0, atol=1e-5)
     expected = pixel_values(image.convert("L"))
-    for same in (grey, torch.from_numpy(grey.copy()), sixteen_bits, sixteen_bits.convert("I")):
+    for same in (gray, torch.from_numpy(gray.copy()), image_16_bit, image_16_bit.convert("I")):
         torch.testing.assert_close(pixel_values(same), expected, rtol=0, atol=1e-5)
 
 
-@BOTH
+@BOTH_BACKENDS
 @pytest.mark.parametrize("size", [(1, 1), (8000, 50)])
-def test_extreme_sizes_fit_in(processor_class, size):
+def test_extreme_aspect_ratios_are_resized_and_padded(processor_class, size):
     inputs = processor_class(**SIZES)(Image.new("RGB", size, "red"), return_tensors="pt")
     assert inputs["pixel_values"].shape == (1, 3, 64, 64) and inputs["pixel_values"].isfinite().all()
 
 
-@BOTH
+@BOTH_BACKENDS
 @pytest.mark.parametrize(
-    "image, sentence",
+    "image, message",
     [
         ([], "list of images is empty"),
         (np.zeros((0, 5, 3), dtype=np.uint8), "no pixels"),
@@ -103,13 +103,13 @@ def test_extreme_sizes_fit_in(processor_class, size):
         (torch.full((3, 5, 5), torch.inf), "not finite"),
     ],
 )
-def test_images_without_a_meaning_are_refused(processor_class, image, sentence):
-    with pytest.raises(ValueError, match=sentence):
+def test_invalid_images_raise_an_error(processor_class, image, message):
+    with pytest.raises(ValueError, match=message):
         processor_class(**SIZES)(image)
 
 
-def test_floats_that_look_scaled_already_are_complained_about_once(complaints):
-    processor, image = SamClipImageProcessor(**SIZES), np.asarray(random_image(60, 40)) / 255
+def test_float_images_that_seem_rescaled_log_a_warning(complaints):
+    processor, image = SamClipImageProcessor(**SIZES), np.asarray(smooth_image(60, 40)) / 255
     processor(image)
     assert "do_rescale=False" in complaints.text
     complaints.clear()
@@ -119,12 +119,12 @@ def test_floats_that_look_scaled_already_are_complained_about_once(complaints):
 
 class TestSemanticSegmentation:
     def outputs(self, logits, content_sizes):
-        none = torch.full((len(logits),), -1)
+        no_background = torch.full((len(logits),), -1)
         return SamClipSegmentationOutput(
-            logits=logits, content_sizes=torch.tensor(content_sizes), background_label_ids=none
+            logits=logits, content_sizes=torch.tensor(content_sizes), background_label_ids=no_background
         )
 
-    def test_equals_resize_crop_resize_argmax_without_padding(self):
+    def test_equals_argmax_of_resized_logits_without_padding(self):
         logits = torch.randn(1, 5, 8, 8)
         resized = torch.nn.functional.interpolate(logits, size=(20, 28), mode="bilinear", align_corners=False)
         maps = SamClipImageProcessor(**SIZES).post_process_semantic_segmentation(
@@ -132,28 +132,28 @@ class TestSemanticSegmentation:
         )
         assert maps[0].equal(resized[0].argmax(dim=0))
 
-    def test_many_labels_in_chunks_give_the_same(self):
+    def test_result_does_not_depend_on_chunks(self):
         logits = torch.randn(2, 3 * MAPS_PER_CHUNK + 1, 4, 4)
         maps = SamClipImageProcessor(**SIZES).post_process_semantic_segmentation(
             self.outputs(logits, [[4.0, 4.0], [4.0, 4.0]])
         )
         assert torch.stack(maps).equal(logits.argmax(dim=1))
 
-    def test_padding_is_cut_and_does_not_bleed_in(self):
+    def test_padding_is_removed_before_resizing(self):
         logits = torch.zeros(1, 2, 4, 4)
-        logits[0, 1, :, 3] = 100.0  # only in the padding, right of a picture three cells wide
+        logits[0, 1, :, 3] = 100.0  # in the padding only
         maps = SamClipImageProcessor(**SIZES).post_process_semantic_segmentation(
             self.outputs(logits, [[4.0, 2.0]]), [(40, 20)]
         )
         assert maps[0].shape == (40, 20) and not maps[0].any()
 
-    def test_wrong_number_of_sizes_is_refused(self):
+    def test_wrong_number_of_target_sizes_raises_an_error(self):
         with pytest.raises(ValueError, match="2 target_sizes for 1 images"):
             SamClipImageProcessor(**SIZES).post_process_semantic_segmentation(
                 self.outputs(torch.zeros(1, 2, 4, 4), [[4.0, 4.0]]), [(4, 4), (4, 4)]
             )
 
-    def test_fractions_of_cells_are_kept(self):
+    def test_content_size_may_be_a_fraction_of_a_cell(self):
         ramp = torch.arange(8.0).expand(1, 8, 8).contiguous()
         resized = resize_content(ramp, (8, 5.5), (8, 11))[0, 0]
         expected = (torch.arange(11) + 0.5) * 0.5 - 0.5
@@ -161,7 +161,7 @@ class TestSemanticSegmentation:
 
 
 class TestSegments:
-    """Segments on a grid of 4 x 4 patches, their masks on 16 x 16 cells."""
+    """Segments on a grid of 4 x 4 patches, with masks of 16 x 16 cells."""
 
     processor = SamClipImageProcessor(**SIZES)
 
@@ -181,15 +181,15 @@ class TestSegments:
         return mask
 
     @pytest.mark.parametrize("background", [None, 2])
-    def test_semantic_labels_are_those_of_the_best_segment_of_a_pixel(self, background):
+    def test_semantic_labels_are_those_of_the_best_segment(self, background):
         num_segments = 2 * MAPS_PER_CHUNK + 3
         scores = torch.rand(num_segments)
-        scores[5] = 0  # no segment
+        scores[5] = 0  # an empty segment
         masks = torch.randn(num_segments, 16, 16) - 2
         outputs = self.outputs(masks, torch.rand(num_segments, 5).tolist(), scores.tolist(), background)
         label_map = self.processor.post_process_semantic_segmentation(outputs)[0]
         labels = outputs.segment_logits[0].argmax(dim=-1)
-        elsewhere = self.processor.post_process_semantic_segmentation(
+        clip_head_map = self.processor.post_process_semantic_segmentation(
             SamClipSegmentationOutput(
                 logits=outputs.logits, content_sizes=outputs.content_sizes, background_label_ids=torch.tensor([-1])
             ),
@@ -203,11 +203,11 @@ class TestSegments:
                     best = max(inside, key=lambda k: masks[k, y, x].sigmoid() * scores[k])
                     assert label_map[y, x] == labels[best]
                 else:
-                    assert label_map[y, x] == (elsewhere[y, x] if background is None else background)
+                    assert label_map[y, x] == (clip_head_map[y, x] if background is None else background)
                     uncovered += 1
         assert 0 < uncovered < 256
 
-    def test_panoptic_segments_do_not_overlap_and_the_better_drawn_lies_above(self):
+    def test_panoptic_segments_do_not_overlap_and_the_better_mask_wins(self):
         outputs = self.outputs(
             [self.columns(0, 8), self.columns(6, 16)], [[0.1, 0.6, 0.3], [0.1, 0.1, 0.8]], [0.7, 0.9], background=0
         )
@@ -218,11 +218,11 @@ class TestSegments:
         assert result["segmentation"].tolist() == [[1] * 12 + [2] * 20] * 32
         labels, scores = zip(*((s["label_id"], s["score"]) for s in result["segments_info"]), strict=True)
         assert labels == (1, 2) and scores == pytest.approx((0.6, 0.8))
-        # Six of the first one's eight columns are left.
+        # The first segment keeps six of its eight columns, less than the default threshold.
         result = self.processor.post_process_panoptic_segmentation(outputs, overlap_mask_area_threshold=0.8)[0]
         assert result["segmentation"].tolist() == [[0] * 6 + [1] * 10] * 16
 
-    def test_unsure_names_and_background_are_no_segments(self):
+    def test_low_scores_and_background_are_removed(self):
         outputs = self.outputs(
             [self.columns(0, 8), self.columns(6, 10), self.columns(10, 16)],
             [[0.1, 0.6, 0.3], [0.2, 0.4, 0.4], [0.8, 0.1, 0.1]],
@@ -234,14 +234,14 @@ class TestSegments:
         result = self.processor.post_process_panoptic_segmentation(outputs, threshold=0.7)[0]
         assert not result["segmentation"].any() and result["segments_info"] == []
 
-    def test_a_pixel_belongs_to_a_mask_from_the_threshold_on(self):
+    def test_mask_contains_pixels_above_the_mask_threshold(self):
         outputs = self.outputs([torch.linspace(-1.5, 1.5, 16).expand(16, 16).logit(eps=1e-3)], [[0.1, 0.9]], [1.0])
         probability = outputs.segment_masks[0, 0].sigmoid()
         for threshold in (0.3, 0.5, 0.9):
             result = self.processor.post_process_instance_segmentation(outputs, mask_threshold=threshold)[0]
             assert torch.equal(result["segmentation"] == 1, probability > threshold)
 
-    def test_instances_stay_apart_and_fused_labels_do_not(self):
+    def test_only_labels_to_fuse_are_merged(self):
         outputs = self.outputs(
             [self.columns(0, 4), self.columns(6, 10), self.columns(12, 16)],
             [[0.1, 0.9], [0.2, 0.8], [0.9, 0.1]],
@@ -255,12 +255,12 @@ class TestSegments:
         assert [(s["label_id"], s["was_fused"]) for s in fused["segments_info"]] == [(1, True), (0, False)]
         assert fused["segments_info"][0]["score"] == pytest.approx(0.9)
 
-    def test_the_clip_head_alone_draws_no_segments(self):
+    def test_panoptic_segmentation_requires_both_heads(self):
         outputs = SamClipSegmentationOutput(logits=torch.zeros(1, 2, 4, 4), content_sizes=torch.tensor([[4.0, 4.0]]))
         with pytest.raises(ValueError, match="both_heads=True"):
             self.processor.post_process_panoptic_segmentation(outputs)
 
-    def test_boxes_hold_their_masks_and_the_most_probable_comes_first(self):
+    def test_boxes_enclose_their_masks_in_descending_order_of_scores(self):
         outputs = SamClipObjectDetectionOutput(
             logits=torch.zeros(1, 2, 4, 4),
             segment_masks=torch.stack([self.columns(0, 4), self.columns(6, 10), self.columns(12, 16)])[None],
@@ -271,5 +271,5 @@ class TestSegments:
         assert result["scores"].tolist() == pytest.approx([0.8, 0.3])
         assert result["boxes"].tolist() == [[48, 0, 64, 32], [0, 0, 16, 32]]
         assert result["labels"].tolist() == [0, 0]
-        nothing = self.processor.post_process_object_detection(outputs, threshold=0.9)[0]
-        assert nothing["boxes"].shape == (0, 4) and nothing["scores"].shape == (0,)
+        no_boxes = self.processor.post_process_object_detection(outputs, threshold=0.9)[0]
+        assert no_boxes["boxes"].shape == (0, 4) and no_boxes["scores"].shape == (0,)

@@ -1,4 +1,4 @@
-"""Everything mode through the stock pipeline: SAM-CLIP gives what SAM gives, with the weights of SAM."""
+"""Mask generation with the stock pipeline equals that of SAM, and masks can be encoded and decoded."""
 
 import inspect
 
@@ -27,7 +27,7 @@ from samclip_hf.mask_generation_samclip import (
 )
 from samclip_hf.miniature.scenes import render
 
-# Low thresholds, so that many masks are compared.
+# Low thresholds, to compare many masks.
 OPTIONS = {
     "points_per_crop": 6,
     "points_per_batch": 10,
@@ -65,34 +65,36 @@ def assert_same(actual, expected, min_masks=5):
     torch.testing.assert_close(actual["scores"], expected["scores"])
     torch.testing.assert_close(actual["bounding_boxes"], expected["bounding_boxes"], check_dtype=False)
     masks = zip(actual["masks"], actual["rle_mask"], expected["masks"], expected["rle_mask"], strict=True)
-    for ours, run_lengths, stock, stock_run_lengths in masks:
-        assert type(ours) is type(stock) and ours.dtype == stock.dtype and ours.shape == stock.shape
-        ours, stock = np.asarray(ours), np.asarray(stock)
-        # Both encoders and both ways of resizing agree to float rounding: a pixel of thousands may fall either way.
-        assert (ours ^ stock).sum() <= 5e-4 * stock.sum()
-        assert np.array_equal(decode_mask(run_lengths), ours)
-        if np.array_equal(ours, stock):
-            assert run_lengths == stock_run_lengths
+    for mask, encoding, expected_mask, expected_encoding in masks:
+        assert type(mask) is type(expected_mask)
+        assert mask.dtype == expected_mask.dtype and mask.shape == expected_mask.shape
+        mask, expected_mask = np.asarray(mask), np.asarray(expected_mask)
+        # Rounding differs in the encoder and in resizing, so that single pixels at the threshold may differ.
+        assert (mask ^ expected_mask).sum() <= 5e-4 * expected_mask.sum()
+        assert np.array_equal(decode_mask(encoding), mask)
+        if np.array_equal(mask, expected_mask):
+            assert encoding == expected_encoding
 
 
-# Before that, SAM's own image processor stacks crops of different sizes, and fails.
-stacks_no_crops = pytest.mark.skipif(Version(transformers.__version__) < Version("5.23"), reason="SAM's crops fail")
+crops_work_in_sam = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.23"), reason="SAM's image processor fails on crops of several sizes"
+)
 
 
-@pytest.mark.parametrize("crops_n_layers", [0, pytest.param(1, marks=stacks_no_crops)])
-def test_masks_scores_boxes_and_run_lengths_are_sams(sam, samclip, image, crops_n_layers):
+@pytest.mark.parametrize("crops_n_layers", [0, pytest.param(1, marks=crops_work_in_sam)])
+def test_masks_scores_boxes_and_encodings_equal_those_of_sam(sam, samclip, image, crops_n_layers):
     options = {"crops_n_layers": crops_n_layers, "points_per_crop": 6 - 2 * crops_n_layers}
     expected = generate(sam, SamImageProcessor, image, **options)
     assert_same(generate(samclip, SamClipImageProcessor, image, **options), expected)
 
 
 @pytest.mark.parametrize("size", [(100, 310), (40, 30)], ids=["tall", "smaller than the model's masks"])
-def test_any_size(sam, samclip, image, size):
+def test_images_of_other_sizes(sam, samclip, image, size):
     image = image.resize(size)
     assert_same(generate(samclip, SamClipImageProcessor, image), generate(sam, SamImageProcessor, image), min_masks=2)
 
 
-def test_pil_image_processor_gives_the_same(sam, samclip, image):
+def test_pil_image_processor(sam, samclip, image):
     expected = generate(sam, SamImageProcessorPil, image)
     assert_same(generate(samclip, SamClipImageProcessorPil, image), expected)
 
@@ -106,13 +108,13 @@ def test_other_thresholds(sam, samclip, image):
         assert_same(generate(samclip, SamClipImageProcessor, image, **options), expected)
 
 
-def test_no_mask_is_good_enough(samclip, image):
+def test_no_mask_passes_the_thresholds(samclip, image):
     output = generate(samclip, SamClipImageProcessor, image, pred_iou_thresh=2.0)
     assert output["masks"] == [] and output["rle_mask"] == []
     assert output["scores"].shape == (0,) and output["bounding_boxes"].shape == (0, 4)
 
 
-def test_shipped_checkpoint_is_served_by_task_and_without_a_complaint(image, complaints):
+def test_pipeline_loads_the_shipped_checkpoint_without_warnings(image, complaints):
     generator = pipeline("mask-generation", model=miniature.checkpoint())
     output = generator(image, **OPTIONS)
     assert not complaints.records
@@ -122,15 +124,15 @@ def test_shipped_checkpoint_is_served_by_task_and_without_a_complaint(image, com
 
 
 class TestUpsampledMasks:
-    """Logits at the image's size are computed on first use; nobody can tell."""
+    """Logits at the size of the image, computed on first use. Every operation behaves as on the full tensor."""
 
     sizes = [(40, 50)], [(51, 64)]
 
-    def real_and_deferred(self):
+    def full_and_deferred(self):
         masks = torch.randn(1, 2, 3, 16, 16)
-        masks[:, 0] *= 10  # steady; the others are not
-        real = SamImageProcessor(**SIZES).post_process_masks(masks, *self.sizes, binarize=False)[0]
-        return real, SamClipImageProcessor(**SIZES).post_process_masks(masks, *self.sizes, binarize=False)[0]
+        masks[:, 0] *= 10  # stable, unlike the other masks
+        full = SamImageProcessor(**SIZES).post_process_masks(masks, *self.sizes, binarize=False)[0]
+        return full, SamClipImageProcessor(**SIZES).post_process_masks(masks, *self.sizes, binarize=False)[0]
 
     @pytest.mark.parametrize(
         "use",
@@ -146,28 +148,28 @@ class TestUpsampledMasks:
             lambda masks: masks.clone(),
         ],
     )
-    def test_any_use_sees_the_real_tensor(self, use):
-        real, deferred = self.real_and_deferred()
+    def test_operations_run_on_the_full_tensor(self, use):
+        full, deferred = self.full_and_deferred()
         assert type(deferred) is UpsampledMasks and isinstance(deferred, torch.Tensor)
         actual = use(deferred)
-        assert type(actual) is torch.Tensor and actual.equal(use(real))
+        assert type(actual) is torch.Tensor and actual.equal(use(full))
 
-    def test_changes_in_place_stay_and_count(self):
-        real, deferred = self.real_and_deferred()
-        for masks in (real, deferred):
+    def test_in_place_changes_persist(self):
+        full, deferred = self.full_and_deferred()
+        for masks in (full, deferred):
             masks[:, 0] = -5.0
             masks += 1
-        assert deferred.equal(real)
-        _, deferred = self.real_and_deferred()
+        assert deferred.equal(full)
+        _, deferred = self.full_and_deferred()
         deferred[:] = -5.0
         image_processor = SamClipImageProcessor(**SIZES)
         assert image_processor.filter_masks(deferred, torch.ones(2, 3), (40, 50), [0, 0, 50, 40])[0] == []
 
-    def test_real_tensors_are_filtered_as_well(self):
-        real, deferred = self.real_and_deferred()
+    def test_full_tensors_can_be_filtered(self):
+        full, deferred = self.full_and_deferred()
         arguments = (torch.ones(2, 3), (40, 50), torch.tensor([0, 0, 50, 40]), 0.5, 0.5)
         image_processor = SamClipImageProcessor(**SIZES)
-        expected = image_processor.filter_masks(real, *arguments)
+        expected = image_processor.filter_masks(full, *arguments)
         actual = image_processor.filter_masks(deferred, *arguments)
         assert len(expected[0]) == 3 and actual[0] == expected[0]
         assert actual[1].equal(expected[1]) and actual[2].equal(expected[2])
@@ -182,8 +184,8 @@ class TestUpsampledMasks:
         binary = image_processor.post_process_masks(masks.detach(), *self.sizes)[0]
         assert type(binary) is torch.Tensor and binary.equal(upsampled > 0)
 
-    def test_scores_of_other_masks_are_refused(self):
-        _, deferred = self.real_and_deferred()
+    def test_wrong_number_of_scores_raises_an_error(self):
+        _, deferred = self.full_and_deferred()
         with pytest.raises(ValueError, match="4 iou_scores for 6 masks"):
             SamClipImageProcessor(**SIZES).filter_masks(deferred, torch.ones(2, 2), (40, 50), [0, 0, 50, 40])
 
@@ -197,7 +199,7 @@ class TestUpsampledMasks:
         (np.array([[True, False], [True, True]]), [0, 2, 1, 1]),
     ],
 )
-def test_masks_survive_encoding_and_pycocotools_reads_them(mask, counts):
+def test_encoded_masks_decode_to_themselves_and_in_pycocotools(mask, counts):
     encoding = encode_mask(mask)
     assert encoding == {"size": list(mask.shape), "counts": counts}
     assert np.array_equal(decode_mask(encoding), mask)
@@ -212,12 +214,12 @@ def test_counts_that_do_not_match_the_size_raise_an_error():
         decode_mask({"size": [2, 3], "counts": [2, 3]})
 
 
-def test_suppression_without_torchvision_equals_torchvisions(monkeypatch):
+def test_suppression_without_torchvision_equals_that_of_torchvision(monkeypatch):
     generator = torch.Generator().manual_seed(0)
-    corners = torch.randint(0, 12, (400, 2, 2), generator=generator).sort(dim=1).values  # empty boxes among them
+    corners = torch.randint(0, 12, (400, 2, 2), generator=generator).sort(dim=1).values  # some boxes are empty
     boxes = corners.flatten(1).float()
-    scores = torch.randint(0, 30, (400,), generator=generator) / 30  # ties among them
-    for max_iou in (0.0, 0.25, 0.5, 0.7, 0.97, 1.0):  # 0.25 and 0.5 are exact IoUs of some boxes
+    scores = torch.randint(0, 30, (400,), generator=generator) / 30  # with ties
+    for max_iou in (0.0, 0.25, 0.5, 0.7, 0.97, 1.0):  # some are exact IoUs of boxes
         expected = mask_generation_samclip._suppress_overlaps(boxes, scores, max_iou)
         with monkeypatch.context() as patch:
             patch.setattr(mask_generation_samclip, "is_torchvision_available", lambda: False)
@@ -226,7 +228,7 @@ def test_suppression_without_torchvision_equals_torchvisions(monkeypatch):
         assert actual == expected
 
 
-def test_defaults_are_the_stock_pipelines():
+def test_defaults_equal_those_of_the_stock_pipeline():
     def default(function, name):
         return inspect.signature(function).parameters[name].default
 

@@ -34,19 +34,22 @@ class SamClipImageProcessorMixin:
         16 bits per channel are scaled to 8 bits (SAM's clips them at 255). Arrays without a channel axis are grayscale
         images. Image files are rotated according to their EXIF orientation; images in memory are not.
 
-        images (`ImageInput`):
-            One image or a list of images: PIL images, arrays, tensors, paths or URLs.
-        segmentation_maps (`ImageInput`, *optional*):
-            Label maps to preprocess alongside, as in SAM's image processor.
-        size (`int` or `dict[str, int]`, *optional*):
-            Longest edge in pixels, as a number or as `{"longest_edge": number}`. Defaults to `self.size`.
-        pad_size (`dict[str, int]`, *optional*):
-            Height and width after padding. Defaults to `size` if passed, otherwise to `self.pad_size`.
+        Args:
+            images (`ImageInput`):
+                One image or a list of images: PIL images, arrays, tensors, paths or URLs.
+            segmentation_maps (`ImageInput`, *optional*):
+                Label maps, resized and padded to `mask_size` and `mask_pad_size` as in SAM's image processor.
+            size (`int` or `dict[str, int]`, *optional*):
+                Longest edge in pixels, as a number or as `{"longest_edge": number}`. Defaults to `self.size`.
+            pad_size (`dict[str, int]`, *optional*):
+                Height and width after padding. Defaults to `size` if passed, otherwise to `self.pad_size`.
 
-        Returns a `BatchFeature` with `pixel_values` `(batch_size, 3, height, width)`, `original_sizes` and
-        `reshaped_input_sizes`, both `(batch_size, 2)`.
+        Returns:
+            `BatchFeature`: `pixel_values` `(batch_size, 3, height, width)`, and `original_sizes` and
+            `reshaped_input_sizes`, heights and widths before and after resizing `(batch_size, 2)`.
 
-        Raises `ValueError` for an empty list, an image without pixels, and pixels that are not finite.
+        Raises:
+            ValueError: The list of images is empty, or an image has no pixels or pixels that are not finite.
         """
         images = _standardize(images, kwargs.get("do_rescale", self.do_rescale))
         if size is not None and pad_size is None:
@@ -74,13 +77,15 @@ class SamClipImageProcessorMixin:
         background or, if the vocabulary has no background, have the most probable label of the CLIP head. With the
         CLIP head alone, every pixel has its most probable label.
 
-        outputs ([`SamClipSegmentationOutput`]):
-            Outputs of [`SamClipForImageSegmentation`].
-        target_sizes (`list[tuple[int, int]]`, *optional*):
-            Height and width of each label map, usually the original image size. Defaults to the size of the masks or,
-            without segments, of the logits.
+        Args:
+            outputs ([`SamClipSegmentationOutput`]):
+                Outputs of [`SamClipForImageSegmentation`].
+            target_sizes (`list[tuple[int, int]]`, *optional*):
+                Height and width of each label map, usually the original image size. Defaults to the size of the masks
+                or, without segments, of the logits.
 
-        Returns one tensor `(height, width)` of type `torch.int64` per image.
+        Returns:
+            `list[torch.Tensor]`: One label map `(height, width)` of type `torch.int64` per image.
         """
         label_maps = []
         for index, target_size in enumerate(_target_sizes(outputs, target_sizes)):
@@ -124,26 +129,31 @@ class SamClipImageProcessorMixin:
         r"""
         Converts outputs to segments that do not overlap, each with a label and a score. Background is not a segment.
 
-        outputs ([`SamClipSegmentationOutput`]):
-            Outputs of [`SamClipForImageSegmentation`] with both heads.
-        threshold (`float`, defaults to 0.5):
-            Segments with a lower score are removed before pixels are assigned to segments. The score is the
-            probability of the label among all labels of the vocabulary. It does not measure the quality of the mask.
-        mask_threshold (`float`, defaults to 0.5):
-            A mask contains the pixels with a probability above this value.
-        overlap_mask_area_threshold (`float`, defaults to 0.8):
-            Segments that keep a smaller fraction of their mask after better segments have taken their pixels are
-            removed, and their pixels remain unassigned.
-        label_ids_to_fuse (`set[int]`, *optional*):
-            Labels with at most one segment per image, such as sky. Their segments are merged, with the highest score.
-        target_sizes (`list[tuple[int, int]]`, *optional*):
-            Height and width of each segmentation, usually the original image size. Defaults to the size of the masks.
+        Args:
+            outputs ([`SamClipSegmentationOutput`]):
+                Outputs of [`SamClipForImageSegmentation`] with both heads.
+            threshold (`float`, *optional*, defaults to 0.5):
+                Segments with a lower score are removed before pixels are assigned to segments. The score is the
+                probability of the label among all labels of the vocabulary. It does not measure the mask quality.
+            mask_threshold (`float`, *optional*, defaults to 0.5):
+                A mask contains the pixels with a probability above this value.
+            overlap_mask_area_threshold (`float`, *optional*, defaults to 0.8):
+                A pixel in several masks belongs to the best one. Segments that keep a smaller fraction of their mask
+                than this value are removed, and their pixels are unassigned.
+            label_ids_to_fuse (`set[int]`, *optional*):
+                Labels with at most one segment per image, such as sky. Segments of these labels are merged; the
+                merged segment has the highest score.
+            target_sizes (`list[tuple[int, int]]`, *optional*):
+                Height and width of each segmentation, usually the original image size. Defaults to the size of the
+                masks.
 
-        Returns one dict per image: `segmentation`, a tensor `(height, width)` of type `torch.int32` with the segment
-        ids of the pixels (0 is unassigned), and `segments_info`, a list of dicts of `id`, `label_id`, `was_fused` and
-        `score`.
+        Returns:
+            `list[dict]`: For each image, `segmentation`, a tensor `(height, width)` of type `torch.int32` with the
+            segment id of each pixel (0 if unassigned), and `segments_info`, a list of dicts with `id`, `label_id`,
+            `was_fused` and `score`.
 
-        Raises `ValueError` for outputs of the CLIP head alone.
+        Raises:
+            ValueError: The outputs are of the CLIP head alone.
         """
         if outputs.get("segment_masks") is None:
             raise ValueError("The outputs contain no segments. Call the model with both_heads=True.")
@@ -178,15 +188,17 @@ class SamClipImageProcessorMixin:
         r"""
         Converts outputs to boxes around the segments that match a text.
 
-        outputs ([`SamClipObjectDetectionOutput`]):
-            Outputs of [`SamClipForObjectDetection`].
-        threshold (`float`, defaults to 0.1):
-            Only segments with a score above this value are returned.
-        target_sizes (`list[tuple[int, int]]`, *optional*):
-            Height and width of each image, usually the original size. Defaults to the size of the masks.
+        Args:
+            outputs ([`SamClipObjectDetectionOutput`]):
+                Outputs of [`SamClipForObjectDetection`].
+            threshold (`float`, *optional*, defaults to 0.1):
+                Only segments with a score above this value are returned.
+            target_sizes (`list[tuple[int, int]]`, *optional*):
+                Height and width of each image, usually the original size. Defaults to the size of the masks.
 
-        Returns one dict per image, in descending order of scores: `scores` `(num_boxes,)`, `boxes` `(num_boxes, 4)` as
-        x1, y1, x2, y2 in pixels, and `labels` `(num_boxes,)`, all 0 because there is one text.
+        Returns:
+            `list[dict]`: For each image, in descending order of scores, `scores` `(num_boxes,)`, `boxes`
+            `(num_boxes, 4)` as x1, y1, x2, y2 in pixels, and `labels` `(num_boxes,)`, all 0 because there is one text.
         """
         results = []
         for index, target_size in enumerate(_target_sizes(outputs, target_sizes)):
@@ -325,14 +337,16 @@ def resize_content(maps: torch.Tensor, content_size, target_size) -> torch.Tenso
     r"""
     Removes the padding of maps and resizes them bilinearly.
 
-    maps (`torch.Tensor` of shape `(channels, height, width)`):
-        Maps of a padded image, with the image in the upper left corner.
-    content_size (`tuple[float, float]`):
-        Height and width of the image in cells of the maps. Fractions of a cell are allowed.
-    target_size (`tuple[int, int]`):
-        Height and width of the result.
+    Args:
+        maps (`torch.Tensor` of shape `(channels, height, width)`):
+            Maps of a padded image, with the image in the upper left corner.
+        content_size (`tuple[float, float]`):
+            Height and width of the image in cells of the maps. Fractions of a cell are allowed.
+        target_size (`tuple[int, int]`):
+            Height and width of the result.
 
-    Returns a tensor `(channels, target_height, target_width)`.
+    Returns:
+        `torch.Tensor`: Maps `(channels, target_height, target_width)`.
     """
     coordinates = [
         # Centers of the target pixels, converted from cells to the range [-1, 1] of grid_sample.

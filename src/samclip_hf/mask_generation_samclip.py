@@ -38,18 +38,20 @@ class SamClipMaskGenerationMixin:
         Logits (`binarize=False`) that do not require gradients are returned as [`UpsampledMasks`], which are resized
         on first use.
 
-        masks (`torch.Tensor` of shape `(batch_size, num_prompts, num_masks, mask_height, mask_width)`):
-            Mask logits.
-        original_sizes, reshaped_input_sizes (`torch.Tensor` of shape `(batch_size, 2)`):
-            Height and width of each image before and after resizing, from the image processor.
-        mask_threshold (`float`, defaults to 0.0):
-            Logits above this value are inside the mask.
-        binarize (`bool`, defaults to `True`):
-            Whether to return boolean masks instead of logits.
-        pad_size (`dict[str, int]`, *optional*):
-            Height and width after padding. Defaults to `self.pad_size`.
+        Args:
+            masks (`torch.Tensor` of shape `(batch_size, num_prompts, num_masks, mask_height, mask_width)`):
+                Mask logits.
+            original_sizes, reshaped_input_sizes (`torch.Tensor` of shape `(batch_size, 2)`):
+                Height and width of each image before and after resizing, from the image processor.
+            mask_threshold (`float`, *optional*, defaults to 0.0):
+                Logits above this value are inside the mask.
+            binarize (`bool`, *optional*, defaults to `True`):
+                Whether to return boolean masks instead of logits.
+            pad_size (`dict[str, int]`, *optional*):
+                Height and width after padding. Defaults to `self.pad_size`.
 
-        Returns a list with one tensor `(num_prompts, num_masks, height, width)` per image.
+        Returns:
+            `list[torch.Tensor]`: One tensor `(num_prompts, num_masks, height, width)` per image.
         """
 
         def upsample(masks, original_sizes, reshaped_input_sizes):
@@ -83,28 +85,33 @@ class SamClipMaskGenerationMixin:
         The result is SAM's. The order of the steps differs: predicted IoUs are compared first, and each remaining mask
         is resized by itself, inside its bounding box only.
 
-        masks (`torch.Tensor` of shape `(num_prompts, num_masks, height, width)`):
-            Mask logits at the size of the crop, from `post_process_masks(binarize=False)`.
-        iou_scores (`torch.Tensor` of shape `(num_prompts, num_masks)`):
-            Predicted IoUs.
-        original_size (`tuple[int, int]`):
-            Height and width of the whole image.
-        cropped_box_image (`torch.Tensor` of shape `(4,)`):
-            Left, top, right and bottom of the crop in the image.
-        pred_iou_thresh (`float`, defaults to 0.88):
-            Masks with a predicted IoU up to this value are removed.
-        stability_score_thresh (`float`, defaults to 0.95):
-            Masks with a stability score up to this value are removed. The stability score is the IoU of the mask at
-            `mask_threshold + stability_score_offset` and at `mask_threshold - stability_score_offset`.
-        mask_threshold (`float`, defaults to 0):
-            Logits above this value are inside the mask.
-        stability_score_offset (`float`, defaults to 1):
-            See `stability_score_thresh`.
+        Args:
+            masks (`torch.Tensor` of shape `(num_prompts, num_masks, height, width)`):
+                Mask logits at the size of the crop, from `post_process_masks(binarize=False)`.
+            iou_scores (`torch.Tensor` of shape `(num_prompts, num_masks)`):
+                Predicted IoUs.
+            original_size (`tuple[int, int]`):
+                Height and width of the image.
+            cropped_box_image (`torch.Tensor` of shape `(4,)`):
+                Left, top, right and bottom of the crop in the image.
+            pred_iou_thresh (`float`, *optional*, defaults to 0.88):
+                Only masks with a predicted IoU above this value are kept.
+            stability_score_thresh (`float`, *optional*, defaults to 0.95):
+                Only masks with a stability score above this value are kept. The stability score is the IoU of the
+                masks at the thresholds `mask_threshold + stability_score_offset` and `mask_threshold -
+                stability_score_offset` (Kirillov et al. 2023, appendix B).
+            mask_threshold (`float`, *optional*, defaults to 0):
+                Logits above this value are inside the mask.
+            stability_score_offset (`float`, *optional*, defaults to 1):
+                Offset of the two thresholds of the stability score.
 
-        Returns a tuple of the remaining masks as run-length encodings of the whole image (see [`encode_mask`]), their
-        predicted IoUs `(num_kept,)`, and their boxes `(num_kept, 4)` with inclusive corners, as SAM has them.
+        Returns:
+            `tuple[list[dict], torch.Tensor, torch.Tensor]`: The kept masks as run-length encodings of the image (see
+            [`encode_mask`]), their predicted IoUs `(num_kept,)`, and their boxes `(num_kept, 4)`: left, top, right and
+            bottom in pixels, all inclusive, as in SAM.
 
-        Raises `ValueError` if the numbers of masks and of predicted IoUs differ.
+        Raises:
+            ValueError: The numbers of masks and of predicted IoUs differ.
         """
         if not isinstance(masks, UpsampledMasks) or masks.upsampled is not None:
             return super().filter_masks(
@@ -161,14 +168,20 @@ class SamClipMaskGenerationMixin:
         r"""
         Removes duplicates among the masks of all crops by non-maximum suppression of their boxes, as SAM's does.
 
-        all_masks (`list[dict]`), all_scores (`torch.Tensor` of shape `(num_masks,)`) and all_boxes (`torch.Tensor` of
-        shape `(num_masks, 4)`):
-            The concatenated results of `filter_masks`.
-        crops_nms_thresh (`float`):
-            Boxes that overlap a box of higher score by an IoU above this value are removed.
+        Args:
+            all_masks (`list[dict]`):
+                Run-length encodings from `filter_masks`.
+            all_scores (`torch.Tensor` of shape `(num_masks,)`):
+                Predicted IoUs.
+            all_boxes (`torch.Tensor` of shape `(num_masks, 4)`):
+                Boxes of the masks.
+            crops_nms_thresh (`float`):
+                A box is removed if its IoU with a box of higher score is above this value.
 
-        Returns a tuple of boolean masks `(height, width)`, scores, run-length encodings and boxes, in descending
-        order of scores. Masks are tensors, or arrays with the PIL image processor, as SAM's.
+        Returns:
+            `tuple`: Boolean masks `(height, width)`, predicted IoUs `(num_kept,)`, run-length encodings and boxes
+            `(num_kept, 4)`, in descending order of predicted IoUs. Masks are tensors with torchvision and arrays with
+            PIL, as in SAM.
         """
         kept = _suppress_overlaps(all_boxes.float(), all_scores.float(), crops_nms_thresh)
         encodings = [all_masks[index] for index in kept]
@@ -219,11 +232,13 @@ def encode_mask(mask: np.ndarray) -> dict:
     r"""
     Encodes a mask as uncompressed COCO run-length encoding (RLE).
 
-    mask (`np.ndarray` of shape `(height, width)`):
-        Boolean mask.
+    Args:
+        mask (`np.ndarray` of shape `(height, width)`):
+            Boolean mask.
 
-    Returns a dict of `size`, height and width, and `counts`, lengths of alternating runs outside and inside the mask,
-    down the columns from left to right. The first run is outside and may be 0.
+    Returns:
+        `dict`: `size`, a list of height and width, and `counts`, the lengths of alternating runs outside and inside
+        the mask, column by column. The first run is outside the mask; its length may be 0.
     """
     return _encode_window(mask, 0, 0, *mask.shape)
 
@@ -232,10 +247,15 @@ def decode_mask(encoding: dict) -> np.ndarray:
     r"""
     Decodes uncompressed COCO run-length encoding.
 
-    encoding (`dict`):
-        `size` and `counts` as [`encode_mask`] returns them.
+    Args:
+        encoding (`dict`):
+            `size` and `counts`, see [`encode_mask`].
 
-    Returns a boolean mask `(height, width)`. Raises `ValueError` if `counts` do not add up to the size.
+    Returns:
+        `np.ndarray`: Boolean mask `(height, width)`.
+
+    Raises:
+        ValueError: `counts` do not add up to the size.
     """
     height, width = encoding["size"]
     counts = encoding["counts"]
@@ -249,8 +269,9 @@ def mask_to_box(mask: np.ndarray) -> tuple[int, int, int, int] | None:
     Returns the bounding box of a mask as left, top, right and bottom in pixels, right and bottom exclusive; `None` if
     the mask is empty.
 
-    mask (`np.ndarray` of shape `(height, width)`):
-        Boolean mask.
+    Args:
+        mask (`np.ndarray` of shape `(height, width)`):
+            Boolean mask.
     """
     columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
     if not len(columns):
@@ -262,16 +283,18 @@ def _resize_windows(logits: torch.Tensor, sizes: list[tuple[int, int]], floor: f
     r"""
     Resizes each mask as SAM does, inside the bounding box of the pixels that can exceed `floor`.
 
-    logits (`torch.Tensor` of shape `(num_masks, mask_height, mask_width)`):
-        Mask logits of the padded image.
-    sizes (`list[tuple[int, int]]`):
-        Heights and widths of the padded image, of its content after resizing, and of the original image. SAM resizes
-        to the first, cuts to the second and resizes to the third.
-    floor (`float`):
-        Lowest value of interest.
+    Args:
+        logits (`torch.Tensor` of shape `(num_masks, mask_height, mask_width)`):
+            Mask logits of the padded image.
+        sizes (`list[tuple[int, int]]`):
+            Height and width of the padded image, of the resized image without padding, and of the original image. SAM
+            resizes masks to the first size, crops them to the second and resizes them to the third.
+        floor (`float`):
+            Pixels up to this value may be left out.
 
-    Yields, for each mask, left, top, and an array `(window_height, window_width)` with contiguous columns, as
-    run-length encoding reads them.
+    Yields:
+        `tuple[int, int, np.ndarray]`: For each mask, left and top of the box, and logits `(box_height, box_width)`.
+        The columns of the array are contiguous, as run-length encoding reads them.
     """
     logits = logits.float()
     rows, columns = (
@@ -292,7 +315,7 @@ def _resize_windows(logits: torch.Tensor, sizes: list[tuple[int, int]], floor: f
 
 def _resize_matrix(length: int, padded: int, reshaped: int, original: int) -> torch.Tensor:
     """Returns SAM's two resizes along one side, `length` to `padded` and, after the cut, `reshaped` to `original`, as
-    one matrix `(original, length)`: both are linear, so they are applied to the identity."""
+    one matrix `(original, length)`: both are linear, so applying them to the identity gives the matrix."""
     resized = F.interpolate(torch.eye(length)[None], padded, mode="linear")
     return F.interpolate(resized[..., :reshaped], original, mode="linear")[0].T
 

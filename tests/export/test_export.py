@@ -1,4 +1,4 @@
-"""The ONNX files give what PyTorch gives, at any size, and text becomes masks where there is no PyTorch."""
+"""Exported ONNX files equal PyTorch at any size, and segment images by text without PyTorch."""
 
 import json
 import shutil
@@ -34,42 +34,43 @@ from ..test_siglip import siglip_folder, student  # noqa: F401  # fixtures
 
 ROOT = Path(__file__).parents[2]
 LABELS, BACKGROUND = list(CLASS_NAMES[:12]), ["an empty scene"]
+TEMPLATES = ["a {}", "a {} on a plain background"]
 
-WITHOUT_TORCH = f"""
+SEGMENT_WITHOUT_TORCH = f"""
 import sys
 for name in ("torch", "transformers", "samclip_hf"):
-    sys.modules[name] = None  # as if it were not installed
+    sys.modules[name] = None  # importing it raises ImportError
 import numpy as np
 from PIL import Image
 sys.path.insert(0, sys.argv[1])
 from onnx_segmentation import OnnxSamClip
 
-folder, pictures, results = sys.argv[2:5]
-model = OnnxSamClip(folder)
-own = model.load_vocabulary()
-asked = model.embed_vocabulary({LABELS!r}, {BACKGROUND!r}, ["a {{}}", "a {{}} on a plain background"])
-found = {{"embeds": asked.embeds}}
+onnx_folder, image_folder, output = sys.argv[2:5]
+model = OnnxSamClip(onnx_folder)
+saved = model.load_vocabulary()
+new = model.embed_vocabulary({LABELS!r}, {BACKGROUND!r}, {TEMPLATES!r})
+results = {{"embeds": new.embeds}}
 for number in range(3):
-    image = Image.open(f"{{pictures}}/{{number}}.png")
-    for name, vocabulary in (("own", own), ("asked", asked)):
+    image = Image.open(f"{{image_folder}}/{{number}}.png")
+    for name, vocabulary in (("saved", saved), ("new", new)):
         labels = np.zeros((image.height, image.width), dtype=int)
         for segment in model.segment(image, vocabulary):
             labels[segment.mask] = vocabulary.names.index(segment.label)
-        found[f"{{name}} {{number}}"] = labels
-np.savez(results, **found)
+        results[f"{{name}} {{number}}"] = labels
+np.savez(output, **results)
 """
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    """The shipped miniature with its last two image layers, one of windows and a global one, and one layer
-    in the CLIP head: half the time."""
-    whole = SamClipForImageSegmentation.from_pretrained(miniature.checkpoint())
-    config = whole.config.to_dict()
+    """The shipped miniature with fewer layers, for speed: one windowed and one global in the image encoder, one in the
+    CLIP head."""
+    full = SamClipForImageSegmentation.from_pretrained(miniature.checkpoint())
+    config = full.config.to_dict()
     config["vision_config"] |= {"num_hidden_layers": 2, "global_attn_indexes": [1]}
     config["clip_head_config"]["num_hidden_layers"] = 1
     model = SamClipForImageSegmentation(SamClipConfig.from_dict(config))
-    weights = whole.state_dict()
+    weights = full.state_dict()
     for name in list(weights):
         for number in (2, 3):
             if name.startswith(f"vision_encoder.layers.{number}."):
@@ -95,7 +96,7 @@ def model(checkpoint) -> SamClipForImageSegmentation:
 
 @pytest.fixture(scope="module")
 def run(exported):
-    """Runs a part with tensors, gives tensors by name."""
+    """A function that runs a part with tensors and returns tensors by name."""
     sessions = {part: onnxruntime.InferenceSession(str(exported / f"{part}.onnx")) for part in PART_NAMES}
 
     def call(part, **inputs):
@@ -108,24 +109,24 @@ def run(exported):
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
-    for number, size in enumerate([(128, 128), (301, 200), (90, 160)]):  # whole, padded below, padded on the right
+def image_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    for number, size in enumerate([(128, 128), (301, 200), (90, 160)]):  # no padding, below, on the right
         Image.fromarray(render(0, 8 + number).image).resize(size).save(folder / f"{number}.png")
     return folder
 
 
 def assert_same(actual, expected):
-    """To the tolerance that the documentation states."""
+    """Compares with the tolerance of `docs/export.md`."""
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
 
 
-def images(batch_size, height, width):
+def random_pixels(batch_size, height, width):
     return torch.randn(batch_size, 3, height, width, generator=torch.Generator().manual_seed(1))
 
 
 class TestParts:
-    def test_lengths_that_may_vary_have_names(self, run):
+    def test_dynamic_axes_have_names(self, run):
         def shapes(values):
             return {value.name: value.shape for value in values}
 
@@ -140,7 +141,7 @@ class TestParts:
 
     @pytest.mark.parametrize("size", [(1, 128, 128), (3, 16, 40), (2, 72, 56), (1, 200, 328)])
     def test_images_of_any_size(self, run, model, size):
-        pixel_values = images(*size)
+        pixel_values = random_pixels(*size)
         sizes = torch.tensor([[size[1] - 9, size[2]]] * size[0])
         actual = run("image_encoder", pixel_values=pixel_values, reshaped_input_sizes=sizes)
         with torch.no_grad():
@@ -148,13 +149,13 @@ class TestParts:
         for name in ("image_embeddings", "image_embeds", "dense_embeds"):
             assert_same(actual[name], expected[name])
 
-    def test_padding_does_not_count(self, run):
-        pixel_values = images(1, 64, 64)
-        whole, part = (
+    def test_padding_changes_the_image_embedding(self, run):
+        pixel_values = random_pixels(1, 64, 64)
+        with_content, with_padding = (
             run("image_encoder", pixel_values=pixel_values, reshaped_input_sizes=torch.tensor([[64, width]]))
             for width in (64, 24)
         )
-        assert not torch.allclose(whole["image_embeds"], part["image_embeds"], atol=1e-3)
+        assert not torch.allclose(with_content["image_embeds"], with_padding["image_embeds"], atol=1e-3)
 
     @pytest.mark.parametrize("texts", [["a"], [*CLASS_NAMES[:5], "a green meshed shape on a grey scene"]])
     def test_any_number_of_texts(self, run, model, checkpoint, texts):
@@ -170,22 +171,24 @@ class TestParts:
         input_points = torch.rand(2, prompts, points, 2, generator=generator) * 24
         labels = torch.randint(0, 2, (2, prompts, points), generator=generator)
         boxes = torch.rand(2, prompts, 4, generator=generator) * 24
-        none = F.pad(input_points, (0, 0, 0, 1)), F.pad(labels, (0, 1), value=-1)
+        padded = F.pad(input_points, (0, 0, 0, 1)), F.pad(labels, (0, 1), value=-1)
         corners = boxes.unflatten(-1, (2, 2))
         corner_labels = torch.tensor([2, 3]).expand(2, prompts, 2)
         both = torch.cat([input_points, corners], dim=2), torch.cat([labels, corner_labels], dim=2)
-        for (own_points, own_labels), prompt in {
-            none: {"input_points": input_points, "input_labels": labels},
+        for (points_and_corners, point_labels), prompt in {
+            padded: {"input_points": input_points, "input_labels": labels},
             (corners, corner_labels): {"input_boxes": boxes},
             both: {"input_points": input_points, "input_labels": labels, "input_boxes": boxes},
         }.items():
-            actual = run("mask_decoder", image_embeddings=embeddings, input_points=own_points, input_labels=own_labels)
+            actual = run(
+                "mask_decoder", image_embeddings=embeddings, input_points=points_and_corners, input_labels=point_labels
+            )
             with torch.no_grad():
                 one, three = (model.predict_masks(embeddings, **prompt, multimask_output=m) for m in (False, True))
             assert_same(actual["pred_masks"], torch.cat([one[0], three[0]], dim=2))
             assert_same(actual["iou_scores"], torch.cat([one[1], three[1]], dim=2))
 
-    def test_one_pass_of_the_mask_decoder_gives_all_four_masks(self, exported):
+    def test_mask_decoder_runs_once_for_all_four_masks(self, exported):
         import onnx
 
         graph = onnx.load(exported / "mask_decoder.onnx").graph
@@ -193,8 +196,8 @@ class TestParts:
 
     @pytest.mark.parametrize("pooling", ["max", "mean"])
     @pytest.mark.parametrize("global_layers", [[2], [0]])
-    def test_a_segment_is_embedded_by_itself(self, pooling, global_layers):
-        """With windows in the CLIP head, and without."""
+    def test_segment_embeddings_equal_those_of_the_clip_head(self, pooling, global_layers):
+        """With and without windows in the CLIP head."""
         torch.manual_seed(0)
         model = SamClipModel.from_teachers(
             tiny_sam(global_attn_indexes=global_layers), tiny_clip(), {"pooling": pooling}
@@ -208,7 +211,7 @@ class TestParts:
             )
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
-    def test_siglip_reads_texts_of_its_own_length(self, student, siglip_folder):  # noqa: F811
+    def test_siglip_texts_may_be_shorter_than_the_maximum(self, student, siglip_folder):  # noqa: F811
         inputs = AutoTokenizer.from_pretrained(siglip_folder)(["a red shape", "a"], padding=True, return_tensors="pt")
         with torch.no_grad():
             expected = F.normalize(student.get_text_features(**inputs).pooler_output, dim=-1)
@@ -224,50 +227,50 @@ class TestParts:
 
 
 class TestTextToMasks:
-    def test_as_with_pytorch_in_an_interpreter_without_it(self, exported, checkpoint, model, pictures, tmp_path):
-        results = tmp_path / "results.npz"
-        arguments = [ROOT / "examples", exported, pictures, results]
-        subprocess.run([sys.executable, "-c", WITHOUT_TORCH, *map(str, arguments)], check=True, timeout=300)
-        found = np.load(results)
+    def test_segments_equal_those_of_pytorch(self, exported, checkpoint, model, image_folder, tmp_path):
+        output = tmp_path / "results.npz"
+        arguments = [ROOT / "examples", exported, image_folder, output]
+        subprocess.run([sys.executable, "-c", SEGMENT_WITHOUT_TORCH, *map(str, arguments)], check=True, timeout=300)
+        results = np.load(output)
 
-        asked = model.embed_vocabulary(LABELS, BACKGROUND, ["a {}", "a {} on a plain background"])
-        np.testing.assert_allclose(found["embeds"], asked.class_embeds, atol=1e-5)
+        new = model.embed_vocabulary(LABELS, BACKGROUND, TEMPLATES)
+        np.testing.assert_allclose(results["embeds"], new.class_embeds, atol=1e-5)
         image_processor = SamClipImageProcessorPil.from_pretrained(checkpoint)
         seen = set()
         for number in range(3):
-            picture = Image.open(pictures / f"{number}.png")
-            inputs = image_processor(picture, return_tensors="pt")
-            for name, vocabulary in (("own", None), ("asked", asked)):
+            image = Image.open(image_folder / f"{number}.png")
+            inputs = image_processor(image, return_tensors="pt")
+            for name, vocabulary in (("saved", None), ("new", new)):
                 with torch.no_grad():
                     outputs = model(**inputs, vocabulary=vocabulary)
-                size = [(picture.height, picture.width)]
+                size = [(image.height, image.width)]
                 expected = image_processor.post_process_semantic_segmentation(outputs, size)[0].numpy()
-                assert found[f"{name} {number}"].shape == expected.shape
-                assert (found[f"{name} {number}"] == expected).mean() > 0.999
+                assert results[f"{name} {number}"].shape == expected.shape
+                assert (results[f"{name} {number}"] == expected).mean() > 0.999
                 seen |= set(np.unique(expected))
-        assert len(seen) > 3  # labels and background
+        assert len(seen) > 3  # background and several labels
 
-    def test_command(self, exported, pictures, tmp_path):
+    def test_example_script_draws_masks(self, exported, image_folder, tmp_path):
         command = [sys.executable, str(ROOT / "examples" / "onnx_segmentation.py"), "--onnx", str(exported)]
-        command += ["--image", str(pictures / "1.png"), "--output", str(tmp_path / "masks.png")]
+        command += ["--image", str(image_folder / "1.png"), "--output", str(tmp_path / "masks.png")]
         result = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
         assert "probability" in result.stdout
-        with Image.open(tmp_path / "masks.png") as drawn, Image.open(pictures / "1.png") as picture:
-            assert drawn.size == picture.size
-            assert (np.asarray(drawn) != np.asarray(picture)).any()
+        with Image.open(tmp_path / "masks.png") as result_image, Image.open(image_folder / "1.png") as image:
+            assert result_image.size == image.size
+            assert (np.asarray(result_image) != np.asarray(image)).any()
 
-    def test_wrong_input_gets_a_sentence(self, exported, tmp_path):
-        (tmp_path / "text.png").write_text("no picture")
+    def test_example_script_reports_invalid_files(self, exported, tmp_path):
+        (tmp_path / "text.png").write_text("not an image")
         script = str(ROOT / "examples" / "onnx_segmentation.py")
-        for onnx, picture, sentence in (
+        for onnx, image, message in (
             (tmp_path / "nowhere", "text.png", "No such file or directory"),
             (exported, "text.png", "cannot identify image file"),
         ):
-            command = [sys.executable, script, "--onnx", str(onnx), "--image", str(tmp_path / picture)]
+            command = [sys.executable, script, "--onnx", str(onnx), "--image", str(tmp_path / image)]
             run = subprocess.run(command, capture_output=True, text=True, timeout=300)
-            assert run.returncode == 2 and sentence in run.stderr and "Traceback" not in run.stderr
+            assert run.returncode == 2 and message in run.stderr and "Traceback" not in run.stderr
 
-    def test_the_benchmarks_model_is_the_exported_one(self, exported, checkpoint, model):
+    def test_benchmark_of_precision_runs_the_exported_parts(self, exported, checkpoint, model):
         """The ONNX model of `benchmarks/precision.py` gives PyTorch's segments."""
         onnx_model = load_script(ROOT / "benchmarks" / "precision.py").OnnxModel.from_pretrained(checkpoint).eval()
         onnx_model.load_onnx(exported)
@@ -282,7 +285,7 @@ class TestTextToMasks:
 
 
 class TestFolder:
-    def test_replaces_an_earlier_export_and_leaves_nothing_of_it(self, checkpoint, tmp_path, monkeypatch, capsys):
+    def test_replaces_all_files_of_an_earlier_export(self, checkpoint, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(writer, "EXTERNAL_DATA_BYTES", 0)
         folder = tmp_path / "new" / "onnx"
         differences = export(checkpoint, folder, ["text_encoder"], opset=20)
@@ -298,13 +301,13 @@ class TestFolder:
         assert json.loads((folder / "samclip.json").read_text())["opset"] == 18
         assert [path.name for path in folder.parent.iterdir()] == ["onnx"]
 
-    def test_a_file_that_gives_something_else_is_not_left(self, checkpoint, tmp_path, monkeypatch):
+    def test_nothing_is_written_if_a_file_differs_from_pytorch(self, checkpoint, tmp_path, monkeypatch):
         monkeypatch.setattr(writer, "TOLERANCE", 0.0)
         with pytest.raises(RuntimeError, match=r"text_embeds of text_encoder.onnx differs from PyTorch"):
             export(checkpoint, tmp_path / "onnx", ["text_encoder"])
         assert not list(tmp_path.iterdir())
 
-    def test_other_peoples_things_stay(self, checkpoint, tmp_path):
+    def test_folders_with_other_files_are_not_replaced(self, checkpoint, tmp_path):
         (tmp_path / "thesis.tex").write_text("x")
         with pytest.raises(FileExistsError, match=r"not of an earlier export: thesis\.tex"):
             export(checkpoint, tmp_path)
@@ -316,40 +319,40 @@ class TestFolder:
 
 
 class TestErrors:
-    def test_other_models(self, tmp_path):
+    def test_other_models_raise_an_error(self, tmp_path):
         with pytest.raises(ValueError, match=r"not a SAM-CLIP checkpoint but a model of type 'clip'"):
             export(miniature.clip_teacher(), tmp_path / "onnx")
         with pytest.raises(ValueError, match=r"nowhere is not a SAM-CLIP checkpoint"):
             export(str(tmp_path / "nowhere"), tmp_path / "onnx")
         assert not list(tmp_path.iterdir())
 
-    def test_a_checkpoint_without_a_processor(self, checkpoint, tmp_path):
+    def test_checkpoint_without_processor_raises_an_error(self, checkpoint, tmp_path):
         for name in ("config.json", "model.safetensors"):
             shutil.copy(checkpoint / name, tmp_path)
         with pytest.raises(ValueError, match="contains no processor"):
             export(str(tmp_path), tmp_path / "onnx")
 
-    def test_parts_that_there_are_not(self, checkpoint, model, tmp_path):
+    def test_unknown_and_missing_parts_raise_an_error(self, checkpoint, model, tmp_path):
         with pytest.raises(ValueError, match=r"Unknown part 'vision': choose from image_encoder"):
             export(checkpoint, tmp_path / "onnx", ["vision"])
-        shutil.copytree(checkpoint, tmp_path / "mute")
-        mute = SamClipForImageSegmentation.from_pretrained(checkpoint).drop_text_tower()
-        mute.save_pretrained(tmp_path / "mute")
+        shutil.copytree(checkpoint, tmp_path / "without_text")
+        without_text = SamClipForImageSegmentation.from_pretrained(checkpoint).drop_text_tower()
+        without_text.save_pretrained(tmp_path / "without_text")
         with pytest.raises(ValueError, match="has no text tower"):
-            export(str(tmp_path / "mute"), tmp_path / "onnx", ["text_encoder"])
+            export(str(tmp_path / "without_text"), tmp_path / "onnx", ["text_encoder"])
 
-    def test_opsets(self, checkpoint, tmp_path):
+    def test_unsupported_opset_raises_an_error(self, checkpoint, tmp_path):
         with pytest.raises(ValueError, match="opset 17: choose one of 18 to 23"):
             export(checkpoint, tmp_path / "onnx", opset=17)
 
-    def test_without_the_extra(self, checkpoint, tmp_path, monkeypatch):
+    def test_missing_extra_raises_an_error(self, checkpoint, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "onnxscript", None)
         with pytest.raises(SystemExit, match=r"pip install 'samclip-hf\[export\]'"):
             main(["--model", str(checkpoint), "--output_dir", str(tmp_path / "onnx")])
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor compiles by g++, which is not installed")
-def test_runs_compiled_ahead_of_time(model, checkpoint, tmp_path):
+@pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs g++, which is not installed")
+def test_segment_encoder_compiles_with_aot_inductor(model, checkpoint, tmp_path):
     part = create_parts(model, SamClipProcessor.from_pretrained(checkpoint))["segment_encoder"]
     with torch.no_grad():
         traced = torch.export.export(
