@@ -44,7 +44,7 @@ from samclip_hf import (
 )
 from samclip_hf.datasets.streams import open_stream
 from samclip_hf.distillation import ClipTeacher, EmbeddingCache
-from samclip_hf.distillation.embedding_cache import CachedEmbeds
+from samclip_hf.distillation.embedding_cache import CachedEmbeddings
 from samclip_hf.evaluation.adapters import CascadeAdapter, SiglipAdapter, load
 from samclip_hf.miniature.scenes import render
 
@@ -310,9 +310,9 @@ def test_its_embeddings_are_stored_and_known_again(siglip, siglip_folder, studen
     write_tar(tmp_path / "photos-0.tar", {f"{n}.png": png(image) for n, image in enumerate(images)})
     data = str(tmp_path / "photos-0.tar")
     arguments = ["--clip_teacher", str(siglip_folder), "--clip_data", data, "--output_dir", str(tmp_path / "store")]
-    script("cache_teacher")([*arguments, "--use_cpu", "--num_workers", "0", "--min_crop_scale", "1"])
+    script("embed")([*arguments, "--use_cpu", "--num_workers", "0", "--min_crop_scale", "1"])
     store, streams = EmbeddingCache(tmp_path / "store"), [open_stream(data)]
-    keys, embeds = CachedEmbeds(store.folder, 0).read(0)
+    keys, embeds = CachedEmbeddings(store.folder, 0).read(0)
     assert len(keys) == 3 and embeds.shape == (3, 1, 24)
     for image, (own,) in zip(images, embeds, strict=True):
         either = [Image.fromarray(image), Image.fromarray(image[:, ::-1])]  # a half of the crops is flipped
@@ -321,20 +321,20 @@ def test_its_embeddings_are_stored_and_known_again(siglip, siglip_folder, studen
             expected = F.normalize(siglip.get_image_features(**pixel_values).pooler_output, dim=-1)
         assert (expected - torch.from_numpy(own.copy())).abs().amax(dim=-1).min() < 1e-3
     store.check(student, streams, 1, str(siglip_folder))
-    with pytest.raises(ValueError, match="text tower is not this CLIP teacher's"):
+    with pytest.raises(ValueError, match="text tower is not the text tower of this CLIP teacher"):
         store.check(SamClipModel.from_teachers(sam, clip), streams, 1, str(siglip_folder))
 
 
 def test_another_text_space_is_refused_by_name(student, siglip_folder, sam, clip, tmp_path):
-    with pytest.raises(SystemExit, match=r"Training did not start\. The student's text space has 64 dimensions"):
+    with pytest.raises(SystemExit, match=r"Training did not start\. The student's text embedding space has 64 dimensions"):
         arguments = ["--clip_teacher", str(siglip_folder), "--model", str(miniature.checkpoint()), "--use_cpu", "true"]
         recipe = str(TRAINING / "configs/miniature_stage2.yaml")
         script("train")([recipe, *arguments, "--output_dir", str(tmp_path)])
     ClipTeacher(str(siglip_folder)).check(student)
-    with pytest.raises(ValueError, match="the student was built from another CLIP"):
+    with pytest.raises(ValueError, match="Set clip_teacher to the CLIP that the student was built from"):
         ClipTeacher(str(siglip_folder)).check(SamClipModel.from_teachers(sam, clip))
     torch.nn.init.normal_(student.text_model.head.weight)
-    with pytest.raises(ValueError, match="text tower is not this CLIP teacher's"):
+    with pytest.raises(ValueError, match="text tower is not the text tower of this CLIP teacher"):
         ClipTeacher(str(siglip_folder)).check(student)
 
 

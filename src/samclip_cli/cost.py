@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModel, CLIPConfig, SamConfig, SamModel
 from samclip_hf import SamClipModel, miniature
 from samclip_hf.distillation import SamClipTrainingArguments
 from samclip_hf.distillation.collation import num_images
-from samclip_hf.distillation.trainer import add_adapters, freeze
+from samclip_hf.distillation.trainer import TRAINED_PARTS, add_adapters, freeze
 
 from .train import parse_arguments
 
@@ -74,7 +74,7 @@ class Costs:
             student = SamClipModel.from_teachers(base, self.clip_teacher, head).train()
             # The fused kernels count what they do, which is more than has to be done.
             student.set_attn_implementation("eager")
-            freeze(student, args.stage)
+            freeze(student, TRAINED_PARTS[args.stage])
             self.student = add_adapters(student, args.lora_r) if args.lora_r else student
         self.teacher_size = clip_config.vision_config.image_size
         self.sam_size = sam_config.vision_config.image_size

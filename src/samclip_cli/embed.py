@@ -22,7 +22,7 @@ from tqdm import tqdm
 from samclip_hf import miniature
 from samclip_hf.datasets.streams import UNREADABLE_SHARD, open_stream
 from samclip_hf.distillation import ClipTeacher
-from samclip_hf.distillation.embedding_cache import begin, describe, fill, shard_path
+from samclip_hf.distillation.embedding_cache import describe_cache, embed_shards, shard_path, write_description
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -45,8 +45,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         teacher = ClipTeacher(str(name)).to(state.device)
         streams = [open_stream(data) for data in arguments.clip_data]
-        description = describe(teacher, streams, arguments.seed, arguments.min_crop_scale, arguments.num_crops)
-        begin(arguments.output_dir, description)
+        description = describe_cache(teacher, streams, arguments.seed, arguments.min_crop_scale, arguments.num_crops)
+        write_description(arguments.output_dir, description)
     except (OSError, TypeError, ValueError) as error:
         sys.exit(f"Nothing was computed. {error}")
     shards = [(number, shard) for number, stream in enumerate(streams) for shard in range(stream.num_shards)]
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
 
     causes: Counter[str] = Counter()
     samples = 0
-    parts = fill(
+    parts = embed_shards(
         arguments.output_dir,
         teacher,
         streams,

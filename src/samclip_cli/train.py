@@ -149,14 +149,14 @@ def main(argv: list[str] | None = None) -> None:
         if trainer.state.global_step:
             sys.exit(f"Training stopped after step {trainer.state.global_step}. {error}")
         sys.exit(f"Training did not start. {error}")
-    if trainer.interruption.signal is not None and trainer.state.global_step < args.max_steps:
+    if trainer.preemption.signal is not None and trainer.state.global_step < args.max_steps:
         trainer.save_state()
         print(
             f"Interrupted after step {trainer.state.global_step} of {args.max_steps}. The same command with "
             "--resume_from_checkpoint true goes on from there.",
             file=sys.stderr,
         )
-        sys.exit(128 + trainer.interruption.signal)
+        sys.exit(128 + trainer.preemption.signal)
     if not result.metrics["train_images_seen"]:
         sys.exit(
             "Training stopped: not one sample could be used, so nothing was learnt. By cause: "

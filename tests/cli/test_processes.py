@@ -131,7 +131,7 @@ def test_sigterm_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path, processes, 
 def test_what_two_processes_know_of_each_others_data_is_never_old(tmp_path):
     settings = {"clip_batch_size": 4, "sam_batch_size": 1, "dataloader_num_workers": 0, "save_steps": 2}
     settings |= {
-        "shuffle_buffer": 16,  # one sample a lane, so that each that is read moves it
+        "shuffle_buffer": 16,  # one sample for each reader, so that every sample changes its position
         "save_total_limit": 9,
         "eval_strategy": "steps",
         "eval_steps": 3,
@@ -149,8 +149,8 @@ def test_what_two_processes_know_of_each_others_data_is_never_old(tmp_path):
     states = [
         json.loads((tmp_path / "run" / f"checkpoint-{step}" / "stream_state.json").read_text()) for step in (4, 8)
     ]
-    before, after = (state["streams"]["lanes"]["clip"] for state in states)
+    before, after = (state["streams"]["readers"]["clip"] for state in states)
     assert before.keys() == after.keys() and len(before) == 16
-    for lanes in (range(0, 16, 2), range(1, 16, 2)):  # of either process
-        assert any(after[f"0/{lane}"][3] > before[f"0/{lane}"][3] for lane in lanes)
-    assert all(after[lane][3] >= before[lane][3] for lane in before)
+    for indices in (range(0, 16, 2), range(1, 16, 2)):  # the readers of each process
+        assert any(after[f"0/{index}"][3] > before[f"0/{index}"][3] for index in indices)
+    assert all(after[reader][3] >= before[reader][3] for reader in before)

@@ -65,7 +65,7 @@ def test_the_recipe_sets_and_the_command_line_wins(train, recipe):
         ("max_steps: soon", [], "argument --max_steps/--max-steps: invalid int value: 'soon'"),
         ("stage: 7\nmax_steps: 1", [], "argument --stage: invalid choice"),
         ("clip_head_pooling: median\nmax_steps: 1", [], "argument --clip_head_pooling/--clip-head-pooling: invalid"),
-        ("stage: 1", [], "say with max_steps how many optimizer steps"),
+        ("stage: 1", [], "max_steps must be set for streaming data"),
         ("- 1", [], "must hold lines of the form 'argument: value'"),
         ("stage: [1", [], "is not YAML"),
         ("max_steps: 1", ["--encoder_lr_multiplier", "-1"], "encoder_lr_multiplier must be 0 or more"),
@@ -91,7 +91,7 @@ def test_a_recipe_that_does_not_exist_is_named(train, capsys):
     ("text", "sentence"),
     [
         ("clip_resolutions: [64]\nclip_data: [/nowhere/photos]", "No data at '/nowhere/photos'"),
-        ("clip_resolutions: [60]", "not multiples of the student's patch size"),
+        ("clip_resolutions: [60]", "must be multiples of the student's patch size"),
         ("clip_resolutions: [64]\nstage: 2\nsam_data: ['/nowhere/*.tar']", "No data at"),
         ("clip_resolutions: [64]\nresume_from_checkpoint: /nowhere", "no checkpoint to resume from in '/nowhere'"),
     ],
@@ -153,7 +153,7 @@ def test_a_folder_that_holds_another_run_is_left_alone(train, recipe, tmp_path, 
     assert "no checkpoint in" in capsys.readouterr().err  # and so it said that it starts from the beginning
     with pytest.raises(SystemExit, match="checkpoint-1 is of an earlier run: go on with it"):
         train.main([path, "--max_steps", "2"])
-    with pytest.raises(SystemExit, match="cannot go on with something else: stage from 1 to 2"):
+    with pytest.raises(SystemExit, match="cannot be resumed with other settings: stage from 1 to 2"):
         train.main([path, "--max_steps", "2", "--stage", "2", "--resume_from_checkpoint", "true"])
     Image.new("RGB", (40, 40)).save(tmp_path / "1.jpg")  # other data with as many shards
     other = ["--clip_data", str(tmp_path / "*.jpg"), "--eval_fraction", "0"]
@@ -224,7 +224,7 @@ def test_an_error_in_a_worker_ends_the_training(recipe):
     path = recipe("\n".join([*settings, *shares, "report_to: none"]))
     run = subprocess.run([sys.executable, TRAINING / "train.py", path], capture_output=True, text=True, timeout=100)
     assert run.returncode == 1
-    assert "0.0001 of the shares [1.0, 0.0001] is so small" in run.stderr
+    assert "Weight 0.0001 of [1.0, 0.0001] is so small" in run.stderr
 
 
 def test_an_argument_may_be_denied_by_its_other_name(train, recipe):

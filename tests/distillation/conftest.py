@@ -1,4 +1,4 @@
-"""Tiny webdataset tars, real JPEGs inside, as the paper's data come in."""
+"""Tiny teachers, and a trainer on tiny webdataset tars."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from ..datasets.conftest import photos, sa1b  # noqa: F401  (pytest fixtures)
 
 @pytest.fixture(scope="session")
 def teacher_folders(tmp_path_factory, sam, clip) -> dict[str, Path]:
-    """The tiny teachers with their own image processors."""
+    """Folders of tiny teachers with their image processors."""
     folders = {name: tmp_path_factory.mktemp(name) for name in ("sam", "clip")}
     sam.save_pretrained(folders["sam"])
     size = {"height": 64, "width": 64}
@@ -43,9 +43,9 @@ def processor(teacher_folders) -> SamClipProcessor:
 
 @pytest.fixture
 def make_trainer(model, clip_teacher, sam_teacher, processor, photos, sa1b, tmp_path):  # noqa: F811  (pytest fixtures)
-    """A trainer on the tiny tars; arguments override."""
+    """Returns a function that makes a trainer on the tiny tars. Its arguments override the training arguments."""
 
-    def make(stage: int = 2, clip_teacher=clip_teacher, **arguments) -> SamClipTrainer:
+    def make(stage: int = 2, clip_teacher=clip_teacher, trainer_class=SamClipTrainer, **arguments) -> SamClipTrainer:
         settings = {
             "output_dir": str(tmp_path / "run"),
             "clip_data": [str(photos)],
@@ -66,6 +66,6 @@ def make_trainer(model, clip_teacher, sam_teacher, processor, photos, sa1b, tmp_
             "use_cpu": True,
         } | arguments
         args = SamClipTrainingArguments(stage=stage, **settings)
-        return SamClipTrainer(model, args, clip_teacher, sam_teacher, processing_class=processor)
+        return trainer_class(model, args, clip_teacher, sam_teacher, processing_class=processor)
 
     return make

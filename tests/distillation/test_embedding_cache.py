@@ -1,9 +1,8 @@
-"""Stored embeddings teach what the teacher itself would."""
+"""The embedding cache: its embeddings are those that the teacher computes during training."""
 
 import io
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,54 +10,41 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessor
 
-from samclip_cli import embed
+from samclip_cli.embed import main as embed
 from samclip_hf.datasets.streams import open_stream
-from samclip_hf.distillation import ClipTeacher, DataError, EmbeddingCache
-from samclip_hf.distillation import embedding_cache as store
+from samclip_hf.distillation import ClipTeacher, DataError, EmbeddingCache, embedding_cache
 from samclip_hf.distillation.embedding_cache import shard_path
 
 from ..datasets.tars import jpeg, write_tar
 
-SCRIPT = Path(__file__).parents[2] / "training" / "cache_teacher.py"
-
-
-@pytest.fixture(scope="module")
-def cache_teacher():
-    return embed.main
-
 
 @pytest.fixture
 def arguments(teacher_folders, photos, tmp_path):
-    """Of the script, for the tiny teacher on three tars of four photographs."""
-    names = ["--clip_teacher", teacher_folders["clip"], "--clip_data", photos, "--output_dir", tmp_path / "store"]
-    return [str(word) for word in [*names, "--num_crops", 2, "--batch_size", 6, "--use_cpu"]]
+    """Arguments of `samclip embed` for the tiny teacher and three tars of four images."""
+    names = ["--clip_teacher", teacher_folders["clip"], "--clip_data", photos, "--output_dir", tmp_path / "cache"]
+    return [str(argument) for argument in [*names, "--num_crops", 2, "--batch_size", 6, "--use_cpu"]]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_stored_embeddings_are_the_teachers_of_the_crops_that_training_draws(
-    cache_teacher,
-    arguments,
-    clip_teacher,
-    tmp_path,
-    make_trainer,
-    num_workers,
+def test_cached_embeddings_are_those_of_the_crops_of_the_training(
+    arguments, clip_teacher, tmp_path, make_trainer, num_workers
 ):
-    cache_teacher([*arguments, "--num_workers", str(num_workers)])
+    embed([*arguments, "--num_workers", str(num_workers)])
     settings = {"stage": 1, "clip_batch_size": 4, "clip_resolutions": [32], "eval_fraction": 0.2}
     online = make_trainer(**settings)
-    stored = make_trainer(**settings, clip_teacher=EmbeddingCache(tmp_path / "store"))
-    steps = zip(online.get_train_dataloader(), stored.get_train_dataloader(), strict=True)
-    for _, (first, second) in zip(range(3), steps, strict=False):  # no lane begins a third pass
+    cached = make_trainer(**settings, clip_teacher=EmbeddingCache(tmp_path / "cache"))
+    steps = zip(online.get_train_dataloader(), cached.get_train_dataloader(), strict=True)
+    for _, (first, second) in zip(range(3), steps, strict=False):  # no reader starts a third epoch
         assert torch.equal(first["clip"]["images"], second["clip"]["images"])
         expected = torch.nn.functional.normalize(clip_teacher(first["clip"]["teacher_images"]), dim=-1)
         torch.testing.assert_close(second["clip"]["teacher_embeds"], expected, atol=1e-3, rtol=0)
-        losses = [t.clip_loss(t.model, **s["clip"]).item() for t, s in ((online, first), (stored, second))]
+        losses = [t.clip_loss(t.model, **s["clip"]).item() for t, s in ((online, first), (cached, second))]
         assert losses[1] == pytest.approx(losses[0], abs=1e-3)
 
 
 @pytest.mark.parametrize("resample", [Image.Resampling.BILINEAR, Image.Resampling.BICUBIC])
 def test_the_teachers_images_are_resized_as_its_image_processor_does(
-    cache_teacher, arguments, teacher_folders, make_trainer, tmp_path, resample
+    arguments, teacher_folders, make_trainer, tmp_path, resample
 ):
     folder = tmp_path / "teacher"
     shutil.copytree(teacher_folders["clip"], folder)
@@ -67,7 +53,7 @@ def test_the_teachers_images_are_resized_as_its_image_processor_does(
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG")
     write_tar(tmp_path / "0.tar", {"0.png": buffer.getvalue()})
-    # The crop is the whole square, flipped or not.
+    # The crop is the whole image, which may be flipped.
     settings = {
         "clip_data": [str(tmp_path / "0.tar")],
         "clip_batch_size": 1,
@@ -79,105 +65,117 @@ def test_the_teachers_images_are_resized_as_its_image_processor_does(
     expected = np.asarray(Image.fromarray(pixels).resize((32, 32), resample))
     assert any(np.array_equal(seen, either) for either in (expected, expected[:, ::-1]))
 
-    cache_teacher([*arguments, "--clip_teacher", str(folder), "--clip_data", str(tmp_path / "0.tar")])
-    assert EmbeddingCache(tmp_path / "store").description.resample == resample
+    embed([*arguments, "--clip_teacher", str(folder), "--clip_data", str(tmp_path / "0.tar")])
+    assert EmbeddingCache(tmp_path / "cache").description.resample == resample
 
 
-def test_training_from_a_store_never_runs_the_teacher(cache_teacher, arguments, make_trainer, tmp_path, monkeypatch):
-    cache_teacher(arguments)
+def test_training_with_a_cache_does_not_run_the_teacher(arguments, make_trainer, tmp_path, monkeypatch):
+    embed(arguments)
     monkeypatch.setattr(ClipTeacher, "forward", None)
     for stage in (1, 2, 3):
-        trainer = make_trainer(stage, clip_teacher=EmbeddingCache(tmp_path / "store"), max_steps=6)
+        trainer = make_trainer(stage, clip_teacher=EmbeddingCache(tmp_path / "cache"), max_steps=6)
         trainer.train()
         losses = [entry["clip_loss"] for entry in trainer.state.log_history if "clip_loss" in entry]
         assert np.isfinite(losses).all() and len(losses) == 6
 
 
-def test_what_is_there_is_not_computed_again(cache_teacher, arguments, tmp_path):
-    cache_teacher(arguments)
-    paths = [shard_path(tmp_path / "store", 0, shard) for shard in range(3)]
+def test_existing_shards_are_not_computed_again(arguments, tmp_path):
+    embed(arguments)
+    paths = [shard_path(tmp_path / "cache", 0, shard) for shard in range(3)]
     whole = [path.read_bytes() for path in paths]
     paths[1].unlink()
-    paths[2].write_bytes(b"left alone")
-    with pytest.raises(ValueError, match=r"not finished: 1 shards are missing, .*000001\.parquet"):
-        EmbeddingCache(tmp_path / "store")
-    cache_teacher(arguments)
-    assert [path.read_bytes() for path in paths] == [whole[0], whole[1], b"left alone"]
+    paths[2].write_bytes(b"unchanged")
+    with pytest.raises(ValueError, match=r"incomplete: 1 shards are missing, .*000001\.parquet"):
+        EmbeddingCache(tmp_path / "cache")
+    embed(arguments)
+    assert [path.read_bytes() for path in paths] == [whole[0], whole[1], b"unchanged"]
 
 
-def test_what_cannot_be_used_is_counted_and_has_no_embedding(cache_teacher, arguments, tmp_path, capsys):
-    write_tar(tmp_path / "0.tar", {"0.jpg": jpeg(0), "1.jpg": b"no picture", "2.jpg": jpeg(2)})
-    cache_teacher([*arguments, "--clip_data", str(tmp_path / "0.tar")])
+def test_corrupt_images_are_counted_and_have_no_embedding(arguments, tmp_path, capsys):
+    write_tar(tmp_path / "0.tar", {"0.jpg": jpeg(0), "1.jpg": b"not an image", "2.jpg": jpeg(2)})
+    embed([*arguments, "--clip_data", str(tmp_path / "0.tar")])
     assert "3 images embedded, 1 of which cannot be used, by cause: {'broken image': 1}" in capsys.readouterr().out
     stream = open_stream(str(tmp_path / "0.tar"))
-    (stream,) = EmbeddingCache(tmp_path / "store").attach([stream])
+    (stream,) = EmbeddingCache(tmp_path / "cache").attach([stream])
     embeds = [sample["embeds"] for _, sample in stream.read(0)]
     assert [np.isnan(e).all() for e in embeds] == [False, True, False] and embeds[0].shape == (2, 20)
 
 
-def test_a_full_disk_keeps_what_is_finished(cache_teacher, arguments, tmp_path, monkeypatch):
-    write = store.pq.write_table
+def test_a_full_disk_keeps_complete_shards(arguments, tmp_path, monkeypatch):
+    write = embedding_cache.pq.write_table
 
-    def until_full(table, path):
-        path.write_bytes(b"half of it")
-        if path.name.startswith("000001"):
+    def write_until_full(table, path):
+        path.write_bytes(b"incomplete")
+        if "000001" in path.name:
             raise OSError(28, "No space left on device")
         write(table, path)
 
-    monkeypatch.setattr(store.pq, "write_table", until_full)
+    monkeypatch.setattr(embedding_cache.pq, "write_table", write_until_full)
     with pytest.raises(SystemExit, match="No space left on device\nShards that were finished are kept"):
-        cache_teacher(arguments)
-    assert [path.name for path in (tmp_path / "store" / "00").iterdir()] == ["000000.parquet"]
+        embed(arguments)
+    assert [path.name for path in (tmp_path / "cache" / "00").iterdir()] == ["000000.parquet"]
 
 
-def test_another_store_is_not_overwritten(cache_teacher, arguments):
-    cache_teacher(arguments)
-    with pytest.raises(SystemExit, match="holds a store with other seed, min_crop_scale: name another"):
-        cache_teacher([*arguments, "--seed", "1", "--min_crop_scale", "0.1"])
+def test_a_cache_with_another_description_is_not_overwritten(arguments):
+    embed(arguments)
+    with pytest.raises(SystemExit, match=r"different values of seed, min_crop_scale\. Choose another folder"):
+        embed([*arguments, "--seed", "1", "--min_crop_scale", "0.1"])
 
 
-def test_a_store_of_something_else_is_refused(cache_teacher, arguments, model, photos, sa1b, tmp_path):
-    cache_teacher(arguments)
-    store = EmbeddingCache(tmp_path / "store")
+def test_a_cache_that_does_not_match_the_training_raises(arguments, model, photos, sa1b, tmp_path):
+    embed(arguments)
+    cache = EmbeddingCache(tmp_path / "cache")
     streams = [open_stream(str(photos))]
-    store.check(model, streams, 0.5, "miniature")
-    with pytest.raises(ValueError, match=r"crops with min_crop_scale 0\.5, not 0\.08"):
-        store.check(model, streams, 0.08, "miniature")
-    with pytest.raises(ValueError, match=r"of other data: \[3\] shards where clip_data has \[1\]"):
-        store.check(model, [open_stream(str(sa1b))], 0.5, "miniature")
-    with pytest.raises(ValueError, match=r"holds embeddings of clip.*, and clip_teacher is openai/other"):
-        store.check(model, streams, 0.5, "openai/other")
-    description = tmp_path / "store" / "store.json"
+    cache.check(model, streams, 0.5, "miniature")
+    with pytest.raises(ValueError, match=r"crops with min_crop_scale 0\.5, but min_crop_scale is 0\.08"):
+        cache.check(model, streams, 0.08, "miniature")
+    with pytest.raises(ValueError, match=r"of other data.* has \[3\] shards, clip_data has \[1\]"):
+        cache.check(model, [open_stream(str(sa1b))], 0.5, "miniature")
+    with pytest.raises(ValueError, match=r"contains embeddings of clip.*, but clip_teacher is openai/other"):
+        cache.check(model, streams, 0.5, "openai/other")
+    description = tmp_path / "cache" / "embedding_cache.json"
     description.write_text(json.dumps(json.loads(description.read_text()) | {"text_space": [9.0] * 64}))
-    with pytest.raises(ValueError, match="text tower is not this CLIP teacher's"):
-        EmbeddingCache(tmp_path / "store").check(model, streams, 0.5, "miniature")
-    with pytest.raises(FileNotFoundError, match="There is no store in"):
+    with pytest.raises(ValueError, match="text tower is not the text tower of this CLIP teacher"):
+        EmbeddingCache(tmp_path / "cache").check(model, streams, 0.5, "miniature")
+    with pytest.raises(FileNotFoundError, match="is not an embedding cache"):
         EmbeddingCache(tmp_path)
-    earlier = {name: value for name, value in json.loads(description.read_text()).items() if name != "resample"}
-    description.write_text(json.dumps(earlier))
-    with pytest.raises(ValueError, match=r"was made by another version of cache_teacher\.py"):
-        EmbeddingCache(tmp_path / "store")
+    incomplete = {name: value for name, value in json.loads(description.read_text()).items() if name != "resample"}
+    description.write_text(json.dumps(incomplete))
+    with pytest.raises(ValueError, match="computed by an incompatible version"):
+        EmbeddingCache(tmp_path / "cache")
 
 
-def test_data_that_changed_since_are_refused(cache_teacher, arguments, tmp_path):
+def test_a_cache_of_an_earlier_release_is_read(arguments, tmp_path):
+    embed(arguments)
+    path = tmp_path / "cache" / "embedding_cache.json"
+    description = json.loads(path.read_text())
+    description["min_crop"] = description.pop("min_crop_scale")
+    path.with_name("store.json").write_text(json.dumps(description))
+    path.unlink()
+    assert EmbeddingCache(tmp_path / "cache").description.min_crop_scale == 0.5
+    embed(arguments)  # does not write a second description
+    assert not path.exists()
+
+
+def test_data_that_changed_after_embedding_raise(arguments, tmp_path):
     write_tar(tmp_path / "0.tar", {"0.jpg": jpeg(0), "1.jpg": jpeg(1)})
-    cache_teacher([*arguments, "--clip_data", str(tmp_path / "0.tar")])
+    embed([*arguments, "--clip_data", str(tmp_path / "0.tar")])
     write_tar(tmp_path / "0.tar", {"0.jpg": jpeg(0), "other.jpg": jpeg(1)})
     stream = open_stream(str(tmp_path / "0.tar"))
-    (stream,) = EmbeddingCache(tmp_path / "store").attach([stream])
+    (stream,) = EmbeddingCache(tmp_path / "cache").attach([stream])
     with pytest.raises(DataError, match=r"Row 1 of .*is '0/other', but its stored embedding is of another sample"):
         list(stream.read(0))
 
 
-def test_a_shard_that_cannot_be_read_is_tried_again_next_time(cache_teacher, arguments, tmp_path):
+def test_an_unreadable_shard_is_not_written_and_retried_by_the_next_command(arguments, tmp_path):
     write_tar(tmp_path / "0.tar", {"0.jpg": jpeg(0), "1.jpg": jpeg(1)})
     whole = (tmp_path / "0.tar").read_bytes()
     (tmp_path / "0.tar").write_bytes(whole[: whole.index(b"1.jpg") + 600])
-    words = [*arguments, "--clip_data", str(tmp_path / "0.tar")]
+    command = [*arguments, "--clip_data", str(tmp_path / "0.tar")]
     with pytest.raises(SystemExit, match="1 shards could not be read to their ends and were not stored"):
-        cache_teacher(words)
+        embed(command)
     (tmp_path / "0.tar").write_bytes(whole)
-    cache_teacher(words)
+    embed(command)
     stream = open_stream(str(tmp_path / "0.tar"))
-    (stream,) = EmbeddingCache(tmp_path / "store").attach([stream])
+    (stream,) = EmbeddingCache(tmp_path / "cache").attach([stream])
     assert len([sample["embeds"] for _, sample in stream.read(0)]) == 2

@@ -1,3 +1,5 @@
+"""Point and box prompts from masks."""
+
 import numpy as np
 import pytest
 
@@ -6,22 +8,22 @@ from samclip_hf.distillation.prompts import box_from_mask, point_from_mask
 
 @pytest.fixture
 def mask() -> np.ndarray:
-    """A ring of 40 x 60 pixels in an image of 100 x 200: its middle is outside."""
+    """A ring of 40 x 60 px in an image of 100 x 200 px, whose center is background."""
     mask = np.zeros((100, 200), dtype=bool)
     mask[30:70, 80:140] = True
     mask[40:60, 90:130] = False
     return mask
 
 
-def test_points_lie_in_the_mask_and_reach_all_of_it(mask):
+def test_points_are_uniform_in_the_mask(mask):
     rng = np.random.default_rng(0)
     points = np.array([point_from_mask(mask, rng) for _ in range(2000)]).astype(int)
     assert mask[points[:, 1], points[:, 0]].all()
     left_half = (points[:, 0] < 110).mean()
-    assert 0.45 < left_half < 0.55  # uniform: the ring is symmetric
+    assert 0.45 < left_half < 0.55  # the ring is symmetric
 
 
-def test_box_noise_is_a_tenth_of_the_side_and_bounded(mask):
+def test_box_noise_is_a_tenth_of_the_side_and_clipped(mask):
     rng = np.random.default_rng(0)
     exact = np.array([80, 30, 139, 69])
     noise = np.array([box_from_mask(mask, rng) for _ in range(2000)]) - exact
@@ -31,7 +33,7 @@ def test_box_noise_is_a_tenth_of_the_side_and_bounded(mask):
     assert np.abs(box_from_mask(mask, rng, max_noise=1.5) - exact).max() <= 1.5
 
 
-def test_boxes_stay_in_the_image_and_in_order():
+def test_boxes_are_inside_the_image_and_ordered():
     mask = np.zeros((8, 8), dtype=bool)
     mask[0, 7] = True
     for seed in range(50):
@@ -40,14 +42,14 @@ def test_boxes_stay_in_the_image_and_in_order():
         assert 0 <= y1 <= y2 <= 7
 
 
-def test_prompts_follow_from_their_generator(mask):
+def test_prompts_depend_on_the_generator_only(mask):
     for prompt in (point_from_mask, box_from_mask):
         first, again, other = (prompt(mask, np.random.default_rng(seed)) for seed in (1, 1, 2))
         assert (first == again).all()
         assert (first != other).any()
 
 
-def test_an_empty_mask_is_refused():
+def test_an_empty_mask_raises():
     for prompt in (point_from_mask, box_from_mask):
         with pytest.raises(ValueError, match="empty mask"):
             prompt(np.zeros((4, 4), dtype=bool), np.random.default_rng(0))

@@ -1,3 +1,5 @@
+"""The trainer: what it trains, its log, checkpoints, evaluation and LoRA."""
+
 import copy
 import math
 import os
@@ -29,7 +31,7 @@ from samclip_hf.distillation import (
     SamTeacher,
     last_checkpoint,
 )
-from samclip_hf.distillation.teachers import normalize
+from samclip_hf.images import normalize
 
 from ..datasets.tars import jpeg, write_tar
 
@@ -41,34 +43,34 @@ TRAINED = {
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_a_stage_moves_every_parameter_that_it_trains_and_no_other(make_trainer, model, stage):
+def test_a_stage_changes_all_parameters_that_it_trains_and_no_others(make_trainer, model, stage):
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    # Until the encoder differs from the teacher's the SAM loss is zero, so the third step is the second of its kind.
+    # The SAM loss is zero in the first step, in which student and teacher are equal.
     make_trainer(stage, max_steps=4, seed=1).train()
     for name, value in model.state_dict().items():
-        moved = not torch.equal(value, before[name])
+        changed = not torch.equal(value, before[name])
         if name.startswith(TRAINED[stage]) and name.endswith("k_proj.bias"):
-            continue  # shifts all scores of a query alike, which the softmax ignores
-        assert moved == name.startswith(TRAINED[stage]), name
+            continue  # has no gradient: the softmax ignores a constant that is added to all scores of a query
+        assert changed == name.startswith(TRAINED[stage]), name
 
 
-def test_gradients_reach_only_what_a_stage_trains(make_trainer, model):
+def test_only_trained_parts_get_gradients(make_trainer, model):
     trainer = make_trainer(stage=1)
     batch = next(iter(trainer.get_train_dataloader()))
-    assert set(batch) == {"clip", "shares"}
+    assert set(batch) == {"clip", "usable_fractions"}
     trainer.clip_loss(model, **batch["clip"]).backward()
     with_gradient = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None}
     assert with_gradient == {"clip_head"}
 
 
-def test_at_the_start_the_student_masks_are_the_teachers(make_trainer, model):
+def test_the_initial_sam_loss_is_zero(make_trainer, model):
     trainer = make_trainer()
     batch = next(iter(trainer.get_train_dataloader()))
     assert trainer.sam_loss(model, **batch["sam"]).item() == pytest.approx(0, abs=1e-6)
 
 
-def test_a_step_of_two_micro_batches_is_the_step_of_their_summed_loss(make_trainer, model):
-    torch.nn.init.normal_(model.vision_encoder.pos_embed)  # so that the SAM loss has something to say
+def test_the_gradient_of_a_step_is_that_of_the_summed_losses(make_trainer, model):
+    torch.nn.init.normal_(model.vision_encoder.pos_embed)  # so that the SAM loss is not zero
     trainer = make_trainer()
     batch = next(iter(trainer.get_train_dataloader()))
     trainer.current_gradient_accumulation_steps = 1
@@ -84,7 +86,7 @@ def test_a_step_of_two_micro_batches_is_the_step_of_their_summed_loss(make_train
             torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-6, rtol=1e-4)
 
 
-def test_accumulated_halves_make_the_step_of_the_whole(make_trainer, model):
+def test_accumulated_micro_batches_have_the_gradient_of_the_whole_batch(make_trainer, model):
     torch.nn.init.normal_(model.vision_encoder.pos_embed)
     trainer = make_trainer()
     batch = next(iter(trainer.get_train_dataloader()))
@@ -97,14 +99,14 @@ def test_accumulated_halves_make_the_step_of_the_whole(make_trainer, model):
         model.zero_grad()
         trainer.current_gradient_accumulation_steps = len(steps)
         for step in steps:
-            trainer.training_step(model, {**step, "shares": {"clip": 1.0, "sam": 1.0}})
+            trainer.training_step(model, {**step, "usable_fractions": {"clip": 1.0, "sam": 1.0}})
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-4)
 
 
-def test_encoder_and_sam_head_learn_at_a_tenth_of_the_rate(make_trainer, model):
+def test_encoder_and_mask_decoder_have_a_tenth_of_the_learning_rate(make_trainer, model):
     trainer = make_trainer(learning_rate=1e-3, weight_decay=0.1)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for group in trainer.create_optimizer().param_groups:
@@ -114,7 +116,7 @@ def test_encoder_and_sam_head_learn_at_a_tenth_of_the_rate(make_trainer, model):
             assert group["weight_decay"] == (0 if name.endswith("bias") or "norm" in name else 0.1)
 
 
-def test_the_log_names_every_part(make_trainer):
+def test_the_log_has_all_losses_metrics_and_gradient_norms(make_trainer):
     trainer = make_trainer(max_steps=8, logging_steps=8)
     metrics = trainer.train().metrics
     logged = trainer.state.log_history[0]
@@ -133,14 +135,14 @@ def test_the_log_names_every_part(make_trainer):
     assert logged["grad_norm"] == pytest.approx(math.hypot(*parts), rel=1e-4)
 
 
-def test_the_clip_loss_falls(make_trainer):
+def test_the_clip_loss_decreases(make_trainer):
     trainer = make_trainer(stage=1, max_steps=30, logging_steps=10, clip_resolutions=[32])
     trainer.train()
     losses = [entry["clip_loss"] for entry in trainer.state.log_history if "clip_loss" in entry]
     assert losses[-1] < 0.8 * losses[0]
 
 
-def test_teachers_stay_frozen_and_out_of_the_checkpoint(make_trainer, model, sam_teacher, tmp_path):
+def test_teachers_are_frozen_and_not_saved(make_trainer, model, sam_teacher, tmp_path):
     before = {name: value.clone() for name, value in sam_teacher.state_dict().items()}
     trainer = make_trainer()
     trainer.train()
@@ -156,7 +158,7 @@ def test_teachers_stay_frozen_and_out_of_the_checkpoint(make_trainer, model, sam
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_resumed_run_is_to_the_bit_what_it_would_have_been(make_trainer, model, tmp_path, num_workers):
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(make_trainer, model, tmp_path, num_workers):
     start = {name: value.clone() for name, value in model.state_dict().items()}
     settings = {"max_steps": 7, "save_strategy": "steps", "save_steps": 2, "save_total_limit": None}
     settings |= {"logging_steps": 3, "dataloader_num_workers": num_workers, "gradient_accumulation_steps": 2}
@@ -187,16 +189,16 @@ def test_a_resumed_run_is_to_the_bit_what_it_would_have_been(make_trainer, model
             assert torch.equal(value, whole[name]), name
 
 
-def test_a_checkpoint_of_other_data_is_refused(make_trainer, tmp_path):
+def test_a_checkpoint_of_other_data_raises(make_trainer, tmp_path):
     make_trainer(max_steps=1, save_strategy="steps", save_steps=1).train()
     checkpoint = str(tmp_path / "run" / "checkpoint-1")
     with pytest.raises(
-        DataError, match=r"with something else: seed from 42 to 1; num_readers from 16 to 8. Start a new run"
+        DataError, match=r"with other settings: seed from 42 to 1; num_readers from 16 to 8\. Start a new run"
     ):
         make_trainer(max_steps=2, seed=1, num_readers=8).train(resume_from_checkpoint=checkpoint)
 
 
-def test_a_half_written_checkpoint_is_passed_over(make_trainer, tmp_path, caplog):
+def test_incomplete_checkpoints_are_skipped(make_trainer, tmp_path, caplog):
     assert last_checkpoint(tmp_path / "nowhere") is None
     make_trainer(max_steps=3, save_strategy="steps", save_steps=1, save_total_limit=3).train()
     run = tmp_path / "run"
@@ -205,11 +207,11 @@ def test_a_half_written_checkpoint_is_passed_over(make_trainer, tmp_path, caplog
     (run / "checkpoint-3" / "trainer_state.json").write_text(whole[: len(whole) // 2])
     (run / "checkpoint-10").mkdir()
     assert last_checkpoint(run) == run / "checkpoint-2"
-    assert "checkpoint-10 is not complete" in caplog.text and "checkpoint-3 is not complete" in caplog.text
+    assert "checkpoint-10, which is incomplete" in caplog.text and "checkpoint-3, which is incomplete" in caplog.text
 
 
 @pytest.mark.parametrize("part", ["model", "optimizer.pt", "trainer_state.json"])
-def test_a_full_disk_is_reported_before_an_earlier_checkpoint_goes(make_trainer, tmp_path, monkeypatch, part):
+def test_a_full_disk_raises_and_keeps_the_earlier_checkpoint(make_trainer, tmp_path, monkeypatch, part):
     trainer = make_trainer(max_steps=2, save_strategy="steps", save_steps=1, save_total_limit=1)
     no_space = OSError(28, "No space left on device")
 
@@ -227,7 +229,7 @@ def test_a_full_disk_is_reported_before_an_earlier_checkpoint_goes(make_trainer,
         "trainer_state.json": (TrainerState, "save_to_json"),
     }[part]
     monkeypatch.setattr(owner, name, full(getattr(owner, name)))
-    with pytest.raises(OSError, match=r"checkpoint-2 could not be written, and was removed: .*No space left"):
+    with pytest.raises(OSError, match=r"checkpoint-2 cannot be written and was removed: .*No space left"):
         trainer.train()
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-1"]
     assert last_checkpoint(tmp_path / "run").name == "checkpoint-1"
@@ -245,12 +247,12 @@ def test_a_signal_ends_the_training_with_a_checkpoint(make_trainer, tmp_path, nu
 
     trainer.add_callback(Kill())
     trainer.train()
-    assert trainer.interruption.signal == number
+    assert trainer.preemption.signal == number
     assert last_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-3"
     assert signal.getsignal(number) == handler
 
 
-def test_a_step_whose_gradient_is_no_number_is_not_taken(make_trainer, model, monkeypatch):
+def test_steps_whose_gradient_is_not_finite_are_skipped(make_trainer, model, monkeypatch):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     trainer = make_trainer(stage=1, max_steps=3, logging_steps=3)
     monkeypatch.setattr(
@@ -259,20 +261,20 @@ def test_a_step_whose_gradient_is_no_number_is_not_taken(make_trainer, model, mo
     trainer.train()
     assert trainer.state.log_history[0]["skipped_steps"] == 3
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    with pytest.raises(FloatingPointError, match="10 steps in a row"):
+    with pytest.raises(FloatingPointError, match="norms of 10 steps in a row"):
         trainer = make_trainer(stage=1, max_steps=20, skip_step_grad_norm=1e-9)
         trainer.train()
 
 
-def test_training_goes_on_past_corrupt_pictures(make_trainer, tmp_path):
-    write_tar(tmp_path / "0.tar", {"0.jpg": jpeg(0), "1.jpg": b"no picture", "2.jpg": jpeg(2)})
+def test_corrupt_images_are_skipped_and_counted(make_trainer, tmp_path):
+    write_tar(tmp_path / "0.tar", {"0.jpg": jpeg(0), "1.jpg": b"not an image", "2.jpg": jpeg(2)})
     trainer = make_trainer(stage=1, clip_data=[str(tmp_path / "0.tar")])
     metrics = trainer.train().metrics
     assert metrics["skipped_broken_image"] >= 3
     assert trainer.state.global_step == 3
 
 
-def test_images_are_normalised_as_the_teachers_processors_do(sam_teacher, clip_teacher):
+def test_images_are_normalized_as_in_the_teachers_image_processors(sam_teacher, clip_teacher):
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (1, 3, 48, 64), generator=generator, dtype=torch.uint8)
     padded = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
@@ -290,42 +292,42 @@ def test_images_are_normalised_as_the_teachers_processors_do(sam_teacher, clip_t
     torch.testing.assert_close(own, expected["pixel_values"], atol=1e-5, rtol=1e-5)
 
 
-# ---- refusals ----
+# ---- errors ----
 
 
-def test_teachers_whose_sizes_do_not_fit_are_refused(model, sam, clip, teacher_folders, tmp_path):
+def test_teachers_that_do_not_match_the_student_raise(model, sam, clip, teacher_folders, tmp_path):
     sam_config, clip_config = sam.config.to_dict(), clip.config.to_dict()
     for part in ("vision_config", "prompt_encoder_config"):
         sam_config[part]["patch_size"] = 16
     clip_config["projection_dim"] = 12
-    misfits = {
+    teachers = {
         "clip": CLIPModel(CLIPConfig.from_dict(clip_config)),
         "sam": SamModel(SamConfig.from_dict(sam_config)),
     }
-    for name, misfit in misfits.items():
-        misfit.save_pretrained(tmp_path / name)
+    for name, teacher in teachers.items():
+        teacher.save_pretrained(tmp_path / name)
         shutil.copy(teacher_folders[name] / "preprocessor_config.json", tmp_path / name)
-    with pytest.raises(ValueError, match=r"text space has 20 dimensions, the CLIP teacher's 12"):
+    with pytest.raises(ValueError, match=r"text embedding space has 20 dimensions, the CLIP teacher's 12"):
         ClipTeacher(str(tmp_path / "clip")).check(model)
-    with pytest.raises(ValueError, match=r"patches are 16 px wide and the student's 8 px"):
+    with pytest.raises(ValueError, match=r"patch size is 16 px, the student's 8 px"):
         SamTeacher(str(tmp_path / "sam")).check(model)
     with pytest.raises(TypeError, match=r"clip_teacher must be a CLIPModel or a SiglipModel, but .* 'sam'"):
         ClipTeacher(str(teacher_folders["sam"]))
 
 
-def test_a_clip_teacher_with_another_text_space_is_refused(model, clip_teacher):
+def test_a_clip_teacher_with_another_text_tower_raises(model, clip_teacher):
     set_seed(0)
     torch.nn.init.normal_(model.text_projection.weight)
-    with pytest.raises(ValueError, match="text tower is not this CLIP teacher's"):
+    with pytest.raises(ValueError, match="text tower is not the text tower of this CLIP teacher"):
         clip_teacher.check(model)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sentence"),
+    ("arguments", "message"),
     [
-        ({"max_steps": -1}, "Streams are endless: say with max_steps"),
-        ({"clip_resolutions": [30]}, r"clip_resolutions \[30\] are not multiples of the student's patch size, 8"),
-        ({"min_crop_scale": 0.0}, "min_crop_scale is a share"),
+        ({"max_steps": -1}, "max_steps must be set for streaming data"),
+        ({"clip_resolutions": [30]}, r"clip_resolutions must be multiples of the student's patch size, 8: got \[30\]"),
+        ({"min_crop_scale": 0.0}, r"min_crop_scale must be above 0 and at most 1, got 0\.0"),
         ({"sam_batch_size": 0}, "sam_batch_size must be 1 or more, got 0"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be 1 or more, got 0"),
         ({"learning_rate": -1e-3}, "learning_rate must be 0 or more, got -0.001"),
@@ -333,15 +335,15 @@ def test_a_clip_teacher_with_another_text_space_is_refused(model, clip_teacher):
         ({"sam_data": ["/nowhere/sa1b"]}, "No data at '/nowhere/sa1b'"),
     ],
 )
-def test_arguments_that_cannot_be_meant_are_refused(make_trainer, arguments, sentence):
-    with pytest.raises((ValueError, FileNotFoundError), match=sentence):
+def test_invalid_arguments_raise(make_trainer, arguments, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
         make_trainer(**arguments)
 
 
 # ---- LoRA ----
 
 
-def test_adapters_train_save_load_and_merge_to_a_plain_checkpoint(make_trainer, model, tmp_path):
+def test_adapters_train_save_load_and_merge_into_a_checkpoint(make_trainer, model, tmp_path):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     base = copy.deepcopy(model)
     trainer = make_trainer(max_steps=4, lora_r=2, learning_rate=1e-2)
@@ -365,11 +367,13 @@ def test_adapters_train_save_load_and_merge_to_a_plain_checkpoint(make_trainer, 
             actual = other(pixel_values=pixel_values, input_points=points, input_ids=torch.tensor([[48, 5, 49]]))
             for name in ("pred_masks", "iou_scores", "image_embeds", "logits_per_image"):
                 torch.testing.assert_close(actual[name], expected[name], atol=1e-5, rtol=1e-4)
-    moved = {name.split(".")[0] for name, value in merged.state_dict().items() if not torch.equal(value, before[name])}
-    assert moved == {"vision_encoder", "mask_decoder", "clip_head"}
+    changed = {
+        name.split(".")[0] for name, value in merged.state_dict().items() if not torch.equal(value, before[name])
+    }
+    assert changed == {"vision_encoder", "mask_decoder", "clip_head"}
 
 
-def test_adapters_resume_to_the_bit(make_trainer, model, tmp_path):
+def test_adapters_resume_bit_for_bit(make_trainer, model, tmp_path):
     start = {name: value.clone() for name, value in model.state_dict().items()}
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "lora_r": 2}
     trainer = make_trainer(**settings)
@@ -382,15 +386,15 @@ def test_adapters_resume_to_the_bit(make_trainer, model, tmp_path):
         assert torch.equal(value, whole[name]), name
 
 
-def test_adapters_are_for_stage_2(make_trainer):
-    with pytest.raises(ValueError, match="for stage 2 alone; got 4 in stage 1"):
+def test_adapters_are_supported_in_stage_2_only(make_trainer):
+    with pytest.raises(ValueError, match="supported in stage 2 only, got lora_r 4 in stage 1"):
         make_trainer(stage=1, lora_r=4)
 
 
 # ---- evaluation ----
 
 
-def test_an_evaluation_measures_and_draws_what_is_held_out_and_leaves_training_alone(make_trainer, model, tmp_path):
+def test_an_evaluation_uses_held_out_samples_and_does_not_change_the_training(make_trainer, model, tmp_path):
     settings = {"max_steps": 4, "eval_fraction": 0.4, "logging_steps": 4}
     start = {name: value.clone() for name, value in model.state_dict().items()}
     plain = make_trainer(**settings)
@@ -418,29 +422,31 @@ def test_an_evaluation_measures_and_draws_what_is_held_out_and_leaves_training_a
     assert held_out and not train & held_out
     panels = sorted(path.name for path in (tmp_path / "run" / "panels").iterdir())
     assert panels == ["step_000002.png", "step_000004.png"]
-    with Image.open(tmp_path / "run" / "panels" / panels[0]) as picture:
-        assert min(picture.size) > 200
+    with Image.open(tmp_path / "run" / "panels" / panels[0]) as panel:
+        assert min(panel.size) > 200
 
 
-def test_an_evaluation_needs_something_held_out(make_trainer):
+def test_an_evaluation_requires_held_out_samples(make_trainer):
     with pytest.raises(ValueError, match="eval_fraction is 0"):
         make_trainer(eval_strategy="steps", eval_steps=2, eval_fraction=0.0)
 
 
-def test_a_student_may_see_other_sizes_than_the_sam_teacher(make_trainer, model):
+def test_the_student_may_have_other_resolutions_than_the_sam_teacher(make_trainer, model):
     trainer = make_trainer(sam_resolutions=[32, 64, 128])
-    kinds = set()
+    settings = set()
     for _, batch in zip(range(24), trainer.get_train_dataloader(), strict=False):
         images = batch["sam"]["images"]
         student_images = batch["sam"].get("student_images", images)
-        kinds.add((student_images.shape[-1], "input_boxes" in batch["sam"]))
+        settings.add((student_images.shape[-1], "input_boxes" in batch["sam"]))
         assert images.shape[-1] == 64
         loss = trainer.sam_loss(model, **batch["sam"])
-        # The student is the teacher: at the teacher's size nothing is to be learnt, at others something.
+        # Student and teacher have equal weights: the loss is zero at the teacher's resolution only.
         assert (loss.item() < 1e-6) == (student_images.shape[-1] == 64)
-    assert kinds == {(size, box) for size in (32, 64, 128) for box in (True, False)}
+    assert settings == {(size, box) for size in (32, 64, 128) for box in (True, False)}
 
 
-def test_sizes_of_the_sam_loss_are_whole_patches(make_trainer):
-    with pytest.raises(ValueError, match=r"sam_resolutions \[30\] are not multiples of the student's patch size, 8"):
+def test_sam_resolutions_must_be_multiples_of_the_patch_size(make_trainer):
+    with pytest.raises(
+        ValueError, match=r"sam_resolutions must be multiples of the student's patch size, 8: got \[30\]"
+    ):
         make_trainer(sam_resolutions=[30, 64])

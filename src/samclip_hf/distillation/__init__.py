@@ -5,9 +5,10 @@ from typing import Any
 
 from ..datasets.streams import DataError
 from .arguments import SamClipTrainingArguments
+from .checkpoints import last_checkpoint
 from .embedding_cache import EmbeddingCache
 from .teachers import ClipTeacher, SamTeacher
-from .trainer import SamClipTrainer, last_checkpoint
+from .trainer import SamClipTrainer
 
 __all__ = [
     "ClipTeacher",

@@ -1,7 +1,6 @@
 """Arguments of a training run. The recipes in `samclip_hf/recipes/` set them."""
 
 import functools
-import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -74,177 +73,216 @@ def _accept_deprecated_arguments(cls: type) -> type:
 @dataclass
 class SamClipTrainingArguments(TrainingArguments):
     r"""
-    transformers' [`TrainingArguments`] and the paper's recipe (section 4, "Implementation details"). Batch sizes are
-    those below, by task; `per_device_train_batch_size` is not used. A stage lasts `max_steps` optimizer steps.
+    The arguments of [`TrainingArguments`] and those of the paper's training (section 4, "Implementation details").
+
+    `max_steps` is the number of optimizer steps of the stage. `clip_batch_size` and `sam_batch_size` replace
+    `per_device_train_batch_size`, which has no effect.
+
+    Raises:
+        ValueError: If a value is out of its range, or if arguments do not fit together.
     """
 
     stage: Literal[1, 2, 3] = field(
         default=1,
         metadata={
-            "help": "1: CLIP head on a frozen encoder. 2: encoder and both heads, both losses in every optimizer "
-            "step. 3: CLIP head at all resolutions (paper, section 4)."
+            "help": "Training stage. 1: trains the CLIP head on the frozen image encoder. 2: trains image encoder, "
+            "mask decoder and CLIP head with both losses in every optimizer step. 3: trains the CLIP head at all "
+            "resolutions (paper, section 4)."
         },
     )
     model: str | None = field(
         default=None,
-        metadata={"help": "A SAM-CLIP checkpoint to go on from. Without it, one is built from the two teachers."},
+        metadata={
+            "help": "SAM-CLIP checkpoint to start from, on the Hub or in a folder. By default a new model is built "
+            "from the two teachers."
+        },
     )
     sam_teacher: str = field(
-        default="miniature", metadata={"help": "A SamModel on the Hub or in a folder, or 'miniature'."}
+        default="miniature", metadata={"help": "SAM teacher: a SamModel on the Hub or in a folder, or 'miniature'."}
     )
     sam_student: str | None = field(
         default=None,
         metadata={
-            "help": "A SamModel that a new student starts from where it is not the sam_teacher itself, such as ViT-B "
-            "below a ViT-H teacher."
+            "help": "SamModel that a new model is initialized from, for example a ViT-B for a ViT-H teacher. By "
+            "default sam_teacher."
         },
     )
     clip_teacher: str = field(
-        default="miniature", metadata={"help": "A CLIPModel or SiglipModel on the Hub or in a folder, or 'miniature'."}
+        default="miniature",
+        metadata={"help": "CLIP teacher: a CLIPModel or SiglipModel on the Hub or in a folder, or 'miniature'."},
     )
     clip_embedding_cache: str | None = field(
         default=None,
         metadata={
-            "help": "A folder from cache_teacher.py: the CLIP teacher's embeddings, computed once. Training then does "
-            "not run the teacher; a new model still takes its text tower from it."
+            "help": "Folder with precomputed embeddings of the CLIP teacher, the output of `samclip embed`. The "
+            "teacher is then not run; a new model still gets its text tower."
         },
     )
     clip_head_layers: int = field(
-        default=3, metadata={"help": "Transformer layers of a new model's CLIP head (paper, appendix A: 3)."}
+        default=3,
+        metadata={"help": "Number of transformer layers in the CLIP head of a new model (paper, appendix A: 3)."},
     )
     clip_head_pooling: Literal["max", "mean"] = field(
-        default="max", metadata={"help": "How a new model's CLIP head pools its patches (paper: max)."}
+        default="max", metadata={"help": "Pooling of the CLIP head of a new model (paper, section 3: max)."}
     )
     clip_head_initialization: Literal["copied", "random"] = field(
         default="copied",
         metadata={
-            "help": "What the layers of a new model's CLIP head start from: copies of SAM's last one (paper, appendix "
-            "A) or random weights (as its main text can be read)."
+            "help": "Initialization of the layers in the CLIP head of a new model. copied: from the last layer of "
+            "SAM's image encoder (paper, appendix A). random: random weights (a reading of section 3)."
         },
     )
     clip_data: list[str] = field(
         default_factory=lambda: ["miniature"],
-        metadata={"help": "Images for the CLIP loss: 'miniature', folders, globs, hf:// names, names on the Hub."},
+        metadata={
+            "help": "Images for the CLIP loss: folders, globs, hf:// paths, names of datasets on the Hub, or "
+            "'miniature'."
+        },
     )
     sam_data: list[str] = field(
         default_factory=lambda: ["miniature"],
-        metadata={"help": "Images with SA-1B's annotations for the SAM loss, named as clip_data."},
+        metadata={"help": "Images with SA-1B annotations for the SAM loss, in the same forms as clip_data."},
     )
     clip_data_weights: list[float] | None = field(
         default=None,
-        metadata={"help": "How much of each of clip_data to take, in any unit. By default as much of each."},
+        metadata={"help": "Sampling weight of each entry of clip_data, in any unit. By default all are equal."},
     )
     sam_data_weights: list[float] | None = field(
         default=None,
-        metadata={"help": "How much of each of sam_data to take, in any unit. By default as much of each."},
+        metadata={"help": "Sampling weight of each entry of sam_data, in any unit. By default all are equal."},
     )
     sam_shard_fraction: float = field(
         default=1.0,
-        metadata={"help": "Of the tars of sam_data, drawn at random but always the same ones (paper: 0.057)."},
+        metadata={
+            "help": "Fraction of the tars of sam_data that is used. The selection is random with a fixed seed (paper: "
+            "0.057)."
+        },
     )
     eval_fraction: float = field(
         default=0.01,
-        metadata={"help": "Of all samples, by their keys: left out of training, for validation (paper: 0.01)."},
+        metadata={
+            "help": "Fraction of the samples that is held out for validation. It is selected by a hash of their keys "
+            "(paper: 0.01)."
+        },
     )
     max_corrupt_fraction: float = field(
         default=0.1,
-        metadata={"help": "Training stops when more of the samples cannot be used; all that are skipped are counted."},
+        metadata={
+            "help": "Corrupt samples are skipped, counted and logged. Training stops if a larger fraction of the "
+            "recent samples is corrupt."
+        },
     )
     clip_resolutions: list[int] = field(
         default_factory=lambda: [224, 448],
-        metadata={"help": "Resolutions of the CLIP loss in pixels; one is drawn for each step (paper: 224, 448)."},
+        metadata={
+            "help": "Resolutions of the CLIP loss in pixels. One is drawn for each optimizer step (paper: 224, 448)."
+        },
     )
     clip_batch_size: int = field(
         default=32,
         metadata={
-            "help": "Images for the CLIP loss a process and micro-batch, at the smallest of clip_resolutions; at a larger, "
-            "as many as have about the same number of pixels (paper: 2048 in all)."
+            "help": "Images for the CLIP loss per process and micro-batch at the smallest of clip_resolutions. Larger "
+            "resolutions have fewer images, with about the same number of pixels (paper: 2048 in all processes)."
         },
     )
     sam_batch_size: int = field(
-        default=4, metadata={"help": "Images for the SAM loss a process and micro-batch (paper: 32 in all)."}
+        default=4,
+        metadata={"help": "Images for the SAM loss per process and micro-batch (paper: 32 in all processes)."},
     )
     sam_resolutions: list[int] = field(
         default_factory=list,
         metadata={
-            "help": "Resolutions at which the student sees images for the SAM loss; one is drawn for each step. By "
-            "default the teacher's alone, as in the paper; others, and SAM's size among clip_resolutions, work against a "
-            "student that is a SAM at one size and a CLIP at another."
+            "help": "Resolutions of the student's images for the SAM loss in pixels. One is drawn for each optimizer "
+            "step. By default the teacher's resolution only, as in the paper. If the resolutions of both losses do "
+            "not overlap, the student may learn SAM's features at one resolution and CLIP's at another: other values "
+            "here, or SAM's resolution in clip_resolutions, counteract this."
         },
     )
-    masks_per_image: int = field(default=32, metadata={"help": "Prompts an image for the SAM loss (paper: 32)."})
+    masks_per_image: int = field(
+        default=32, metadata={"help": "Number of prompts per image for the SAM loss (paper: 32)."}
+    )
     max_box_noise: float = field(
-        default=20.0, metadata={"help": "Largest noise of a box prompt, in pixels of the model's input (SAM: 20)."}
+        default=20.0, metadata={"help": "Largest noise of a box prompt in pixels of the model's input (SAM: 20)."}
     )
     min_crop_scale: float = field(
-        default=0.5, metadata={"help": "Smallest share of an image that a random crop for the CLIP loss shows."}
+        default=0.5,
+        metadata={"help": "Smallest area of a random crop for the CLIP loss, relative to the image."},
     )
     num_readers: int = field(
         default=16,
         metadata={
-            "help": "Shards of a stream that are read side by side, in all processes together; best a multiple of "
-            "processes x dataloader_num_workers. Part of what decides over the order of samples, like the seed."
+            "help": "Number of shards of a stream that are read concurrently, in all processes. A multiple of "
+            "processes x dataloader_num_workers avoids reading a shard more than once. Like the seed, it determines "
+            "the order of the samples."
         },
     )
     shuffle_buffer: int = field(
         default=1000,
-        metadata={"help": "Samples of clip_data that are shuffled with one another, and held, in all processes."},
+        metadata={
+            "help": "Number of samples of clip_data that are shuffled together, in all processes. They are held in "
+            "memory undecoded."
+        },
     )
     sam_shuffle_buffer: int = field(
-        default=200, metadata={"help": "The same of sam_data, whose samples take about a megabyte each."}
+        default=200,
+        metadata={"help": "The same for sam_data, whose samples have about one megabyte each."},
     )
     sam_loss_weight: float = field(
         default=10.0, metadata={"help": "Lambda in L_CLIP + lambda * L_SAM (paper, section 3: 10)."}
     )
-    focal_weight: float = field(default=20.0, metadata={"help": "Of the focal part in L_SAM (SAM: 20)."})
-    dice_weight: float = field(default=1.0, metadata={"help": "Of the dice part in L_SAM (SAM: 1)."})
-    iou_head_weight: float = field(default=1.0, metadata={"help": "Of the IoU head's part in L_SAM (SAM: 1)."})
+    focal_weight: float = field(default=20.0, metadata={"help": "Weight of the focal loss in L_SAM (SAM: 20)."})
+    dice_weight: float = field(default=1.0, metadata={"help": "Weight of the dice loss in L_SAM (SAM: 1)."})
+    iou_head_weight: float = field(default=1.0, metadata={"help": "Weight of the IoU head's loss in L_SAM (SAM: 1)."})
     encoder_lr_multiplier: float = field(
         default=0.1,
-        metadata={"help": "Learning rate of image encoder and SAM head, relative to the CLIP head's (paper: 0.1)."},
+        metadata={
+            "help": "Learning rate of image encoder and mask decoder, relative to learning_rate, which is the CLIP "
+            "head's (paper: 0.1)."
+        },
     )
     skip_step_grad_norm: float = field(
         default=float("inf"),
         metadata={
-            "help": "A step whose gradient's norm, before clipping, is larger or not finite is not taken, and is "
-            "counted; ten of them in a row end the training."
+            "help": "Optimizer steps with a larger gradient norm before clipping, or one that is not finite, are "
+            "skipped and counted. Training stops after ten skipped steps in a row."
         },
     )
     lora_r: int = field(
         default=0,
         metadata={
-            "help": "In stage 2: train LoRA adapters of this rank on image encoder and mask decoder, instead of all "
-            "their weights; the CLIP head in full. 0: no adapters."
+            "help": "Rank of LoRA adapters for image encoder and mask decoder in stage 2. The adapters replace the "
+            "training of their weights; the CLIP head stays fully trained. 0: no adapters."
         },
     )
     eval_batches: int = field(
         default=8,
         metadata={
-            "help": "With eval_strategy and eval_steps: micro-batches of held-out samples, always the same ones."
+            "help": "Number of held-out micro-batches of an evaluation, the same in every evaluation. eval_strategy "
+            "and eval_steps determine when to evaluate."
         },
     )
     eval_prompts: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "Texts whose places the panel shows that every evaluation draws, such as 'a photo of a dog'."
+            "help": "Texts such as 'a photo of a dog'. The panel of an evaluation shows which of them is most similar "
+            "to each pixel."
         },
     )
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Steps are built by this package: keep it."})
-    dataloader_drop_last: bool = field(default=False, metadata={"help": "Streams are endless: no effect."})
-    ignore_data_skip: bool = field(default=True, metadata={"help": "Streams resume by themselves: keep it."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Must be false: this package builds batches."}
+    )
+    dataloader_drop_last: bool = field(default=False, metadata={"help": "No effect: the data are endless streams."})
+    ignore_data_skip: bool = field(default=True, metadata={"help": "Must be true: streams resume by themselves."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Number of checkpoints to keep."})
 
     def __post_init__(self):
         super().__post_init__()
         if self.max_steps <= 0:
-            raise ValueError("Streams are endless: say with max_steps how many optimizer steps this stage lasts.")
-        if self.torch_compile:
-            # One graph a size: torch 2.14 cannot compile the backward pass of graphs with symbolic sizes.
-            os.environ.setdefault("ACCELERATE_DYNAMO_USE_DYNAMIC", "false")
+            raise ValueError("max_steps must be set for streaming data: the number of optimizer steps of this stage.")
         if self.push_to_hub and self.hub_token is not None:
             raise ValueError(
-                "hub_token would be published: training_args.bin, which is pushed, holds it. Log in by `hf auth "
-                "login`, or set HF_TOKEN."
+                "hub_token is not supported with push_to_hub: it would be published in training_args.bin. Log in with "
+                "`hf auth login`, or set the environment variable HF_TOKEN."
             )
         for name in (
             "clip_batch_size",
@@ -255,50 +293,54 @@ class SamClipTrainingArguments(TrainingArguments):
             "sam_shuffle_buffer",
             "eval_batches",
             "gradient_accumulation_steps",
+            "clip_head_layers",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}.")
+        for name in (
+            "sam_loss_weight",
+            "focal_weight",
+            "dice_weight",
+            "iou_head_weight",
+            "learning_rate",
+            "encoder_lr_multiplier",
+            "max_box_noise",
+            "lora_r",
+        ):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}.")
         for name in ("clip_data", "sam_data"):
             names, weights = getattr(self, name), getattr(self, f"{name}_weights")
             if weights is None:
                 setattr(self, f"{name}_weights", [1.0] * len(names))
             elif len(weights) != len(names) or min(weights) <= 0:
                 raise ValueError(
-                    f"{name}_weights must be {len(names)} numbers above 0, one for each of {name}, got {weights}."
+                    f"{name}_weights must have one number above 0 for each of the {len(names)} entries of {name}, got "
+                    f"{weights}."
                 )
-        if not 0 < self.sam_shard_fraction <= 1:
-            raise ValueError(f"sam_shard_fraction is a share, above 0 and up to 1, got {self.sam_shard_fraction}.")
+        for name in ("sam_shard_fraction", "min_crop_scale"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be above 0 and at most 1, got {getattr(self, name)}.")
         if not 0 <= self.eval_fraction < 1:
-            raise ValueError(f"eval_fraction is a share, from 0 and below 1, got {self.eval_fraction}.")
+            raise ValueError(f"eval_fraction must be at least 0 and below 1, got {self.eval_fraction}.")
         if self.eval_strategy != "no" and self.eval_fraction == 0:
-            raise ValueError("An evaluation needs held-out samples: eval_fraction is 0.")
+            raise ValueError("eval_strategy requires held-out samples, but eval_fraction is 0.")
         if not 0 <= self.max_corrupt_fraction <= 1:
-            raise ValueError(f"max_corrupt_fraction is a share, from 0 to 1, got {self.max_corrupt_fraction}.")
-        if not 0 < self.min_crop_scale <= 1:
-            raise ValueError(
-                f"min_crop_scale is a share of the image, above 0 and up to 1, got {self.min_crop_scale}."
-            )
+            raise ValueError(f"max_corrupt_fraction must be between 0 and 1, got {self.max_corrupt_fraction}.")
         if not self.clip_resolutions or min(self.clip_resolutions) < 1:
             raise ValueError(f"clip_resolutions must be one or more sizes in pixels, got {self.clip_resolutions}.")
-        if min(self.sam_loss_weight, self.focal_weight, self.dice_weight, self.iou_head_weight) < 0:
-            raise ValueError("Loss weights must be 0 or more.")
-        if not self.learning_rate >= 0:
-            raise ValueError(f"learning_rate must be 0 or more, got {self.learning_rate}.")
-        if self.encoder_lr_multiplier < 0:
-            raise ValueError(f"encoder_lr_multiplier must be 0 or more, got {self.encoder_lr_multiplier}.")
-        if self.clip_head_layers < 1:
-            raise ValueError(f"clip_head_layers must be 1 or more, got {self.clip_head_layers}.")
         if not self.max_grad_norm > 0:
-            raise ValueError("max_grad_norm must be above 0, inf for no clipping: by it, steps gone wrong are found.")
+            raise ValueError(
+                f"max_grad_norm must be above 0, got {self.max_grad_norm}. Set it to inf to disable clipping: the "
+                "gradient norm is needed to skip steps that diverge."
+            )
         if not self.skip_step_grad_norm > 0:
             raise ValueError(f"skip_step_grad_norm must be above 0, got {self.skip_step_grad_norm}.")
-        if self.max_box_noise < 0:
-            raise ValueError(f"max_box_noise must be 0 or more pixels, got {self.max_box_noise}.")
         if self.stage not in (1, 2, 3):
             raise ValueError(f"stage must be 1, 2 or 3, got {self.stage}.")
-        if self.lora_r < 0 or (self.lora_r and self.stage != 2):
-            raise ValueError(f"lora_r is 0 or more, and for stage 2 alone; got {self.lora_r} in stage {self.stage}.")
-        # DDP must expect that a micro-batch of one teacher leaves the other head alone.
+        if self.lora_r and self.stage != 2:
+            raise ValueError(f"lora_r is supported in stage 2 only, got lora_r {self.lora_r} in stage {self.stage}.")
+        # A micro-batch of one task leaves parameters of the other task without gradients.
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = self.stage == 2
 

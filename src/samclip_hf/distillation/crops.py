@@ -1,4 +1,4 @@
-"""Which part of an image a sample shows: the same for the student, for the teacher and for the teacher's store."""
+"""Random crops of training images. The student, the teacher and the embedding cache use the same crop of a sample."""
 
 import zlib
 from dataclasses import dataclass
@@ -6,47 +6,63 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-STUDENT_FILTER = Image.Resampling.BILINEAR  # SAM's image processor's
-MIN_ASPECT = 3 / 4  # of a random crop; as torchvision's RandomResizedCrop
+STUDENT_FILTER = Image.Resampling.BILINEAR  # as in SAM's image processor
+MIN_ASPECT_RATIO = 3 / 4  # as in torchvision's RandomResizedCrop; the largest is its inverse
+MAX_ATTEMPTS = 10  # as in torchvision's RandomResizedCrop
 
 
 def sample_rng(seed: int, epoch: int, key: str) -> np.random.Generator:
-    """What decides over all that is random about a sample, whoever reads it and whatever was read before."""
+    """Returns the random generator of a sample in an epoch. It does not depend on what was read before."""
     return np.random.default_rng((seed, epoch, zlib.crc32(key.encode())))
 
 
 @dataclass
 class Crop:
-    """A part of an image, to be resized to a square."""
+    """
+    A part of an image that is resized to a square.
 
-    box: tuple[float, float, float, float]  # left, upper, right, lower
+    Args:
+        box (`tuple[float, float, float, float]`):
+            Left, upper, right and lower edge in pixels of the image.
+        is_flipped (`bool`):
+            Whether the part is flipped horizontally.
+    """
+
+    box: tuple[float, float, float, float]
     is_flipped: bool
 
 
-def draw_crop(image: Image.Image, min_share: float, rng: np.random.Generator) -> Crop:
-    """A random part, in half of the cases flipped; see [`random_crop`]."""
-    return Crop(random_crop(image.width, image.height, min_share, rng), rng.random() < 0.5)
+def draw_crop(image: Image.Image, min_scale: float, rng: np.random.Generator) -> Crop:
+    """Draws a crop, see [`random_crop_box`], which is flipped with probability 0.5."""
+    return Crop(random_crop_box(image.width, image.height, min_scale, rng), rng.random() < 0.5)
 
 
 def cut(image: Image.Image, crop: Crop, size: int, resample: Image.Resampling) -> np.ndarray:
-    """The crop, uint8 `(size, size, 3)`."""
+    """Returns the crop, resized to `size` pixels, as a uint8 array of shape `(size, size, 3)`."""
     pixels = np.array(image.resize((size, size), resample, crop.box))
     return pixels[:, ::-1] if crop.is_flipped else pixels
 
 
-def random_crop(
-    width: int, height: int, min_share: float, rng: np.random.Generator
+def random_crop_box(
+    width: int, height: int, min_scale: float, rng: np.random.Generator
 ) -> tuple[float, float, float, float]:
-    """A random box (left, upper, right, lower) of between `min_share` and all of the image, with an aspect between 3:4
-    and 4:3, to be resized to a square. The paper does not state its augmentation; this is torchvision's
-    RandomResizedCrop."""
-    for _ in range(10):
-        area = width * height * rng.uniform(min_share, 1.0)
-        aspect = np.exp(rng.uniform(np.log(MIN_ASPECT), -np.log(MIN_ASPECT)))
-        crop_width, crop_height = np.sqrt(area * aspect), np.sqrt(area / aspect)
+    """
+    Draws a box with the distribution of torchvision's RandomResizedCrop; the paper does not state its augmentation.
+
+    The area is uniform between `min_scale` and 1 times the area of the image, the aspect ratio between 3:4 and 4:3 is
+    uniform on a logarithmic scale. If no such box is found in an image with an extreme aspect ratio, the box is the
+    largest square, at a random place.
+
+    Returns:
+        `tuple[float, float, float, float]`: Left, upper, right and lower edge in pixels.
+    """
+    for _ in range(MAX_ATTEMPTS):
+        area = width * height * rng.uniform(min_scale, 1.0)
+        aspect_ratio = np.exp(rng.uniform(np.log(MIN_ASPECT_RATIO), -np.log(MIN_ASPECT_RATIO)))
+        crop_width, crop_height = np.sqrt(area * aspect_ratio), np.sqrt(area / aspect_ratio)
         if crop_width <= width and crop_height <= height:
             left, upper = rng.uniform(0, width - crop_width), rng.uniform(0, height - crop_height)
             return left, upper, left + crop_width, upper + crop_height
-    side = min(width, height)  # a long image: the largest square, somewhere
+    side = min(width, height)
     left, upper = rng.uniform(0, width - side), rng.uniform(0, height - side)
     return left, upper, left + side, upper + side

@@ -1,8 +1,8 @@
 """
-The two distillation losses (paper, section 3) as functions of tensors that return named parts.
+The distillation losses (paper, section 3), as functions of tensors that return named parts.
 
-Every part is a mean over the batch, so that micro-batches of equal size add up, and is smallest, with zero gradient,
-exactly where the student equals the teacher.
+Every part is a mean over the batch: the mean of two micro-batches of equal size is the loss of the whole batch. Every
+part has its minimum, with zero gradient, where the student equals the teacher.
 """
 
 import torch
@@ -14,13 +14,21 @@ def cosine_distillation_loss(student_embeds: Tensor, teacher_embeds: Tensor) -> 
     r"""
     L_CLIP = 1 - cos(student, teacher).
 
-    student_embeds, teacher_embeds (`torch.Tensor` of shape `(batch_size, projection_dim)`):
-        Of any length.
+    Args:
+        student_embeds, teacher_embeds (`torch.Tensor` of shape `(batch_size, projection_dim)`):
+            Embeddings. They need not be normalized.
 
-    Returns `cosine`, between 0 and 2. Raises `ValueError` where the shapes differ.
+    Returns:
+        `dict[str, torch.Tensor]`: `cosine`, between 0 and 2.
+
+    Raises:
+        ValueError: If the shapes differ.
     """
     if student_embeds.shape != teacher_embeds.shape:
-        raise ValueError(f"Student and teacher differ: {student_embeds.shape} and {teacher_embeds.shape}.")
+        raise ValueError(
+            f"Student and teacher embeddings must have the same shape, got {tuple(student_embeds.shape)} and "
+            f"{tuple(teacher_embeds.shape)}."
+        )
     return {"cosine": 1 - F.cosine_similarity(student_embeds.float(), teacher_embeds.float(), dim=-1).mean()}
 
 
@@ -28,33 +36,37 @@ def mask_distillation_loss(
     student_logits: Tensor, teacher_logits: Tensor, student_iou: Tensor, teacher_iou: Tensor
 ) -> dict[str, Tensor]:
     r"""
-    L_SAM: focal and dice between the student's mask logits and the frozen teacher's mask scores for the same prompts,
-    and the squared error of the IoU head.
+    L_SAM: focal and dice loss between the mask logits of student and teacher for the same prompts, and the squared
+    error of the IoU head.
 
-    SAM trains against hard masks, back-propagates the best of three, and regresses the true IoU. Here the target is a
-    teacher's answer ("as in SAM, adapted for distillation", section 3), so three things differ:
+    SAM trains against ground-truth masks, back-propagates the lowest loss of three masks, and regresses the IoU with
+    the ground truth. Here the target is the output of a frozen teacher ("as in SAM, adapted for distillation", section
+    3), so three things differ:
 
-    - *Soft targets* t = sigmoid(teacher logit). SAM's focal weight (1 - p_t)^2 and its dice denominator sum(p) +
-      sum(t) would pull p away from a soft t. |t - p|^2 (quality focal loss, Li et al., arXiv 2006.04388), which is the
-      same for hard targets, and sum(p^2) + sum(t^2) (V-Net, arXiv 1606.04797) have their minimum at p = t.
-    - *Every mask counts*, mask i of the student against mask i of the teacher: the student's mask tokens start as
-      copies of the teacher's, so they mean the same (whole, part, subpart), and choosing the best one would leave the
-      others to drift.
-    - The *IoU head* learns the teacher's prediction: no true mask takes part.
+    - *Soft targets* t = sigmoid(teacher logit). The focal weight (1 - p_t)^2 of SAM and its dice denominator sum(p) +
+      sum(t) do not have their minimum at p = t for soft t. The weight |t - p|^2 (quality focal loss, Li et al., arXiv
+      2006.04388), which is equal for hard targets, and the denominator sum(p^2) + sum(t^2) (V-Net, arXiv 1606.04797)
+      do.
+    - *All masks* contribute, mask i of the student against mask i of the teacher. The mask tokens of the student start
+      as copies of the teacher's and have the same meaning (whole, part, subpart). With the lowest loss alone, the
+      other masks could drift.
+    - The *IoU head* learns the prediction of the teacher, because there is no ground-truth mask.
 
-    student_logits, teacher_logits (`torch.Tensor` of shape `(batch_size, num_prompts, num_masks, height, width)`):
-        Mask logits.
-    student_iou, teacher_iou (`torch.Tensor` of shape `(batch_size, num_prompts, num_masks)`):
-        Predicted IoUs.
+    Args:
+        student_logits, teacher_logits (`torch.Tensor` of shape `(batch_size, num_prompts, num_masks, height, width)`):
+            Mask logits.
+        student_iou, teacher_iou (`torch.Tensor` of shape `(batch_size, num_prompts, num_masks)`):
+            Predicted IoUs.
 
-    Returns `focal`, `dice` and `iou_head`, not weighted.
+    Returns:
+        `dict[str, torch.Tensor]`: `focal`, `dice` and `iou_head`, unweighted.
     """
     student_logits, target = student_logits.float(), teacher_logits.float().sigmoid()
     probability = student_logits.sigmoid()
     error = (target - probability).square()
     cross_entropy = F.binary_cross_entropy_with_logits(student_logits, target, reduction="none")
-    # 1 - (2 sum(pt) + 1) / (sum(p^2) + sum(t^2) + 1), written so that it is exactly 0 at p = t. The 1 is SAM's too: it
-    # keeps empty masks from dividing by zero.
+    # 1 - (2 sum(pt) + 1) / (sum(p^2) + sum(t^2) + 1), rearranged to be exactly 0 at p = t. As in SAM, the 1 avoids a
+    # division by zero for empty masks.
     squares = (probability.square() + target.square()).sum(dim=(-2, -1))
     dice = error.sum(dim=(-2, -1)) / (squares + 1)
     return {
@@ -66,8 +78,13 @@ def mask_distillation_loss(
 
 @torch.no_grad()
 def mask_iou(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """Mean IoU between binarised masks of any equal shape `(..., height, width)`; two empty masks agree. A figure to
-    watch, not to train on."""
+    """
+    Returns the mean IoU between the masks (logit > 0) of student and teacher. A metric without gradient.
+
+    Args:
+        student_logits, teacher_logits (`torch.Tensor` of shape `(..., height, width)`):
+            Mask logits. The IoU of two empty masks is 1.
+    """
     student, teacher = student_logits > 0, teacher_logits > 0
     intersection = (student & teacher).sum(dim=(-2, -1))
     union = (student | teacher).sum(dim=(-2, -1))

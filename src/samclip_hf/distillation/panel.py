@@ -1,85 +1,128 @@
-"""The pictures by which one sees a student learn, and forget."""
+"""The panel of an evaluation: the masks of teacher and student and the text similarity of a few held-out images."""
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..images import normalize
 from ..modeling_samclip import SamClipModel
+from ..visualization import with_labels, with_masks, with_prompts
+from .teachers import SamTeacher
 
-
-@dataclass
-class PanelRow:
-    """One image of the panel; all arrays have its height and width."""
-
-    image: np.ndarray  # uint8, (height, width, 3)
-    teacher_mask: np.ndarray | None = None  # bool
-    student_mask: np.ndarray | None = None
-    point: np.ndarray | None = None  # x and y
-    box: np.ndarray | None = None  # x1, y1, x2, y2
-    texts: np.ndarray | None = None  # number of the text that is most similar to the CLIP head's patch
+MAX_IMAGES = 4
 
 
 @torch.no_grad()
-def text_map(model: SamClipModel, pixel_values: Tensor, text_embeds: Tensor, size: tuple[int, int]) -> np.ndarray:
-    """The most similar of the texts `(num_texts, projection_dim)` to each patch of one image, as a map of `size`."""
+def panel_rows(
+    model: SamClipModel,
+    inputs: dict[str, dict[str, Tensor]],
+    sam_teacher: SamTeacher | None,
+    image_mean: list[float],
+    image_std: list[float],
+    texts: list[str],
+    text_embeds: Tensor | None,
+    text_image_size: int,
+) -> list[list[tuple[str, np.ndarray]]]:
+    r"""
+    Returns the rows of a panel, one for each image. With SAM batches, a row shows the first prompt of the image and
+    the masks of teacher and student for it. With texts, it shows the most similar text of each pixel.
+
+    Args:
+        model ([`SamClipModel`]):
+            The student.
+        inputs (`dict[str, dict[str, Tensor]]`):
+            A micro-batch of [`StepLoader`] without tasks that have no usable sample.
+        sam_teacher ([`SamTeacher`], *optional*):
+            The SAM teacher.
+        image_mean, image_std (`list[float]`):
+            Normalization of the student's images.
+        texts (`list[str]`), text_embeds (`torch.Tensor` of shape `(num_texts, projection_dim)`, *optional*):
+            Texts and their normalized embeddings.
+        text_image_size (`int`):
+            Resolution in pixels at which images are compared with the texts.
+
+    Returns:
+        `list[list[tuple[str, numpy.ndarray]]]`: For each image its titled visualizations, uint8 `(height, width, 3)`.
+    """
+    if not inputs:
+        return []
+    batch = dict(inputs.get("sam") or next(iter(inputs.values())))
+    images, content_sizes = batch.pop("images"), batch.pop("content_sizes", None)
+    rows = []
+    for index in range(min(MAX_IMAGES, len(images))):
+        image = images[index : index + 1]
+        height, width = image.shape[-2:] if content_sizes is None else content_sizes[index].tolist()
+        content = image[:, :, :height, :width]
+        pixels = content[0].permute(1, 2, 0).cpu().numpy()
+        row = [("image", pixels)]
+        if content_sizes is not None and sam_teacher is not None:
+            prompt: dict[str, Any] = {
+                name: batch[name][index : index + 1, :1] for name in batch if name.startswith("input_")
+            }
+            points, boxes = (
+                prompt[name].reshape(-1, size).cpu().numpy() if name in prompt else None
+                for name, size in (("input_points", 2), ("input_boxes", 4))
+            )
+            prompt["multimask_output"] = False
+            size = content_sizes[index : index + 1]
+            teacher_masks, _ = sam_teacher(image, size, **prompt)
+            pixel_values = normalize(image, image_mean, image_std, size)
+            student_masks = model(pixel_values=pixel_values, **prompt).pred_masks
+            masks = [
+                _resize_mask(logits[0, 0, 0], image.shape[-2:])[:height, :width]
+                for logits in (teacher_masks, student_masks)
+            ]
+            row = [("prompt", with_prompts(pixels, points, boxes))]
+            row += [
+                (title, with_masks(pixels, [mask]))
+                for title, mask in zip(("SAM teacher", "SAM-CLIP"), masks, strict=True)
+            ]
+        if text_embeds is not None:
+            square = F.interpolate(content.float(), (text_image_size,) * 2, mode="bilinear", antialias=True)
+            pixel_values = normalize(square, image_mean, image_std)
+            labels = most_similar_text(model, pixel_values, text_embeds, (height, width))
+            row.append(("most similar text", with_labels(pixels, labels, texts, background=False)))
+        rows.append(row)
+    return rows
+
+
+@torch.no_grad()
+def most_similar_text(
+    model: SamClipModel, pixel_values: Tensor, text_embeds: Tensor, size: tuple[int, int]
+) -> np.ndarray:
+    """Returns the index of the most similar of the texts `(num_texts, projection_dim)` for each pixel of an image
+    `(1, 3, height, width)`, as an array of shape `size`."""
     dense_embeds = model(pixel_values=pixel_values).dense_embeds.float()
     similarity = torch.einsum("bdhw,td->bthw", F.normalize(dense_embeds, dim=1), text_embeds.float())
     similarity = F.interpolate(similarity, size=size, mode="bilinear", align_corners=False)
     return similarity[0].argmax(dim=0).cpu().numpy()
 
 
-def resize_mask(logits: Tensor, size: tuple[int, int]) -> np.ndarray:
-    """Mask logits `(height, width)` as a mask of another size."""
+def _resize_mask(logits: Tensor, size: tuple[int, int]) -> np.ndarray:
     resized = F.interpolate(logits[None, None].float(), size=size, mode="bilinear", align_corners=False)
     return (resized[0, 0] > 0).cpu().numpy()
 
 
-def draw_panel(path: Path, rows: list[PanelRow], texts: list[str], title: str) -> None:
-    """Images in rows; the prompt, both masks and the texts' places in columns."""
+def save_panel(path: Path, rows: list[list[tuple[str, np.ndarray]]], title: str) -> None:
+    """Saves rows of titled images as one figure."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.patches import Patch
 
-    columns = ["image"]
-    if any(row.student_mask is not None for row in rows):
-        columns += ["SAM teacher", "SAM-CLIP"]
-    if any(row.texts is not None for row in rows):
-        columns.append("CLIP head, by text")
-    size = (2.4 * len(columns), 2.4 * len(rows) + 0.8)
-    figure, axes = plt.subplots(len(rows), len(columns), figsize=size, layout="constrained", squeeze=False)
+    columns = max(len(row) for row in rows)
+    size = (2.4 * columns, 2.4 * len(rows) + 0.8)
+    figure, axes = plt.subplots(len(rows), columns, figsize=size, layout="constrained", squeeze=False)
     figure.suptitle(title)
-    colours = plt.get_cmap("tab20")
-    for axis, column in zip(axes[0], columns, strict=True):
-        axis.set_title(column, fontsize=9)
     for row, own_axes in zip(rows, axes, strict=True):
-        for axis, column in zip(own_axes, columns, strict=True):
-            axis.set(xticks=[], yticks=[])
-            axis.imshow(row.image)
-            mask = {"SAM teacher": row.teacher_mask, "SAM-CLIP": row.student_mask}.get(column)
-            if mask is not None:
-                axis.imshow(np.where(mask[..., None], (0.1, 1.0, 0.1, 0.45), (0.0, 0.0, 0.0, 0.5)))
-            if column == "image" and row.point is not None:
-                axis.plot(*row.point, marker="*", color="lime", markeredgecolor="black", markersize=12)
-            if column == "image" and row.box is not None:
-                x1, y1, x2, y2 = row.box
-                axis.plot([x1, x2, x2, x1, x1], [y1, y1, y2, y2, y1], color="lime")
-            if column == "CLIP head, by text" and row.texts is not None:
-                axis.imshow(colours(row.texts % 20), alpha=0.6)
-    if "CLIP head, by text" in columns:
-        handles = [Patch(color=colours(number % 20), label=text) for number, text in enumerate(texts)]
-        figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=7)
-    path.parent.mkdir(parents=True, exist_ok=True)
+        for axis in own_axes:
+            axis.axis("off")
+        for axis, (name, pixels) in zip(own_axes, row, strict=False):
+            axis.imshow(pixels)
+            axis.set_title(name, fontsize=9)
     figure.savefig(path, dpi=90)
     plt.close(figure)
-
-
-def to_image(images: Tensor, content_size: Tensor | None) -> np.ndarray:
-    """One uint8 image `(3, height, width)` without its padding, channels last."""
-    height, width = images.shape[-2:] if content_size is None else content_size.tolist()
-    return images[:, :height, :width].permute(1, 2, 0).cpu().numpy()

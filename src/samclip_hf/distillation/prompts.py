@@ -1,20 +1,28 @@
-"""Points and boxes from masks, as SAM was trained with them (Kirillov et al. 2023, appendix A)."""
+"""Point and box prompts from masks, as in SAM's training (Kirillov et al. 2023, appendix A)."""
 
 import numpy as np
 
-BOX_NOISE = 0.1  # standard deviation, as a share of the box's side
+from ..images import mask_to_prompt_box
+
+BOX_NOISE = 0.1  # standard deviation, relative to the side of the box
 
 
 def point_from_mask(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     r"""
-    A uniformly random foreground pixel.
+    Draws a foreground pixel of a mask with uniform probability.
 
-    mask (`np.ndarray` of type bool and shape `(height, width)`):
-        With one pixel at least.
+    Args:
+        mask (`np.ndarray` of type bool and shape `(height, width)`):
+            A mask with at least one foreground pixel.
 
-    Returns x and y `(2,)`.
+    Returns:
+        `np.ndarray` of type float32 and shape `(2,)`: x and y in pixels.
+
+    Raises:
+        ValueError: If the mask is empty.
     """
-    pixels = np.flatnonzero(mask.T)  # column by column, as decoded run lengths lie in memory
+    # Transposed: masks that are decoded from run lengths are stored column by column.
+    pixels = np.flatnonzero(mask.T)
     if len(pixels) == 0:
         raise ValueError("An empty mask has no point.")
     x, y = divmod(int(pixels[rng.integers(len(pixels))]), mask.shape[0])
@@ -23,20 +31,22 @@ def point_from_mask(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def box_from_mask(mask: np.ndarray, rng: np.random.Generator, max_noise: float = 20.0) -> np.ndarray:
     r"""
-    The mask's bounding box with noise: normal with a standard deviation of 10 % of the side, cut at `max_noise` and at
-    the image's border.
+    Returns the bounding box of a mask with normal noise, whose standard deviation is 10 % of the side. The noise is
+    clipped to `max_noise`, the box to the image.
 
-    mask (`np.ndarray` of type bool and shape `(height, width)`):
-        With one pixel at least.
-    max_noise (`float`):
-        In pixels of the mask. SAM's is 20 px at 1024 px.
+    Args:
+        mask (`np.ndarray` of type bool and shape `(height, width)`):
+            A mask with at least one foreground pixel.
+        max_noise (`float`):
+            Largest noise in pixels of the mask. SAM uses 20 px at 1024 px.
 
-    Returns x1, y1, x2, y2 `(4,)` with x1 <= x2 and y1 <= y2.
+    Returns:
+        `np.ndarray` of type float32 and shape `(4,)`: x1, y1, x2, y2 in pixels with x1 <= x2 and y1 <= y2.
+
+    Raises:
+        ValueError: If the mask is empty.
     """
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    if len(rows) == 0:
-        raise ValueError("An empty mask has no box.")
-    box = np.array([columns[0], rows[0], columns[-1], rows[-1]], dtype=np.float32)
+    box = np.array(mask_to_prompt_box(mask), dtype=np.float32)
     sides = np.tile(box[2:] - box[:2], 2)
     noise = np.clip(rng.standard_normal(4) * BOX_NOISE * sides, -max_noise, max_noise)
     height, width = mask.shape

@@ -1,5 +1,6 @@
 """
-How a checkpoint came about: a small file beside it, handed on from stage to stage, from which its card is written.
+The provenance of a checkpoint: `provenance.json` in its folder records every training stage that led to it. The model
+card is written from it.
 """
 
 import json
@@ -14,12 +15,13 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from ..files import write_atomically
 from .arguments import SamClipTrainingArguments, rename_deprecated_arguments
 
 FILE_NAME = "provenance.json"
 PACKAGES = ("samclip-hf", "torch", "transformers", "accelerate", "datasets")
-# What of transformers' own arguments decides over the result, beside all of ours.
-DECISIVE = {
+# The arguments of transformers that are recorded, in addition to all arguments of this package.
+RECORDED_ARGUMENTS = {
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim"),
     *("adam_beta1", "adam_beta2", "adam_epsilon", "gradient_accumulation_steps", "seed", "bf16", "fp16"),
 }
@@ -43,17 +45,20 @@ def read(folder: str | Path) -> list[dict[str, Any]]:
 
 def write(args: SamClipTrainingArguments, metrics: dict[str, float], commits: dict[str, str | None]) -> None:
     """
-    Writes what led to `args.output_dir`: the stages that `args.model` has on record, and this one.
+    Writes `provenance.json` into `args.output_dir`: the stages that led to `args.model`, and this one.
 
-    metrics (`dict[str, float]`):
-        Of `Trainer.train`; a run that was interrupted knows the time of its last part only.
-    commits (`dict[str, str | None]`):
-        Of the teachers by their arguments' names: the commit on the Hub, or `None` for a folder.
+    Args:
+        args ([`SamClipTrainingArguments`]):
+            Arguments of this stage.
+        metrics (`dict[str, float]`):
+            Metrics of `Trainer.train`. After a resumed run, `train_runtime` covers the time since the last resume.
+        commits (`dict[str, str | None]`):
+            Hub commits of the teachers by argument name, `None` for a folder.
     """
     stage = {
         "stage": args.stage,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "arguments": decisive_arguments(args),
+        "arguments": recorded_arguments(args),
         "teachers": {"sam_teacher": args.sam_teacher, "clip_teacher": args.clip_teacher},
         "commits": commits,
         "steps": args.max_steps,
@@ -63,36 +68,42 @@ def write(args: SamClipTrainingArguments, metrics: dict[str, float], commits: di
         "device": torch.cuda.get_device_name() if args.device.type == "cuda" else platform.machine(),
         "versions": {name: _version(name) for name in PACKAGES},
     }
-    earlier = read(args.model) if args.model is not None else []
-    path = Path(args.output_dir) / FILE_NAME
-    path.write_text(json.dumps({"stages": [*earlier, stage]}, indent=2, default=str) + "\n")
+    stages = [*(read(args.model) if args.model is not None else []), stage]
+    text = json.dumps({"stages": stages}, indent=2, default=str) + "\n"
+    write_atomically(Path(args.output_dir) / FILE_NAME, text)
 
 
 def _version(name: str) -> str | None:
     try:
         return version(name)
-    except PackageNotFoundError:  # run from its source, for example; no reason to lose a training
+    except PackageNotFoundError:  # for example a source tree that is not installed
         return None
 
 
-def decisive_arguments(args: SamClipTrainingArguments) -> dict[str, Any]:
-    """Ours, and transformers' that `DECISIVE` names."""
-    others = {field.name for field in fields(TrainingArguments)} - DECISIVE | {"model"}
-    values = {field.name: getattr(args, field.name) for field in fields(args) if field.name not in others}
+def recorded_arguments(args: SamClipTrainingArguments) -> dict[str, Any]:
+    """Returns the arguments that determine the weights: those of this package and `RECORDED_ARGUMENTS`."""
+    excluded = {field.name for field in fields(TrainingArguments)} - RECORDED_ARGUMENTS | {"model"}
+    values = {field.name: getattr(args, field.name) for field in fields(args) if field.name not in excluded}
     return {name: "inf" if value == float("inf") else value for name, value in values.items()}  # JSON has no infinity
 
 
 def teachers(stages: Sequence[dict[str, Any]]) -> dict[tuple[str, str], str | None]:
     """
-    What a model was made from: by role ("SAM", "CLIP", "SAM as the start") and name, the commit on the Hub where one
-    is on record. Stage 3 asks no SAM teacher, whatever its arguments name, and only stage 2 looks its commit up.
+    Collects the models that a checkpoint was distilled from.
+
+    The SAM teacher of stage 3 is ignored, because stage 3 does not use it. Only stage 2 records the commit of the SAM
+    teacher.
+
+    Returns:
+        `dict[tuple[str, str], str | None]`: Commit on the Hub, if known, by role ("SAM", "CLIP", "SAM as the start"
+        for a `sam_student`) and name.
     """
     found: dict[tuple[str, str], str | None] = {}
     for stage in stages:
         if start := stage["arguments"].get("sam_student"):
             found.setdefault(("SAM as the start", start), None)
-        for kind, role in (("sam_teacher", "SAM"), ("clip_teacher", "CLIP")):
-            if kind == "clip_teacher" or stage["stage"] < 3 or len(stages) == 1:
-                key = role, stage["teachers"][kind]
-                found[key] = stage["commits"].get(kind) or found.get(key)
+        for argument, role in (("sam_teacher", "SAM"), ("clip_teacher", "CLIP")):
+            if argument == "clip_teacher" or stage["stage"] < 3 or len(stages) == 1:
+                key = role, stage["teachers"][argument]
+                found[key] = stage["commits"].get(argument) or found.get(key)
     return found

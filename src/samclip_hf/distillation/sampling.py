@@ -1,13 +1,13 @@
 """
-In which order samples come: the same one for any number of processes and data loader workers.
+The order of training samples, which does not depend on the number of processes and data loader workers.
 
-Samples are numbered. Their numbers are dealt to a fixed number of lanes, a lane reads shards of its own one after the
-other, and processes and workers share the lanes out among themselves: one that needs a sample knows its lane and its
-place there. So a global batch holds the same samples whoever reads them, and a run goes on after an interruption from
-where each lane stood.
+Samples are numbered. A fixed number of readers takes the numbers in turn, and each reader reads its own shards one
+after the other. Processes and data loader workers divide the numbers among themselves: from a number follow its reader
+and its place in that reader's samples. A global batch therefore holds the same samples for any number of processes and
+workers, and training resumes from the positions of the readers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -15,161 +15,181 @@ import numpy as np
 
 from ..datasets.streams import DataError, Stream
 
-MAX_EMPTY_PASSES = 10  # of a lane, which finds other shards in each
+MAX_EMPTY_EPOCHS = 10  # in a row, before a reader raises; it reads other shards in every epoch
 
 
 class Position(NamedTuple):
-    """Where a lane stands: at the beginning of a window."""
+    """Position of a reader: the start of a shuffle window."""
 
     epoch: int = 0
-    turn: int = 0  # in its shards of the epoch
+    turn: int = 0  # index of the shard among the reader's shards of the epoch
     row: int = 0
-    samples: int = 0  # before it
-    shards: int = 0  # begun before this one
+    samples: int = 0  # number of samples before this position
+    shards: int = 0  # number of shards that were opened before the current one
 
 
 class ShardReader:
     r"""
-    One lane's samples: pass after pass over the stream, in each of which every shard belongs to one lane, in an order
-    that follows from (seed, epoch). Inside a shard samples are shuffled in windows.
+    Reads one of `num_readers` disjoint parts of a stream, epoch after epoch.
 
-    stream ([`Stream`]):
-        All of it.
-    seed (`int`), lane (`int`), num_lanes (`int`):
-        Which of the lanes this is.
-    window (`int`):
-        Samples that are shuffled with one another, and held undecoded.
-    position (`Position`, *optional*):
-        Where to begin, from an earlier one.
+    In every epoch each shard belongs to one reader. The order of the shards follows from `(seed, epoch)`. The samples
+    of a shard are shuffled in windows.
+
+    Args:
+        stream ([`Stream`]):
+            The stream, with all of its shards.
+        seed (`int`):
+            Seed of the order.
+        index (`int`):
+            Index of this reader, from 0 to `num_readers - 1`.
+        num_readers (`int`):
+            Number of readers of the stream.
+        window (`int`):
+            Number of samples that are shuffled together. They are held in memory undecoded.
+        position (`Position`, *optional*):
+            Position to resume from.
     """
 
     def __init__(
         self,
         stream: Stream,
         seed: int,
-        lane: int,
-        num_lanes: int,
+        index: int,
+        num_readers: int,
         window: int,
         position: Position | None = None,
     ):
-        self.stream, self.seed, self.lane, self.num_lanes, self.window = stream, seed, lane, num_lanes, window
+        self.stream, self.seed, self.index, self.num_readers = stream, seed, index, num_readers
+        self.window = window
         self.position = position or Position()
         self._next = self.position.samples
         self._samples = self._read()
 
     def sample(self, number: int) -> tuple[int, dict[str, Any]]:
-        """Sample `number` of the lane with its epoch; the numbers asked for must rise."""
+        """
+        Returns the epoch and the content of sample `number` of this reader.
+
+        Raises:
+            ValueError: If `number` is not larger than in the previous call.
+        """
         if number < self._next:
-            raise ValueError(f"Sample {number} of the lane was asked for, but it stands at {self._next} already.")
+            raise ValueError(f"Sample numbers must increase: got {number}, expected {self._next} or more.")
         epoch, sample = next(islice(self._samples, number - self._next, None))
         self._next = number + 1
         return epoch, sample
 
     def _read(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        epoch, first_turn, row, number, shards = self.position
-        empty_passes = 0
+        epoch, first_turn, row, number, num_shards = self.position
+        empty_epochs = 0
         while True:
-            before = number
+            number_at_start = number
             order = np.random.default_rng((self.seed, epoch)).permutation(self.stream.num_shards)
-            own = order.tolist()[self.lane :: self.num_lanes]
-            for turn, shard in enumerate(own[first_turn:], first_turn):
+            own_shards = order.tolist()[self.index :: self.num_readers]
+            for turn, shard in enumerate(own_shards[first_turn:], first_turn):
                 rows = self.stream.read(shard, row)
-                shards += 1
+                num_shards += 1
                 while window := list(islice(rows, self.window)):
                     row = window[0][0]
-                    self.position = Position(epoch, turn, row, number, shards - 1)
+                    self.position = Position(epoch, turn, row, number, num_shards - 1)
                     for index in np.random.default_rng((self.seed, epoch, shard, row)).permutation(len(window)):
                         yield epoch, window[index][1]
                     number += len(window)
-                    window.clear()  # before the next one fills
+                    window.clear()  # frees the samples before the next window is read
                 row = 0
-            empty_passes = empty_passes + 1 if number == before else 0
-            if empty_passes == MAX_EMPTY_PASSES:
-                raise DataError(
-                    f"The stream of {self.stream.shards.names[0]} holds no samples"
-                    + (
-                        f" that are held out, with eval_fraction {self.stream.eval_fraction}. Raise that, or do "
-                        "without evaluation."
-                        if self.stream.held_out
-                        else "."
+            empty_epochs = empty_epochs + 1 if number == number_at_start else 0
+            if empty_epochs == MAX_EMPTY_EPOCHS:
+                source = self.stream.shards.names[0]
+                if self.stream.held_out:
+                    raise DataError(
+                        f"The stream of {source} has no held-out samples with eval_fraction "
+                        f"{self.stream.eval_fraction}. Raise eval_fraction, or train without evaluation."
                     )
-                )
+                raise DataError(f"The stream of {source} has no samples.")
             epoch, first_turn = epoch + 1, 0
 
 
 class Mixture:
     r"""
-    The numbered samples of several streams, in proportion to their shares.
+    The numbered samples of several streams, mixed in proportion to their weights.
 
-    streams (`list[Stream]`):
-        What is mixed.
-    shares (`list[float]`):
-        Of each stream, in any unit.
-    seed (`int`):
-        See [`ShardReader`].
-    num_lanes (`int`):
-        Of a stream with as many shards. One with fewer shards has the largest divisor of this number that they fill.
-    shuffle_buffer (`int`):
-        Samples of a stream that are shuffled with one another, in all its lanes together.
-    positions (`dict[str, Position]`):
-        Where lanes begin, by "stream/lane"; those not named begin at the beginning.
+    Args:
+        streams (`Sequence[Stream]`):
+            The streams to mix.
+        weights (`Sequence[float]`):
+            Weight of each stream, in any unit.
+        seed (`int`):
+            Seed of the order, see [`ShardReader`].
+        num_readers (`int`):
+            Number of readers of each stream. A stream with fewer shards gets fewer, see [`count_readers`].
+        shuffle_buffer (`int`):
+            Number of samples of a stream that are shuffled together, in all of its readers.
+        positions (`Mapping[str, Position]`):
+            Positions to resume from, by `"stream/reader"`. Other readers start at the beginning.
+
+    Raises:
+        DataError: If a weight is so small that its stream would never be drawn.
     """
 
-    PERIOD = 1000  # turns after which the order of the streams repeats
+    PERIOD = 1000  # number of turns after which the order of the streams repeats
 
     def __init__(
         self,
-        streams: list[Stream],
-        shares: list[float],
+        streams: Sequence[Stream],
+        weights: Sequence[float],
         seed: int,
-        num_lanes: int,
+        num_readers: int,
         shuffle_buffer: int,
-        positions: dict[str, Position],
+        positions: Mapping[str, Position],
     ):
-        self.streams, self.seed, self.num_lanes = streams, seed, num_lanes
-        self.shuffle_buffer, self.start = shuffle_buffer, positions
-        self.lanes_of = [lanes_of(stream, num_lanes) for stream in streams]
-        # Which stream each turn belongs to, and how many turns it had before: always the one that lacks the most.
-        weights = np.asarray(shares) / sum(shares)
+        self.streams, self.seed, self.num_readers = streams, seed, num_readers
+        self.shuffle_buffer, self._start = shuffle_buffer, positions
+        self._num_readers = [count_readers(stream, num_readers) for stream in streams]
+        # The stream of each turn, and the number of earlier turns of that stream in the period. A turn goes to the
+        # stream that is furthest behind its weight.
+        fractions = np.asarray(weights) / sum(weights)
         counts = np.zeros(len(streams), dtype=int)
         self._turns: list[tuple[int, int]] = []
         for turn in range(self.PERIOD):
-            chosen = int(np.argmax(weights * (turn + 1) - counts))
+            chosen = int(np.argmax(fractions * (turn + 1) - counts))
             self._turns.append((chosen, int(counts[chosen])))
             counts[chosen] += 1
-        self._turns_of = counts.tolist()
+        self._turns_by_stream = counts.tolist()
         if counts.min() == 0:
             raise DataError(
-                f"{shares[counts.argmin()]} of the shares {shares} is so small that nothing of that data would be "
-                "drawn: raise it, or leave that data out."
+                f"Weight {weights[counts.argmin()]} of {list(weights)} is so small that its data would never be "
+                "drawn. Raise the weight, or remove these data."
             )
-        self._lanes: dict[str, ShardReader] = {}
+        self._readers: dict[str, ShardReader] = {}
 
     def sample(self, number: int) -> tuple[int, dict[str, Any]]:
-        """Sample `number` with its epoch; the numbers asked for must rise."""
-        turn, place = divmod(number, self.num_lanes)
+        """Returns the epoch and the content of sample `number`. Numbers must increase from call to call."""
+        turn, place = divmod(number, self.num_readers)
         period, turn = divmod(turn, self.PERIOD)
-        index, turns_before = self._turns[turn]
-        num_lanes = self.lanes_of[index]
-        name = f"{index}/{place % num_lanes}"
-        if name not in self._lanes:
-            self._lanes[name] = ShardReader(
-                self.streams[index],
+        stream_index, earlier_turns = self._turns[turn]
+        num_readers = self._num_readers[stream_index]
+        index = place % num_readers
+        name = f"{stream_index}/{index}"
+        if name not in self._readers:
+            self._readers[name] = ShardReader(
+                self.streams[stream_index],
                 self.seed,
-                lane=place % num_lanes,
-                num_lanes=num_lanes,
-                window=max(1, self.shuffle_buffer // num_lanes),
-                position=self.start.get(name),
+                index=index,
+                num_readers=num_readers,
+                window=max(1, self.shuffle_buffer // num_readers),
+                position=self._start.get(name),
             )
-        turns_before += period * self._turns_of[index]
-        return self._lanes[name].sample(turns_before * (self.num_lanes // num_lanes) + place // num_lanes)
+        earlier_turns += period * self._turns_by_stream[stream_index]
+        samples_per_turn = self.num_readers // num_readers
+        return self._readers[name].sample(earlier_turns * samples_per_turn + place // num_readers)
 
     @property
     def positions(self) -> dict[str, Position]:
-        """Of the lanes read so far."""
-        return {name: lane.position for name, lane in self._lanes.items()}
+        """Positions of the readers that were used so far."""
+        return {name: reader.position for name, reader in self._readers.items()}
 
 
-def lanes_of(stream: Stream, num_lanes: int) -> int:
-    """How many lanes a stream has: the largest divisor of `num_lanes` that its shards fill."""
-    return max(lanes for lanes in range(1, num_lanes + 1) if num_lanes % lanes == 0 and lanes <= stream.num_shards)
+def count_readers(stream: Stream, num_readers: int) -> int:
+    """Returns the number of readers of a stream: the largest divisor of `num_readers` that is not larger than its
+    number of shards, so that every reader has a shard."""
+    limit = min(num_readers, stream.num_shards)
+    return max(number for number in range(1, limit + 1) if num_readers % number == 0)
