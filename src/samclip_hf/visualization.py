@@ -1,96 +1,141 @@
-"""What panels and the command line show: pixels with labels, masks, prompts and words on them."""
+"""Draws masks, label maps, prompts, texts and legends on images, and panels of images."""
 
 import colorsys
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 
+NO_LABEL = 255  # in 8-bit label maps: ignored pixels
 
-def colour_of(number: int, saturation: float = 0.8) -> tuple[int, int, int]:
-    """Red, green and blue from 0 to 255; neighbouring numbers are far apart on the wheel of hues."""
+
+def color_of(number: int, saturation: float = 0.8) -> tuple[int, int, int]:
+    """Returns red, green and blue, 0 to 255. Consecutive numbers have very different hues (golden ratio)."""
     red, green, blue = colorsys.hsv_to_rgb(number * 0.618034 % 1, saturation, 1)
     return round(red * 255), round(green * 255), round(blue * 255)
 
 
-def captioned(pixels: np.ndarray, lines: Sequence[str]) -> np.ndarray:
-    """The image `(height, width, 3)`, darkened, with lines of text over it, wrapped where they are longer."""
-    image = Image.fromarray((pixels * 0.45).astype(np.uint8))
-    scale = max(1.0, 256 / min(image.size))  # letters need pixels
-    image = image.resize((round(image.width * scale), round(image.height * scale)))
-    font = ImageFont.load_default(size=max(10, min(image.size) // 16))
-    letters = max(1, int((image.width - 8) / font.getlength("abcdefghij ") * 11))  # in a line, of the usual width
-    text = "\n".join(textwrap.fill(line, letters, subsequent_indent="  ") for line in lines)
-    ImageDraw.Draw(image).multiline_text((4, 4), text, fill="white", font=font)
-    return np.asarray(image)
-
-
-def with_labels(pixels: np.ndarray, label_map: np.ndarray, names: Sequence[str], background: bool) -> np.ndarray:
+def draw_text(image: np.ndarray, lines: Sequence[str]) -> np.ndarray:
     """
-    Label colours half-transparent over the image, and the names of the largest labels.
+    Draws lines of text on a darkened image. Long lines are wrapped, small images are enlarged.
 
-    pixels (`numpy.ndarray` of shape `(height, width, 3)`), label_map (`(height, width)`):
-        Labels without a name, ignored ones, are dark; so is label 0 with a `background`.
+    Args:
+        image (`numpy.ndarray` of shape `(height, width, 3)` and type uint8).
+        lines (`Sequence[str]`).
+
+    Returns:
+        `numpy.ndarray` of shape `(new_height, new_width, 3)` and type uint8, at least 256 pixels high and wide.
     """
-    colours = np.zeros((256, 3), dtype=np.float32)  # label maps are of 8 bits here: 255 is ignored
-    for label in range(int(background), min(len(names), 255)):
-        colours[label] = colour_of(label, 0.55 + 0.45 * (label % 2))
-    shown = np.where((label_map < 0) | (label_map >= len(names)), 255, label_map).clip(0, 255)
-    image = Image.fromarray((pixels * 0.4 + colours[shown] * 0.6).astype(np.uint8))
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=max(9, image.height // 24))
+    canvas = Image.fromarray((image * 0.45).astype(np.uint8))
+    scale = max(1.0, 256 / min(canvas.size))
+    canvas = canvas.resize((round(canvas.width * scale), round(canvas.height * scale)))
+    font = ImageFont.load_default(size=max(10, min(canvas.size) // 16))
+    line_length = max(1, int((canvas.width - 8) / font.getlength("abcdefghij ") * 11))  # in characters of mean width
+    text = "\n".join(textwrap.fill(line, line_length, subsequent_indent="  ") for line in lines)
+    ImageDraw.Draw(canvas).multiline_text((4, 4), text, fill="white", font=font)
+    return np.asarray(canvas)
+
+
+def overlay_labels(
+    image: np.ndarray, label_map: np.ndarray, names: Sequence[str], has_background: bool
+) -> np.ndarray:
+    """
+    Colors an image by its label map and writes the names of the 8 largest labels on it.
+
+    Args:
+        image (`numpy.ndarray` of shape `(height, width, 3)` and type uint8).
+        label_map (`numpy.ndarray` of shape `(height, width)` and an integer type):
+            Labels. Those without a name, such as ignored pixels, are dark.
+        names (`Sequence[str]`):
+            The name of each label, at most 255.
+        has_background (`bool`):
+            Whether label 0 is background, which is dark, too.
+
+    Returns:
+        `numpy.ndarray` of shape `(height, width, 3)` and type uint8.
+    """
+    colors = np.zeros((NO_LABEL + 1, 3), dtype=np.float32)
+    for label in range(int(has_background), min(len(names), NO_LABEL)):
+        colors[label] = color_of(label, 0.55 + 0.45 * (label % 2))
+    shown = np.where((label_map < 0) | (label_map >= len(names)), NO_LABEL, label_map).clip(0, NO_LABEL)
+    canvas = Image.fromarray((image * 0.4 + colors[shown] * 0.6).astype(np.uint8))
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=max(9, canvas.height // 24))
     labels, counts = np.unique(shown, return_counts=True)
     for label in labels[counts.argsort()[::-1]][:8]:
-        if label == 255 or (background and label == 0):
+        if label == NO_LABEL or (has_background and label == 0):
             continue
         rows, columns = np.nonzero(shown == label)
-        middle = np.hypot(rows - rows.mean(), columns - columns.mean()).argmin()
-        half = draw.textlength(names[label], font=font) / 2 + 1
-        x = min(max(columns[middle], half), max(half, image.width - half))  # names stay in the picture
-        position = (int(x), int(rows[middle]))
+        center = np.hypot(rows - rows.mean(), columns - columns.mean()).argmin()
+        half_width = draw.textlength(names[label], font=font) / 2 + 1
+        x = min(max(columns[center], half_width), max(half_width, canvas.width - half_width))  # inside the image
+        position = (int(x), int(rows[center]))
         draw.text(position, names[label], fill="white", stroke_width=1, stroke_fill="black", anchor="mm", font=font)
-    return np.asarray(image)
+    return np.asarray(canvas)
 
 
-def with_masks(pixels: np.ndarray, masks: Sequence[np.ndarray]) -> np.ndarray:
-    """Every mask `(height, width)` of type bool in a colour of its own, the smaller on top."""
-    result = pixels * 0.5
-    order = sorted(range(len(masks)), key=lambda number: -masks[number].sum())
-    for number in order:
-        result[masks[number]] = pixels[masks[number]] * 0.4 + np.array(colour_of(number)) * 0.6
+def overlay_masks(image: np.ndarray, masks: Sequence[np.ndarray]) -> np.ndarray:
+    """
+    Draws each mask in its own color on a darkened image, smaller masks on top of larger ones.
+
+    Args:
+        image (`numpy.ndarray` of shape `(height, width, 3)` and type uint8).
+        masks (`Sequence[numpy.ndarray]` of shape `(height, width)` and type bool).
+
+    Returns:
+        `numpy.ndarray` of shape `(height, width, 3)` and type uint8.
+    """
+    result = image * 0.5
+    for number in sorted(range(len(masks)), key=lambda number: -masks[number].sum()):
+        result[masks[number]] = image[masks[number]] * 0.4 + np.array(color_of(number)) * 0.6
     return result.astype(np.uint8)
 
 
-def with_prompts(pixels: np.ndarray, points: np.ndarray | None = None, boxes: np.ndarray | None = None) -> np.ndarray:
-    """Points `(number, 2)` and boxes `(number, 4)`, in pixels, drawn on the image."""
-    image = Image.fromarray(pixels)
-    draw, width = ImageDraw.Draw(image), max(1, min(image.size) // 150)
+def draw_prompts(image: np.ndarray, points: np.ndarray | None = None, boxes: np.ndarray | None = None) -> np.ndarray:
+    """
+    Draws prompts on an image.
+
+    Args:
+        image (`numpy.ndarray` of shape `(height, width, 3)` and type uint8).
+        points (`numpy.ndarray` of shape `(num_points, 2)`, *optional*):
+            x and y in pixels.
+        boxes (`numpy.ndarray` of shape `(num_boxes, 4)`, *optional*):
+            x1, y1, x2, y2 in pixels.
+
+    Returns:
+        `numpy.ndarray` of shape `(height, width, 3)` and type uint8.
+    """
+    canvas = Image.fromarray(image)
+    draw, width = ImageDraw.Draw(canvas), max(1, min(canvas.size) // 150)
     for x, y in [] if points is None else points:
         radius = 3 * width
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill="lime", outline="black", width=width)
     for box in [] if boxes is None else boxes:
         draw.rectangle(tuple(map(float, box)), outline="lime", width=width)
-    return np.asarray(image)
+    return np.asarray(canvas)
 
 
-def annotated(
+def draw_segments(
     image: Image.Image,
     masks: Sequence[np.ndarray],
-    numbers: Sequence[int],
+    color_numbers: Sequence[int],
     legend: Sequence[tuple[int | None, str]],
 ) -> Image.Image:
     """
-    The image at its own size with every mask tinted and outlined, the smaller on top, over a legend, which makes the
-    picture wider where a word of it needs more room than the image has.
+    Tints and outlines each mask, smaller masks on top of larger ones, and draws a legend below the image. The result is
+    wider than the image if an entry of the legend is.
 
-    image (`PIL.Image.Image`):
-        In RGB.
-    masks (sequence of `numpy.ndarray` of shape `(height, width)` and type bool), numbers (sequence of `int`):
-        The masks and the numbers of their colours: masks of one number look alike.
-    legend (sequence of `tuple[int | None, str]`):
-        Numbers of colours, or `None` for none, and words.
+    Args:
+        image (`PIL.Image.Image`):
+            An image in RGB.
+        masks (`Sequence[numpy.ndarray]` of shape `(height, width)` and type bool).
+        color_numbers (`Sequence[int]`):
+            The color of each mask, see [`color_of`].
+        legend (`Sequence[tuple[int | None, str]]`):
+            Entries of a color number, or `None` for no color, and a text.
     """
-    shown = image.copy()
+    canvas = image.copy()
     thickness = max(1, min(image.size) // 300)
     for index in sorted(range(len(masks)), key=lambda index: -np.count_nonzero(masks[index])):
         mask = Image.fromarray(masks[index].astype(np.uint8) * 255)
@@ -98,43 +143,81 @@ def annotated(
         if box is None:
             continue
         left, top, right, bottom = box
-        # With what surrounds it, as far as an outline sees. Beyond the image's edges there is nothing to see.
+        # The margin is the radius of the blur below. No outline is drawn along the edges of the image.
         box = (
             max(0, left - thickness),
             max(0, top - thickness),
             min(image.width, right + thickness),
             min(image.height, bottom + thickness),
         )
-        mask, part = mask.crop(box), shown.crop(box)
-        colour = Image.new("RGB", part.size, colour_of(numbers[index]))
-        part.paste(Image.blend(part, colour, 0.45), mask=mask)
-        # Inside, and less than white once blurred: so near is something else.
+        mask, crop = mask.crop(box), canvas.crop(box)
+        color = Image.new("RGB", crop.size, color_of(color_numbers[index]))
+        crop.paste(Image.blend(crop, color, 0.45), mask=mask)
+        # The outline: pixels of the mask that a blur darkens, because background is near.
         edge = ImageChops.subtract(mask, mask.filter(ImageFilter.BoxBlur(thickness)))
-        part.paste(colour, mask=edge.point([0] + [255] * 255))
-        shown.paste(part, box)
-    return _with_legend(shown, legend)
+        crop.paste(color, mask=edge.point([0] + [255] * 255))
+        canvas.paste(crop, box)
+    return _add_legend(canvas, legend)
 
 
-def _with_legend(image: Image.Image, legend: Sequence[tuple[int | None, str]]) -> Image.Image:
-    """The image over rows of coloured squares with words."""
+def _add_legend(image: Image.Image, legend: Sequence[tuple[int | None, str]]) -> Image.Image:
+    """Adds rows of colored squares and texts below an image."""
     size = max(12, min(image.size) // 32)
-    font, line, gap = ImageFont.load_default(size=size), round(1.5 * size), size // 2
-    places, x, row, width = [], gap, 0, image.width
-    for number, words in legend:
+    font, line_height, gap = ImageFont.load_default(size=size), round(1.5 * size), size // 2
+    positions, x, row, width = [], gap, 0, image.width
+    for number, text in legend:
         square = 0 if number is None else size + gap
-        length = square + round(font.getlength(words)) + 2 * gap
+        length = square + round(font.getlength(text)) + 2 * gap
         if x > gap and x + length > image.width:
             x, row = gap, row + 1
-        places.append((x, row, square))
+        positions.append((x, row, square))
         x += length
         width = max(width, x)
-    height = image.height + (line * (row + 1) + gap if legend else 0)
+    height = image.height + (line_height * (row + 1) + gap if legend else 0)
     result = Image.new("RGB", (width, height), "white")
     result.paste(image)
     draw = ImageDraw.Draw(result)
-    for (number, words), (x, row, square) in zip(legend, places, strict=True):
-        y = image.height + gap + line * row
+    for (number, text), (x, row, square) in zip(legend, positions, strict=True):
+        y = image.height + gap + line_height * row
         if number is not None:
-            draw.rectangle((x, y, x + size - 1, y + size - 1), fill=colour_of(number), outline="black")
-        draw.text((x + square, y + size / 2), words, fill="black", anchor="lm", font=font)
+            draw.rectangle((x, y, x + size - 1, y + size - 1), fill=color_of(number), outline="black")
+        draw.text((x + square, y + size / 2), text, fill="black", anchor="lm", font=font)
     return result
+
+
+def save_panel(path: Path, rows: Sequence[tuple[str, Sequence[tuple[str, np.ndarray]]]], title: str) -> None:
+    """
+    Saves images in rows as one figure. Needs `matplotlib`, which the extra `train` installs.
+
+    Args:
+        path (`Path`):
+            The file to write, such as a PNG.
+        rows (`Sequence[tuple[str, Sequence[tuple[str, numpy.ndarray]]]]`):
+            The title of each row, and captions and images `(height, width, 3)`, uint8.
+        title (`str`):
+            The title of the figure.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    num_columns = max(len(images) for _, images in rows)
+    figure, axes = plt.subplots(
+        len(rows), num_columns, figsize=(3.2 * num_columns, 3.4 * len(rows)), squeeze=False
+    )
+    for row_axes, (row_title, images) in zip(axes, rows, strict=True):
+        for axis in row_axes:
+            axis.axis("off")
+        for axis, (caption, image) in zip(row_axes, images, strict=False):
+            axis.imshow(image)
+            text = f"{row_title}\n{caption}" if axis is row_axes[0] else caption
+            axis.set_title(text, fontsize=8, parse_math=False)  # names may contain a dollar sign
+    figure.suptitle(title, fontsize=10, parse_math=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+captioned, with_labels, with_masks, with_prompts = draw_text, overlay_labels, overlay_masks, draw_prompts
+annotated, colour_of = draw_segments, color_of

@@ -1,0 +1,57 @@
+"""Model adapters, evaluators of the paper's protocols, metrics and reports. They need the extra `train`."""
+
+from .adapters import (
+    CascadeAdapter,
+    ClipAdapter,
+    ImageTextAdapter,
+    ModelAdapter,
+    PromptableAdapter,
+    SamAdapter,
+    SamClipAdapter,
+    SiglipAdapter,
+    adapter_classes,
+    load_adapter,
+)
+from .cascade_segmentation import CascadeSegmentation
+from .classification import ZeroShotClassification
+from .composed_segmentation import ComposedSegmentation
+from .cost import Cost
+from .evaluator import EvaluationResult, Evaluator, SampleEvaluator
+from .head_probing import HeadProbing
+from .instance_segmentation import ZeroShotInstanceSegmentation
+from .linear_probing import LinearProbing
+from .prompted_segmentation import PromptedSegmentation
+from .report import Results, create_model_index, read_results, save_result_panel
+from .retrieval import Retrieval
+from .semantic_segmentation import LabelMapEvaluator, SemanticSegmentation
+
+__all__ = [
+    "CascadeAdapter",
+    "CascadeSegmentation",
+    "ClipAdapter",
+    "ComposedSegmentation",
+    "Cost",
+    "EvaluationResult",
+    "Evaluator",
+    "HeadProbing",
+    "ImageTextAdapter",
+    "LabelMapEvaluator",
+    "LinearProbing",
+    "ModelAdapter",
+    "PromptableAdapter",
+    "PromptedSegmentation",
+    "Results",
+    "Retrieval",
+    "SamAdapter",
+    "SamClipAdapter",
+    "SampleEvaluator",
+    "SemanticSegmentation",
+    "SiglipAdapter",
+    "ZeroShotClassification",
+    "ZeroShotInstanceSegmentation",
+    "adapter_classes",
+    "create_model_index",
+    "load_adapter",
+    "read_results",
+    "save_result_panel",
+]

@@ -1,15 +1,16 @@
 """
-The models that are judged, behind the few questions that protocols ask of them: a SAM-CLIP and its parents answer the
-same questions about the same pixels.
+Model adapters: one interface for the SAM-CLIPs, SAMs, CLIPs, SigLIPs and cascades that evaluators compare. All of them
+get the same images.
 
 >>> from samclip_hf import miniature
->>> model = load(str(miniature.clip_teacher()))
->>> model.embed_texts(["a red dotted shape"]).shape
+>>> adapter = load_adapter(str(miniature.clip_teacher()))
+>>> adapter.embed_texts(["a red dotted shape"]).shape
 torch.Size([1, 128])
 """
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,20 +19,24 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoConfig, AutoProcessor, CLIPModel, PreTrainedModel, SamModel, SiglipModel, pipeline
 
+from ..images import mask_to_box, normalize
 from ..segmentation_samclip import SamClipForImageSegmentation
 
-PROMPTS_AT_ONCE = 64  # of one image; a mask decoder's memory grows with them
-CROPS_AT_ONCE = 64
+TEXT_BATCH_SIZE = 256
+PROMPT_BATCH_SIZE = 64  # of one image; the mask decoder's memory grows with it
+CROP_BATCH_SIZE = 64
 
 
 class ModelAdapter:
     """
-    A model that is judged.
+    A model for evaluation.
 
     name (`str`):
-        As on the command line.
-    model (`PreTrainedModel`), processor (`ProcessorMixin`):
-        In evaluation mode; the processor saved beside it.
+        The name in results.
+    model (`PreTrainedModel`):
+        The model. It is put in evaluation mode.
+    processor (`ProcessorMixin`):
+        The model's processor.
     """
 
     def __init__(self, name: str, model: PreTrainedModel, processor):
@@ -41,12 +46,12 @@ class ModelAdapter:
 
     @property
     def models(self) -> list[PreTrainedModel]:
-        """All of them, of which the cascade has two."""
+        """The models behind the adapter: two for a cascade, one for the others."""
         return [self.model]
 
     @property
     def untrained(self) -> list[str]:
-        """Parts whose biases are all exactly zero, as they are before any training; empty for a trained model."""
+        """Names of the parts whose biases are all exactly 0, as initialized. Empty for a trained model."""
         biases: dict[str, bool] = {}
         for model in self.models:
             for name, parameter in model.named_parameters():
@@ -59,56 +64,52 @@ class ModelAdapter:
     def patch_size(self) -> int:
         return self.model.config.vision_config.patch_size
 
-    def prepare(self, images: Sequence[Image.Image], sizes: Sequence[tuple[int, int]]) -> Tensor:
-        """`pixel_values` `(num_images, 3, height, width)` of images resized to `sizes` (height, width), which are
-        equal, as they are: nothing is cut off and nothing padded."""
-        resized = [
-            np.asarray(image.resize((width, height), self.image_processor.resample))
-            for image, (height, width) in zip(images, sizes, strict=True)
-        ]
-        pixels = torch.from_numpy(np.stack(resized)).to(self.model.device).permute(0, 3, 1, 2) / 255
-        mean, std = (
-            torch.tensor(values, device=pixels.device)[:, None, None]
-            for values in (self.image_processor.image_mean, self.image_processor.image_std)
-        )
-        return ((pixels - mean) / std).to(self.model.dtype)
+    def preprocess(self, images: Sequence[Image.Image], size: tuple[int, int]) -> Tensor:
+        """Resizes whole images to one `size` (height, width), without cropping or padding, and normalizes them. Returns
+        `pixel_values` `(num_images, 3, height, width)`."""
+        height, width = size
+        resized = [np.asarray(image.resize((width, height), self.image_processor.resample)) for image in images]
+        pixels = torch.from_numpy(np.stack(resized)).to(self.model.device).permute(0, 3, 1, 2)
+        pixel_values = normalize(pixels, self.image_processor.image_mean, self.image_processor.image_std)
+        return pixel_values.to(self.model.dtype)
 
-    def to_patches(self, side: float) -> int:
-        """A side in pixels, rounded to whole patches."""
+    def round_to_patches(self, side: float) -> int:
+        """Rounds a side in pixels to whole patches, at least one."""
         return max(1, round(side / self.patch_size)) * self.patch_size
 
-    # What heads are probed on (paper, section 5 and tables 3 and 4).
-
     def patch_features(self, images: Sequence[Image.Image], size: int) -> dict[str, Tensor]:
-        """Features `(num_images, hidden_size, grid_height, grid_width)` of images stretched to squares of `size`
-        pixels, by the name of what they come from."""
+        """Returns the frozen features that heads are trained on (paper, section 5 and table 3),
+        `(num_images, hidden_size, grid_height, grid_width)`, by the name of the module that computes them. Images are
+        stretched to squares of `size` pixels."""
         raise NotImplementedError
 
     def pooled_features(self, images: Sequence[Image.Image], size: int) -> dict[str, Tensor]:
-        """`(num_images, hidden_size)`, of the same: the means over patches where the model does not pool by itself."""
+        """Returns the frozen features of a linear classifier (paper, section 5 and table 4),
+        `(num_images, hidden_size)`: the model's own pooling or, if it has none, the mean over patches."""
         return {source: features.mean(dim=(2, 3)) for source, features in self.patch_features(images, size).items()}
 
-    def _squares(self, images: Sequence[Image.Image], size: int) -> Tensor:
-        side = self.to_patches(size)
-        return self.prepare(images, [(side, side)] * len(images))
+    def _preprocess_squares(self, images: Sequence[Image.Image], size: int) -> Tensor:
+        side = self.round_to_patches(size)
+        return self.preprocess(images, (side, side))
 
 
 class ImageTextAdapter(ModelAdapter):
-    """One that knows images and texts: SAM-CLIP, CLIP and SigLIP."""
+    """A model that embeds images and texts: SAM-CLIP, CLIP and SigLIP."""
 
-    padding: bool | str = True  # of texts: to the longest
+    padding: bool | str = True  # of texts: to the longest of a batch
 
     @torch.inference_mode()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """`(num_texts, projection_dim)`, of length 1. Longer texts than the text tower reads are cut, as CLIP does."""
+        """Returns unit embeddings `(num_texts, projection_dim)`. Texts longer than the text tower accepts are truncated,
+        as for CLIP."""
         features = []
-        longest = self.model.config.text_config.max_position_embeddings
-        for start in range(0, len(texts), 256):
+        max_length = self.model.config.text_config.max_position_embeddings
+        for start in range(0, len(texts), TEXT_BATCH_SIZE):
             inputs = self.processor.tokenizer(
-                list(texts[start : start + 256]),
+                list(texts[start : start + TEXT_BATCH_SIZE]),
                 padding=self.padding,
                 truncation=True,
-                max_length=longest,
+                max_length=max_length,
                 padding_side="right",
                 return_tensors="pt",
             )
@@ -117,65 +118,70 @@ class ImageTextAdapter(ModelAdapter):
 
     @torch.inference_mode()
     def embed_names(self, names: Sequence[str], templates: Sequence[str]) -> Tensor:
-        """`(num_names, projection_dim)`, of length 1: for each name the mean over templates, each of length 1 (Radford
-        et al. 2021, section 3.1.4)."""
+        """Returns unit embeddings `(num_names, projection_dim)`: for each name, the mean of the unit embeddings of its
+        templates (Radford et al. 2021, section 3.1.4)."""
         texts = [template.replace("{}", name) for name in names for template in templates]
         return F.normalize(self.embed_texts(texts).unflatten(0, (len(names), len(templates))).mean(dim=1), dim=-1)
 
     @torch.inference_mode()
     def embed_images(self, images: Sequence[Image.Image], size: int | None = None) -> Tensor:
-        """`(num_images, projection_dim)`, of length 1. As the model's own image processor makes them ready or, with a
-        `size`, the middle square, resized to it (as CLIP's does)."""
+        """Returns unit embeddings `(num_images, projection_dim)`. Images are prepared by the model's own image
+        processor or, if `size` is given, cropped to their center squares and resized to `size` pixels (as CLIP's image
+        processor does)."""
         if size is None:
             inputs = self.processor(images=list(images), return_tensors="pt").to(self.model.device)
             inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
-            keywords = {name: inputs[name] for name in ("pixel_values", "reshaped_input_sizes") if name in inputs}
+            arguments = {name: inputs[name] for name in ("pixel_values", "reshaped_input_sizes") if name in inputs}
         else:
-            keywords = {"pixel_values": self._squares([middle_square(image) for image in images], size)}
-        return F.normalize(self._image_features(**keywords).float(), dim=-1)
+            arguments = {"pixel_values": self._preprocess_squares([center_square(image) for image in images], size)}
+        return F.normalize(self._image_features(**arguments).float(), dim=-1)
 
     @torch.inference_mode()
     def embed_patches(self, image: Image.Image, size: int) -> Tensor:
-        """Every patch in text space, `(projection_dim, grid_height, grid_width)`, of length 1. The image's shorter
-        side is resized to `size` pixels, both sides to whole patches."""
+        """Returns unit embeddings of all patches in the text space, `(projection_dim, grid_height, grid_width)`. The
+        image's shorter side is resized to `size` pixels, and both sides are rounded to whole patches."""
         scale = size / min(image.size)
-        height, width = self.to_patches(image.height * scale), self.to_patches(image.width * scale)
-        return F.normalize(self._dense(self.prepare([image], [(height, width)]))[0].float(), dim=0)
+        height, width = self.round_to_patches(image.height * scale), self.round_to_patches(image.width * scale)
+        return F.normalize(self._dense_embeds(self.preprocess([image], (height, width)))[0].float(), dim=0)
 
     @property
     def logit_scale(self) -> float:
-        """The factor between cosine similarities and logits."""
+        """The factor from cosine similarities to logits."""
         return self.model.logit_scale.exp().item()
 
     def _text_features(self, **inputs) -> Tensor:
-        """`(num_texts, projection_dim)`, of what the tokenizer gives."""
+        """Returns `(num_texts, projection_dim)` for the tokenizer's outputs."""
         return self.model.get_text_features(**inputs).pooler_output
 
-    def _image_features(self, **keywords) -> Tensor:
+    def _image_features(self, **inputs) -> Tensor:
         raise NotImplementedError
 
-    def _dense(self, pixel_values: Tensor) -> Tensor:
-        """`(batch_size, projection_dim, grid_height, grid_width)`."""
+    def _dense_embeds(self, pixel_values: Tensor) -> Tensor:
+        """Returns `(batch_size, projection_dim, grid_height, grid_width)`."""
         raise NotImplementedError
 
 
 class PromptableAdapter(ModelAdapter):
-    """One that draws masks from points and boxes: SAM-CLIP and SAM."""
+    """A model that predicts masks from points and boxes: SAM-CLIP and SAM."""
 
     @torch.inference_mode()
     def predict_masks(
         self, image: Image.Image, points: Tensor | None = None, boxes: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """
-        image (`PIL.Image.Image`):
-            Made ready by the model's own processor.
-        points (`torch.Tensor` of shape `(num_prompts, 2)`):
-            x and y of one point inside of every object, in pixels. Gives three masks each.
-        boxes (`torch.Tensor` of shape `(num_prompts, 4)`):
-            x1, y1, x2, y2. Gives one mask each.
+        Predicts masks from either points or boxes.
 
-        Returns masks `(num_prompts, num_masks, height, width)` of type bool at the image's size, and predicted IoUs
-        `(num_prompts, num_masks)`.
+        Args:
+            image (`PIL.Image.Image`):
+                An image. The model's own processor prepares it.
+            points (`torch.Tensor` of shape `(num_prompts, 2)`, *optional*):
+                x and y in pixels of one point in each object. Each gives three masks.
+            boxes (`torch.Tensor` of shape `(num_prompts, 4)`, *optional*):
+                x1, y1, x2, y2 in pixels. Each gives one mask.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: Masks `(num_prompts, num_masks, height, width)` of type bool at the
+            image's size, and predicted IoUs `(num_prompts, num_masks)`.
         """
         inputs = self.processor(images=image, return_tensors="pt")
         pixel_values = inputs["pixel_values"].to(self.model.device, self.model.dtype)
@@ -185,29 +191,30 @@ class PromptableAdapter(ModelAdapter):
         masks, scores = [], []
         prompts = points if boxes is None else boxes
         assert prompts is not None
-        for chunk in prompts.float().split(PROMPTS_AT_ONCE):
-            chunk = (chunk.unflatten(-1, (-1, 2)) * scale).flatten(1).to(self.model.device, self.model.dtype)
-            prompt = {"input_points": chunk[None, :, None]} if boxes is None else {"input_boxes": chunk[None]}
+        for batch in prompts.float().split(PROMPT_BATCH_SIZE):
+            batch = (batch.unflatten(-1, (-1, 2)) * scale).flatten(1).to(self.model.device, self.model.dtype)
+            prompt = {"input_points": batch[None, :, None]} if boxes is None else {"input_boxes": batch[None]}
             logits, ious = self._decode(embeddings, multimask_output=boxes is None, **prompt)
-            own = self.processor.post_process_masks(
+            upsampled = self.processor.post_process_masks(
                 logits.float().cpu(), inputs["original_sizes"], inputs["reshaped_input_sizes"]
             )
-            masks.append(torch.as_tensor(own[0]))
+            masks.append(torch.as_tensor(upsampled[0]))
             scores.append(ious[0].float().cpu())
         return torch.cat(masks), torch.cat(scores)
 
     def _decode(self, image_embeddings: Tensor, **prompts) -> tuple[Tensor, Tensor]:
-        """Mask logits `(1, num_prompts, num_masks, height, width)` and predicted IoUs `(1, num_prompts,
-        num_masks)`."""
+        """Returns mask logits `(1, num_prompts, num_masks, height, width)` and predicted IoUs
+        `(1, num_prompts, num_masks)`."""
         outputs = self.model(image_embeddings=image_embeddings, **prompts)
         return outputs.pred_masks, outputs.iou_scores
 
     def generate_masks(self, image: Image.Image, **thresholds) -> np.ndarray:
-        """Everything mode: `(num_masks, height, width)` of type bool, by the stock `mask-generation` pipeline."""
+        """Returns everything mode's masks `(num_masks, height, width)` of type bool, by the stock `mask-generation`
+        pipeline with these `thresholds`."""
         generator = pipeline(
             "mask-generation", model=self.model, image_processor=self.image_processor, device=self.model.device
         )
-        masks = generator(image, points_per_batch=PROMPTS_AT_ONCE, **thresholds)["masks"]
+        masks = generator(image, points_per_batch=PROMPT_BATCH_SIZE, **thresholds)["masks"]
         shape = (len(masks), image.height, image.width)
         return np.stack([np.asarray(mask) for mask in masks]) if masks else np.zeros(shape, dtype=bool)
 
@@ -217,111 +224,114 @@ class SamAdapter(PromptableAdapter):
 
     @torch.inference_mode()
     def patch_features(self, images: Sequence[Image.Image], size: int) -> dict[str, Tensor]:
-        """From the image encoder: what its last layer leaves for the neck. SAM knows one size: `size` must be that."""
-        own = self.model.config.vision_config.image_size
-        if size != own:
-            raise ValueError(f"{self.name} takes images of {own} x {own} pixels only, not {size}.")
-        outputs = self.model.vision_encoder(self._squares(images, size), output_hidden_states=True)
+        """Returns the outputs of the image encoder's last layer, before the neck. Raises `ValueError` for another size
+        than the model's only one."""
+        own_size = self.model.config.vision_config.image_size
+        if size != own_size:
+            raise ValueError(f"{self.name} accepts images of {own_size} x {own_size} pixels only, got {size}.")
+        outputs = self.model.vision_encoder(self._preprocess_squares(images, size), output_hidden_states=True)
         return {"image encoder": outputs.hidden_states[-1].permute(0, 3, 1, 2)}
 
 
 class ClipAdapter(ImageTextAdapter):
-    """Any [`CLIPModel`], at any size: its table of positions is interpolated."""
+    """Any [`CLIPModel`]. Position embeddings are interpolated for other sizes than the model's own."""
 
-    def _image_features(self, **keywords) -> Tensor:
-        return self.model.get_image_features(**keywords, interpolate_pos_encoding=True).pooler_output
+    def _image_features(self, **inputs) -> Tensor:
+        return self.model.get_image_features(**inputs, interpolate_pos_encoding=True).pooler_output
 
     def _tokens(self, pixel_values: Tensor) -> list[Tensor]:
+        """Returns the tokens before each layer and after the last."""
         outputs = self.model.vision_model(pixel_values, interpolate_pos_encoding=True, output_hidden_states=True)
         return [*outputs.hidden_states[:-1], outputs.last_hidden_state]
 
-    def _grid(self, tokens: Tensor, pixel_values: Tensor) -> Tensor:
-        """Tokens without the class token, on their grid."""
+    def _to_grid(self, tokens: Tensor, pixel_values: Tensor) -> Tensor:
+        """Drops the class token and returns the others as `(batch_size, hidden_size, grid_height, grid_width)`."""
         rows, columns = (side // self.patch_size for side in pixel_values.shape[-2:])
         return tokens[:, 1:].transpose(1, 2).unflatten(2, (rows, columns))
 
-    def _dense(self, pixel_values: Tensor) -> Tensor:
-        """Patch tokens pass what the pooled token passes. In the last layer each takes its own value instead of
-        attending and skips the MLP, in the manner of MaskCLIP (Zhou et al. 2022): a CLIP's patches at their best,
-        about twice as good in the miniature as plain tokens."""
+    def _dense_embeds(self, pixel_values: Tensor) -> Tensor:
+        """Projects the patch tokens as CLIP projects its class token. In the last layer, the attention returns each
+        token's own value and the MLP is skipped, as in MaskCLIP (Zhou et al. 2022). In the miniature, this doubles the
+        mIoU of unmodified tokens."""
         vision = self.model.vision_model
         last = vision.encoder.layers[-1]
         tokens = self._tokens(pixel_values)[-2]
         tokens = tokens + last.self_attn.out_proj(last.self_attn.v_proj(last.layer_norm1(tokens)))
-        return self._grid(self.model.visual_projection(vision.post_layernorm(tokens)), pixel_values)
+        return self._to_grid(self.model.visual_projection(vision.post_layernorm(tokens)), pixel_values)
 
     @torch.inference_mode()
     def patch_features(self, images: Sequence[Image.Image], size: int) -> dict[str, Tensor]:
-        """From the image encoder: its last layer's."""
-        pixel_values = self._squares(images, size)
-        return {"image encoder": self._grid(self._tokens(pixel_values)[-1], pixel_values)}
+        """Returns the outputs of the vision tower's last layer."""
+        pixel_values = self._preprocess_squares(images, size)
+        return {"image encoder": self._to_grid(self._tokens(pixel_values)[-1], pixel_values)}
 
     @torch.inference_mode()
     def pooled_features(self, images: Sequence[Image.Image], size: int) -> dict[str, Tensor]:
-        """From the image encoder: what its projection takes (as Radford et al. 2021, appendix A.3)."""
-        outputs = self.model.vision_model(self._squares(images, size), interpolate_pos_encoding=True)
+        """Returns the inputs of the visual projection (as Radford et al. 2021, appendix A.3)."""
+        outputs = self.model.vision_model(self._preprocess_squares(images, size), interpolate_pos_encoding=True)
         return {"image encoder": outputs.pooler_output}
 
 
 class SiglipAdapter(ImageTextAdapter):
-    """Any [`SiglipModel`], SigLIP 2's of a fixed size too, at any size: its table of positions is interpolated."""
+    """Any [`SiglipModel`], including SigLIP 2 of a fixed size. Position embeddings are interpolated for other sizes
+    than the model's own."""
 
-    padding = "max_length"  # as it was trained, and without a mask
+    padding = "max_length"  # as in its training, without an attention mask
 
     def _text_features(self, **inputs) -> Tensor:
         return super()._text_features(input_ids=inputs["input_ids"])
 
-    def _image_features(self, **keywords) -> Tensor:
-        return self.model.get_image_features(**keywords, interpolate_pos_encoding=True).pooler_output
+    def _image_features(self, **inputs) -> Tensor:
+        return self.model.get_image_features(**inputs, interpolate_pos_encoding=True).pooler_output
 
-    def _grid(self, pixel_values: Tensor) -> Tensor:
-        """The last layer's tokens `(batch_size, grid_height, grid_width, hidden_size)`."""
+    def _grid_tokens(self, pixel_values: Tensor) -> Tensor:
+        """Returns the last layer's tokens `(batch_size, grid_height, grid_width, hidden_size)`."""
         tokens = self.model.vision_model(pixel_values, interpolate_pos_encoding=True).last_hidden_state
         rows, columns = (side // self.patch_size for side in pixel_values.shape[-2:])
         return tokens.unflatten(1, (rows, columns))
 
-    def _dense(self, pixel_values: Tensor) -> Tensor:
-        """Each patch passes the pooling head as if it were all that the head attends to, in the manner of MaskCLIP
-        (Zhou et al. 2022)."""
-        head, tokens = self.model.vision_model.head, self._grid(pixel_values)
+    def _dense_embeds(self, pixel_values: Tensor) -> Tensor:
+        """Applies the attention pooling head to each patch as if it were the only one, as in MaskCLIP (Zhou et al.
+        2022)."""
+        head, tokens = self.model.vision_model.head, self._grid_tokens(pixel_values)
         weight, bias = (p[-tokens.shape[-1] :] for p in (head.attention.in_proj_weight, head.attention.in_proj_bias))
-        pooled = head.attention.out_proj(F.linear(tokens, weight, bias))  # the value's part of the three projections
+        pooled = head.attention.out_proj(F.linear(tokens, weight, bias))  # the value projection, the last of three
         return (pooled + head.mlp(head.layernorm(pooled))).permute(0, 3, 1, 2)
 
     @torch.inference_mode()
     def patch_features(self, images: Sequence[Image.Image], size: int) -> dict[str, Tensor]:
-        """From the image encoder: its last layer's."""
-        return {"image encoder": self._grid(self._squares(images, size)).permute(0, 3, 1, 2)}
+        """Returns the outputs of the vision tower's last layer."""
+        return {"image encoder": self._grid_tokens(self._preprocess_squares(images, size)).permute(0, 3, 1, 2)}
 
     @torch.inference_mode()
     def pooled_features(self, images: Sequence[Image.Image], size: int) -> dict[str, Tensor]:
-        """From the image encoder: what its pooling head gives, which is the embedding itself."""
-        return {"image encoder": self._image_features(pixel_values=self._squares(images, size))}
+        """Returns the outputs of the pooling head, which are the image embeddings."""
+        return {"image encoder": self._image_features(pixel_values=self._preprocess_squares(images, size))}
 
 
 class SamClipAdapter(ImageTextAdapter, PromptableAdapter):
-    """Any SAM-CLIP. `model` is a [`SamClipForImageSegmentation`]; what a [`SamClipModel`] does, it does by that."""
+    """Any SAM-CLIP, loaded as a [`SamClipForImageSegmentation`]."""
 
     def _decode(self, image_embeddings: Tensor, **prompts) -> tuple[Tensor, Tensor]:
         return self.model.predict_masks(image_embeddings, **prompts)
 
-    def _image_features(self, **keywords) -> Tensor:
-        return self.model.get_image_features(**keywords).pooler_output
+    def _image_features(self, **inputs) -> Tensor:
+        return self.model.get_image_features(**inputs).pooler_output
 
-    def _dense(self, pixel_values: Tensor) -> Tensor:
+    def _dense_embeds(self, pixel_values: Tensor) -> Tensor:
         patch_tokens = self.model.vision_encoder(pixel_values).patch_tokens
         return self.model.clip_head.project_patches(self.model.clip_head(patch_tokens))
 
     @torch.inference_mode()
     def patch_features(self, images: Sequence[Image.Image], size: int) -> dict[str, Tensor]:
-        """From the image encoder: what its last layer leaves for the neck and the CLIP head; and from the latter."""
-        patch_tokens = self.model.vision_encoder(self._squares(images, size)).patch_tokens
+        """Returns the outputs of the image encoder's last layer, before the neck, and of the CLIP head's last layer."""
+        patch_tokens = self.model.vision_encoder(self._preprocess_squares(images, size)).patch_tokens
         sources = {"image encoder": patch_tokens, "CLIP head": self.model.clip_head(patch_tokens)}
         return {source: tokens.permute(0, 3, 1, 2) for source, tokens in sources.items()}
 
     @torch.inference_mode()
     def pooled_features(self, images: Sequence[Image.Image], size: int) -> dict[str, Tensor]:
-        """From the image encoder: the mean over patches; from the CLIP head: what its MLP takes."""
+        """Returns the mean over the image encoder's patches, and the inputs of the CLIP head's MLP."""
         features, head = self.patch_features(images, size), self.model.clip_head
         pooled = {source: patches.mean(dim=(2, 3)) for source, patches in features.items()}
         if head.pooling == "max":
@@ -330,7 +340,7 @@ class SamClipAdapter(ImageTextAdapter, PromptableAdapter):
 
 
 class CascadeAdapter(ModelAdapter):
-    """A [`SamModel`]'s everything mode whose masks a [`CLIPModel`] names one by one (paper, table 7)."""
+    """A SAM's everything mode whose masks a CLIP classifies one by one (paper, table 7)."""
 
     def __init__(self, sam: PromptableAdapter, clip: ImageTextAdapter):
         self.name, self.sam, self.clip = f"{sam.name}+{clip.name}", sam, clip
@@ -341,42 +351,57 @@ class CascadeAdapter(ModelAdapter):
 
     @torch.inference_mode()
     def name_masks(self, image: Image.Image, masks: np.ndarray, text_embeds: Tensor) -> Tensor:
-        """Similarities `(num_masks, num_texts)`: CLIP sees the box around each mask, what is outside of the mask in
-        the normalisation's mean colour."""
+        """
+        Compares masks with texts. CLIP gets a crop of the box of each mask, padded to a square, in which pixels outside
+        the mask have the mean color of CLIP's normalization.
+
+        Args:
+            image (`PIL.Image.Image`):
+                An image in RGB.
+            masks (`numpy.ndarray` of shape `(num_masks, height, width)` and type bool):
+                Masks, none of them empty.
+            text_embeds (`torch.Tensor` of shape `(num_texts, projection_dim)`):
+                Unit embeddings of the texts.
+
+        Returns:
+            `torch.Tensor` of shape `(num_masks, num_texts)`: Cosine similarities.
+        """
         pixels = np.asarray(image)
-        mean = np.asarray(self.clip.image_processor.image_mean) * 255
+        mean_color = np.asarray(self.clip.image_processor.image_mean) * 255
         crops = []
         for mask in masks:
-            rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-            box = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-            crop = np.where(mask[box][..., None], pixels[box], mean).astype(np.uint8)
-            crops.append(Image.fromarray(padded_square(crop, mean)))
+            box = mask_to_box(mask)
+            assert box is not None
+            left, top, right, bottom = box
+            window = np.s_[top:bottom, left:right]
+            crop = np.where(mask[window][..., None], pixels[window], mean_color).astype(np.uint8)
+            crops.append(Image.fromarray(pad_to_square(crop, mean_color)))
         embeds = [
-            self.clip.embed_images(crops[start : start + CROPS_AT_ONCE])
-            for start in range(0, len(crops), CROPS_AT_ONCE)
+            self.clip.embed_images(crops[start : start + CROP_BATCH_SIZE])
+            for start in range(0, len(crops), CROP_BATCH_SIZE)
         ]
         return torch.cat(embeds) @ text_embeds.T
 
 
-def middle_square(image: Image.Image) -> Image.Image:
-    """As large as the image allows."""
+def center_square(image: Image.Image) -> Image.Image:
+    """Returns the largest square at the center of an image."""
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return image.crop((left, top, left + side, top + side))
 
 
-def padded_square(pixels: np.ndarray, colour: np.ndarray) -> np.ndarray:
-    """Pixels `(height, width, 3)` in the middle of a square of a colour."""
+def pad_to_square(pixels: np.ndarray, color: np.ndarray) -> np.ndarray:
+    """Returns pixels `(height, width, 3)` at the center of a square of a color `(3,)`."""
     height, width = pixels.shape[:2]
     side = max(height, width)
     square = np.empty((side, side, 3), dtype=np.uint8)
-    square[:] = colour.astype(np.uint8)
+    square[:] = color.astype(np.uint8)
     top, left = (side - height) // 2, (side - width) // 2
     square[top : top + height, left : left + width] = pixels
     return square
 
 
-KINDS: dict[str, tuple[type, type[ModelAdapter]]] = {
+ADAPTERS: dict[str, tuple[Any, type[ModelAdapter]]] = {
     "samclip": (SamClipForImageSegmentation, SamClipAdapter),
     "sam": (SamModel, SamAdapter),
     "clip": (CLIPModel, ClipAdapter),
@@ -384,37 +409,56 @@ KINDS: dict[str, tuple[type, type[ModelAdapter]]] = {
 }
 
 
-def kinds_of(name: str) -> list[tuple[type, type[ModelAdapter]]]:
+def adapter_classes(name: str) -> list[tuple[Any, type[ModelAdapter]]]:
     """
-    The classes of a model, or of a cascade's two, by what `load` takes, from configurations alone.
+    Returns the model class and the adapter class of a model, or of both models of a cascade. Reads configurations only.
 
-    Raises `ValueError` for another kind of model, `OSError` where there is none.
+    Args:
+        name (`str`):
+            As [`load_adapter`].
+
+    Raises:
+        ValueError: The model has another type.
+        OSError: There is no such model.
     """
-    kinds = []
+    classes = []
     for part in name.split("+", 1):
         if Path(part).is_absolute() and not Path(part).is_dir():
-            raise FileNotFoundError(f"There is no folder {part}.")  # the Hub would complain of slashes
+            raise FileNotFoundError(f"There is no folder {part}.")  # transformers would report an invalid Hub name
         model_type = AutoConfig.from_pretrained(part).model_type
-        if model_type not in KINDS:
+        if model_type not in ADAPTERS:
             raise ValueError(
-                f"{part} is a model of type {model_type!r}; a SAM-CLIP, a SAM, a CLIP and a SigLIP can be judged."
+                f"{part} is a model of type {model_type!r}. SAM-CLIP, SAM, CLIP and SigLIP can be evaluated."
             )
-        kinds.append(KINDS[model_type])
-    if len(kinds) == 2 and not (
-        issubclass(kinds[0][1], PromptableAdapter) and issubclass(kinds[1][1], ImageTextAdapter)
+        classes.append(ADAPTERS[model_type])
+    if len(classes) == 2 and not (
+        issubclass(classes[0][1], PromptableAdapter) and issubclass(classes[1][1], ImageTextAdapter)
     ):
-        raise ValueError(f"A cascade is a SAM, a plus and a CLIP, in that order; got {name!r}.")
-    return kinds
+        raise ValueError(f"A cascade is SAM+CLIP, in this order; got {name!r}.")
+    return classes
 
 
-def load(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> ModelAdapter:
+def load_adapter(
+    name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> ModelAdapter:
     """
-    A model by its folder or name on the Hub: a SAM-CLIP, a SAM, a CLIP, a SigLIP, or "SAM+CLIP", the cascade of two.
+    Loads a model for evaluation.
 
-    Raises `ValueError` for another kind of model, `OSError` where there is none.
+    Args:
+        name (`str`):
+            A folder or a name on the Hub of a SAM-CLIP, a SAM, a CLIP or a SigLIP; or two of them with a plus,
+            "SAM+CLIP", for their cascade.
+        device (`torch.device` or `str`, *optional*, defaults to `"cpu"`):
+            The device of the model.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
+            The type of its parameters.
+
+    Raises:
+        ValueError: The model has another type.
+        OSError: There is no such model.
     """
-    candidates = []
-    for part, (model_class, candidate_class) in zip(name.split("+", 1), kinds_of(name), strict=True):
-        model = model_class.from_pretrained(part, dtype=dtype).to(device)  # type: ignore[attr-defined]
-        candidates.append(candidate_class(part, model, AutoProcessor.from_pretrained(part)))
-    return candidates[0] if len(candidates) == 1 else CascadeAdapter(*candidates)  # type: ignore[arg-type]
+    adapters = []
+    for part, (model_class, adapter_class) in zip(name.split("+", 1), adapter_classes(name), strict=True):
+        model = model_class.from_pretrained(part, dtype=dtype).to(device)
+        adapters.append(adapter_class(part, model, AutoProcessor.from_pretrained(part)))
+    return adapters[0] if len(adapters) == 1 else CascadeAdapter(*adapters)  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ import numpy as np
 
 from ..datasets.samples import DataSet, LabeledImage
 from ..templates import IMAGENET_TEMPLATES
-from ..visualization import captioned
+from ..visualization import draw_text
 from .adapters import ImageTextAdapter, ModelAdapter
 from .evaluator import SampleEvaluator
 from .metrics import AccumulatingMetric, TopK
@@ -15,12 +15,14 @@ from .metrics import AccumulatingMetric, TopK
 
 class ZeroShotClassification(SampleEvaluator[LabeledImage]):
     """
-    An image belongs to the class whose name, filled into every template and averaged, is most similar.
+    Assigns each image to the class with the most similar embedding, the mean over templates.
 
+    data (`DataSet`):
+        Images with labels.
     size (`int`, *optional*):
-        Side in pixels of the middle square that a model sees. By default every model's own image processor decides.
-    templates (`Sequence[str]`):
-        CLIP's 80 by default, as in the paper.
+        Side in pixels of the center square. By default, each model's own image processor prepares the images.
+    templates (`Sequence[str]`, *optional*):
+        Templates of class names. By default CLIP's 80, as in the paper.
     """
 
     name = "classification"
@@ -33,7 +35,7 @@ class ZeroShotClassification(SampleEvaluator[LabeledImage]):
     ):
         super().__init__(data)
         if not data.names:
-            raise ValueError(f"{data.name} has no class names to classify by.")
+            raise ValueError(f"{data.name} has no class names, which classification needs.")
         self.size, self.templates = size, templates
         self.class_names = [synonyms[0] for synonyms in data.names]
 
@@ -56,14 +58,16 @@ class ZeroShotClassification(SampleEvaluator[LabeledImage]):
         self.class_embeds = model.embed_names(self.class_names, self.templates)
 
     def update(self, model: ImageTextAdapter, samples: list[LabeledImage], metrics) -> list[float]:
-        scores = self._scores(model, samples)
+        similarities = self._similarities(model, samples)
         labels = np.array([sample.label for sample in samples])
-        metrics["top_k"].add_batch(predictions=scores, references=labels)
-        others = scores.copy()
-        others[np.arange(len(labels)), labels] = -np.inf
-        return (scores[np.arange(len(labels)), labels] - others.max(axis=1)).tolist()  # how far ahead the truth is
+        metrics["top_k"].add_batch(predictions=similarities, references=labels)
+        rows = np.arange(len(labels))
+        others = similarities.copy()
+        others[rows, labels] = -np.inf
+        return (similarities[rows, labels] - others.max(axis=1)).tolist()  # the margin of the true class
 
-    def _scores(self, model: ImageTextAdapter, samples: list[LabeledImage]) -> np.ndarray:
+    def _similarities(self, model: ImageTextAdapter, samples: list[LabeledImage]) -> np.ndarray:
+        """Returns `(num_samples, num_classes)`."""
         image_embeds = model.embed_images([sample.image() for sample in samples], self.size)
         return (image_embeds @ self.class_embeds.T).cpu().numpy()
 
@@ -71,8 +75,8 @@ class ZeroShotClassification(SampleEvaluator[LabeledImage]):
         return {name: value for name, value in metrics["top_k"].compute().items() if isinstance(value, float)}
 
     def visualize(self, model: ImageTextAdapter, sample: LabeledImage) -> list[tuple[str, np.ndarray]]:
-        scores = self._scores(model, [sample])[0]
-        best = scores.argsort()[::-1][:5]
-        answers = [f"{self.class_names[label]} {scores[label]:.2f}" for label in best]
+        similarities = self._similarities(model, [sample])[0]
+        best = similarities.argsort()[::-1][:5]
+        predictions = [f"{self.class_names[label]} {similarities[label]:.2f}" for label in best]
         image = np.asarray(sample.image())
-        return [(self.class_names[sample.label], image), ("answers", captioned(image, answers))]
+        return [(self.class_names[sample.label], image), ("predictions", draw_text(image, predictions))]

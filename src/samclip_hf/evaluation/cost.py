@@ -1,4 +1,4 @@
-"""What a model costs, beside its parents and the cascade of them: which the paper never gave."""
+"""Parameters, operations, time and memory of a model. The paper does not report them."""
 
 import ctypes
 import gc
@@ -17,12 +17,14 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from ..datasets.samples import DataSet, SegmentedImage
 from .adapters import CascadeAdapter, ImageTextAdapter, ModelAdapter, PromptableAdapter, SamClipAdapter
+from .cascade_segmentation import CascadeSegmentation
+from .composed_segmentation import ComposedSegmentation
 from .evaluator import EvaluationResult, Evaluator
 from .report import device_name
-from .semantic_segmentation import CascadeSegmentation, ComposedSegmentation, SemanticSegmentation
+from .semantic_segmentation import LabelMapEvaluator, SemanticSegmentation
 
-# torch's counter (2.14) does not know the CPU's fused attention and counts nothing for it; on a GPU it does.
-ATTENTION_ON_CPU = {
+# torch's counter (2.14) counts nothing for the CPU's fused attention. On a GPU, it counts the fused kernels.
+CPU_ATTENTION_FLOPS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *_, **__: sdpa_flop_count(
         query, key, value
     )
@@ -31,17 +33,17 @@ ATTENTION_ON_CPU = {
 
 class Cost(Evaluator):
     """
-    Parameters; and of one image of noise, for everything that the model can do, multiply-accumulates by torch's own
-    counter (half of its operations), the median time, and the most memory above what was in use.
+    Counts a model's parameters and, for each of its functions on an image of noise, measures multiply-accumulates (half
+    of the operations that torch counts), the median time, and the peak memory above what was in use before.
 
     height, width (`int`):
-        Of the image, in pixels.
+        The image's size in pixels.
     names (`list[str]`):
-        Classes to segment by.
+        Class names for segmentation by text.
     size (`int`, *optional*):
-        As in [`SemanticSegmentation`], of the image's shorter side; by default the image's own.
-    repeats (`int`):
-        After one that warms up.
+        The shorter side for [`SemanticSegmentation`]. By default, the image's own.
+    repeats (`int`, *optional*, defaults to 3):
+        Number of measurements, after one run for warm-up.
     generation (`dict`, *optional*):
         As in [`CascadeSegmentation`].
     """
@@ -76,76 +78,77 @@ class Cost(Evaluator):
         }
 
     def run(self, model: ModelAdapter) -> EvaluationResult | None:
-        """On the first process alone; the others wait."""
+        """Measures on the main process only; the others wait."""
         state = PartialState()
-        outcome = self._run(model) if state.is_main_process else None
+        result = self._measure(model) if state.is_main_process else None
         state.wait_for_everyone()
-        return outcome
+        return result
 
-    def _run(self, model: ModelAdapter) -> EvaluationResult:
+    def _measure(self, model: ModelAdapter) -> EvaluationResult:
         start = time.perf_counter()
         parameters = sum(p.numel() for part in model.models for p in part.parameters())
-        figures: dict[str, float | None] = {"parameters, M": parameters / 1e6}
+        metrics: dict[str, float | None] = {"parameters, M": parameters / 1e6}
         device = model.models[0].device
-        for title, job in self.jobs(model).items():
-            with FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU) as counter:
-                job()
+        for title, function in self.functions(model).items():
+            with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION_FLOPS) as counter:
+                function()
             seconds, memory = [], []
             for _ in range(self.repeats):
                 gc.collect()
-                before = reset_peak(device)
+                before = reset_peak_memory(device)
                 began = time.perf_counter()
-                job()
+                function()
                 if device.type == "cuda":
                     torch.cuda.synchronize()
                 seconds.append(time.perf_counter() - began)
-                if before is not None and (most := peak(device)) is not None:
-                    memory.append((most - before) / 1e6)
-            figures |= {
+                if before is not None and (peak := peak_memory(device)) is not None:
+                    memory.append((peak - before) / 1e6)
+            metrics |= {
                 f"{title}, GMAC": counter.get_total_flops() / 2e9,
                 f"{title}, s": statistics.median(seconds),
                 f"{title}, MB": max(memory, default=None),
             }
-        return EvaluationResult(figures, 1, time.perf_counter() - start)
+        return EvaluationResult(metrics, 1, time.perf_counter() - start)
 
-    def jobs(self, model: ModelAdapter) -> dict[str, Callable[[], Any]]:
-        """What the model can do with an image."""
+    def functions(self, model: ModelAdapter) -> dict[str, Callable[[], Any]]:
+        """Returns what the model can compute for an image, by title."""
         pixels = np.random.default_rng(0).integers(0, 256, (self.height, self.width, 3), dtype=np.uint8)
         image = Image.fromarray(pixels)
         data: DataSet[SegmentedImage] = DataSet("noise", [], [[name] for name in self.names])
-        jobs: dict[str, Callable[[], Any]] = {}
+        functions: dict[str, Callable[[], Any]] = {}
         if isinstance(model, ImageTextAdapter):
-            jobs["image embedding"] = lambda: model.embed_images([image])
+            functions["image embedding"] = partial(model.embed_images, [image])
         if isinstance(model, PromptableAdapter):
             point = torch.tensor([[self.width // 2, self.height // 2]])
-            jobs["masks from a point"] = lambda: model.predict_masks(image, points=point)
-        by_text: dict[str, Any] = {}
+            functions["masks from a point"] = partial(model.predict_masks, image, points=point)
+        evaluators: dict[str, LabelMapEvaluator] = {}
         if isinstance(model, ImageTextAdapter):
-            by_text["by text, patches"] = SemanticSegmentation(data, size=self.size)
+            evaluators["by text, patches"] = SemanticSegmentation(data, size=self.size)
         if isinstance(model, SamClipAdapter):
-            by_text["by text, both heads"] = ComposedSegmentation(data)
+            evaluators["by text, both heads"] = ComposedSegmentation(data)
         if isinstance(model, CascadeAdapter):
-            by_text["by text, cascade"] = CascadeSegmentation(data, generation=self.generation)
-        for title, protocol in by_text.items():
-            protocol.prepare(model)
-            jobs[title] = partial(protocol.predict, model, image)
-        return jobs
+            evaluators["by text, cascade"] = CascadeSegmentation(data, generation=self.generation)
+        for title, evaluator in evaluators.items():
+            evaluator.prepare(model)
+            functions[title] = partial(evaluator.predict, model, image)
+        return functions
 
 
-def reset_peak(device: torch.device) -> int | None:
-    """Bytes in use, from which on the peak is measured."""
+def reset_peak_memory(device: torch.device) -> int | None:
+    """Starts a new measurement of the peak memory. Returns the bytes in use, or `None` if the system does not report
+    them."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
-    if (clear := Path("/proc/self/clear_refs")).exists():
-        if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-            trim(0)  # what earlier runs have freed but glibc keeps would hide what this one takes
-        clear.write_text("5")  # the peak starts over at what is resident now
-    return peak(device)
+    if (clear_refs := Path("/proc/self/clear_refs")).exists():
+        if malloc_trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+            malloc_trim(0)  # memory that glibc keeps for reuse would hide what the next run allocates
+        clear_refs.write_text("5")  # sets the peak to the memory that is resident now
+    return peak_memory(device)
 
 
-def peak(device: torch.device) -> int | None:
-    """Most bytes in use since; `None` where the system does not tell."""
+def peak_memory(device: torch.device) -> int | None:
+    """Returns the peak of the bytes in use since [`reset_peak_memory`], or `None` if the system does not report it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")

@@ -1,6 +1,4 @@
-"""
-What all protocols share: how a model is taken through a data set, by any number of processes with the same result.
-"""
+"""The base classes of all evaluators, and the loop over a data set, which any number of processes can share."""
 
 import itertools
 import time
@@ -22,12 +20,17 @@ from .metrics import AccumulatingMetric
 @dataclass
 class EvaluationResult:
     """
+    The result of one evaluator for one model.
+
     metrics (`dict[str, float | None]`):
-        In [0, 1] unless their names say a unit; the first is the main one. `None` where the data do not define one.
-    num_samples (`int`), seconds (`float`):
-        Judged by all processes together, in so much time.
+        Values in [0, 1] unless the name has a unit. The first metric is the main one. `None` if the data do not define
+        a metric.
+    num_samples (`int`):
+        The number of samples, of all processes.
+    seconds (`float`):
+        The duration.
     extremes (`dict[str, int]`):
-        The places of the "best", "median" and "worst" samples, where samples are judged one by one.
+        Indices of the "best", "median" and "worst" samples, if the evaluator scores single samples.
     """
 
     metrics: dict[str, float | None]
@@ -37,31 +40,31 @@ class EvaluationResult:
 
 
 class Evaluator(ABC):
-    """Something that a model is judged by. What a figure depends on but the model, is told by `describe`."""
+    """A protocol that computes the metrics of a model. `name` is the protocol's name on the command line."""
 
     name: ClassVar[str]
 
     @abstractmethod
     def applies_to(self, model: ModelAdapter) -> bool:
-        """Whether the model can do at all what is asked."""
+        """Returns whether the model has what the protocol needs."""
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """The protocol, to stand beside the figures: the data, and what the literature does in several ways."""
+        """Returns everything that the metrics depend on besides the model: the data, and the choices that differ in the
+        literature. Results with different descriptions are not comparable."""
 
     @abstractmethod
     def run(self, model: Any) -> EvaluationResult | None:
-        """Judges the model. To be called by all processes; `None` on all but the first."""
+        """Evaluates a model. All processes must call it; it returns `None` on all but the main process."""
 
 
 class SampleEvaluator(Evaluator, Generic[SampleType]):
     """
-    A task whose samples are judged one after another, each on its own.
-
-    A subclass names the kind of model that it takes, which `applies_to` has asked for.
+    Base class of evaluators that process a data set sample by sample. A subclass annotates the kind of model that its
+    `applies_to` accepts.
 
     data (`DataSet`):
-        In the order in which they come; a process takes every so-manieth batch.
+        The samples. Batches are sharded across processes.
     """
 
     batch_size: int = 32
@@ -71,54 +74,57 @@ class SampleEvaluator(Evaluator, Generic[SampleType]):
 
     @abstractmethod
     def new_metrics(self) -> dict[str, AccumulatingMetric]:
-        """Empty ones, by name."""
+        """Returns empty metrics, by name."""
 
     @abstractmethod
     def prepare(self, model: Any) -> None:
-        """What is done once a model, such as embedding class names."""
+        """Computes what is the same for all samples, such as embeddings of class names."""
 
     @abstractmethod
     def update(self, model: Any, samples: list[SampleType], metrics: dict[str, AccumulatingMetric]) -> list[float]:
-        """Adds the samples to the metrics. Returns for each how well the model did, by which pictures are chosen."""
+        """Adds a batch to the metrics. Returns a score for each sample, by which the extremes are chosen."""
 
     @abstractmethod
     def compute_metrics(self, metrics: dict[str, AccumulatingMetric]) -> dict[str, float | None]:
-        """What the metrics come to."""
+        """Computes the values for [`EvaluationResult`]."""
 
     @abstractmethod
     def visualize(self, model: Any, sample: SampleType) -> list[tuple[str, np.ndarray]]:
-        """Titles and pictures `(height, width, 3)` of what goes in, the truth, and what the model makes of it."""
+        """Returns captions and images `(height, width, 3)`, uint8, of the input, the ground truth and the
+        prediction."""
 
     def run(self, model: Any) -> EvaluationResult | None:
         """
-        Every process takes whole batches, in turns; the batches, and so the figures, are the same whatever the number
-        of processes. Raises `ValueError` where there are no samples.
+        Evaluates a model. Each process takes whole batches in turn. The batches, and so the metrics, do not depend on
+        the number of processes. Raises `ValueError` if there are no samples.
         """
         state = PartialState()
         metrics = self.new_metrics()
-        scores: dict[int, float] = {}  # by place
+        scores: dict[int, float] = {}  # by index of the sample
         self.prepare(model)
         start = time.perf_counter()
-        for first, batch in own_batches(self.data.samples, self.batch_size, f"{self.name}, {model.name}"):
+        for first, batch in shard_batches(self.data.samples, self.batch_size, f"{self.name}, {model.name}"):
             scores |= zip(range(first, first + len(batch)), self.update(model, batch, metrics), strict=True)
-        everyones = gather_object([({name: metric.state for name, metric in metrics.items()}, scores)])
+        gathered = gather_object([({name: metric.state for name, metric in metrics.items()}, scores)])
         if not state.is_main_process:
             return None
-        for index, (states, others_scores) in enumerate(everyones):
-            if index != state.process_index:
+        for process_index, (states, process_scores) in enumerate(gathered):
+            if process_index != state.process_index:
                 for name, metric in metrics.items():
                     metric.merge(states[name])
-                scores |= others_scores
+                scores |= process_scores
         if not scores:
             raise ValueError(f"{self.data.name} has no samples.")
-        order = sorted(scores, key=lambda place: (scores[place], place))
+        order = sorted(scores, key=lambda index: (scores[index], index))
         extremes = {"best": order[-1], "median": order[len(order) // 2], "worst": order[0]}
         return EvaluationResult(self.compute_metrics(metrics), len(scores), time.perf_counter() - start, extremes)
 
 
-def own_batches(samples: Iterable[SampleType], batch_size: int, title: str) -> Iterator[tuple[int, list[SampleType]]]:
-    """This process's batches, every so-manieth, each with the place of its first sample; the first process shows how
-    far all of them are."""
+def shard_batches(
+    samples: Iterable[SampleType], batch_size: int, title: str
+) -> Iterator[tuple[int, list[SampleType]]]:
+    """Yields this process's batches, each with the index of its first sample. The main process shows the progress of
+    all."""
     state = PartialState()
     total = len(samples) if isinstance(samples, Sized) else None
     with tqdm(total=total, desc=title, unit="image", disable=not state.is_main_process) as progress:
@@ -129,7 +135,7 @@ def own_batches(samples: Iterable[SampleType], batch_size: int, title: str) -> I
 
 
 def batched(samples: Iterable[SampleType], size: int) -> Iterator[list[SampleType]]:
-    """As `itertools.batched` of Python 3.12, in lists."""
+    """As `itertools.batched` of Python 3.12, but yields lists."""
     iterator = iter(samples)
     while batch := list(itertools.islice(iterator, size)):
         yield batch

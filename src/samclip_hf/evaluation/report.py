@@ -1,8 +1,7 @@
-"""What comes out of an evaluation: `results.json`, a table beside the paper's figures, panels, model-index data."""
+"""Results of evaluations: `results.json`, tables next to the paper's results, panels, and metadata for model cards."""
 
 import hashlib
 import json
-import os
 import platform
 import subprocess
 import textwrap
@@ -10,166 +9,184 @@ from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from huggingface_hub import EvalResult
 
+from ..files import write_atomically
+from ..visualization import save_panel
 from .adapters import ModelAdapter, SamClipAdapter
 from .evaluator import EvaluationResult, Evaluator, SampleEvaluator
 
-PER_CLASS = "iou: "  # figures of single classes, too many for a table
+PER_CLASS_PREFIX = "iou: "  # of metrics of single classes, which tables leave out
 MODEL_FILES = ("config.json", "processor_config.json", "preprocessor_config.json", "tokenizer.json")
 PACKAGES = ("samclip-hf", "torch", "torchvision", "transformers", "accelerate", "evaluate", "datasets", "numpy")
-PAPER = json.loads((resources.files(__package__) / "paper.json").read_text())
+PAPER_RESULTS = json.loads((resources.files(__package__) / "paper.json").read_text())
+TASK_TYPES = {  # of the Hub, by protocol; others are "image-segmentation"
+    "classification": "zero-shot-image-classification",
+    "linear-probe": "image-classification",
+    "retrieval": "image-to-text",
+    "instances": "mask-generation",
+    "prompts": "mask-generation",
+}
 
 
 class Results:
     """
-    Figures by task and model, kept in `results.json` from one task to the next, so that an evaluation that was cut off
-    goes on where it was.
+    Metrics by task and model, stored in `results.json` after each task, so that an interrupted evaluation can be
+    resumed.
 
     folder (`Path`):
-        Of `results.json`; what it holds already is taken over.
+        The folder of `results.json`. Existing results are kept.
     command (`str`):
-        To stand in it, with the versions that are installed; every figure also keeps those that it came from.
+        The command line. It is stored with the installed versions, for the file and for each result.
     """
 
     def __init__(self, folder: Path, command: str):
         self.path = folder / "results.json"
         self.content: dict[str, Any] = {"tasks": {}}
         if self.path.exists():
-            self.content = json.loads(self.path.read_text())
+            self.content = read_results(self.path)
         self.content["command"] = command
         self.content["environment"] = environment()
 
-    def holds(self, key: str, task: Evaluator, model: ModelAdapter) -> bool:
-        """Whether just this task has judged just this model."""
-        entry = self.content["tasks"].get(key, {"protocol": None})
-        if entry["protocol"] != jsonable(task.describe()):
+    def holds(self, key: str, evaluator: Evaluator, model: ModelAdapter) -> bool:
+        """Returns whether there is a result of the same protocol for the same model."""
+        task = self.content["tasks"].get(key, {"protocol": None})
+        if task["protocol"] != to_json(evaluator.describe()):
             return False
-        of_model = entry["models"].get(model.name, {"identity": None})
-        return of_model["identity"] == identity(model) and of_model.get("dtype", "float32") == dtype(model)
+        entry = task["models"].get(model.name, {"identity": None})
+        return entry["identity"] == identity(model) and entry.get("dtype", "float32") == dtype_name(model)
 
-    def add(self, key: str, task: Evaluator, model: ModelAdapter, outcome: EvaluationResult) -> None:
-        """Figures of another protocol under the same key are dropped: they cannot be compared."""
-        protocol = jsonable(task.describe())
-        entry = self.content["tasks"].get(key)
-        if entry is None or entry["protocol"] != protocol:
-            entry = self.content["tasks"][key] = {"protocol": protocol, "models": {}}
-        entry["models"][model.name] = {
+    def add(self, key: str, evaluator: Evaluator, model: ModelAdapter, result: EvaluationResult) -> None:
+        """Adds a result and saves the file. Results of another protocol under the same key are dropped, because they
+        are not comparable."""
+        protocol = to_json(evaluator.describe())
+        task = self.content["tasks"].get(key)
+        if task is None or task["protocol"] != protocol:
+            task = self.content["tasks"][key] = {"protocol": protocol, "models": {}}
+        task["models"][model.name] = {
             "kind": type(model).__name__,
             "identity": identity(model),
-            "dtype": dtype(model),
-            "metrics": outcome.metrics,
-            "num_samples": outcome.num_samples,
-            "seconds": round(outcome.seconds, 1),
+            "dtype": dtype_name(model),
+            "metrics": result.metrics,
+            "num_samples": result.num_samples,
+            "seconds": round(result.seconds, 1),
             "command": self.content["command"],
             "environment": self.content["environment"],
         }
         if untrained := model.untrained:
-            entry["models"][model.name]["random weights"] = untrained
+            task["models"][model.name]["random weights"] = untrained
         self.save()
 
     def save(self) -> None:
-        """All or nothing: a reader, or the next run, never sees half a file."""
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.content, indent=1, allow_nan=False) + "\n")
-        os.replace(temporary, self.path)
+        write_atomically(self.path, json.dumps(self.content, indent=1, allow_nan=False) + "\n")
 
     def markdown(self) -> str:
-        """All figures but those of single classes, models in columns; where the paper has the figure too, of whole
-        data sets, its SAM-CLIP's and, for a SAM-CLIP, by how much that is missed or passed."""
+        """Returns a table with the models in columns, without metrics of single classes. If the paper reports a metric
+        and the whole data set was evaluated, the table has the paper's SAM-CLIP, and the difference for each
+        SAM-CLIP."""
         tasks = self.content["tasks"]
-        names = list(dict.fromkeys(name for entry in tasks.values() for name in entry["models"]))
-        random = {
-            name: of_model["random weights"]
-            for entry in tasks.values()
-            for name, of_model in entry["models"].items()
-            if "random weights" in of_model
+        names = list(dict.fromkeys(name for task in tasks.values() for name in task["models"]))
+        untrained = {
+            name: entry["random weights"]
+            for task in tasks.values()
+            for name, entry in task["models"].items()
+            if "random weights" in entry
         }
-        kinds = {name: e["models"][name]["kind"] for e in tasks.values() for name in names if name in e["models"]}
-        merged = [name for name in names if kinds[name] == SamClipAdapter.__name__]
-        has_paper = any(key.partition("@")[0] in PAPER for key in tasks)
-        header = ["task", "figure", *(f"{name} (random weights)" if name in random else name for name in names)] + (
-            ["paper's SAM-CLIP", *(f"{n} - paper" for n in merged)] * has_paper
-        )
+        kinds = {name: entry["kind"] for task in tasks.values() for name, entry in task["models"].items()}
+        samclips = [name for name in names if kinds[name] == SamClipAdapter.__name__]
+        has_paper = any(key.partition("@")[0] in PAPER_RESULTS for key in tasks)
+        header = ["task", "metric", *(f"{name} (random weights)" if name in untrained else name for name in names)]
+        if has_paper:
+            header += ["paper's SAM-CLIP", *(f"{name} - paper" for name in samclips)]
         lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
-        for key, entry in tasks.items():
-            figures = dict.fromkeys(f for model in entry["models"].values() for f in model["metrics"])
-            for figure in figures:
-                if figure.startswith(PER_CLASS):
+        for key, task in tasks.items():
+            for metric in dict.fromkeys(metric for entry in task["models"].values() for metric in entry["metrics"]):
+                if metric.startswith(PER_CLASS_PREFIX):
                     continue
-                values = {name: entry["models"].get(name, {}).get("metrics", {}).get(figure) for name in names}
-                row = [key, figure, *(shown(value) for value in values.values())]
+                values = {name: task["models"].get(name, {}).get("metrics", {}).get(metric) for name in names}
+                row = [key, metric, *(format_metric(value) for value in values.values())]
                 if has_paper:
-                    whole = "only" not in entry["protocol"]
-                    paper = PAPER.get(key.partition("@")[0], {}).get(figure) if whole else None
+                    is_whole = "only" not in task["protocol"]
+                    paper = PAPER_RESULTS.get(key.partition("@")[0], {}).get(metric) if is_whole else None
                     row.append("" if paper is None else f"{paper['value']:.3f} (table {paper['table']})")
                     row += [
-                        "" if paper is None or values[n] is None else f"{values[n] - paper['value']:+.3f}"
-                        for n in merged
+                        "" if paper is None or values[name] is None else f"{values[name] - paper['value']:+.3f}"
+                        for name in samclips
                     ]
                 lines.append("| " + " | ".join(row) + " |")
-        lines += [f"\nRandom weights: of {name}, {', '.join(parts)} are untrained." for name, parts in random.items()]
+        lines += [f"\nRandom weights: {name} has untrained {', '.join(parts)}." for name, parts in untrained.items()]
         return "\n".join(lines) + "\n"
 
     def protocols(self) -> str:
-        """Every task's protocol, as Markdown."""
-        parts = []
-        for key, entry in self.content["tasks"].items():
-            lines = [f"- {name}: {short(value)}" for name, value in entry["protocol"].items() if name != "categories"]
-            counts = {model["num_samples"] for model in entry["models"].values()}
-            lines.append(f"- images judged: {', '.join(map(str, sorted(counts)))}")
-            parts.append(f"**{key}**\n\n" + "\n".join(lines))
-        return "\n\n".join(parts) + "\n"
+        """Returns the protocol of each task, as Markdown."""
+        sections = []
+        for key, task in self.content["tasks"].items():
+            lines = [
+                f"- {name}: {textwrap.shorten(str(value), 400, placeholder=' ...')}"
+                for name, value in task["protocol"].items()
+                if name != "categories"
+            ]
+            counts = {entry["num_samples"] for entry in task["models"].values()}
+            lines.append(f"- evaluated images: {', '.join(map(str, sorted(counts)))}")
+            sections.append(f"**{key}**\n\n" + "\n".join(lines))
+        return "\n\n".join(sections) + "\n"
 
 
-def shown(value: float | None) -> str:
-    """Three decimals, or as many digits."""
+def read_results(path: Path) -> dict[str, Any]:
+    """Reads `results.json`. Files of version 0.1 have "figures" instead of "metrics", and other names of adapters."""
+    content = json.loads(path.read_text())
+    for task in content["tasks"].values():
+        for entry in task["models"].values():
+            if "figures" in entry:
+                entry["metrics"] = entry.pop("figures")
+                entry["kind"] += "Adapter"
+    return content
+
+
+def format_metric(value: float | None) -> str:
+    """Formats a value with three decimals, or without any from 100 on."""
     if value is None:
         return ""
     return f"{value:.3f}" if abs(value) < 100 else f"{value:,.0f}"
 
 
-def short(value: Any) -> str:
-    return textwrap.shorten(str(value), 400, placeholder=" ...")
-
-
-def jsonable(value: Any) -> Any:
-    """As it comes back from a JSON file."""
+def to_json(value: Any) -> Any:
+    """Returns a value as it is after writing it to a JSON file and reading it."""
     return json.loads(json.dumps(value, default=str))
 
 
 def identity(model: ModelAdapter) -> str:
-    """Changes when the model does: the Hub's commit, or a folder's files, of its weights their sizes and times."""
+    """Returns a hash of the Hub's commit, or of a folder's configuration files and the sizes and times of its weight
+    files."""
     parts = []
     for part in model.models:
         folder = Path(part.name_or_path)
         if folder.is_dir():
             files = sorted(folder.glob("*.safetensors"))
-            parts += [f"{f.name} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files]
-            # As they are there: defaults change with versions.
+            parts += [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
+            # The files, not the loaded configuration, whose defaults change with the version of transformers.
             parts += [(folder / name).read_text() for name in MODEL_FILES if (folder / name).is_file()]
         else:
             parts.append(f"{part.name_or_path}@{part.config._commit_hash}")
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
-def dtype(model: ModelAdapter) -> str:
-    """What it computes in, such as "float32"."""
+def dtype_name(model: ModelAdapter) -> str:
+    """Returns the type of a model's parameters, such as "float32"."""
     return str(model.models[0].dtype).removeprefix("torch.")
 
 
 def device_name() -> str:
-    """What is computed on."""
+    """Returns the name of the GPU or CPU."""
     device = PartialState().device
     return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
 
 
 def environment() -> dict[str, str]:
-    """Versions, and what was computed on."""
-    versions = {name: metadata.version(name) for name in PACKAGES if installed(name)}
+    """Returns the installed versions, the device and, in a clone, the commit."""
+    versions = {name: metadata.version(name) for name in PACKAGES if _is_installed(name)}
     commit = subprocess.run(
         ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
     ).stdout.strip()
@@ -178,7 +195,7 @@ def environment() -> dict[str, str]:
     )
 
 
-def installed(name: str) -> bool:
+def _is_installed(name: str) -> bool:
     try:
         metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -186,67 +203,53 @@ def installed(name: str) -> bool:
     return True
 
 
-def model_index(results: dict[str, Any], name: str) -> list[EvalResult]:
-    """One model's figures of `results.json` as the Hub's model cards take them (`ModelCardData(eval_results=...)`)."""
-    task_types = {
-        "classification": "zero-shot-image-classification",
-        "linear-probe": "image-classification",
-        "retrieval": "image-to-text",
-        "instances": "mask-generation",
-        "prompts": "mask-generation",
-    }
+def create_model_index(results: dict[str, Any], name: str) -> list[EvalResult]:
+    """
+    Returns a model's results for the metadata of its card, `ModelCardData(eval_results=...)`.
+
+    Args:
+        results (`dict`):
+            The content of `results.json`, see [`read_results`].
+        name (`str`):
+            The model's name in the results.
+    """
     entries = []
-    for key, entry in results["tasks"].items():
+    for key, task in results["tasks"].items():
         protocol, _, data = key.partition(":")
-        if name not in entry["models"] or protocol == "cost":
+        if name not in task["models"] or protocol == "cost":
             continue
-        for figure, value in entry["models"][name]["metrics"].items():
-            if value is not None and not figure.startswith(PER_CLASS):
-                label = figure + (" (random weights)" if "random weights" in entry["models"][name] else "")
+        entry = task["models"][name]
+        for metric, value in entry["metrics"].items():
+            if value is not None and not metric.startswith(PER_CLASS_PREFIX):
                 entries.append(
                     EvalResult(
-                        task_type=task_types.get(protocol, "image-segmentation"),
+                        task_type=TASK_TYPES.get(protocol, "image-segmentation"),
                         task_name=protocol,
                         dataset_type=data,
                         dataset_name=data,
-                        metric_type=figure,
-                        metric_name=label,
+                        metric_type=metric,
+                        metric_name=metric + (" (random weights)" if "random weights" in entry else ""),
                         metric_value=round(value, 4),
                     )
                 )
     return entries
 
 
-def draw_panel(protocol: SampleEvaluator, model: ModelAdapter, outcome: EvaluationResult, path: Path) -> None:
-    """The best, the median and the worst sample, as the protocol illustrates them."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    wanted = set(outcome.extremes.values())
+def save_result_panel(
+    evaluator: SampleEvaluator, model: ModelAdapter, result: EvaluationResult, path: Path
+) -> None:
+    """Saves a panel of the best, the median and the worst sample, see [`SampleEvaluator.visualize`]."""
+    wanted = set(result.extremes.values())
     samples = {}
-    for place, sample in enumerate(protocol.data.samples):
-        if place in wanted:
-            samples[place] = sample
+    for index, sample in enumerate(evaluator.data.samples):
+        if index in wanted:
+            samples[index] = sample
         if len(samples) == len(wanted):
             break
-    rows: dict[str, list[tuple[str, np.ndarray]]] = {
-        f"{rank}: {samples[place].key}": protocol.visualize(model, samples[place])
-        for rank, place in outcome.extremes.items()
-    }
-    width = max(map(len, rows.values()))
-    figure, axes = plt.subplots(len(rows), width, figsize=(3.2 * width, 3.4 * len(rows)), squeeze=False)
-    for row, (title, pictures) in zip(axes, rows.items(), strict=True):
-        for axis in row:
-            axis.axis("off")
-        for axis, (caption, picture) in zip(row, pictures, strict=False):
-            axis.imshow(picture)
-            axis.set_title(caption if axis is not row[0] else f"{title}\n{caption}", fontsize=8, parse_math=False)
-    main_figure, value = next(iter(outcome.metrics.items()))
+    rows = [
+        (f"{rank}: {samples[index].key}", evaluator.visualize(model, samples[index]))
+        for rank, index in result.extremes.items()
+    ]
+    metric, value = next(iter(result.metrics.items()))
     name = f"{model.name} (random weights)" if model.untrained else model.name
-    title = f"{protocol.name}:{protocol.data.name}, {name}: {main_figure} {shown(value)}"
-    figure.suptitle(title, fontsize=10, parse_math=False)  # a dollar sign is one
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    save_panel(path, rows, f"{evaluator.name}:{evaluator.data.name}, {name}: {metric} {format_metric(value)}")

@@ -1,4 +1,4 @@
-"""Retrieval of images by captions and of captions by images (paper, section 5, table 1)."""
+"""Image and text retrieval (paper, section 5, table 1)."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from ..datasets.samples import CaptionedImage, DataSet
-from ..visualization import captioned
+from ..visualization import draw_text
 from .adapters import ImageTextAdapter, ModelAdapter
 from .evaluator import SampleEvaluator
 from .metrics import AccumulatingMetric, RecallAtK
@@ -14,9 +14,11 @@ from .metrics import AccumulatingMetric, RecallAtK
 
 class Retrieval(SampleEvaluator[CaptionedImage]):
     """
-    Images and captions are compared as they are, without templates. What the paper calls R@1 is the mean of both
-    directions (its baselines match their own papers only so); all three figures are given by their names.
+    Retrieves images by captions and captions by images, without templates. The paper's R@1 is `mean_recall@1`, the mean
+    of both directions: its baselines match the original publications only that way.
 
+    data (`DataSet`):
+        Images with captions.
     size (`int`, *optional*):
         As in [`ZeroShotClassification`].
     """
@@ -50,12 +52,12 @@ class Retrieval(SampleEvaluator[CaptionedImage]):
         text_embeds = model.embed_texts([caption for sample in samples for caption in sample.captions]).cpu()
         per_image = text_embeds.split([len(sample.captions) for sample in samples])
         metrics["recall"].add_batch(predictions=image_embeds.numpy(), references=[own.numpy() for own in per_image])
-        # What an image's rank is, is known when all have been seen; its similarity to its own captions is known now.
+        # Ranks are known only at the end, so a sample's score is the similarity to its own captions.
         return [(own @ embed).mean().item() for embed, own in zip(image_embeds, per_image, strict=True)]
 
     def compute_metrics(self, metrics) -> dict[str, float | None]:
-        figures = metrics["recall"].compute()
-        return {"mean_recall@1": figures["mean_recall@1"], **figures}
+        recalls = metrics["recall"].compute()
+        return {"mean_recall@1": recalls["mean_recall@1"], **recalls}
 
     def visualize(self, model: ImageTextAdapter, sample: CaptionedImage) -> list[tuple[str, np.ndarray]]:
         image = sample.image()
@@ -63,4 +65,4 @@ class Retrieval(SampleEvaluator[CaptionedImage]):
             similarities = model.embed_texts(sample.captions) @ model.embed_images([image], self.size)[0]
         lines = [f"{value:.2f} {text}" for text, value in zip(sample.captions, similarities.tolist(), strict=True)]
         pixels = np.asarray(image)
-        return [("image", pixels), ("its captions", captioned(pixels, lines))]
+        return [("image", pixels), ("its captions", draw_text(pixels, lines))]

@@ -1,7 +1,7 @@
 """
-Zero-shot semantic segmentation: by patches (paper, section 5, table 2), by both of SAM-CLIP's heads (table 5), and by
-the cascade of a SAM and a CLIP (table 7). The literature differs in how background is decided, in sizes, windows and
-upscaling; what is done here stands in every result.
+Zero-shot semantic segmentation from patch embeddings (paper, section 5, table 2), and the base class of all evaluators
+that compare label maps. The literature differs in the rule for background, in image sizes, windows and upsampling;
+every result states them.
 """
 
 from abc import abstractmethod
@@ -15,26 +15,28 @@ from PIL import Image
 from torch import Tensor
 
 from ..datasets.samples import IGNORE_INDEX, DataSet, SegmentedImage
-from ..segmentation_samclip import SamClipVocabulary
+from ..segmentation_samclip import apply_background_threshold, max_over_synonyms
 from ..templates import IMAGENET_TEMPLATES
-from ..visualization import with_labels
-from .adapters import CascadeAdapter, ImageTextAdapter, ModelAdapter, SamClipAdapter
+from ..visualization import overlay_labels
+from .adapters import ImageTextAdapter, ModelAdapter
 from .evaluator import SampleEvaluator
 from .metrics import AccumulatingMetric, MeanIoU
 
-NEVER = -1e9  # a logit; finite, because interpolation multiplies it by 0
+MIN_LOGIT = -1e9  # of labels without texts: finite after sums over windows and after interpolation
 
 
-class LabelMaps(SampleEvaluator[SegmentedImage]):
+class LabelMapEvaluator(SampleEvaluator[SegmentedImage]):
     """
-    What the three have in common: names become labels, and label maps are compared at the images' own sizes.
+    Base class: embeds the class names, and compares label maps at the size of the image.
 
-    templates (`Sequence[str]`):
-        Every name is filled into each; a name's embedding is the mean. CLIP's 80 by default, as in the paper. Texts of
-        background are taken as they are. The most similar synonym of a label counts.
+    data (`DataSet`):
+        Images with label maps.
+    templates (`Sequence[str]`, *optional*):
+        Templates of class names; an embedding is the mean over them. By default CLIP's 80, as in the paper. Texts that
+        describe the background are used without templates. The most similar synonym of a label counts.
     background_threshold (`float`, *optional*):
-        Where label 0 is background: it is where no class has this probability among the classes. By default, where the
-        data's texts of background are more similar than any class.
+        For data with background: a pixel is background if no class has at least this probability. By default, a pixel
+        is background if one of the data's texts for it is more similar than any class.
     """
 
     batch_size = 8
@@ -47,9 +49,9 @@ class LabelMaps(SampleEvaluator[SegmentedImage]):
     ):
         super().__init__(data)
         if not data.names:
-            raise ValueError(f"{data.name} has no class names to segment by.")
+            raise ValueError(f"{data.name} has no class names, which segmentation by text needs.")
         if background_threshold is not None and data.background is None:
-            raise ValueError(f"{data.name} has no background, so that a threshold for it means nothing.")
+            raise ValueError(f"{data.name} has no background, so it has no use for background_threshold.")
         self.templates, self.background_threshold = templates, background_threshold
         self.label_names = [synonyms[0] for synonyms in data.names]
 
@@ -74,25 +76,25 @@ class LabelMaps(SampleEvaluator[SegmentedImage]):
 
     @abstractmethod
     def predict(self, model: Any, image: Image.Image) -> np.ndarray:
-        """Labels `(height, width)`."""
+        """Returns labels `(height, width)`."""
 
     def update(self, model: Any, samples: list[SegmentedImage], metrics) -> list[float]:
         scores = []
         for sample in samples:
-            predicted, truth = self.predict(model, sample.image()), sample.label_map()
-            metrics["mean_iou"].add(prediction=predicted, reference=truth)
-            own = metrics["mean_iou"].image_mean_iou(predicted, truth)
-            scores.append(1.0 if own is None else own)
+            prediction, truth = self.predict(model, sample.image()), sample.label_map()
+            metrics["mean_iou"].add(prediction=prediction, reference=truth)
+            score = metrics["mean_iou"].image_mean_iou(prediction, truth)
+            scores.append(1.0 if score is None else score)
         return scores
 
     def compute_metrics(self, metrics) -> dict[str, float | None]:
-        figures = metrics["mean_iou"].compute()
-        by_name = {
+        values = metrics["mean_iou"].compute()
+        per_label = {
             f"iou: {name}": value
-            for name, value in zip(self.label_names, figures["iou_per_label"], strict=True)
+            for name, value in zip(self.label_names, values["iou_per_label"], strict=True)
             if value is not None
         }
-        return {key: figures[key] for key in ("mean_iou", "mean_accuracy", "overall_accuracy")} | by_name
+        return {key: values[key] for key in ("mean_iou", "mean_accuracy", "overall_accuracy")} | per_label
 
     def visualize(self, model: Any, sample: SegmentedImage) -> list[tuple[str, np.ndarray]]:
         image = sample.image()
@@ -100,62 +102,69 @@ class LabelMaps(SampleEvaluator[SegmentedImage]):
         has_background = self.data.background is not None
         return [
             ("image", pixels),
-            ("truth", with_labels(pixels, sample.label_map(), self.label_names, has_background)),
-            (self.name, with_labels(pixels, self.predict(model, image), self.label_names, has_background)),
+            ("ground truth", overlay_labels(pixels, sample.label_map(), self.label_names, has_background)),
+            (self.name, overlay_labels(pixels, self.predict(model, image), self.label_names, has_background)),
         ]
 
-    def texts(self, model: ImageTextAdapter) -> tuple[Tensor, Tensor]:
-        """Embeddings `(num_texts, projection_dim)` of all names and, if they decide, of the texts of background; and
-        each one's label."""
+    def embed_vocabulary(self, model: ImageTextAdapter) -> tuple[Tensor, Tensor]:
+        """Returns embeddings `(num_texts, projection_dim)` of all names and, without a threshold, of the texts for
+        background; and the label of each text `(num_texts,)`."""
         assert self.data.names is not None
-        by_texts = self.data.background is not None and self.background_threshold is None
-        first = int(self.data.background is not None)  # label 0 has no name to look for
-        classes = enumerate(self.data.names[first:], start=first)
+        first_class = int(self.data.background is not None)  # label 0 is background
+        classes = enumerate(self.data.names[first_class:], start=first_class)
         names = [(label, name) for label, synonyms in classes for name in synonyms]
         embeds = [model.embed_names([name for _, name in names], self.templates)]
         labels = [label for label, _ in names]
-        if by_texts:
-            embeds.append(model.embed_texts(self.data.background or []))
-            labels += [0] * len(self.data.background or [])
+        if self.data.background is not None and self.background_threshold is None:
+            embeds.append(model.embed_texts(self.data.background))
+            labels += [0] * len(self.data.background)
         return torch.cat(embeds), torch.tensor(labels, device=embeds[0].device)
 
-    def by_label(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Of logits of texts `(num_texts, ...)` the highest of each label, `(num_labels, ...)`; `NEVER` where none."""
-        index = labels.view(-1, *[1] * (logits.ndim - 1)).expand_as(logits)
-        empty = logits.new_full((len(self.label_names), *logits.shape[1:]), NEVER)
-        return empty.scatter_reduce(0, index, logits, "amax")
+    def to_label_logits(self, text_logits: Tensor, labels: Tensor) -> Tensor:
+        """Returns the highest logit of each label's texts, `(num_labels, ...)`, for logits `(num_texts, ...)`."""
+        return max_over_synonyms(text_logits, labels, len(self.label_names), dim=0).clamp_min(MIN_LOGIT)
 
-    def decide(self, logits: Tensor) -> Tensor:
-        """The label of logits `(num_labels, ...)`."""
-        highest, label = logits.max(dim=0)
-        if self.background_threshold is None:
-            return label
-        unsure = (highest - logits.logsumexp(dim=0)).exp() < self.background_threshold
-        return label.masked_fill(unsure, 0)
+    def to_labels(self, label_logits: Tensor) -> Tensor:
+        """Returns the labels `(...)` for logits `(num_labels, ...)`."""
+        if self.background_threshold is not None:
+            label_logits = apply_background_threshold(label_logits, 0, self.background_threshold, dim=0)
+        return label_logits.argmax(dim=0)
 
 
-class SemanticSegmentation(LabelMaps):
+class SemanticSegmentation(LabelMapEvaluator):
     """
-    Every patch of a SAM-CLIP's CLIP head, or of a CLIP, is compared with every text; the logits of labels are upscaled
-    bilinearly to the image's size, and the highest wins (paper, section 5).
+    Compares each patch embedding, of SAM-CLIP's CLIP head or of a CLIP, with each text. The labels' logits are
+    upsampled bilinearly to the size of the image, and the highest wins (paper, section 5).
 
-    size (`int`):
-        Of the image's shorter side in pixels; 448 in the paper.
-    window (`int`, *optional*), stride (`int`, *optional*, defaults to half of `window`):
-        The resized image is seen through square windows of this side, and logits are averaged where they overlap, as
-        is common for CLIPs. By default, in one piece.
+    data, templates, background_threshold:
+        See [`LabelMapEvaluator`].
+    size (`int`, *optional*, defaults to 448):
+        The image's shorter side in pixels. The default is the paper's.
+    window (`int`, *optional*):
+        Side in pixels of sliding windows on the resized image. The logits of overlapping windows are averaged, as is
+        common for CLIPs. By default, the image is processed as a whole.
+    stride (`int`, *optional*):
+        Distance of the windows in pixels. Defaults to half of `window`.
     """
 
     name = "semantic"
 
-    def __init__(self, data, size: int = 448, window: int | None = None, stride: int | None = None, **kwargs):
-        super().__init__(data, **kwargs)
+    def __init__(
+        self,
+        data: DataSet[SegmentedImage],
+        size: int = 448,
+        window: int | None = None,
+        stride: int | None = None,
+        templates: Sequence[str] = IMAGENET_TEMPLATES,
+        background_threshold: float | None = None,
+    ):
+        super().__init__(data, templates, background_threshold)
         if window is None and stride is not None:
             raise ValueError("A stride needs a window.")
         self.size, self.window = size, window
         self.stride = window // 2 if window is not None and stride is None else stride
         if self.window is not None and not 0 < (self.stride or 0) <= self.window:
-            raise ValueError(f"Windows of {self.window} px every {self.stride} px would leave gaps.")
+            raise ValueError(f"Windows of {self.window} px with a stride of {self.stride} px leave gaps.")
 
     def applies_to(self, model: ModelAdapter) -> bool:
         return isinstance(model, ImageTextAdapter)
@@ -169,125 +178,42 @@ class SemanticSegmentation(LabelMaps):
         }
 
     def prepare(self, model: ImageTextAdapter) -> None:
-        self.text_embeds, self.labels = self.texts(model)
+        self.text_embeds, self.labels = self.embed_vocabulary(model)
 
     @torch.inference_mode()
     def predict(self, model: ImageTextAdapter, image: Image.Image) -> np.ndarray:
         if self.window is None:
-            logits = self._logits(model, image, self.size)
+            logits = self._patch_logits(model, image, self.size)
         else:
-            logits = self._windows(model, image, self.window, self.stride or self.window)
+            logits = self._window_logits(model, image, self.window, self.stride or self.window)
         logits = F.interpolate(logits[None], size=(image.height, image.width), mode="bilinear", align_corners=False)
-        return self.decide(logits[0]).cpu().numpy()
+        return self.to_labels(logits[0]).cpu().numpy()
 
-    def _logits(self, model: ImageTextAdapter, image: Image.Image, size: int) -> Tensor:
-        """`(num_labels, grid_height, grid_width)`."""
+    def _patch_logits(self, model: ImageTextAdapter, image: Image.Image, size: int) -> Tensor:
+        """Returns `(num_labels, grid_height, grid_width)`."""
         patches = model.embed_patches(image, size)
-        return self.by_label(torch.tensordot(self.text_embeds, patches, 1) * model.logit_scale, self.labels)
+        text_logits = torch.tensordot(self.text_embeds, patches, 1) * model.logit_scale
+        return self.to_label_logits(text_logits, self.labels)
 
-    def _windows(self, model: ImageTextAdapter, image: Image.Image, window: int, stride: int) -> Tensor:
-        """`(num_labels, height, width)` of the resized image."""
+    def _window_logits(self, model: ImageTextAdapter, image: Image.Image, window: int, stride: int) -> Tensor:
+        """Returns `(num_labels, height, width)` for the resized image."""
         scale = self.size / min(image.size)
         image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
         total = torch.zeros(len(self.label_names), image.height, image.width, device=self.text_embeds.device)
         count = torch.zeros(image.height, image.width, device=total.device)
-        for top in starts(image.height, window, stride):
-            for left in starts(image.width, window, stride):
-                box = (left, top, min(left + window, image.width), min(top + window, image.height))
-                crop = image.crop(box)
-                logits = self._logits(model, crop, min(crop.size))
-                seen = np.s_[..., box[1] : box[3], box[0] : box[2]]
-                total[seen] += F.interpolate(
+        for top in window_starts(image.height, window, stride):
+            for left in window_starts(image.width, window, stride):
+                right, bottom = min(left + window, image.width), min(top + window, image.height)
+                crop = image.crop((left, top, right, bottom))
+                logits = self._patch_logits(model, crop, min(crop.size))
+                covered = np.s_[..., top:bottom, left:right]
+                total[covered] += F.interpolate(
                     logits[None], size=(crop.height, crop.width), mode="bilinear", align_corners=False
                 )[0]
-                count[seen] += 1
+                count[covered] += 1
         return total / count
 
 
-class ComposedSegmentation(LabelMaps):
-    """
-    Both heads of a SAM-CLIP, in one pass of its encoder, by the composition that its configuration names.
-
-    size (`int`, *optional*):
-        Of the image's longer side in pixels, padded to a square; by default the model's own (1024 in the paper).
-    """
-
-    name = "composed"
-
-    def __init__(self, data, size: int | None = None, **kwargs):
-        super().__init__(data, **kwargs)
-        self.size = size
-
-    def applies_to(self, model: ModelAdapter) -> bool:
-        return isinstance(model, SamClipAdapter)
-
-    def describe(self) -> dict[str, Any]:
-        size = f"{self.size} px" if self.size else "the model's own"
-        return {**super().describe(), "size": f"longer side {size}, padded to a square"}
-
-    def prepare(self, model: SamClipAdapter) -> None:
-        text_embeds, labels = self.texts(model)
-        self.vocabulary = SamClipVocabulary(
-            text_embeds.to(model.model.dtype),
-            labels.tolist(),
-            dict(enumerate(self.label_names)),
-            None if self.data.background is None else 0,
-            self.background_threshold,
-        )
-
-    @torch.inference_mode()
-    def predict(self, model: SamClipAdapter, image: Image.Image) -> np.ndarray:
-        keywords = {"size": {"longest_edge": self.size}} if self.size else {}
-        inputs = model.processor(image, return_tensors="pt", **keywords).to(model.model.device)
-        inputs["pixel_values"] = inputs["pixel_values"].to(model.model.dtype)
-        outputs = model.model(**inputs, vocabulary=self.vocabulary)
-        target_sizes = [(image.height, image.width)]
-        return model.processor.post_process_semantic_segmentation(outputs, target_sizes)[0].cpu().numpy()
-
-
-class CascadeSegmentation(LabelMaps):
-    """
-    SAM draws everything, CLIP names every mask, and smaller masks lie on larger ones. Pixels in no mask are background
-    or, where there is none, what the whole image is most similar to.
-
-    generation (`dict`, *optional*):
-        Arguments of the stock `mask-generation` pipeline, such as `pred_iou_thresh`; its own by default.
-    """
-
-    name = "cascade"
-    batch_size = 1
-
-    def __init__(self, data, generation: dict[str, Any] | None = None, **kwargs):
-        super().__init__(data, **kwargs)
-        self.generation = generation or {}
-
-    def applies_to(self, model: ModelAdapter) -> bool:
-        return isinstance(model, CascadeAdapter)
-
-    def describe(self) -> dict[str, Any]:
-        return {
-            **super().describe(),
-            "masks": f"everything mode, {self.generation or 'thresholds of the pipeline'}",
-            "crops": "a mask's box, the rest of it in CLIP's mean colour, padded to a square",
-        }
-
-    def prepare(self, model: CascadeAdapter) -> None:
-        self.text_embeds, self.labels = self.texts(model.clip)
-
-    @torch.inference_mode()
-    def predict(self, model: CascadeAdapter, image: Image.Image) -> np.ndarray:
-        masks = model.sam.generate_masks(image, **self.generation)
-        masks = masks[masks.any(axis=(1, 2))]
-        masks = masks[np.argsort(-masks.sum(axis=(1, 2)), kind="stable")]
-        whole = np.ones((1, image.height, image.width), dtype=bool)
-        similarities = model.name_masks(image, np.concatenate([whole, masks]), self.text_embeds)
-        labels = self.decide(self.by_label(similarities.T * model.clip.logit_scale, self.labels)).cpu().numpy()
-        label_map = np.full((image.height, image.width), 0 if self.data.background is not None else labels[0])
-        for mask, label in zip(masks, labels[1:], strict=True):
-            label_map[mask] = label
-        return label_map
-
-
-def starts(length: int, window: int, stride: int) -> list[int]:
-    """Where windows start so that they cover `length`, the last one ending with it."""
+def window_starts(length: int, window: int, stride: int) -> list[int]:
+    """Returns the starts of windows that cover `length`. The last window ends there."""
     return [*range(0, max(length - window, 0), stride), max(length - window, 0)]

@@ -1,0 +1,65 @@
+"""Zero-shot semantic segmentation by the cascade of a SAM and a CLIP (paper, section 5, table 7)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..datasets.samples import DataSet, SegmentedImage
+from ..templates import IMAGENET_TEMPLATES
+from .adapters import CascadeAdapter, ModelAdapter
+from .semantic_segmentation import LabelMapEvaluator
+
+
+class CascadeSegmentation(LabelMapEvaluator):
+    """
+    SAM generates masks in everything mode, CLIP classifies each of them, and smaller masks are drawn on larger ones.
+    Pixels outside all masks are background or, if the data have none, of the whole image's class.
+
+    data, templates, background_threshold:
+        See [`LabelMapEvaluator`].
+    generation (`dict`, *optional*):
+        Arguments of the stock `mask-generation` pipeline, such as `pred_iou_thresh`. By default, the pipeline's own.
+    """
+
+    name = "cascade"
+    batch_size = 1
+
+    def __init__(
+        self,
+        data: DataSet[SegmentedImage],
+        generation: dict[str, Any] | None = None,
+        templates: Sequence[str] = IMAGENET_TEMPLATES,
+        background_threshold: float | None = None,
+    ):
+        super().__init__(data, templates, background_threshold)
+        self.generation = generation or {}
+
+    def applies_to(self, model: ModelAdapter) -> bool:
+        return isinstance(model, CascadeAdapter)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            **super().describe(),
+            "masks": f"everything mode, {self.generation or 'thresholds of the pipeline'}",
+            "crops": "a mask's box, the rest of it in CLIP's mean colour, padded to a square",
+        }
+
+    def prepare(self, model: CascadeAdapter) -> None:
+        self.text_embeds, self.labels = self.embed_vocabulary(model.clip)
+
+    @torch.inference_mode()
+    def predict(self, model: CascadeAdapter, image: Image.Image) -> np.ndarray:
+        masks = model.sam.generate_masks(image, **self.generation)
+        masks = masks[masks.any(axis=(1, 2))]
+        masks = masks[np.argsort(-masks.sum(axis=(1, 2)), kind="stable")]
+        whole_image = np.ones((1, image.height, image.width), dtype=bool)
+        similarities = model.name_masks(image, np.concatenate([whole_image, masks]), self.text_embeds)
+        label_logits = self.to_label_logits(similarities.T * model.clip.logit_scale, self.labels)
+        image_label, *mask_labels = self.to_labels(label_logits).tolist()
+        label_map = np.full((image.height, image.width), 0 if self.data.background is not None else image_label)
+        for mask, label in zip(masks, mask_labels, strict=True):
+            label_map[mask] = label
+        return label_map

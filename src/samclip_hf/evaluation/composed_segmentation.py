@@ -1,0 +1,64 @@
+"""Zero-shot semantic segmentation by both heads of SAM-CLIP (paper, section 5, table 5)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..datasets.samples import DataSet, SegmentedImage
+from ..segmentation_samclip import SamClipVocabulary
+from ..templates import IMAGENET_TEMPLATES
+from .adapters import ModelAdapter, SamClipAdapter
+from .semantic_segmentation import LabelMapEvaluator
+
+
+class ComposedSegmentation(LabelMapEvaluator):
+    """
+    Segments with both heads of a SAM-CLIP in one pass of its image encoder, by the composition in its configuration.
+
+    data, templates, background_threshold:
+        See [`LabelMapEvaluator`].
+    size (`int`, *optional*):
+        The image's longer side in pixels; the image is padded to a square. By default, the model's own size (1024 in
+        the paper).
+    """
+
+    name = "composed"
+
+    def __init__(
+        self,
+        data: DataSet[SegmentedImage],
+        size: int | None = None,
+        templates: Sequence[str] = IMAGENET_TEMPLATES,
+        background_threshold: float | None = None,
+    ):
+        super().__init__(data, templates, background_threshold)
+        self.size = size
+
+    def applies_to(self, model: ModelAdapter) -> bool:
+        return isinstance(model, SamClipAdapter)
+
+    def describe(self) -> dict[str, Any]:
+        size = f"{self.size} px" if self.size else "the model's own"
+        return {**super().describe(), "size": f"longer side {size}, padded to a square"}
+
+    def prepare(self, model: SamClipAdapter) -> None:
+        text_embeds, labels = self.embed_vocabulary(model)
+        self.vocabulary = SamClipVocabulary(
+            text_embeds.to(model.model.dtype),
+            labels.tolist(),
+            dict(enumerate(self.label_names)),
+            None if self.data.background is None else 0,
+            self.background_threshold,
+        )
+
+    @torch.inference_mode()
+    def predict(self, model: SamClipAdapter, image: Image.Image) -> np.ndarray:
+        size = {"size": {"longest_edge": self.size}} if self.size else {}
+        inputs = model.processor(image, return_tensors="pt", **size).to(model.model.device)
+        inputs["pixel_values"] = inputs["pixel_values"].to(model.model.dtype)
+        outputs = model.model(**inputs, vocabulary=self.vocabulary)
+        target_sizes = [(image.height, image.width)]
+        return model.processor.post_process_semantic_segmentation(outputs, target_sizes)[0].cpu().numpy()
