@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, CLIPVisionModel, SamConfig, SamModel
 
 from samclip_hf import SamClipConfig, SamClipForImageSegmentation, SamClipModel
-from samclip_hf.evaluation.cost import peak, reset_peak
+from samclip_hf.evaluation.cost import peak_memory, reset_peak_memory
 from samclip_hf.vision_encoder_samclip import SamClipVisionLayer
 
 NUM_CLASSES = 20
@@ -37,14 +37,14 @@ def compare(functions: dict[str, Callable], repeats: int, device: torch.device) 
     for repeat in range(repeats + 1):
         for name, function in functions.items():
             gc.collect()
-            before = reset_peak(device)
+            before = reset_peak_memory(device)
             start = time.perf_counter()
             result = function()
             if device.type == "cuda":
                 torch.cuda.synchronize()
             if repeat > 0:  # the first one warms up, and compiles
                 seconds[name].append(time.perf_counter() - start)
-            memory[name] = (peak(device) - before) / 1e9
+            memory[name] = (peak_memory(device) - before) / 1e9
             del result
     return seconds, memory
 

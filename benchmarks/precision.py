@@ -32,8 +32,7 @@ from transformers import AutoProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from samclip_hf import SamClipForImageSegmentation, miniature
-from samclip_hf.evaluation.adapters import SamClipAdapter
-from samclip_hf.evaluation.evaluator import Evaluator
+from samclip_hf.evaluation import Evaluator, SamClipAdapter
 from samclip_hf.export import PART_NAMES, export
 from samclip_hf.miniature.scenes import BACKGROUND_PROMPTS, CLASS_NAMES
 from samclip_hf.miniature_lab.tasks import tasks

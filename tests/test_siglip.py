@@ -45,7 +45,7 @@ from samclip_hf import (
 from samclip_hf.datasets.streams import open_stream
 from samclip_hf.distillation import ClipTeacher, EmbeddingCache
 from samclip_hf.distillation.embedding_cache import CachedEmbeddings
-from samclip_hf.evaluation.adapters import CascadeAdapter, SiglipAdapter, load
+from samclip_hf.evaluation import CascadeAdapter, SiglipAdapter, load_adapter
 from samclip_hf.miniature.scenes import render
 
 from .conftest import randomise
@@ -367,7 +367,7 @@ def test_a_tokenizer_that_cannot_be_used_is_refused(siglip, siglip_folder, sam, 
 
 
 def test_it_is_judged_as_a_parent(siglip, siglip_folder):
-    parent = load(str(siglip_folder))
+    parent = load_adapter(str(siglip_folder))
     assert type(parent) is SiglipAdapter
     with torch.inference_mode():
         expected = F.normalize(siglip.get_text_features(**as_siglip_reads(siglip_folder)).pooler_output, dim=-1)
@@ -384,7 +384,7 @@ def test_it_is_judged_as_a_parent(siglip, siglip_folder):
 
 
 def test_it_names_the_masks_of_a_cascade(siglip_folder):
-    cascade = load(f"{miniature.sam_teacher()}+{siglip_folder}")
+    cascade = load_adapter(f"{miniature.sam_teacher()}+{siglip_folder}")
     assert type(cascade) is CascadeAdapter
     masks = np.zeros((2, 40, 50), dtype=bool)
     masks[0, 5:20, 5:30], masks[1, 10:, 20:] = True, True

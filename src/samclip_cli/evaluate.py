@@ -32,20 +32,26 @@ from accelerate.utils import broadcast_object_list
 from huggingface_hub import ModelCardData
 
 from samclip_hf import miniature
-from samclip_hf.datasets import open_captions, open_classification, open_objects, open_segmentation
-from samclip_hf.datasets.samples import DataSet
-from samclip_hf.evaluation.adapters import SamClipAdapter, kinds_of, load
-from samclip_hf.evaluation.classification import ZeroShotClassification
-from samclip_hf.evaluation.cost import Cost
-from samclip_hf.evaluation.evaluator import Evaluator, SampleEvaluator
-from samclip_hf.evaluation.instance_segmentation import PromptedSegmentation, ZeroShotInstanceSegmentation
-from samclip_hf.evaluation.probing import HeadProbing, LinearProbing
-from samclip_hf.evaluation.report import Results, draw_panel, model_index
-from samclip_hf.evaluation.retrieval import Retrieval
-from samclip_hf.evaluation.semantic_segmentation import (
+from samclip_hf.datasets import DataSet, open_captions, open_classification, open_objects, open_segmentation
+from samclip_hf.evaluation import (
     CascadeSegmentation,
     ComposedSegmentation,
+    Cost,
+    Evaluator,
+    HeadProbing,
+    LinearProbing,
+    PromptedSegmentation,
+    Results,
+    Retrieval,
+    SamClipAdapter,
+    SampleEvaluator,
     SemanticSegmentation,
+    ZeroShotClassification,
+    ZeroShotInstanceSegmentation,
+    adapter_classes,
+    create_model_index,
+    load_adapter,
+    save_result_panel,
 )
 from samclip_hf.miniature_lab.tasks import tasks as miniature_tasks
 
@@ -212,12 +218,12 @@ def main(argv: list[str] | None = None) -> None:
     results = Results(arguments.output_dir, command)
     for name in arguments.model:
         try:
-            kinds_of(name)
+            adapter_classes(name)
         except (ValueError, OSError) as error:
             sys.exit(f"{name} cannot be loaded: {error}")
     for name, short_name in zip(arguments.model, short_names(arguments.model), strict=True):
         try:
-            model = load(name, state.device, getattr(torch, arguments.dtype))
+            model = load_adapter(name, state.device, getattr(torch, arguments.dtype))
             model.name = short_name
         except (ValueError, OSError) as error:
             sys.exit(f"{name} cannot be loaded: {error}")
@@ -234,11 +240,15 @@ def main(argv: list[str] | None = None) -> None:
                 sys.exit(f"{key}, {model.name}: {error}")
             if outcome is not None:
                 if isinstance(task, SampleEvaluator):  # first, since what the results hold is not done again
-                    draw_panel(task, model, outcome, arguments.output_dir / f"{safe(f'{key}-{model.name}')}.png")
+                    save_result_panel(
+                        task, model, outcome, arguments.output_dir / f"{safe(f'{key}-{model.name}')}.png"
+                    )
                 results.add(key, task, model, outcome)
                 (arguments.output_dir / "results.md").write_text(f"{results.markdown()}\n{results.protocols()}")
                 if isinstance(model, SamClipAdapter):
-                    card = ModelCardData(model_name=short_name, eval_results=model_index(results.content, short_name))
+                    card = ModelCardData(
+                        model_name=short_name, eval_results=create_model_index(results.content, short_name)
+                    )
                     (arguments.output_dir / f"{safe(short_name)}-model-index.yaml").write_text(card.to_yaml() + "\n")
             state.wait_for_everyone()
     state.print(f"\n{results.markdown()}\nFigures, protocols and pictures: {arguments.output_dir}")

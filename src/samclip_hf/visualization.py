@@ -38,9 +38,7 @@ def draw_text(image: np.ndarray, lines: Sequence[str]) -> np.ndarray:
     return np.asarray(canvas)
 
 
-def overlay_labels(
-    image: np.ndarray, label_map: np.ndarray, names: Sequence[str], has_background: bool
-) -> np.ndarray:
+def overlay_labels(image: np.ndarray, label_map: np.ndarray, names: Sequence[str], has_background: bool) -> np.ndarray:
     """
     Colors an image by its label map and writes the names of the 8 largest labels on it.
 
@@ -123,8 +121,8 @@ def draw_segments(
     legend: Sequence[tuple[int | None, str]],
 ) -> Image.Image:
     """
-    Tints and outlines each mask, smaller masks on top of larger ones, and draws a legend below the image. The result is
-    wider than the image if an entry of the legend is.
+    Tints and outlines each mask, smaller masks on top of larger ones, and draws a legend below the image. The result
+    is wider than the image if an entry of the legend is.
 
     Args:
         image (`PIL.Image.Image`):
@@ -185,15 +183,15 @@ def _add_legend(image: Image.Image, legend: Sequence[tuple[int | None, str]]) ->
     return result
 
 
-def save_panel(path: Path, rows: Sequence[tuple[str, Sequence[tuple[str, np.ndarray]]]], title: str) -> None:
+def save_panel(path: Path, rows: Sequence[Sequence[tuple[str, np.ndarray]]], title: str) -> None:
     """
     Saves images in rows as one figure. Needs `matplotlib`, which the extra `train` installs.
 
     Args:
         path (`Path`):
             The file to write, such as a PNG.
-        rows (`Sequence[tuple[str, Sequence[tuple[str, numpy.ndarray]]]]`):
-            The title of each row, and captions and images `(height, width, 3)`, uint8.
+        rows (`Sequence[Sequence[tuple[str, numpy.ndarray]]]`):
+            For each row, captions and images `(height, width, 3)`, uint8.
         title (`str`):
             The title of the figure.
     """
@@ -202,17 +200,14 @@ def save_panel(path: Path, rows: Sequence[tuple[str, Sequence[tuple[str, np.ndar
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    num_columns = max(len(images) for _, images in rows)
-    figure, axes = plt.subplots(
-        len(rows), num_columns, figsize=(3.2 * num_columns, 3.4 * len(rows)), squeeze=False
-    )
-    for row_axes, (row_title, images) in zip(axes, rows, strict=True):
+    num_columns = max(len(row) for row in rows)
+    figure, axes = plt.subplots(len(rows), num_columns, figsize=(3.2 * num_columns, 3.4 * len(rows)), squeeze=False)
+    for row_axes, row in zip(axes, rows, strict=True):
         for axis in row_axes:
             axis.axis("off")
-        for axis, (caption, image) in zip(row_axes, images, strict=False):
+        for axis, (caption, image) in zip(row_axes, row, strict=False):
             axis.imshow(image)
-            text = f"{row_title}\n{caption}" if axis is row_axes[0] else caption
-            axis.set_title(text, fontsize=8, parse_math=False)  # names may contain a dollar sign
+            axis.set_title(caption, fontsize=8, parse_math=False)  # names may contain a dollar sign
     figure.suptitle(title, fontsize=10, parse_math=False)
     figure.tight_layout()
     figure.savefig(path, dpi=100)

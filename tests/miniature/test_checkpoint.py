@@ -7,7 +7,7 @@ from PIL import Image
 from transformers import AutoModel, AutoProcessor, pipeline
 
 from samclip_hf import SamClipModel, SamClipProcessor, SamClipVisionModel, miniature
-from samclip_hf.evaluation.semantic_segmentation import SemanticSegmentation
+from samclip_hf.evaluation import SemanticSegmentation
 from samclip_hf.miniature.scenes import CLASS_NAMES, evaluation_scene
 from samclip_hf.miniature_lab.report import (
     NearestColour,

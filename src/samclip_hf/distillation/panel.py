@@ -1,6 +1,5 @@
 """The panel of an evaluation: the masks of teacher and student and the text similarity of a few held-out images."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from ..images import normalize
 from ..modeling_samclip import SamClipModel
-from ..visualization import with_labels, with_masks, with_prompts
+from ..visualization import draw_prompts, overlay_labels, overlay_masks
 from .teachers import SamTeacher
 
 MAX_IMAGES = 4
@@ -76,16 +75,16 @@ def panel_rows(
                 _resize_mask(logits[0, 0, 0], image.shape[-2:])[:height, :width]
                 for logits in (teacher_masks, student_masks)
             ]
-            row = [("prompt", with_prompts(pixels, points, boxes))]
+            row = [("prompt", draw_prompts(pixels, points, boxes))]
             row += [
-                (title, with_masks(pixels, [mask]))
+                (title, overlay_masks(pixels, [mask]))
                 for title, mask in zip(("SAM teacher", "SAM-CLIP"), masks, strict=True)
             ]
         if text_embeds is not None:
             square = F.interpolate(content.float(), (text_image_size,) * 2, mode="bilinear", antialias=True)
             pixel_values = normalize(square, image_mean, image_std)
             labels = most_similar_text(model, pixel_values, text_embeds, (height, width))
-            row.append(("most similar text", with_labels(pixels, labels, texts, background=False)))
+            row.append(("most similar text", overlay_labels(pixels, labels, texts, has_background=False)))
         rows.append(row)
     return rows
 
@@ -105,24 +104,3 @@ def most_similar_text(
 def _resize_mask(logits: Tensor, size: tuple[int, int]) -> np.ndarray:
     resized = F.interpolate(logits[None, None].float(), size=size, mode="bilinear", align_corners=False)
     return (resized[0, 0] > 0).cpu().numpy()
-
-
-def save_panel(path: Path, rows: list[list[tuple[str, np.ndarray]]], title: str) -> None:
-    """Saves rows of titled images as one figure."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    columns = max(len(row) for row in rows)
-    size = (2.4 * columns, 2.4 * len(rows) + 0.8)
-    figure, axes = plt.subplots(len(rows), columns, figsize=size, layout="constrained", squeeze=False)
-    figure.suptitle(title)
-    for row, own_axes in zip(rows, axes, strict=True):
-        for axis in own_axes:
-            axis.axis("off")
-        for axis, (name, pixels) in zip(own_axes, row, strict=False):
-            axis.imshow(pixels)
-            axis.set_title(name, fontsize=9)
-    figure.savefig(path, dpi=90)
-    plt.close(figure)

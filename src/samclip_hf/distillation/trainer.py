@@ -31,6 +31,7 @@ from ..datasets.streams import DataError, open_stream
 from ..images import normalize
 from ..modeling_samclip import SamClipModel
 from ..processing_samclip import SamClipProcessor
+from ..visualization import save_panel
 from . import provenance
 from .arguments import SamClipTrainingArguments
 from .averages import RunningAverages
@@ -39,7 +40,7 @@ from .checkpoints import last_checkpoint, read_stream_state, shards_checksum, wr
 from .collation import ClipBatches, SamBatches, StepLoader, StepStream, TaskBatches
 from .embedding_cache import EmbeddingCache
 from .losses import cosine_distillation_loss, mask_distillation_loss, mask_iou
-from .panel import panel_rows, save_panel
+from .panel import panel_rows
 from .teachers import ClipTeacher, SamTeacher
 
 try:

@@ -65,8 +65,8 @@ class ModelAdapter:
         return self.model.config.vision_config.patch_size
 
     def preprocess(self, images: Sequence[Image.Image], size: tuple[int, int]) -> Tensor:
-        """Resizes whole images to one `size` (height, width), without cropping or padding, and normalizes them. Returns
-        `pixel_values` `(num_images, 3, height, width)`."""
+        """Resizes whole images to one `size` (height, width), without cropping or padding, and normalizes them.
+        Returns `pixel_values` `(num_images, 3, height, width)`."""
         height, width = size
         resized = [np.asarray(image.resize((width, height), self.image_processor.resample)) for image in images]
         pixels = torch.from_numpy(np.stack(resized)).to(self.model.device).permute(0, 3, 1, 2)
@@ -100,8 +100,8 @@ class ImageTextAdapter(ModelAdapter):
 
     @torch.inference_mode()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Returns unit embeddings `(num_texts, projection_dim)`. Texts longer than the text tower accepts are truncated,
-        as for CLIP."""
+        """Returns unit embeddings `(num_texts, projection_dim)`. Texts longer than the text tower accepts are
+        truncated, as for CLIP."""
         features = []
         max_length = self.model.config.text_config.max_position_embeddings
         for start in range(0, len(texts), TEXT_BATCH_SIZE):
@@ -324,7 +324,8 @@ class SamClipAdapter(ImageTextAdapter, PromptableAdapter):
 
     @torch.inference_mode()
     def patch_features(self, images: Sequence[Image.Image], size: int) -> dict[str, Tensor]:
-        """Returns the outputs of the image encoder's last layer, before the neck, and of the CLIP head's last layer."""
+        """Returns the outputs of the image encoder's last layer, before the neck, and of the CLIP head's last
+        layer."""
         patch_tokens = self.model.vision_encoder(self._preprocess_squares(images, size)).patch_tokens
         sources = {"image encoder": patch_tokens, "CLIP head": self.model.clip_head(patch_tokens)}
         return {source: tokens.permute(0, 3, 1, 2) for source, tokens in sources.items()}
@@ -352,8 +353,8 @@ class CascadeAdapter(ModelAdapter):
     @torch.inference_mode()
     def name_masks(self, image: Image.Image, masks: np.ndarray, text_embeds: Tensor) -> Tensor:
         """
-        Compares masks with texts. CLIP gets a crop of the box of each mask, padded to a square, in which pixels outside
-        the mask have the mean color of CLIP's normalization.
+        Compares masks with texts. CLIP gets a crop of the box of each mask, padded to a square, in which pixels
+        outside the mask have the mean color of CLIP's normalization.
 
         Args:
             image (`PIL.Image.Image`):
@@ -411,7 +412,8 @@ ADAPTERS: dict[str, tuple[Any, type[ModelAdapter]]] = {
 
 def adapter_classes(name: str) -> list[tuple[Any, type[ModelAdapter]]]:
     """
-    Returns the model class and the adapter class of a model, or of both models of a cascade. Reads configurations only.
+    Returns the model class and the adapter class of a model, or of both models of a cascade. Reads only
+    configurations.
 
     Args:
         name (`str`):
@@ -438,9 +440,7 @@ def adapter_classes(name: str) -> list[tuple[Any, type[ModelAdapter]]]:
     return classes
 
 
-def load_adapter(
-    name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> ModelAdapter:
+def load_adapter(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> ModelAdapter:
     """
     Loads a model for evaluation.
 

@@ -33,8 +33,8 @@ CPU_ATTENTION_FLOPS = {
 
 class Cost(Evaluator):
     """
-    Counts a model's parameters and, for each of its functions on an image of noise, measures multiply-accumulates (half
-    of the operations that torch counts), the median time, and the peak memory above what was in use before.
+    Counts a model's parameters and, for each of its functions on an image of noise, measures multiply-accumulates
+    (half of the operations that torch counts), the median time, and the peak memory above what was in use before.
 
     height, width (`int`):
         The image's size in pixels.

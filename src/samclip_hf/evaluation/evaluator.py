@@ -50,8 +50,8 @@ class Evaluator(ABC):
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """Returns everything that the metrics depend on besides the model: the data, and the choices that differ in the
-        literature. Results with different descriptions are not comparable."""
+        """Returns everything that the metrics depend on besides the model: the data, and the choices that differ in
+        the literature. Results with different descriptions are not comparable."""
 
     @abstractmethod
     def run(self, model: Any) -> EvaluationResult | None:

@@ -20,8 +20,8 @@ BATCH_SIZE = 16
 
 class Probing(Evaluator):
     """
-    Base class. The paper states neither the hyperparameters of its heads nor which features they use; `describe` states
-    both.
+    Base class. The paper states neither the hyperparameters of its heads nor which features they use; `describe`
+    states both.
 
     train, test (`DataSet`):
         Data sets of known length, with the same classes and different images. `ValueError` otherwise.

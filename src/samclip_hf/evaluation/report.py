@@ -135,7 +135,7 @@ class Results:
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """Reads `results.json`. Files of version 0.1 have "figures" instead of "metrics", and other names of adapters."""
+    """Reads `results.json`. Older files have "figures" instead of "metrics", and other names of adapters."""
     content = json.loads(path.read_text())
     for task in content["tasks"].values():
         for entry in task["models"].values():
@@ -235,9 +235,7 @@ def create_model_index(results: dict[str, Any], name: str) -> list[EvalResult]:
     return entries
 
 
-def save_result_panel(
-    evaluator: SampleEvaluator, model: ModelAdapter, result: EvaluationResult, path: Path
-) -> None:
+def save_result_panel(evaluator: SampleEvaluator, model: ModelAdapter, result: EvaluationResult, path: Path) -> None:
     """Saves a panel of the best, the median and the worst sample, see [`SampleEvaluator.visualize`]."""
     wanted = set(result.extremes.values())
     samples = {}
@@ -246,10 +244,10 @@ def save_result_panel(
             samples[index] = sample
         if len(samples) == len(wanted):
             break
-    rows = [
-        (f"{rank}: {samples[index].key}", evaluator.visualize(model, samples[index]))
-        for rank, index in result.extremes.items()
-    ]
+    rows = []
+    for rank, index in result.extremes.items():
+        (caption, image), *others = evaluator.visualize(model, samples[index])
+        rows.append([(f"{rank}: {samples[index].key}\n{caption}", image), *others])
     metric, value = next(iter(result.metrics.items()))
     name = f"{model.name} (random weights)" if model.untrained else model.name
     save_panel(path, rows, f"{evaluator.name}:{evaluator.data.name}, {name}: {metric} {format_metric(value)}")

@@ -15,10 +15,19 @@ import torch
 from PIL import Image
 
 from .. import SamClipForImageSegmentation, SamClipProcessor, miniature
-from ..evaluation.adapters import ClipAdapter, ModelAdapter, SamAdapter, SamClipAdapter, load
-from ..evaluation.evaluator import Evaluator
-from ..evaluation.instance_segmentation import random_pixel, tight_box
-from ..evaluation.semantic_segmentation import ComposedSegmentation, LabelMaps, SemanticSegmentation
+from ..evaluation import (
+    ClipAdapter,
+    ComposedSegmentation,
+    Evaluator,
+    LabelMapEvaluator,
+    ModelAdapter,
+    SamAdapter,
+    SamClipAdapter,
+    SemanticSegmentation,
+    load_adapter,
+)
+from ..evaluation.prompted_segmentation import random_pixel
+from ..images import mask_to_prompt_box
 from ..miniature.scenes import BACKGROUND_PROMPTS, CLASS_NAMES, COLOURS, PATTERNS, TEMPLATES, Scene, evaluation_scene
 from .tasks import NUM_SCENES, SIZES, scene, segmented_images, tasks
 
@@ -52,14 +61,14 @@ def measure(model: ModelAdapter, by: Mapping[str, Evaluator]) -> Figures:
 
 
 def load_teachers() -> tuple[SamAdapter, ClipAdapter]:
-    sam, clip = load(str(miniature.sam_teacher())), load(str(miniature.clip_teacher()))
+    sam, clip = load_adapter(str(miniature.sam_teacher())), load_adapter(str(miniature.clip_teacher()))
     assert isinstance(sam, SamAdapter) and isinstance(clip, ClipAdapter)
     return sam, clip
 
 
 def load_student(folder: str | Path) -> SamClipAdapter:
     """Raises `ValueError` where the folder holds another kind of model."""
-    student = load(str(folder))
+    student = load_adapter(str(folder))
     if not isinstance(student, SamClipAdapter):
         raise ValueError(f"{folder} holds no SAM-CLIP.")
     return student
@@ -94,7 +103,7 @@ def beside_teachers(student: Figures, teachers: Figures) -> dict[str, dict[str, 
     return {**top1, **prompted, "semantic_miou": by_text, "top1_by_size": by_size}
 
 
-class NearestColour(LabelMaps):
+class NearestColour(LabelMapEvaluator):
     """
     The baseline without learning: each pixel takes the class, or the background, of the nearest mean colour over the
     pixels of single-object scenes. What this reaches is what can be had from raw colour. The model is not asked.
@@ -127,7 +136,7 @@ def prompted_mask(student: SamClipAdapter, scene: Scene, prompt: str) -> np.ndar
     if prompt == "point":
         masks, scores = student.predict_masks(image, points=torch.tensor([point_in(mask)]))
     else:
-        masks, scores = student.predict_masks(image, boxes=torch.tensor([tight_box(mask)]))
+        masks, scores = student.predict_masks(image, boxes=torch.tensor([mask_to_prompt_box(mask)]))
     return masks[0, scores[0].argmax()].numpy()
 
 
@@ -211,7 +220,7 @@ def draw_prompt(axis, mask: np.ndarray, prompt: str) -> None:
     if prompt == "point":
         axis.plot(*point_in(mask), marker="*", color="lime", markeredgecolor="black", markersize=14)
     else:
-        x1, y1, x2, y2 = tight_box(mask)
+        x1, y1, x2, y2 = mask_to_prompt_box(mask)
         axis.plot([x1, x2, x2, x1, x1], [y1, y1, y2, y2, y1], color="lime", linewidth=2)
 
 

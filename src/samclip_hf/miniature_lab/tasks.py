@@ -7,18 +7,20 @@ import numpy as np
 from PIL import Image
 
 from ..datasets.samples import CaptionedImage, DataSet, ImageWithObjects, LabeledImage, SegmentedImage
-from ..evaluation.classification import ZeroShotClassification
-from ..evaluation.cost import Cost
-from ..evaluation.evaluator import Evaluator
-from ..evaluation.instance_segmentation import (
+from ..evaluation import (
+    CascadeSegmentation,
+    ComposedSegmentation,
+    Cost,
+    Evaluator,
+    HeadProbing,
+    LinearProbing,
     PromptedSegmentation,
+    Retrieval,
+    SemanticSegmentation,
+    ZeroShotClassification,
     ZeroShotInstanceSegmentation,
-    encode,
-    tight_box,
 )
-from ..evaluation.probing import HeadProbing, LinearProbing
-from ..evaluation.retrieval import Retrieval
-from ..evaluation.semantic_segmentation import CascadeSegmentation, ComposedSegmentation, SemanticSegmentation
+from ..images import encode_mask, mask_to_prompt_box
 from ..miniature import MASK_GENERATION
 from ..miniature.scenes import (
     BACKGROUND_PROMPTS,
@@ -74,13 +76,13 @@ def objects(seed: int, index: int) -> list[dict[str, Any]]:
     for number, (mask, class_id) in enumerate(
         zip(scene(seed, index).masks, scene(seed, index).class_ids, strict=True)
     ):
-        x1, y1, x2, y2 = tight_box(mask)
+        x1, y1, x2, y2 = mask_to_prompt_box(mask)
         annotations.append(
             {
                 "id": index * 8 + number + 1,
                 "image_id": index,
                 "category_id": class_id + 1,
-                "segmentation": encode(mask),
+                "segmentation": encode_mask(mask, compressed=True),
                 "bbox": [x1, y1, x2 - x1, y2 - y1],
                 "area": int(mask.sum()),
                 "iscrowd": 0,

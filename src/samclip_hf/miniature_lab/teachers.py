@@ -31,9 +31,8 @@ from transformers import (
     SamProcessor,
 )
 
-from ..evaluation.adapters import ClipAdapter, ModelAdapter, SamAdapter
-from ..evaluation.evaluator import Evaluator
-from ..evaluation.instance_segmentation import PromptedSegmentation, tight_box
+from ..evaluation import ClipAdapter, Evaluator, ModelAdapter, PromptedSegmentation, SamAdapter
+from ..images import mask_to_prompt_box
 from ..miniature.scenes import (
     BACKGROUND_PROMPTS,
     BACKGROUNDS,
@@ -265,7 +264,7 @@ def draw_prompts(scenes: list[Scene], rng: np.random.Generator) -> dict[str, Pro
             mask = np.asarray(scene.masks[chosen].any(axis=0))
             pixels = np.flatnonzero(mask)
             clicks = pixels[rng.integers(len(pixels), size=2)]
-            box = np.array(tight_box(mask), dtype=np.float32)
+            box = np.array(mask_to_prompt_box(mask), dtype=np.float32)
             # SAM's box noise, a tenth of the side; no more than 6 px, and three boxes in ten stay tight.
             noise = np.clip(rng.normal(size=4) * 0.1 * np.tile(box[2:] - box[:2], 2), -6, 6)
             box = (box + noise * (rng.random() < 0.7)).clip(0, IMAGE_SIZE - 1)

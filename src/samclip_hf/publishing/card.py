@@ -18,7 +18,7 @@ from ..distillation import provenance
 from ..images import convert_to_rgb
 from ..processing_samclip import SamClipProcessor
 from ..segmentation_samclip import SamClipForImageSegmentation
-from ..visualization import with_labels, with_masks, with_prompts
+from ..visualization import draw_prompts, overlay_labels, overlay_masks
 from .repository import PublishingError, add_code
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
@@ -81,9 +81,9 @@ def create_model_card(
     if results is not None:
         results_name = check_results_name(results, results_name)
         # Imported here because training imports this module and needs no evaluation.
-        from ..evaluation.report import model_index
+        from ..evaluation.report import create_model_index
 
-        eval_results = model_index(results, results_name)
+        eval_results = create_model_index(results, results_name)
         of_model = _results_of_model(results, results_name)
     data = ModelCardData(
         license=license,
@@ -152,7 +152,7 @@ def check_results_name(results: dict[str, Any], name: str | None) -> str:
 
 def _results_of_model(results: dict[str, Any], name: str) -> dict[str, Any]:
     """The template's variables for the results: a table of metrics, the protocols, and the commands that were run."""
-    from ..evaluation.report import PER_CLASS, jsonable, shown
+    from ..evaluation.report import PER_CLASS_PREFIX, format_metric, to_json
 
     metrics: list[tuple[str, str, str]] = []
     protocols: list[tuple[str, dict[str, Any], int]] = []
@@ -162,11 +162,11 @@ def _results_of_model(results: dict[str, Any], name: str) -> dict[str, Any]:
             continue
         of_model = entry["models"][name]
         metrics += [
-            (task, metric, shown(value))
+            (task, metric, format_metric(value))
             for metric, value in of_model["metrics"].items()
-            if value is not None and not metric.startswith(PER_CLASS)
+            if value is not None and not metric.startswith(PER_CLASS_PREFIX)
         ]
-        protocol = {key: value for key, value in jsonable(entry["protocol"]).items() if key != "categories"}
+        protocol = {key: value for key, value in to_json(entry["protocol"]).items() if key != "categories"}
         protocol |= {key: of_model[key] for key in ("dtype", "random weights") if key in of_model}
         protocols.append((task, protocol, of_model["num_samples"]))
         command = of_model.get("command", results["command"])
@@ -252,14 +252,14 @@ def draw_example_image(folder: Path, image: Image.Image, path: Path) -> None:
 
         scale = -(-256 // max(image.size))  # small images are enlarged, so that labels are legible
         pixels = _enlarge(np.asarray(image), scale)
-        with_mask = with_masks(pixels, [_enlarge(mask, scale)])
-        panels = [pixels, with_prompts(with_mask, points=np.array([point]) * scale)]
+        with_mask = overlay_masks(pixels, [_enlarge(mask, scale)])
+        panels = [pixels, draw_prompts(with_mask, points=np.array([point]) * scale)]
         if model.config.vocabulary_label_ids:
             outputs = model(inputs["pixel_values"], inputs["reshaped_input_sizes"])
             label_map = processor.post_process_semantic_segmentation(outputs, [(image.height, image.width)])[0]
             names = list(model.config.id2label.values())
             has_background = model.config.background_label_id is not None
-            panels.append(with_labels(pixels, _enlarge(label_map.numpy(), scale), names, has_background))
+            panels.append(overlay_labels(pixels, _enlarge(label_map.numpy(), scale), names, has_background))
     Image.fromarray(np.concatenate(panels, axis=1)).save(path)
 
 
