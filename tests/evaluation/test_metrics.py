@@ -1,4 +1,4 @@
-"""Metrics against independent implementations, and what they have in common."""
+"""Metrics equal independent implementations, and can be merged."""
 
 import os
 import pickle
@@ -27,7 +27,7 @@ def rng():
     return np.random.default_rng(0)
 
 
-# What all have in common
+# Properties of all metrics
 
 
 def label_maps(rng, num_images=7, num_labels=4):
@@ -69,7 +69,7 @@ def encoded(mask):
 
 
 def uncompressed(mask):
-    """Run lengths as a list of numbers, as in COCO's annotations of crowds."""
+    """Returns uncompressed run-length encoding, as in COCO's annotations of crowds."""
     flat = mask.flatten(order="F")
     edges = np.flatnonzero(np.diff(flat)) + 1
     counts = np.diff([0, *edges, flat.size]).tolist()
@@ -77,7 +77,7 @@ def uncompressed(mask):
 
 
 def instances(rng, num_images=12, num_categories=3, num_objects=5, crowds=True, lists=False):
-    """Random objects of all sizes and detections that resemble them; the third image has no objects, the fourth no
+    """Returns random objects of all sizes and similar detections. The third image has no objects, the fourth no
     detections, the fifth neither."""
     predictions, references = [], []
     for number in range(num_images):
@@ -90,19 +90,19 @@ def instances(rng, num_images=12, num_categories=3, num_objects=5, crowds=True, 
             crowd = crowds and bool(rng.random() < 0.2)
             annotations.append(
                 {
-                    "id": 0,  # of no meaning
+                    "id": 0,  # not used
                     "category_id": category,
                     "segmentation": uncompressed(mask) if crowd else encoded(mask),
                     "area": float(mask.sum()),
                     "iscrowd": int(crowd),
                 }
             )
-            for candidate in (similar, mask, blob(rng, height, width)):
+            for detection in (similar, mask, blob(rng, height, width)):
                 results.append(
                     {
                         "category_id": category if rng.random() < 0.8 else 3,
-                        "segmentation": encoded(candidate),
-                        "score": round(float(rng.random()), 1),  # many are equal
+                        "segmentation": encoded(detection),
+                        "score": round(float(rng.random()), 1),  # with many ties
                     }
                 )
         if number in (2, 4):
@@ -130,13 +130,13 @@ cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
 @cases
-def test_order_and_division_among_processes_do_not_change_a_bit(case, rng):
+def test_the_result_is_the_same_for_any_order_and_sharding(case, rng):
     metric_class, arguments, samples = case
     predictions, references = samples(rng)
     expected = metric_class(**arguments).compute(predictions=predictions, references=references)
     for _ in range(3):
         order = rng.permutation(len(predictions))
-        processes = [metric_class(**arguments) for _ in range(3)]  # the third has one sample, or none
+        processes = [metric_class(**arguments) for _ in range(3)]  # the third has at most one sample
         for i in order[:-1]:
             processes[rng.integers(2)].add(prediction=predictions[i], reference=references[i])
         processes[rng.integers(3)].add_batch(predictions=[predictions[order[-1]]], references=[references[order[-1]]])
@@ -148,28 +148,28 @@ def test_order_and_division_among_processes_do_not_change_a_bit(case, rng):
 
 
 @cases
-def test_metrics_start_afresh_and_refuse_to_compute_nothing(case, rng):
+def test_compute_resets_a_metric_and_raises_without_samples(case, rng):
     metric_class, arguments, samples = case
     predictions, references = samples(rng)
     predictions, references = predictions[:6], references[:6]
     metric = metric_class(**arguments)
-    with pytest.raises(ValueError, match="nothing was added"):
+    with pytest.raises(ValueError, match="no samples were added"):
         metric.compute()
     metric.add_batch(predictions=[], references=[])
     metric.merge(metric_class(**arguments).state)
-    with pytest.raises(ValueError, match="nothing was added"):
+    with pytest.raises(ValueError, match="no samples were added"):
         metric.compute()
     first = metric.compute(predictions=predictions, references=references)
     assert metric.state == {}
     assert metric.compute(predictions=predictions, references=references) == first
-    with pytest.raises(ValueError, match="as many references as predictions"):
+    with pytest.raises(ValueError, match="predictions and references differ"):
         metric.add_batch(predictions=predictions, references=references[1:])
-    with pytest.raises(ValueError, match="as many references as predictions"):
+    with pytest.raises(ValueError, match="predictions and references differ"):
         metric.compute(predictions=predictions)
 
 
 @cases
-def test_merging_leaves_the_other_state_as_it_was(case, rng):
+def test_merging_does_not_change_the_other_state(case, rng):
     metric_class, arguments, samples = case
     predictions, references = samples(rng)
     parts = [metric_class(**arguments) for _ in range(2)]
@@ -182,7 +182,7 @@ def test_merging_leaves_the_other_state_as_it_was(case, rng):
     assert pickle.dumps([part.state for part in parts]) == before
 
 
-def test_states_of_other_arguments_are_not_merged():
+def test_states_of_metrics_with_other_arguments_are_not_merged():
     metric, other = MeanIoU(num_labels=2), MeanIoU(num_labels=1)
     metric.add(prediction=np.array([[0, 1]]), reference=np.array([[0, 1]]))
     other.add(prediction=np.array([[0]]), reference=np.array([[0]]))
@@ -190,7 +190,7 @@ def test_states_of_other_arguments_are_not_merged():
         metric.merge(other.state)
 
 
-def test_arguments_that_a_metric_does_not_have_are_refused():
+def test_unknown_arguments_raise():
     with pytest.raises(TypeError, match="ignored_index"):
         MeanIoU(num_labels=2, ignored_index=0)
     with pytest.raises(ValueError, match="merge their states"):
@@ -199,10 +199,10 @@ def test_arguments_that_a_metric_does_not_have_are_refused():
 
 @pytest.fixture
 def no_network(monkeypatch, tmp_path):
-    """And evaluate's own folders, where nothing of another test's is found."""
+    """Blocks the network, and gives `evaluate` new folders, without modules of other tests."""
 
     def refuse(*_):
-        raise AssertionError("The network was asked.")
+        raise AssertionError("The network was used.")
 
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(socket.socket, "connect", refuse)
@@ -217,7 +217,7 @@ def no_network(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["mean_iou", "top_k", "recall_at_k", "mask_iou", "mask_average_precision"])
-def test_evaluate_loads_a_metric_by_its_path_without_the_network(name, no_network, rng):
+def test_evaluate_loads_a_metric_by_its_path_without_network(name, no_network, rng):
     metric_class, arguments, samples = CASES[name]
     predictions, references = samples(rng)
     loaded = evaluate.load(str(Path(metrics.__file__).with_name(f"{name}.py")), **arguments)
@@ -239,7 +239,7 @@ def test_a_metric_writes_no_files(rng):
 
 
 def test_metrics_of_the_same_samples_can_be_combined(rng):
-    """By `evaluate.combine`, which goes by the names of the inputs."""
+    """`evaluate.combine` uses the names of the inputs."""
     predictions, references = label_maps(rng)
     combined = evaluate.combine({"all": MeanIoU(num_labels=4), "ignoring_0": MeanIoU(num_labels=256, ignore_index=0)})
     combined.add_batch(predictions=predictions, references=references)
@@ -255,7 +255,7 @@ def test_metrics_of_the_same_samples_can_be_combined(rng):
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int64, np.uint32])
-def test_mean_iou_equals_scikit_learns(dtype, rng):
+def test_mean_iou_equals_scikit_learn(dtype, rng):
     predictions, references = label_maps(rng, num_labels=5)
     predictions = [p.astype(dtype) % 3 for p in predictions]  # 3 and 4 are never predicted
     references = [np.where(r == 0, 1, r).astype(dtype) for r in references]  # 0 never occurs
@@ -265,7 +265,7 @@ def test_mean_iou_equals_scikit_learns(dtype, rng):
     truth, predicted = truth[truth != 255], predicted[truth != 255]
     iou = jaccard_score(truth, predicted, labels=range(5), average=None, zero_division=0).tolist()
     accuracy = recall_score(truth, predicted, labels=range(1, 5), average=None).tolist()
-    assert result["iou_per_label"] == pytest.approx([*iou, None])  # 5 is in neither
+    assert result["iou_per_label"] == pytest.approx([*iou, None])  # 5 occurs in neither
     assert result["accuracy_per_label"] == pytest.approx([None, *accuracy, None])
     assert result["mean_iou"] == pytest.approx(np.mean(iou))
     assert result["mean_accuracy"] == pytest.approx(np.mean(accuracy))
@@ -289,7 +289,7 @@ def test_mean_iou_of_one_pixel_and_of_a_constant_prediction():
 
 
 @pytest.mark.parametrize("width", [1, 2, 5])
-def test_pixels_near_a_change_of_label_are_left_out(width, rng):
+def test_pixels_near_a_boundary_do_not_count(width, rng):
     reference = np.kron(rng.choice([0, 1, 255], (4, 5)), np.ones((6, 7), dtype=int))
     prediction = rng.integers(0, 2, reference.shape)
     counts = reference != 255
@@ -302,7 +302,7 @@ def test_pixels_near_a_change_of_label_are_left_out(width, rng):
     assert (metric.state["confusion"] == expected).all()
 
 
-def test_label_maps_that_make_no_sense_are_refused_and_nothing_of_their_batch_is_added():
+def test_an_invalid_label_map_raises_and_its_batch_is_not_added():
     metric, good = MeanIoU(num_labels=2), np.array([[0, 1]])
     for prediction, reference, message in [
         (np.array([[0, 2]]), good, "prediction has 0 to 2"),
@@ -320,7 +320,7 @@ def test_label_maps_that_make_no_sense_are_refused_and_nothing_of_their_batch_is
         metric.compute(predictions=[good], references=[np.full((1, 2), 255)])
 
 
-def test_one_images_own_mean_iou(rng):
+def test_the_mean_iou_of_one_image(rng):
     metric = MeanIoU(num_labels=4)
     predictions, references = label_maps(rng)
     for prediction, reference in zip(predictions, references, strict=True):
@@ -334,7 +334,7 @@ def test_one_images_own_mean_iou(rng):
 
 
 @pytest.mark.parametrize("convert", [np.asarray, torch.tensor, np.ndarray.tolist, lambda x: torch.tensor(x).half()])
-def test_top_k_equals_scikit_learns(convert, rng):
+def test_top_k_equals_scikit_learn(convert, rng):
     num_labels = 8
     predictions = rng.permuted(np.tile(np.arange(num_labels) / 4, (60, 1)), axis=1)
     references = rng.choice([0, 1, 2, 3, 4, 5, 7], 60)  # 6 does not occur
@@ -351,19 +351,19 @@ def test_top_k_equals_scikit_learns(convert, rng):
     assert result["mean_per_class_top1"] == pytest.approx(expected)
 
 
-def test_equal_scores_count_against_the_true_class():
+def test_ties_count_as_misses():
     constant = TopK(num_labels=6).compute(predictions=np.zeros((4, 6)), references=np.array([0, 1, 2, 3]))
     assert (constant["top1"], constant["top5"]) == (0, 0)
     two_equal = TopK(num_labels=3, ks=(1, 2)).compute(predictions=[[1.0, 1.0, 0.0]], references=[0])
     assert (two_equal["top1"], two_equal["top2"]) == (0, 1)
 
 
-def test_scores_that_make_no_sense_are_refused():
+def test_invalid_scores_raise():
     metric = TopK(num_labels=3)
     for predictions, references, message in [
-        (np.zeros((2, 4)), [0, 1], "Scores are"),
-        (np.zeros((1, 3)), [[0]], "Scores are"),
-        (np.full((1, 3), np.nan), [0], "not a number"),
+        (np.zeros((2, 4)), [0, 1], "Scores must be"),
+        (np.zeros((1, 3)), [[0]], "Scores must be"),
+        (np.full((1, 3), np.nan), [0], "is NaN"),
         (np.zeros((1, 3)), [3], "0 to 2"),
         (np.zeros((1, 3)), [-1], "0 to 2"),
         (np.zeros((1, 3)), [1.0], "0 to 2"),
@@ -391,15 +391,15 @@ def brute_force_recall(images, captions, k):
     return np.mean(text_to_image), np.mean(image_to_text)
 
 
-@pytest.mark.parametrize("chunk", [7, 1000])
-def test_recall_equals_a_brute_force_search(chunk, rng, monkeypatch):
-    monkeypatch.setattr("samclip_hf.evaluation.metrics.recall_at_k.IMAGES_AT_A_TIME", chunk)
+@pytest.mark.parametrize("batch_size", [7, 1000])
+def test_recall_equals_brute_force(batch_size, rng, monkeypatch):
+    monkeypatch.setattr("samclip_hf.evaluation.metrics.recall_at_k.IMAGE_BATCH_SIZE", batch_size)
     images, captions = embeddings(rng)
-    images[3], captions[5] = images[4] * 2, captions[6].copy()  # ties: a direction and captions that two share
+    images[3], captions[5] = images[4] * 2, captions[6].copy()  # ties: equal directions, and equal captions
     images, captions = [x.astype(np.float32) for x in images], [x.astype(np.float32) for x in captions]
     in_float64 = [[x.astype(np.float64) for x in embeds] for embeds in (images, captions)]
     result = RecallAtK(ks=(1, 5, 10, 31)).compute(predictions=np.stack(images), references=captions)
-    assert "mean_recall@31" not in result  # there are 30
+    assert "mean_recall@31" not in result  # there are 30 images
     for k in (1, 5, 10):
         text_to_image, image_to_text = brute_force_recall(*in_float64, k)
         assert 0 < text_to_image < 1
@@ -408,20 +408,20 @@ def test_recall_equals_a_brute_force_search(chunk, rng, monkeypatch):
         assert result[f"mean_recall@{k}"] == pytest.approx((text_to_image + image_to_text) / 2)
 
 
-def test_embeddings_that_are_all_the_same_recall_nothing(rng):
-    constant = rng.normal(size=37)  # of a length at which matrix products have a remainder
+def test_the_recall_of_equal_embeddings_is_0(rng):
+    constant = rng.normal(size=37)  # not a multiple of a vector register
     result = RecallAtK().compute(predictions=[constant] * 301, references=[np.stack([constant] * 3)] * 301)
     assert set(result.values()) == {0}
 
 
-def test_perfect_embeddings_of_one_or_more_images_recall_everything(rng):
+def test_the_recall_of_perfect_embeddings_is_1(rng):
     for num_images in (1, 300):
         images = rng.normal(size=(num_images, 16))
         result = RecallAtK(ks=(1,)).compute(predictions=images, references=[image[None] * 3 for image in images])
         assert result == {"text_to_image_recall@1": 1, "image_to_text_recall@1": 1, "mean_recall@1": 1}
 
 
-def test_a_buffer_that_is_used_again_does_not_change_what_was_added(rng):
+def test_the_caller_may_reuse_a_buffer(rng):
     metric, buffer = RecallAtK(ks=(1,)), np.zeros((1, 4), dtype=np.float32)
     for direction in np.eye(4, dtype=np.float32):
         buffer[:] = direction
@@ -429,7 +429,7 @@ def test_a_buffer_that_is_used_again_does_not_change_what_was_added(rng):
     assert metric.compute()["mean_recall@1"] == 1
 
 
-def test_embeddings_without_a_direction_or_a_caption_are_refused():
+def test_invalid_embeddings_raise():
     metric, good = RecallAtK(), np.ones(3)
     for image, captions, message in [
         (good, np.ones((0, 3)), "num_captions"),
@@ -456,7 +456,7 @@ def test_mask_iou_is_the_mean_over_objects(rng):
     assert MaskIoU().compute(predictions=tensors[0], references=tensors[1]) == result
 
 
-def test_masks_that_make_no_sense_are_refused():
+def test_invalid_masks_raise():
     metric, good = MaskIoU(), np.ones((2, 3), dtype=bool)
     for prediction, reference, message in [
         (good, ~good, "empty"),
@@ -471,7 +471,7 @@ def test_masks_that_make_no_sense_are_refused():
 
 
 def pycocotools_stats(predictions, references, categories, max_detections=100):
-    """And the precision by category, `(thresholds, recalls, categories)`."""
+    """Returns the metrics, and the AP of each category."""
     truth, numbers = COCO(), iter(range(1, 10**6))
     truth.dataset = {
         "images": [reference["image"] for reference in references],
@@ -523,7 +523,7 @@ def test_mask_ap_equals_pycocotools(seed, capsys):
     predictions, references = instances(np.random.default_rng(seed))
     categories = [{"id": number} for number in (1, 2, 3, 7)]  # nothing of 7
     expected, _ = pycocotools_stats(predictions, references, categories)
-    assert len(set(expected.values())) == 6  # each can be told from the others; with seed 3 no object is large
+    assert len(set(expected.values())) == 6  # so that the test detects swapped values; seed 3 has no large object
     capsys.readouterr()
     before = pickle.dumps((predictions, references))
     result = MaskAveragePrecision().compute(predictions=predictions, references=references)
@@ -556,7 +556,7 @@ def test_mask_ap_of_polygons_and_more_than_100_detections_equals_pycocotools(rng
     assert result == pytest.approx(expected, abs=1e-12)
 
 
-def test_mask_ap_is_undefined_without_objects_and_0_without_detections(rng):
+def test_mask_ap_is_none_without_objects_and_0_without_detections(rng):
     predictions, references = instances(rng, num_images=2, crowds=False)
     image_only = [reference | {"annotations": []} for reference in references]
     nothing = MaskAveragePrecision().compute(predictions=predictions, references=image_only)
@@ -570,11 +570,11 @@ def test_mask_ap_is_undefined_without_objects_and_0_without_detections(rng):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_lvis_ap_equals_pycocotools_where_lvis_is_put_in_cocos_terms(seed):
-    """LVIS does not count a detection of a category of which nothing is known in the image, and ignores the unmatched
-    ones of a category that was not annotated exhaustively: COCO does so where a crowd covers the image."""
+def test_lvis_ap_equals_pycocotools_on_equivalent_coco_data(seed):
+    """LVIS drops detections of categories that were not annotated in the image, and ignores unmatched ones of
+    categories that were not annotated exhaustively, as COCO does if a crowd covers the image."""
     predictions, references = instances(np.random.default_rng(seed), crowds=False)
-    known, in_cocos_terms = [], []
+    known, as_coco = [], []
     for results, reference in zip(predictions, references, strict=True):
         image, annotations = reference["image"], reference["annotations"]
         categories = {annotation["category_id"] for annotation in annotations} | set(image["neg_category_ids"])
@@ -584,15 +584,15 @@ def test_lvis_ap_equals_pycocotools_where_lvis_is_put_in_cocos_terms(seed):
             {"category_id": category, "segmentation": encoded(everywhere), "area": everywhere.size, "iscrowd": 1}
             for category in image["not_exhaustive_category_ids"]
         ]
-        in_cocos_terms.append({"image": image, "annotations": annotations + crowds})
-    expected, by_category = pycocotools_stats(known, in_cocos_terms, FREQUENCIES, max_detections=300)
+        as_coco.append({"image": image, "annotations": annotations + crowds})
+    expected, by_category = pycocotools_stats(known, as_coco, FREQUENCIES, max_detections=300)
     expected |= dict(zip(("APr", "APc", "APf"), by_category, strict=True))
     metric = MaskAveragePrecision(style="lvis", categories=FREQUENCIES)
     assert metric.compute(predictions=predictions, references=references) == pytest.approx(expected, abs=1e-12)
     assert expected["AP"] != pytest.approx(pycocotools_stats(predictions, references, FREQUENCIES)[0]["AP"], abs=1e-3)
 
 
-def test_lvis_does_not_count_detections_of_which_nothing_is_known(rng):
+def test_lvis_drops_detections_of_categories_that_were_not_annotated(rng):
     predictions, references = instances(rng, num_images=3, crowds=False)  # the third image has no objects
     categories = [*FREQUENCIES, {"id": 4, "frequency": "r"}]
     metric = MaskAveragePrecision(style="lvis", categories=categories)
@@ -601,7 +601,7 @@ def test_lvis_does_not_count_detections_of_which_nothing_is_known(rng):
     assert metric.compute(predictions=[*predictions[:2], unknown], references=references) == expected
 
 
-def test_lvis_counts_the_best_300_detections_of_an_image_whatever_their_categories():
+def test_lvis_counts_the_best_300_detections_of_an_image_over_all_categories():
     mask = np.zeros((8, 8), dtype=np.uint8)
     mask[2:6, 2:6] = 1
     image = {"id": 1, "height": 8, "width": 8, "neg_category_ids": [2], "not_exhaustive_category_ids": []}
@@ -624,7 +624,7 @@ def test_lvis_counts_the_best_300_detections_of_an_image_whatever_their_categori
         assert (result["APr"], result["APc"], result["APl"]) == (pytest.approx(expected), None, None)
 
 
-def test_what_mask_ap_cannot_judge_is_refused(rng):
+def test_invalid_arguments_and_masks_of_mask_ap_raise(rng):
     with pytest.raises(ValueError, match='"coco" or "lvis"'):
         MaskAveragePrecision(style="voc")
     with pytest.raises(ValueError, match="frequencies"):

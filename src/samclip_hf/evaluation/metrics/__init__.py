@@ -1,6 +1,6 @@
 """
-Hugging Face `evaluate` metrics that accumulate; need the extra `train`. Each file is also one that `evaluate.load`
-takes by its path, without the network.
+Metrics of Hugging Face `evaluate` that accumulate counts instead of predictions. They need the extra `train`.
+`evaluate.load` also loads each file by its path, without network access.
 """
 
 from .accumulating import AccumulatingMetric

@@ -1,10 +1,9 @@
 """
-What the metrics share. `evaluate.Metric` writes every prediction to a file of its cache and reads all of them back to
-compute: for label maps and masks that is hundreds of gigabytes where a table of counts would do. These keep the
-counts.
+The base class of the metrics. `evaluate.Metric` writes every prediction to its cache and reads all of them for
+`compute`, which takes hundreds of gigabytes for label maps and masks. These metrics store counts instead.
 
-`evaluate.load` copies a metric's file elsewhere, together with what the file itself imports from beside it. So a
-metric imports this file and nothing else of the package, and this file imports nothing of it.
+`evaluate.load` copies a metric's file and the files that it imports from its folder, but not theirs. So metrics import
+nothing of the package but this file, and this file imports nothing of the package.
 """
 
 import inspect
@@ -19,18 +18,17 @@ from datasets import Features
 
 class AccumulatingMetric(evaluate.Metric, ABC):
     r"""
-    An `evaluate.Metric` with the same `add`, `add_batch` and `compute`, that keeps a small state and writes no files.
+    An `evaluate.Metric` with the same `add`, `add_batch` and `compute`, which keeps a small state and writes no files.
 
-    Subclasses say what a batch adds (`_measure`) and what follows from the sum (`_result`). The arguments are those
-    that `evaluate.load` passes; only names and `hash` have a meaning here. Raises `ValueError` where `num_process` is
-    not 1: processes each have a metric of their own, and one of them merges the others' states.
+    Subclasses compute the state of a batch (`_measure`) and the result of a state (`_result`). The arguments are those
+    that `evaluate.load` passes; only the names and `hash` are used. Raises `ValueError` unless `num_process` is 1:
+    each process has its own metric, and the main process merges their states.
 
     state (`dict[str, numpy.ndarray | list]`):
-        What was added so far, empty at first. Arrays are integer counts, lists have entries whose order must not
-        matter to the result: it is the same to the bit, however samples were divided and whichever came first. Can be
-        pickled.
+        Integer counts, and lists whose order does not affect the result. The result is exactly the same for any order
+        and any sharding of the samples. Empty at first. Can be pickled.
     input_features (`datasets.Features`):
-        What one prediction and one reference are.
+        The types of a prediction and of a reference.
     """
 
     input_features: Features
@@ -46,7 +44,7 @@ class AccumulatingMetric(evaluate.Metric, ABC):
         keep_in_memory: bool = False,
     ):
         if num_process != 1:
-            raise ValueError("Give every process a metric of its own and merge their states, instead of num_process.")
+            raise ValueError("num_process must be 1. Use one metric per process and merge their states.")
         super().__init__(config_name=config_name, experiment_id=experiment_id, hash=hash)
         self.state: dict[str, Any] = {}
 
@@ -54,33 +52,33 @@ class AccumulatingMetric(evaluate.Metric, ABC):
         return evaluate.MetricInfo(description=inspect.getdoc(type(self)), citation="", features=self.input_features)
 
     def _build_data_dir(self) -> str:
-        return self._data_dir_root  # evaluate makes a folder here
+        return self._data_dir_root  # evaluate would create a folder here
 
     @abstractmethod
     def _measure(self, predictions: Any, references: Any) -> dict[str, Any]:
-        """The state of a metric that has seen this batch, of one sample or more, and nothing else."""
+        """Returns the state for a batch of one or more samples."""
 
     @abstractmethod
     def _result(self, state: dict[str, Any]) -> dict[str, Any]:
-        """Plain floats, integers and lists."""
+        """Returns floats, integers and lists for a state."""
 
     def add(self, *, prediction: Any = None, reference: Any = None) -> None:
-        """One sample."""
+        """Adds one sample."""
         self.add_batch(predictions=[prediction], references=[reference])
 
     def add_batch(self, *, predictions: Any = None, references: Any = None) -> None:
-        """Any number of samples. Raises `ValueError` where there are not as many references as predictions, and adds
-        nothing where any sample is refused."""
+        """Adds any number of samples. Raises `ValueError`, and adds none of them, if the numbers of predictions and
+        references differ or a sample is invalid."""
         if predictions is None or references is None or len(predictions) != len(references):
-            raise ValueError(f"{self.name}: there must be as many references as predictions.")
+            raise ValueError(f"{self.name}: the numbers of predictions and references differ.")
         if len(predictions):
             self.merge(self._measure(predictions, references))
 
     def merge(self, state: dict[str, Any]) -> None:
-        """Adds another metric's `state`, that of another process for instance, and leaves it as it was. Raises
-        `ValueError` where that metric counted other things."""
-        if self.state and state and shapes(self.state) != shapes(state):
-            raise ValueError(f"{self.name}: this state is of another metric, or of one with other arguments.")
+        """Adds the `state` of another metric, such as that of another process, which is not changed. Raises
+        `ValueError` if that metric has other arguments."""
+        if self.state and state and _shapes(self.state) != _shapes(state):
+            raise ValueError(f"{self.name}: the state is of a metric with another type or other arguments.")
         for key, value in state.items():
             if key in self.state:
                 self.state[key] += value  # counts are summed, lists extended
@@ -88,16 +86,16 @@ class AccumulatingMetric(evaluate.Metric, ABC):
                 self.state[key] = copy(value)
 
     def compute(self, *, predictions: Any = None, references: Any = None) -> dict[str, Any]:
-        """The result of all that was added, these samples included, after which the metric starts afresh. Raises
-        `ValueError` where nothing was added."""
+        """Returns the result for all samples, including those passed here, and resets the metric. Raises `ValueError`
+        if there are no samples."""
         if predictions is not None or references is not None:
             self.add_batch(predictions=predictions, references=references)
         if not self.state:
-            raise ValueError(f"{self.name}: nothing was added, so there is nothing to compute.")
+            raise ValueError(f"{self.name}: no samples were added.")
         result = self._result(self.state)
         self.state = {}
         return result
 
 
-def shapes(state: dict[str, Any]) -> dict[str, Any]:
+def _shapes(state: dict[str, Any]) -> dict[str, Any]:
     return {key: value.shape if isinstance(value, np.ndarray) else list for key, value in state.items()}

@@ -1,4 +1,4 @@
-"""Average precision of instance segmentation, as COCO and LVIS measure it."""
+"""Average precision of instance segmentation, by the rules of COCO and LVIS."""
 
 from typing import Any, Literal
 
@@ -7,32 +7,31 @@ from faster_coco_eval import COCO, COCOeval_faster
 
 from .accumulating import AccumulatingMetric
 
-LVIS_MAX_DETECTIONS = 300  # an image, of all categories together (lvis-api, `LVISResults`)
+LVIS_MAX_DETECTIONS = 300  # per image, over all categories (lvis-api, `LVISResults`)
 
 
 class MaskAveragePrecision(AccumulatingMetric):
     r"""
-    Mask AP over IoU thresholds 0.50 to 0.95 and over categories (https://cocodataset.org/#detection-eval), by
-    `faster_coco_eval`, whose figures equal pycocotools'.
+    Mask AP, the mean over categories and over IoU thresholds from 0.50 to 0.95
+    (https://cocodataset.org/#detection-eval), by `faster_coco_eval`, whose results equal those of pycocotools.
 
     references (list of `dict`):
-        Of each image `"image"`, its entry in the annotation file: `"id"`, `"height"`, `"width"`, and for LVIS
-        `"neg_category_ids"` and `"not_exhaustive_category_ids"`; and `"annotations"`: `"category_id"`,
-        `"segmentation"` (polygons or run lengths), `"area"` and, where there is one, `"iscrowd"`. Their own ids do not
-        matter.
+        For each image, `"image"`, its entry in the annotation file: `"id"`, `"height"`, `"width"`, and for LVIS
+        `"neg_category_ids"` and `"not_exhaustive_category_ids"`; and `"annotations"`, a list of `"category_id"`,
+        `"segmentation"` (polygons or run-length encoding), `"area"` and optionally `"iscrowd"`.
     predictions (list of lists of `dict`):
-        Of each image COCO results: `"category_id"`, `"segmentation"` (compressed run lengths), `"score"`. Small,
-        medium and large are told by the mask: a box, if any, is not looked at.
+        For each image, COCO results: `"category_id"`, `"segmentation"` (compressed run-length encoding), `"score"`.
+        The area, for small, medium and large objects, is that of the mask. Boxes are not used.
     style (`str`):
-        "coco": at most 100 detections an image and category. "lvis" (Gupta et al., arXiv 1908.03195): at most 300 an
-        image, which count only where it is known whether the category is there.
+        "coco": at most 100 detections per image and category. "lvis" (Gupta et al., arXiv 1908.03195): at most 300
+        per image; detections of categories that were not annotated in the image do not count.
     categories (`list[dict]`, *optional*):
-        The annotation file's: `"id"` and, for LVIS, `"frequency"`, one of r, c and f. COCO's need not be given: what
-        does not occur in the references does not enter the mean.
+        The categories of the annotation file: `"id"` and, for LVIS, `"frequency"`, one of r, c and f. Required for
+        LVIS. Categories without references are not in the mean.
 
-    `compute` returns `AP`, `AP50`, `AP75`, `APs`, `APm`, `APl`, for LVIS also `APr`, `APc`, `APf`, between 0 and 1,
-    and `None` where no object is of that kind, for which COCO says -1. `ValueError` where an image was added twice, a
-    mask is not of its image's size, or LVIS's categories lack their frequency.
+    `compute` returns `AP`, `AP50`, `AP75`, `APs`, `APm`, `APl` and, for LVIS, `APr`, `APc`, `APf`, in [0, 1], or
+    `None` (COCO: -1) if there are no such objects. Raises `ValueError` if an image is added twice, a mask does not have
+    its image's size, or LVIS's categories have no frequency.
     """
 
     input_features = Features(
@@ -56,9 +55,9 @@ class MaskAveragePrecision(AccumulatingMetric):
     ):
         super().__init__(**module_arguments)
         if style not in ("coco", "lvis"):
-            raise ValueError(f'The style is "coco" or "lvis", not {style!r}.')
+            raise ValueError(f'style must be "coco" or "lvis", got {style!r}.')
         if style == "lvis" and (not categories or any("frequency" not in category for category in categories)):
-            raise ValueError("LVIS needs the annotation file's categories, with their frequencies.")
+            raise ValueError("The style lvis needs the categories of the annotation file with their frequencies.")
         self.style = style
         self.categories = categories
 
@@ -70,7 +69,7 @@ class MaskAveragePrecision(AccumulatingMetric):
                 raise ValueError(f"A mask of image {image['id']} is not {image['height']} x {image['width']}.")
             if self.style == "lvis":
                 results = sorted(results, key=lambda result: -result["score"])[:LVIS_MAX_DETECTIONS]
-                # faster_coco_eval 1.8 drops them too, but fails (`unordered_map::at`) where an image has no others.
+                # faster_coco_eval 1.8 drops unknown categories too, but fails (`unordered_map::at`) if none are left.
                 known = {annotation["category_id"] for annotation in reference["annotations"]}
                 known.update(image["neg_category_ids"])
                 results = [result for result in results if result["category_id"] in known]
@@ -78,14 +77,14 @@ class MaskAveragePrecision(AccumulatingMetric):
             images.append(
                 {
                     "image": image,
-                    "annotations": chosen(annotations, "category_id", "segmentation", "area", "iscrowd"),
-                    "results": chosen(results, "category_id", "segmentation", "score"),
+                    "annotations": _select(annotations, "category_id", "segmentation", "area", "iscrowd"),
+                    "results": _select(results, "category_id", "segmentation", "score"),
                 }
             )
         return {"images": images}
 
     def _result(self, state: dict[str, Any]) -> dict[str, Any]:
-        # The evaluation sorts images by their ids, so their order here does not matter. It writes into dictionaries.
+        # Copies, because the evaluation changes the dictionaries. It sorts images by id, so their order has no effect.
         images = [dict(sample["image"]) for sample in state["images"]]
         if len({image["id"] for image in images}) < len(images):
             raise ValueError("An image was added twice.")
@@ -94,7 +93,7 @@ class MaskAveragePrecision(AccumulatingMetric):
             for key in ("annotations", "results")
         )
         for number, annotation in enumerate(annotations, start=1):
-            annotation["id"] = number  # 0 would mean "not matched" to COCO's evaluation
+            annotation["id"] = number  # COCO's evaluation takes 0 for "not matched"
         categories = self.categories or [{"id": i} for i in {annotation["category_id"] for annotation in annotations}]
 
         truth = COCO({"images": images, "annotations": annotations, "categories": categories})
@@ -108,5 +107,5 @@ class MaskAveragePrecision(AccumulatingMetric):
         return {name: None if value < 0 else value for name, value in values.items()}
 
 
-def chosen(entries: list[dict[str, Any]], *keys: str) -> list[dict[str, Any]]:
+def _select(entries: list[dict[str, Any]], *keys: str) -> list[dict[str, Any]]:
     return [{key: entry[key] for key in keys} for entry in entries]

@@ -14,23 +14,23 @@ from .accumulating import AccumulatingMetric
 
 class MeanIoU(AccumulatingMetric):
     r"""
-    Semantic segmentation as PASCAL VOC scores it (Everingham et al., 2010): one confusion matrix over the pixels of
-    all images, and the mean over labels of intersection over union.
+    The mean intersection over union of labels, from one confusion matrix over the pixels of all images (PASCAL VOC,
+    Everingham et al., 2010).
 
     predictions, references (lists of integer arrays of shape `(height, width)`):
-        Label maps; images may differ in size.
+        Label maps. Images may differ in size.
     num_labels (`int`):
-        Background included, where there is one.
+        The number of labels, including background.
     ignore_index (`int`):
-        In references: pixels that do not count. A prediction there must still be a label.
+        The label of reference pixels that do not count. The prediction there must be a valid label.
     boundary_width (`int`):
-        In pixels. Leaves out all pixels with another label in the reference within that chessboard distance, where
-        `ignore_index` is a label too: how well regions are named, whatever their outlines.
+        Pixels whose reference has another label, `ignore_index` included, within this Chebyshev distance do not
+        count. This measures the labels of regions independently of their outlines.
 
-    `compute` returns `mean_iou`, over the labels that occur in truth or prediction; `mean_accuracy`, over those that
-    occur in truth; `overall_accuracy`; `iou_per_label` and `accuracy_per_label`, with `None` for the labels that do
-    not enter the mean; and `num_pixels` that counted. `ValueError` where none did, where a prediction or a reference
-    is not a label, or where the two differ in shape.
+    `compute` returns `mean_iou` over the labels that occur in references or predictions; `mean_accuracy` over those in
+    references; `overall_accuracy`; `iou_per_label` and `accuracy_per_label`, `None` for labels that are not in the
+    mean; and `num_pixels`, the number of pixels that count. Raises `ValueError` if no pixel counts, a value is not a
+    valid label, or shapes differ.
     """
 
     input_features = Features({name: List(List(Value("int64"))) for name in ("predictions", "references")})
@@ -42,16 +42,16 @@ class MeanIoU(AccumulatingMetric):
         self.boundary_width = boundary_width
 
     def image_mean_iou(self, prediction: np.ndarray, reference: np.ndarray) -> float | None:
-        """The mean IoU of one image by itself, to sort images by; `None` where all of it is ignored. Adds nothing."""
+        """Returns the mean IoU of one image, or `None` if all its pixels are ignored. Does not add the image."""
         state = self._measure([prediction], [reference])
         return self._result(state)["mean_iou"] if state["confusion"].any() else None
 
     def _measure(self, predictions: Iterable[np.ndarray], references: Iterable[np.ndarray]) -> dict[str, Any]:
-        confusion = np.zeros((self.num_labels, self.num_labels), dtype=np.int64)  # rows are the truth
+        confusion = np.zeros((self.num_labels, self.num_labels), dtype=np.int64)  # rows are references
         for prediction, reference in zip(map(np.asarray, predictions), map(np.asarray, references), strict=True):
             if prediction.shape != reference.shape or reference.ndim != 2:
                 raise ValueError(
-                    f"Label maps are of one shape (height, width), not {prediction.shape} and {reference.shape}."
+                    f"Label maps must have one shape (height, width), got {prediction.shape} and {reference.shape}."
                 )
             counts = reference != self.ignore_index
             self._check_labels("prediction", prediction)
@@ -64,16 +64,16 @@ class MeanIoU(AccumulatingMetric):
 
     def _check_labels(self, name: str, labels: np.ndarray) -> None:
         if not np.issubdtype(labels.dtype, np.integer):
-            raise ValueError(f"Labels are integers, but the {name} has {labels.dtype}.")
+            raise ValueError(f"Labels must be integers, but the {name} has {labels.dtype}.")
         if labels.size and not 0 <= labels.min() <= labels.max() < self.num_labels:
             raise ValueError(
-                f"Labels are 0 to {self.num_labels - 1}, but the {name} has {labels.min()} to {labels.max()}."
+                f"Labels must be 0 to {self.num_labels - 1}, but the {name} has {labels.min()} to {labels.max()}."
             )
 
     def _result(self, state: dict[str, Any]) -> dict[str, Any]:
         confusion = state["confusion"]
         if not confusion.any():
-            raise ValueError("No pixel counts: the references are ignored altogether, or all boundary.")
+            raise ValueError("No pixel counts: all are ignored, or near a boundary.")
         correct, truth, predicted = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)
         iou, accuracy = ratios(correct, truth + predicted - correct), ratios(correct, truth)
         return {
@@ -87,16 +87,14 @@ class MeanIoU(AccumulatingMetric):
 
 
 def near_boundary(label_map: np.ndarray, width: int) -> np.ndarray:
-    """
-    Where `(height, width)` labels have another one within `width` pixels (chessboard distance): the largest label of
-    the window is not the smallest.
-    """
+    """Returns a mask `(height, width)` of the pixels with another label within the Chebyshev distance `width`: those
+    where the largest label of the window differs from the smallest."""
 
-    def largest(labels: torch.Tensor) -> torch.Tensor:
+    def max_filter(labels: torch.Tensor) -> torch.Tensor:
         return F.max_pool2d(labels, kernel_size=2 * width + 1, stride=1, padding=width)
 
     labels = torch.as_tensor(label_map.astype(np.float64))[None]
-    return (largest(labels) != -largest(-labels))[0].numpy()
+    return (max_filter(labels) != -max_filter(-labels))[0].numpy()
 
 
 def ratios(counts: np.ndarray, totals: np.ndarray) -> list[float | None]:

@@ -9,31 +9,31 @@ from datasets import Features, List, Value
 
 from .accumulating import AccumulatingMetric
 
-IMAGES_AT_A_TIME = 256  # against all captions; 51 MB of similarities with COCO's 25,000
-# Of cosines in float64 that are the same but for rounding: a matrix product rounds by a column's place in it, so that
+IMAGE_BATCH_SIZE = 256  # compared with all captions: 51 MB of similarities for COCO's 25,000
+# Tolerance for equal cosines in float64: the rounding of a matrix product depends on the position of a column, so that
 # two equal captions may differ by about 1e-16.
-ROUNDING = 1e-12
+TOLERANCE = 1e-12
 
 
 class RecallAtK(AccumulatingMetric):
     r"""
-    Text to image: the share of captions whose image is among the k nearest of all images. Image to text: the share of
-    images one of whose captions is among the k nearest of all captions. `mean_recall@1`, of both directions, is what
-    the paper's table 1 calls R@1: its baselines equal OpenCLIP's tables only that way.
+    Text to image: the fraction of captions whose image is among the k nearest images. Image to text: the fraction of
+    images with one of their captions among the k nearest captions. `mean_recall@1`, the mean of both directions, is
+    R@1 in the paper's table 1: its baselines match OpenCLIP's tables only that way.
 
-    Equal similarities count against: embeddings that are all the same have 0, and an image whose nearest caption is,
-    word for word, another image's too does not find it at k = 1.
+    Ties count as misses: if all embeddings are equal, the recall is 0, and an image whose nearest caption is also the
+    caption of another image does not find it at k = 1.
 
     predictions (arrays or tensors of shape `(num_images, embed_dim)`):
-        Image embeddings of any length; their directions are compared, in float64.
+        Image embeddings, compared by cosine similarity in float64.
     references (list of arrays or tensors of shape `(num_captions, embed_dim)`):
-        Of each image the embeddings of its own captions, one or more.
+        For each image, the embeddings of its captions, at least one.
     ks (`tuple[int, ...]`):
-        Those above the number of images are left out.
+        Values of k. Those above the number of images are left out.
 
-    The state holds all embeddings in float32. `compute` needs 230 MB beside it for 5,000 images with 25,000
-    captions in 512 dimensions. `ValueError` where an image has no captions, shapes do not fit, or an embedding has no
-    direction: zero or not finite.
+    The state holds all embeddings in float32. `compute` needs another 230 MB for 5,000 images with 25,000 captions in
+    512 dimensions. Raises `ValueError` if an image has no captions, shapes differ, or an embedding is zero or not
+    finite.
     """
 
     input_features = Features({"predictions": List(Value("float32")), "references": List(List(Value("float32")))})
@@ -43,12 +43,12 @@ class RecallAtK(AccumulatingMetric):
         self.ks = sorted(ks)
 
     def _measure(self, predictions: Iterable[Any], references: Iterable[Any]) -> dict[str, Any]:
-        images, captions = list(map(float32_copy, predictions)), list(map(float32_copy, references))
+        images, captions = list(map(_to_float32, predictions)), list(map(_to_float32, references))
         for image, own in zip(images, captions, strict=True):
             if image.ndim != 1 or own.ndim != 2 or len(own) == 0 or own.shape[1] != len(image):
                 raise ValueError(
-                    "An image is (embed_dim,) and its captions (num_captions, embed_dim), "
-                    f"not {image.shape} and {own.shape}."
+                    "An image must be (embed_dim,) and its captions (num_captions, embed_dim), "
+                    f"got {image.shape} and {own.shape}."
                 )
             lengths = np.linalg.norm(np.vstack([image, own]), axis=1)
             if not (np.isfinite(lengths) & (lengths > 0)).all():
@@ -56,24 +56,24 @@ class RecallAtK(AccumulatingMetric):
         return {"images": images, "captions": captions}
 
     def _result(self, state: dict[str, Any]) -> dict[str, Any]:
-        # In an order of their own, since sums are rounded by the place in the matrix.
+        # Sorted, because the rounding of sums depends on the position in the matrix.
         samples = sorted(
             zip(state["images"], state["captions"], strict=True),
             key=lambda sample: (sample[0].tobytes(), sample[1].tobytes()),
         )
-        image_embeds = directions(np.stack([image for image, _ in samples]))
-        text_embeds = directions(np.concatenate([own for _, own in samples]))
+        image_embeds = _normalize(np.stack([image for image, _ in samples]))
+        text_embeds = _normalize(np.concatenate([own for _, own in samples]))
         num_captions = [len(own) for _, own in samples]
         image_of_text = np.repeat(np.arange(len(samples)), num_captions)
         first_text = np.cumsum([0, *num_captions[:-1]])
 
         own_similarity = np.einsum("td,td->t", text_embeds, image_embeds[image_of_text])
         best_own_similarity = np.maximum.reduceat(own_similarity, first_text)
-        images_ahead = np.full(len(text_embeds), -1)  # its own image will be counted too
+        images_ahead = np.full(len(text_embeds), -1)  # because its own image is counted below
         texts_ahead = np.empty(len(image_embeds), dtype=int)
-        for start in range(0, len(image_embeds), IMAGES_AT_A_TIME):
-            chunk = slice(start, start + IMAGES_AT_A_TIME)
-            similarity = image_embeds[chunk] @ text_embeds.T + ROUNDING
+        for start in range(0, len(image_embeds), IMAGE_BATCH_SIZE):
+            chunk = slice(start, start + IMAGE_BATCH_SIZE)
+            similarity = image_embeds[chunk] @ text_embeds.T + TOLERANCE
             images_ahead += (similarity >= own_similarity).sum(axis=0)
             others = image_of_text != np.arange(len(samples))[chunk, None]
             texts_ahead[chunk] = (others & (similarity >= best_own_similarity[chunk, None])).sum(axis=1)
@@ -88,12 +88,13 @@ class RecallAtK(AccumulatingMetric):
         return result
 
 
-def float32_copy(embeds: Any) -> np.ndarray:
-    """A copy, since the caller may use the memory again."""
+def _to_float32(embeds: Any) -> np.ndarray:
+    """Returns a copy: the caller may reuse the memory."""
     return torch.as_tensor(embeds).to("cpu", torch.float32, copy=True).numpy()
 
 
-def directions(embeds: np.ndarray) -> np.ndarray:
+def _normalize(embeds: np.ndarray) -> np.ndarray:
+    """Returns unit embeddings in float64."""
     embeds = embeds.astype(np.float64)
     embeds /= np.linalg.norm(embeds, axis=1, keepdims=True)
     return embeds

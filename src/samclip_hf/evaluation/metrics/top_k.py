@@ -1,4 +1,4 @@
-"""Accuracy of classification, by the best and by the k best classes."""
+"""Top-k accuracy of classification."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,19 +11,21 @@ from .accumulating import AccumulatingMetric
 
 class TopK(AccumulatingMetric):
     r"""
-    The share of images whose class is among the k with the highest scores. Equal scores count against the true class,
-    so that a model which answers the same for all has 0, not 1 (k < num_labels).
+    The fraction of images whose class is among the k classes with the highest scores. Ties count as misses, so that
+    equal scores for all classes give 0 (for k < num_labels).
 
     predictions (`torch.Tensor`, `numpy.ndarray` or lists, of shape `(num_images, num_labels)`):
-        Scores, on any device; the counts alone leave it.
+        Scores. They are counted on their device.
     references (integers of shape `(num_images,)`):
         The true classes.
+    num_labels (`int`):
+        The number of classes.
     ks (`tuple[int, ...]`):
-        1 is always among them; those above `num_labels` are left out.
+        Values of k. 1 is always included; those above `num_labels` are left out.
 
-    `compute` returns `top1` and so on; `mean_per_class_top1`, over the classes that occur; `correct_per_label`, by the
-    best class, and `num_per_label`. `ValueError` where a shape does not fit, a score is not a number or a class is not
-    one.
+    `compute` returns `top1` and so on; `mean_per_class_top1`, the mean over the classes that occur; and
+    `correct_per_label` (for k = 1) and `num_per_label`. Raises `ValueError` if shapes differ, a score is NaN or a
+    class is not valid.
     """
 
     input_features = Features({"predictions": List(Value("float32")), "references": Value("int64")})
@@ -38,17 +40,17 @@ class TopK(AccumulatingMetric):
         labels = torch.as_tensor(references, device=scores.device)
         if scores.shape[1:] != (self.num_labels,) or labels.ndim != 1:
             raise ValueError(
-                f"Scores are (num_images, {self.num_labels}) and references (num_images,), "
-                f"not {tuple(scores.shape)} and {tuple(labels.shape)}."
+                f"Scores must be (num_images, {self.num_labels}) and references (num_images,), "
+                f"got {tuple(scores.shape)} and {tuple(labels.shape)}."
             )
         if scores.isnan().any():
-            raise ValueError("A score is not a number.")
+            raise ValueError("A score is NaN.")
         if labels.is_floating_point() or labels.min() < 0 or labels.max() >= self.num_labels:
-            raise ValueError(f"References are integers, 0 to {self.num_labels - 1}.")
+            raise ValueError(f"References must be integers from 0 to {self.num_labels - 1}.")
         labels = labels.long()
-        num_ahead = (scores >= scores.gather(1, labels[:, None])).sum(dim=1) - 1  # the true class is among them
-        answers = {f"top{k}": labels[num_ahead < k] for k in self.ks} | {"num": labels}
-        return {key: some.bincount(minlength=self.num_labels).cpu().numpy() for key, some in answers.items()}
+        num_ahead = (scores >= scores.gather(1, labels[:, None])).sum(dim=1) - 1  # without the true class itself
+        hits = {f"top{k}": labels[num_ahead < k] for k in self.ks} | {"num": labels}
+        return {key: classes.bincount(minlength=self.num_labels).cpu().numpy() for key, classes in hits.items()}
 
     def _result(self, state: dict[str, Any]) -> dict[str, Any]:
         num, correct = state["num"], state["top1"]
