@@ -1,56 +1,87 @@
-# Each target works from a bare clone: the first one run creates .venv and installs into it.
+# Every target works in a fresh clone: the first one creates the environment .venv and installs the package into it.
 PYTHON ?= python3
 VENV := .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo tables app screenshots test test-app chromium test-transformers test-lowest lint bench bench-gpu
+.PHONY: help shell demo tables app screenshots test test-all test-lowest test-app test-transformers chromium lint docs \
+	bench bench-gpu
 
-# glibc gives every large tensor back to the system and clears it anew on the next step; kept, CPU steps are up to twice
-# as fast. Other C libraries ignore the two names.
+help:
+	@echo 'make shell              a shell in which samclip, accelerate and python are those of .venv'
+	@echo 'make demo               train and evaluate the miniature, and draw the result (10 minutes)'
+	@echo 'make app                the app in the browser'
+	@echo 'make test               the tests, without the slow ones'
+	@echo 'make test-all           all tests'
+	@echo 'make test-app           the tests of the app in Chromium'
+	@echo "make test-transformers  transformers' own model tests on the models of this package"
+	@echo 'make test-lowest        tests with the lowest supported versions, in .venv-lowest'
+	@echo 'make lint               ruff and mypy'
+	@echo 'make docs               the documentation, in site/'
+	@echo 'make bench              benchmarks on the CPU (bench-gpu: on a GPU)'
+	@echo "make tables             the miniature's tables in docs/tables (several hours)"
+	@echo 'make screenshots        the screenshots of the app in docs/images'
+
+shell: $(VENV)/installed
+	@echo 'if [ -f ~/.bashrc ]; then . ~/.bashrc; fi; . "$(abspath $(BIN))/activate"' > $(VENV)/bashrc
+	@bash --init-file $(VENV)/bashrc
+
+# By default, glibc returns freed large tensors to the system and zeroes the memory again in the next step. Keeping the
+# memory makes training steps on the CPU up to twice as fast. Other C libraries ignore these variables.
 demo tables: export MALLOC_MMAP_THRESHOLD_ = 2000000000
 demo tables: export MALLOC_TRIM_THRESHOLD_ = 4000000000
 demo: $(VENV)/installed
-	$(BIN)/python training/demo.py
+	$(BIN)/python -m samclip_hf.miniature_lab.demo
 
-# The paper's tables and ablations in miniature, three seeds: hours, in as many pieces as one likes. To be committed.
+# Can be interrupted and restarted. Commit the result.
 tables: $(VENV)/installed
-	$(BIN)/python training/tables.py
+	$(BIN)/python -m samclip_hf.miniature_lab.tables
 	mkdir -p docs/tables
 	cp runs/tables/tables.json runs/tables/tables.md runs/tables/tables.png docs/tables/
 
-# In the browser, with the shipped miniature; SAMCLIP_CHECKPOINT names another one.
+# Uses the shipped miniature. SAMCLIP_CHECKPOINT=FOLDER selects another model.
 app: $(VENV)/installed
 	$(BIN)/python demo/app.py
 
-# A process a core with one thread each: more threads than cores, which wait for one another, take several times as long.
-test test-app: export OMP_NUM_THREADS = 1
+# One process per core with one thread each: with more threads than cores, the tests take several times as long.
+PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+test test-all test-app: export OMP_NUM_THREADS = 1
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+	$(PYTEST) -m 'not browser and not slow'
 
-# The app in a real Chromium: Debian's, installed where there is none and it can be. Without one, the page's tests skip.
+test-all: $(VENV)/installed
+	$(PYTEST)
+
+# Installs Chromium with apt-get if it is missing and apt-get may be used. Without Chromium, the tests are skipped.
 test-app: $(VENV)/installed chromium
 	$(BIN)/python -m pytest -rs -m browser tests/test_app.py
 
-# The app's pictures in docs/pictures. To be committed.
 screenshots: $(VENV)/installed chromium
 	$(BIN)/python -m tests.screenshots
 
 chromium:
 	@if ! command -v chromedriver > /dev/null && command -v apt-get > /dev/null && [ "$$(id -u)" = 0 ]; then \
 		apt-get update -qq && apt-get install -qq --no-install-recommends chromium chromium-driver > /dev/null || \
-		echo 'chromium could not be installed'; \
+		echo 'Chromium could not be installed.'; \
 	fi
 
-# The tests that transformers' own models must pass, over ours. Fetches them once; their marks are not ours.
+# Downloads the tests of the installed transformers version once. They define markers of their own, so the settings in
+# pyproject.toml are not used.
 test-transformers: $(VENV)/installed
 	$(BIN)/python -m tests.transformers.sdist
 	$(BIN)/python -m pytest -q -rs --disable-warnings -o addopts= -o python_files='*.py' tests/transformers
 
-# Both on the lowest versions that pyproject.toml allows, in .venv-lowest.
 test-lowest:
 	$(MAKE) test test-transformers VENV=.venv-lowest
 
-# Image encoder and text to masks against transformers' own models, on the CPU and on a GPU.
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: $(VENV)/installed
+	$(BIN)/mkdocs build --strict
+
+# Image encoder and text to masks, compared with the models of transformers.
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/inference.py encoder
 	$(BIN)/python benchmarks/inference.py text_to_masks
@@ -59,14 +90,9 @@ bench-gpu: $(VENV)/installed
 	$(BIN)/python benchmarks/inference.py encoder --device cuda --dtype bfloat16 --batch_sizes 1 8 32 --compile
 	$(BIN)/python benchmarks/inference.py text_to_masks --device cuda --dtype bfloat16
 
-lint: $(VENV)/installed
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-
 .venv-lowest/installed: PINS = 'torch==2.11.*' 'torchvision==0.26.*' 'transformers==5.17.*' 'accelerate==1.15.*'
 $(VENV)/installed: pyproject.toml
-	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed: make PYTHON=python3.12 ..."'
+	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is required: make PYTHON=python3.12 ..."'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]' $(PINS)
 	@touch $@

@@ -1,16 +1,10 @@
 """
-Evaluates models: `accelerate launch training/evaluate.py --model ... --task ...`.
+Evaluates models: `accelerate launch training/evaluate.py --model NAME ... --task TASK ...`.
 
-The command itself is `samclip evaluate`, in `src/samclip_cli/evaluate.py`. It runs as a module in a process without this folder on
-its search path, because `evaluate.py` here would hide the library `evaluate`.
+The command itself is `samclip evaluate`, in `src/samclip_cli/evaluate.py`.
 """
 
-import os
-import subprocess
-import sys
+from samclip_cli.scripts import run_command
 
 if __name__ == "__main__":
-    command = [sys.executable, "-P", "-m", "samclip_cli.evaluate", *sys.argv[1:]]
-    if os.name == "posix":
-        os.execv(sys.executable, command)
-    sys.exit(subprocess.call(command))
+    run_command("evaluate")

@@ -4,7 +4,7 @@ Trains one stage: `accelerate launch training/train.py RECIPE [--argument value 
 The command itself is `samclip train`, in `src/samclip_cli/train.py`.
 """
 
-from samclip_cli.train import main
+from samclip_cli.scripts import run_command
 
 if __name__ == "__main__":
-    main()
+    run_command("train")

@@ -1,7 +1,97 @@
-"""The `samclip` command."""
+"""
+The `samclip` command.
+
+Every command is a module of this package with `build_parser()` and `run(arguments)`. Modules import torch,
+transformers and samclip_hf (which imports both) only inside `run`, because these imports take several seconds:
+`--help` and argument errors must not wait for them.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module, metadata
+
+# The module of each command, and its line in `samclip --help`.
+COMMANDS = {
+    "segment": "segment images by text",
+    "classify": "classify images by text",
+    "masks": "segment everything in images, without labels",
+    "train": "train one stage of SAM-CLIP",
+    "evaluate": "evaluate models with the paper's protocols",
+    "publish": "build, verify and upload a model repository",
+    "export": "export a model to ONNX",
+    "embed": "precompute the CLIP teacher's embeddings for training",
+    "cost": "estimate the operations and GPU hours of training recipes",
+}
+# Commands that need an optional dependency group of the package.
+EXTRAS = {"train": "train", "evaluate": "train", "embed": "train", "cost": "train", "export": "export"}
+
+INTERRUPTED, BROKEN_PIPE = 130, 141  # exit status: 128 + signal number, as in shells
 
 
-def main(argv=None) -> int:
-    from .photographs import main
+class CommandError(Exception):
+    """An error that the user can correct. The message is printed without a traceback; the exit status is 2."""
 
-    return main(argv)
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """
+    Runs a command line, by default this process's own.
+
+    argv (sequence of `str`, *optional*):
+        The command and its arguments, without the program's name.
+
+    Returns the exit status. Like `argparse`, raises `SystemExit` for `--help` and for arguments that cannot be parsed.
+    """
+    parser = build_parser()
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv:
+        parser.print_help(sys.stderr)
+        return 2
+    arguments = parser.parse_args(argv)
+    module = import_module(f".{arguments.command}", __name__)
+    try:
+        return module.main(arguments.arguments)
+    except CommandError as error:
+        print(f"samclip {arguments.command}: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        extra = EXTRAS.get(arguments.command)
+        if extra is None or not error.name or error.name.startswith("samclip"):
+            raise
+        print(
+            f"samclip {arguments.command}: {error}. Install the optional dependencies: "
+            f"pip install 'samclip-hf[{extra}]'",
+            file=sys.stderr,
+        )
+        return 2
+    except KeyboardInterrupt:
+        print(f"samclip {arguments.command}: interrupted.", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of standard output, such as `head`, has closed it
+        discard_standard_output()
+        return BROKEN_PIPE
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the command's name. The parser of the command reads the other arguments."""
+    width = max(map(len, COMMANDS))
+    commands = "\n".join(f"  {name:<{width}}  {summary}" for name, summary in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="samclip",
+        usage="samclip COMMAND [arguments]",
+        description=f"SAM-CLIP: segment and classify images by text, and train the models.\n\ncommands:\n{commands}",
+        epilog="'samclip COMMAND --help' describes a command and its arguments.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    version = f"samclip {metadata.version('samclip-hf')}"
+    parser.add_argument("--version", action="version", version=version, help="print the version and exit")
+    parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help=argparse.SUPPRESS)
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    return parser
+
+
+def discard_standard_output() -> None:
+    """Redirects standard output to the null device, so that Python does not fail when it flushes it at exit."""
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,3 +1,7 @@
+"""`python -m samclip_cli` is the `samclip` command."""
+
+import sys
+
 from . import main
 
-raise SystemExit(main())
+sys.exit(main())

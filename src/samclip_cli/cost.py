@@ -1,32 +1,21 @@
-"""
-What a recipe costs, before it is run: operations and hours.
-
-    python training/cost.py training/configs/vit_b_stage*.yaml --num_processes 8
-
-Operations are counted by torch in a forward and backward pass of student and teachers, without memory or a GPU. Hours
-assume that a card does 40 % of its peak in bfloat16, a guess not measured here, a loader that keeps up, and no
-recomputation of activations. Sizes of models come from the Hub; where there is no network, names are taken for SAM
-ViT-B and CLIP ViT-L/14.
-"""
+"""`samclip cost`: estimates the operations and GPU hours of training recipes."""
 
 import argparse
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModel, CLIPConfig, SamConfig, SamModel
+from . import main as samclip
+from .argument_types import positive_int
+from .train import collect_arguments, parse_arguments
 
-from samclip_hf import SamClipModel, miniature
-from samclip_hf.distillation import SamClipTrainingArguments
-from samclip_hf.distillation.collation import num_images
-from samclip_hf.distillation.trainer import TRAINED_PARTS, add_adapters, freeze
+if TYPE_CHECKING:
+    from samclip_hf.distillation import SamClipTrainingArguments
 
-from .train import parse_arguments
-
-UTILISATION = 0.4
-# Peak of dense bfloat16 matrix products, TFLOP/s, from NVIDIA's data sheets; the H200's is the H100's.
-CARDS = {"A100": 312.0, "H100, H200": 989.0}
+UTILIZATION = 0.4
+# Peak of dense bfloat16 matrix products in TFLOP/s, from NVIDIA's data sheets; the H200 has the peak of the H100.
+GPUS = {"A100": 312.0, "H100, H200": 989.0}
 VIT_L_14 = {
     "text_config": {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12},
     "vision_config": {
@@ -39,40 +28,80 @@ VIT_L_14 = {
     "projection_dim": 768,
 }
 
+DESCRIPTION = f"""\
+Estimates the operations and GPU hours of training recipes.
 
-def config_of(cls: type, name: str, otherwise: dict):
-    """The configuration of a teacher, or the one that its name stands for where it cannot be fetched."""
+examples:
+  samclip cost vit_b_stage1 vit_b_stage2 vit_b_stage3 --num_processes 8
+  samclip cost my_recipe.yaml
+
+Counts the floating-point operations of a training step of the student and the teachers with
+torch's FlopCounterMode, on the meta device: without weights and without a GPU. The estimate of
+GPU hours assumes {UTILIZATION:.0%} of the GPU's bfloat16 peak (an assumption, not a measurement), a data loader
+that keeps up, and no activation checkpointing. Reads the configurations of the models from the
+Hub; if it cannot be reached, SAM ViT-B and CLIP ViT-L/14 are assumed."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="samclip cost", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("recipes", nargs="+", metavar="RECIPE", help="YAML files, or names of recipes in the package")
+    parser.add_argument(
+        "--num_processes",
+        type=positive_int,
+        metavar="N",
+        default=1,
+        help="number of GPUs; the batch sizes of a recipe are per GPU (default: %(default)s)",
+    )
+    return parser
+
+
+def load_config(config_class: type, name: str, fallback: dict[str, Any]):
+    """The configuration of a teacher, or `config_class(**fallback)` if it cannot be downloaded."""
+    from transformers import AutoConfig, SamConfig
+
+    from samclip_hf import miniature
+
     if name == "miniature":
-        name = miniature.sam_teacher() if cls is SamConfig else miniature.clip_teacher()
+        name = miniature.sam_teacher() if config_class is SamConfig else miniature.clip_teacher()
     try:
         return AutoConfig.from_pretrained(name)
     except OSError:
-        print(f"{name} cannot be fetched: taken for SAM ViT-B or CLIP ViT-L/14.", file=sys.stderr)
-        return cls(**otherwise)
+        print(f"samclip cost: {name} cannot be downloaded; assuming SAM ViT-B or CLIP ViT-L/14.", file=sys.stderr)
+        return config_class(**fallback)
 
 
-def count(function) -> float:
-    """Floating-point operations, a multiplication and an addition as two."""
+def count_flops(function: Callable[[], None]) -> float:
+    """Number of floating-point operations; a multiplication with an addition counts as two."""
+    from torch.utils.flop_counter import FlopCounterMode
+
     with FlopCounterMode(display=False) as counter:
         function()
     return float(counter.get_total_flops())
 
 
 class Costs:
-    """Operations an image, of one recipe."""
+    """Floating-point operations per image in the training of one recipe."""
 
-    def __init__(self, args: SamClipTrainingArguments):
+    def __init__(self, args: "SamClipTrainingArguments"):
+        import torch
+        from transformers import AutoModel, CLIPConfig, SamConfig, SamModel
+
+        from samclip_hf import SamClipModel
+        from samclip_hf.distillation.trainer import TRAINED_PARTS, add_adapters, freeze
+
         self.args = args
-        sam_config = config_of(SamConfig, args.sam_teacher, {})
-        student_config = config_of(SamConfig, args.sam_student, {}) if args.sam_student else sam_config
-        clip_config = config_of(CLIPConfig, args.clip_teacher, VIT_L_14)
+        sam_config = load_config(SamConfig, args.sam_teacher, {})
+        student_config = load_config(SamConfig, args.sam_student, {}) if args.sam_student else sam_config
+        clip_config = load_config(CLIPConfig, args.clip_teacher, VIT_L_14)
         head = {"num_hidden_layers": args.clip_head_layers}
         with torch.device("meta"):
             self.clip_teacher = AutoModel.from_config(clip_config).requires_grad_(False)
             self.sam_teacher = SamModel(sam_config).requires_grad_(False)
             base = SamModel(student_config)
             student = SamClipModel.from_teachers(base, self.clip_teacher, head).train()
-            # The fused kernels count what they do, which is more than has to be done.
+            # Fused kernels recompute parts of the attention, and the counter includes this.
             student.set_attn_implementation("eager")
             freeze(student, TRAINED_PARTS[args.stage])
             self.student = add_adapters(student, args.lora_r) if args.lora_r else student
@@ -80,7 +109,8 @@ class Costs:
         self.sam_size = sam_config.vision_config.image_size
 
     def clip(self, size: int) -> float:
-        """Of an image for the CLIP loss, its teacher included."""
+        """Operations for an image of the CLIP loss, including its teacher."""
+        import torch
 
         def step() -> None:
             self.student(pixel_values=torch.zeros(1, 3, size, size, device="meta")).image_embeds.sum().backward()
@@ -88,10 +118,12 @@ class Costs:
                 pixel_values = torch.zeros(1, 3, self.teacher_size, self.teacher_size, device="meta")
                 self.clip_teacher.get_image_features(pixel_values=pixel_values)
 
-        return count(step)
+        return count_flops(step)
 
     def sam(self, size: int) -> float:
-        """Of an image for the SAM loss, its teacher included."""
+        """Operations for an image of the SAM loss, including its teacher."""
+        import torch
+
         points = torch.zeros(1, self.args.masks_per_image, 1, 2, device="meta")
         labels = torch.ones(1, self.args.masks_per_image, 1, device="meta", dtype=torch.int)
 
@@ -103,50 +135,55 @@ class Costs:
             with torch.no_grad():
                 self.sam_teacher(pixel_values=pixel_values, input_points=points, input_labels=labels)
 
-        return count(step)
+        return count_flops(step)
 
 
-def short(value: float) -> str:
-    """Three digits or so."""
+def format_number(value: float) -> str:
+    """Three significant digits, or an integer from 100 on."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def row(path: str, num_processes: int) -> str:
-    """One recipe's line of the table."""
-    args = parse_arguments([path, "--output_dir", "unused", "--bf16", "false", "--use_cpu"])
+def table_row(recipe: str, num_processes: int) -> str:
+    """The table's row for one recipe, in Markdown."""
+    from samclip_hf.distillation.collation import num_images
+
+    args = parse_arguments([recipe, "--output_dir", "unused", "--bf16", "false", "--use_cpu"])
     costs = Costs(args)
     micro_batches = num_processes * args.gradient_accumulation_steps
-    per_step = images = 0.0
-    parts = []
+    flops_per_step = images_per_step = 0.0
+    flops_per_image = []
     for size in args.clip_resolutions:
-        number = num_images(args.clip_batch_size, args.clip_resolutions, size) * micro_batches
-        operations = costs.clip(size)
-        parts.append(f"{size} px: {short(operations / 1e9)}")
-        per_step += number * operations / len(args.clip_resolutions)
-        images += number / len(args.clip_resolutions)
+        count = num_images(args.clip_batch_size, args.clip_resolutions, size) * micro_batches
+        flops = costs.clip(size)
+        flops_per_image.append(f"{size} px: {format_number(flops / 1e9)}")
+        flops_per_step += count * flops / len(args.clip_resolutions)
+        images_per_step += count / len(args.clip_resolutions)
     if args.stage == 2:
         sizes = args.sam_resolutions or [costs.sam_size]
-        operations = sum(map(costs.sam, sizes)) / len(sizes)
-        parts.append(f"SAM: {short(operations / 1e9)}")
-        per_step += args.sam_batch_size * micro_batches * operations
-        images += args.sam_batch_size * micro_batches
-    total = per_step * args.max_steps
-    hours = [total / (peak * 1e12 * UTILISATION) / 3600 for peak in CARDS.values()]
-    cells = [Path(path).stem, f"{images * args.max_steps / 1e6:,.2f} M", ", ".join(parts), short(total / 1e18)]
-    cells += [short(h) for h in hours]
+        flops = sum(map(costs.sam, sizes)) / len(sizes)
+        flops_per_image.append(f"SAM: {format_number(flops / 1e9)}")
+        flops_per_step += args.sam_batch_size * micro_batches * flops
+        images_per_step += args.sam_batch_size * micro_batches
+    total = flops_per_step * args.max_steps
+    hours = [total / (peak * 1e12 * UTILIZATION) / 3600 for peak in GPUS.values()]
+    cells = [Path(recipe).stem, f"{images_per_step * args.max_steps / 1e6:,.2f} M", ", ".join(flops_per_image)]
+    cells += [format_number(value) for value in (total / 1e18, *hours)]
     return "| " + " | ".join(cells) + " |"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipes", nargs="+")
-    parser.add_argument("--num_processes", type=int, default=1, help="cards, to which a recipe's batch sizes belong")
-    arguments = parser.parse_args()
-    cards = " | ".join(f"{name}: card hours" for name in CARDS)
-    print(f"| recipe | images | GFLOP an image | EFLOP | {cards} |\n|---|---|---|---|" + "---|" * len(CARDS))
-    for path in arguments.recipes:
-        print(row(path, arguments.num_processes), flush=True)
+def run(arguments: argparse.Namespace) -> int:
+    for recipe in arguments.recipes:
+        collect_arguments([recipe])  # raises for unknown recipes and arguments before torch is imported
+    hours = " | ".join(f"{name}: GPU hours" for name in GPUS)
+    print(f"| recipe | images | GFLOP per image | EFLOP | {hours} |\n|---|---|---|---|" + "---|" * len(GPUS))
+    for recipe in arguments.recipes:
+        print(table_row(recipe, arguments.num_processes), flush=True)
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run(build_parser().parse_args(argv))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(samclip(["cost", *sys.argv[1:]]))

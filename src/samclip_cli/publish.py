@@ -1,104 +1,150 @@
-"""
-Makes a repository on the Hub of a training output, and proves it before anything is pushed.
-
-    python training/publish.py runs/stage3 me/my-samclip --results runs/evaluation/results.json --dry-run
-
-Copies weights and code into a folder, loads it in a fresh interpreter without this package through every Auto class
-and pipeline, compares the outputs, and writes the card from `provenance.json` and `results.json`. Only then, and not
-with --dry-run, one commit. The same command again sends only what changed.
-"""
+"""`samclip publish`: builds a model repository, verifies it, and uploads it to the Hub."""
 
 import argparse
 import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
-from huggingface_hub import ModelCard
-from huggingface_hub.utils import HFValidationError, validate_repo_id
-from PIL import Image, ImageOps
+from . import main as samclip
 
-from samclip_hf import miniature
-from samclip_hf.miniature.scenes import render
-from samclip_hf.publishing import (
-    UNKNOWN_LICENSE,
-    PublishingError,
-    build_repository,
-    check_results_name,
-    create_model_card,
-    draw_example_image,
-    publish_provenance,
-    push,
-    read_results,
-    resolve_target,
-    verify,
-)
+DESCRIPTION = """\
+Builds a model repository from a training output, verifies it, and uploads it to the Hub.
+
+examples:
+  samclip publish runs/stage3 me/my-samclip --results runs/evaluation/results.json --dry-run
+  samclip publish miniature me/my-samclip --folder repository --dry-run
+
+The repository contains the weights, the model code and a model card, which is written from the
+training output's provenance.json and the results of samclip evaluate. Before the upload, a new
+process without this package loads the repository through every Auto class and pipeline, and the
+outputs are compared with those of the model. The upload is a single commit. Running the command
+again uploads only the files that have changed."""
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="training output: a folder, or 'miniature' for the shipped one")
-    parser.add_argument("repo_id", help="owner/name on the Hub, or a name of one's own")
-    parser.add_argument("--folder", type=Path, help="a new folder, for what is published to be seen or kept")
-    parser.add_argument("--results", type=Path, help="results.json of evaluate.py, for the card")
-    parser.add_argument("--results_name", help="what the results call this model (default: its folder's name)")
-    parser.add_argument("--example", type=Path, help="a picture for the proof and the card (default: a drawn scene)")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (default: as is)")
-    parser.add_argument("--max_shard_size", default="5GB")
-    parser.add_argument("--license", help="as the Hub names it (default: apache-2.0 if the teachers' allow it)")
-    parser.add_argument("--private", action="store_true")
-    parser.add_argument("--revision", help="a branch, made if there is none")
-    parser.add_argument("--create-pr", action="store_true", help="as a pull request")
-    parser.add_argument("--update", action="store_true", help="add a commit to a repository that is not empty")
-    parser.add_argument("--dry-run", action="store_true", help="stop before the push")
-    return parser.parse_args(argv)
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="samclip publish", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "model", metavar="MODEL", help="a training output folder, or 'miniature' for the shipped model"
+    )
+    parser.add_argument("repo_id", metavar="REPO_ID", help="OWNER/NAME on the Hub, or NAME in your own namespace")
+    parser.add_argument(
+        "--folder", type=Path, metavar="FOLDER", help="also write the repository to this folder, which must not exist"
+    )
+    parser.add_argument(
+        "--results", type=Path, metavar="FILE", help="results.json of samclip evaluate, for the model card"
+    )
+    parser.add_argument(
+        "--results_name", metavar="NAME", help="the model's name in the results (default: the name of its folder)"
+    )
+    parser.add_argument(
+        "--example",
+        type=Path,
+        metavar="IMAGE",
+        help="image for the verification and the model card (default: a synthetic scene)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="data type of the weights (default: that of the training output)",
+    )
+    parser.add_argument(
+        "--max_shard_size", metavar="SIZE", default="5GB", help="largest weight file (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--license",
+        metavar="ID",
+        help="license identifier of the Hub (default: apache-2.0 if the licenses of all teachers are known and "
+        "permissive, otherwise 'other')",
+    )
+    parser.add_argument("--private", action="store_true", help="create a private repository")
+    parser.add_argument("--revision", metavar="BRANCH", help="branch to upload to; created if it does not exist")
+    parser.add_argument("--create-pr", action="store_true", help="upload as a pull request")
+    parser.add_argument("--update", action="store_true", help="allow a commit to a repository that is not empty")
+    parser.add_argument("--dry-run", action="store_true", help="build and verify the repository, but do not upload it")
+    return parser
 
 
-def main(argv: list[str] | None = None) -> None:
-    arguments = parse_arguments(argv)
+def run(arguments: argparse.Namespace) -> int:
+    from huggingface_hub import ModelCard
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+    from PIL import Image
+
+    from samclip_hf import miniature
+    from samclip_hf.images import open_image
+    from samclip_hf.miniature.scenes import render
+    from samclip_hf.publishing import (
+        UNKNOWN_LICENSE,
+        PublishingError,
+        build_repository,
+        check_results_name,
+        create_model_card,
+        draw_example_image,
+        publish_provenance,
+        push,
+        read_results,
+        resolve_target,
+        verify,
+    )
+
     source = miniature.checkpoint() if arguments.model == "miniature" else arguments.model
     repo_id = arguments.repo_id
-    how = (arguments.private, arguments.revision, arguments.create_pr, arguments.update)
+    target = (arguments.private, arguments.revision, arguments.create_pr, arguments.update)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary, "repository")
         try:
             if arguments.folder is not None and arguments.folder.exists():
-                raise PublishingError(f"{arguments.folder} exists: name a new folder.")
+                raise PublishingError(f"{arguments.folder} exists already: pass a new folder.")
             validate_repo_id(repo_id)
             results = None if arguments.results is None else read_results(arguments.results)
-            results_name = arguments.results_name or Path(os.path.abspath(source)).name  # as evaluate.py calls it
+            results_name = arguments.results_name or Path(os.path.abspath(source)).name  # as in samclip evaluate
             if results is not None:
                 check_results_name(results, results_name)
             elif arguments.results_name is not None:
-                raise PublishingError("--results_name is of --results: give it too.")
-            picture = Image.fromarray(render(seed=0, index=8).image)
+                raise PublishingError("--results_name requires --results.")
+            image = Image.fromarray(render(seed=0, index=8).image)
             if arguments.example is not None:
-                picture = ImageOps.exif_transpose(Image.open(arguments.example)).convert("RGB")
+                image = open_image(arguments.example)
             if not arguments.dry_run:
-                repo_id = resolve_target(repo_id, *how)
-            print(f"Putting together {repo_id} from {source} ...", flush=True)
+                repo_id = resolve_target(repo_id, *target)
+            print(f"Building {repo_id} from {source} ...", flush=True)
             build_repository(source, folder, arguments.dtype, arguments.max_shard_size)
-            print("Loading it in a fresh interpreter without this package ...", flush=True)
-            for output, difference in verify(folder, picture).items():
-                print(f"  {output}: differs by {difference:.2g} of its largest value")
-            draw_example_image(folder, picture, folder / "example.png")
+            print("Verifying it in a new process without this package ...", flush=True)
+            for output, difference in verify(folder, image).items():
+                print(f"  {output}: largest difference {difference:.2g} of its largest value")
+            draw_example_image(folder, image, folder / "example.png")
             stages, licenses = publish_provenance(source, folder)
-            made = create_model_card(folder, repo_id, stages, results, results_name, licenses, True, arguments.license)
-            if made.data.license == UNKNOWN_LICENSE:
-                print("Not all teachers' licences are on record and permissive: the card says 'other'. See --license.")
-            made.save(folder / "README.md")
-            ModelCard.load(folder / "README.md")  # its metadata can be read
+            model_card = create_model_card(
+                folder, repo_id, stages, results, results_name, licenses, True, arguments.license
+            )
+            if model_card.data.license == UNKNOWN_LICENSE:
+                print(
+                    "The licenses of the teachers are unknown or not all permissive: the model card has the license "
+                    "'other'. Set it with --license."
+                )
+            model_card.save(folder / "README.md")
+            ModelCard.load(folder / "README.md")  # raises if the metadata cannot be read
             if arguments.folder is not None:
                 shutil.copytree(folder, arguments.folder)
             if arguments.dry_run:
-                print(f"Proven, and not pushed: --dry-run.{f' See {arguments.folder}.' if arguments.folder else ''}")
-                return
-            address = push(folder, repo_id, *how)
+                print("Verified. Nothing was uploaded (--dry-run).")
+                if arguments.folder is not None:
+                    print(f"The repository is in {arguments.folder}.")
+                return 0
+            url = push(folder, repo_id, *target)
         except (OSError, Image.DecompressionBombError, HFValidationError, PublishingError) as error:
             sys.exit(f"Nothing was published. {error}")
-        print(f"Published: {address}")
+    print(f"Published: {url}")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run(build_parser().parse_args(argv))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(samclip(["publish", *sys.argv[1:]]))

@@ -1,91 +1,197 @@
-"""
-Trains one stage of SAM-CLIP.
+"""`samclip train`: trains one stage of SAM-CLIP."""
 
-    accelerate launch training/train.py training/configs/miniature_stage1.yaml --output_dir runs/stage1
-
-The recipe's YAML sets the arguments and the command line wins; `--help` lists them all. `--resume_from_checkpoint
-true` goes on from the last checkpoint in the output folder.
-"""
-
+import ast
 import difflib
 import json
 import os
 import sys
-from dataclasses import fields
+import textwrap
+from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
-
-# On a CPU that others use too, data loader workers included, threads that spin while they wait for one another make a
-# step several times slower. OpenMP reads this when torch is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from safetensors import SafetensorError
-from transformers import AutoImageProcessor, AutoTokenizer, HfArgumentParser, TrainerState, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
 
-from samclip_hf import SamClipImageProcessor, SamClipModel, SamClipProcessor, miniature
-from samclip_hf.distillation import (
-    ClipTeacher,
-    DataError,
-    EmbeddingCache,
-    SamClipTrainer,
-    SamClipTrainingArguments,
-    SamTeacher,
-    last_checkpoint,
-)
-from samclip_hf.publishing import prepare_push
+from . import CommandError
+from . import main as samclip
+
+if TYPE_CHECKING:
+    from samclip_hf.distillation import SamClipTrainer, SamClipTrainingArguments
+
+USAGE = "samclip train [RECIPE] [--argument value ...]"
+HELP = """\
+usage: {usage}
+
+Trains one stage of SAM-CLIP.
+
+examples:
+  samclip train miniature_stage1 --output_dir runs/stage1
+  samclip train my_recipe.yaml --output_dir runs/stage2 --model runs/stage1
+  accelerate launch -m samclip_cli.train vit_b_stage1 --output_dir runs/stage1
+
+RECIPE is a YAML file with lines 'argument: value', or one of the recipes in the package:
+  {recipes}
+
+Arguments on the command line override the recipe. All arguments of transformers.TrainingArguments
+are accepted, such as --learning_rate, --save_steps and --report_to, and these:
+
+{arguments}"""
 
 
-def parse_arguments(argv: list[str]) -> SamClipTrainingArguments:
-    """The recipe's arguments, overridden by the command line's; exits with a sentence if one is unknown or wrong."""
-    parser = HfArgumentParser(
-        SamClipTrainingArguments, usage="train.py [RECIPE.yaml] [--argument value ...]", description=__doc__
-    )
-    known = [field.name for field in fields(SamClipTrainingArguments) if field.init]
-    recipe: list[str] = []
-    if argv and argv[0].endswith((".yaml", ".yml")):
-        path, argv = Path(argv[0]), argv[1:]
-        if not path.is_file():
-            parser.exit(2, f"There is no recipe {path}.\n")
-        try:
-            settings = yaml.safe_load(path.read_text()) or {}
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            parser.exit(2, f"{path} is not YAML: {error}\n")
-        if not isinstance(settings, dict):
-            parser.exit(2, f"{path} must hold lines of the form 'argument: value'.\n")
-        for name, value in settings.items():
-            if name not in known:
-                parser.exit(2, f"{path}: {unknown(name, known)}\n")
+def main(argv: Sequence[str] | None = None) -> int:
+    # By default, OpenMP threads spin while they wait. On a CPU whose cores also run data loader workers or other
+    # processes, a training step then takes several times as long. OpenMP reads this when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    return run(parse_arguments(sys.argv[1:] if argv is None else argv))
+
+
+def parse_arguments(argv: Sequence[str]) -> "SamClipTrainingArguments":
+    """
+    Parses the command line, and the recipe if its first argument names one.
+
+    Raises `CommandError` for a recipe that cannot be read and for unknown arguments. Exits with status 2 if a value is
+    invalid, as `argparse` does.
+    """
+    words = collect_arguments(argv)
+    # The types of the values are known to TrainingArguments alone, so only this check waits for the import of torch.
+    from transformers import HfArgumentParser
+
+    from samclip_hf.distillation import SamClipTrainingArguments
+
+    parser = HfArgumentParser(SamClipTrainingArguments, prog="samclip train", usage=USAGE, allow_abbrev=False)
+    try:
+        return parser.parse_args_into_dataclasses(words)[0]
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+
+
+def collect_arguments(argv: Sequence[str]) -> list[str]:
+    """
+    The command line with the recipe's arguments in front and deprecated names replaced. Imports neither torch nor
+    transformers.
+
+    Prints the help text and exits for `--help`. Raises `CommandError` as [`parse_arguments`].
+    """
+    arguments_file = _package_folder("samclip_hf") / "distillation" / "arguments.py"
+    own = _dataclass_fields(arguments_file, "SamClipTrainingArguments")
+    inherited = _dataclass_fields(_package_folder("transformers") / "training_args.py", "TrainingArguments")
+    known = list(own | inherited)
+    deprecated = _dict_literal(arguments_file, "DEPRECATED_ARGUMENTS")
+    if "--help" in argv or "-h" in argv:
+        print(_format_help(own))
+        raise SystemExit(0)
+
+    def current_name(name: str, origin: str) -> str:
+        negated = name.startswith("no_") and name not in known  # --no_x sets the boolean argument x to false
+        base = name.removeprefix("no_") if negated else name
+        if base in deprecated:
+            print(f"samclip train: {origin}: {base} is deprecated, use {deprecated[base]}.", file=sys.stderr)
+            base = deprecated[base]
+        elif base not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"Did you mean {close[0]!r}?" if close else "See samclip train --help."
+            raise CommandError(f"{origin}: unknown argument {name!r}. {hint}")
+        return f"no_{base}" if negated else base
+
+    words: list[str] = []
+    if argv and not argv[0].startswith("-"):
+        recipe, argv = argv[0], argv[1:]
+        for name, value in read_recipe(recipe).items():
+            option = f"--{current_name(str(name), recipe)}"
+            if option in words:
+                raise CommandError(f"{recipe}: {option[2:]} is set twice, by its current and its deprecated name.")
             if value is not None:
                 values = value if isinstance(value, list) else [value]
-                recipe += [f"--{name}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in values)]
-    for argument in argv:
-        name = argument.removeprefix("--").split("=")[0].replace("-", "_")
-        if argument.startswith("--") and name not in [*known, "help"] and name.removeprefix("no_") not in known:
-            parser.exit(2, f"Command line: {unknown(name, known)}\n")
+                words += [option, *(json.dumps(v) if isinstance(v, dict) else str(v) for v in values)]
+    for word in argv:
+        if word.startswith("--"):
+            name, *value = word[2:].split("=", 1)
+            word = "=".join(["--" + current_name(name.replace("-", "_"), "command line"), *value])
+        words.append(word)
+    return words
+
+
+def recipe_paths() -> dict[str, Path]:
+    """The recipes in the package, by name."""
+    return {path.stem: path for path in sorted((_package_folder("samclip_hf") / "recipes").glob("*.yaml"))}
+
+
+def read_recipe(recipe: str) -> dict[Any, Any]:
+    """Arguments of a recipe: a YAML file or the name of a recipe in the package. Raises `CommandError`."""
+    path = Path(recipe)
+    if path.suffix not in (".yaml", ".yml"):
+        if recipe not in recipe_paths():
+            raise CommandError(f"unknown recipe {recipe!r}. Pass a YAML file, or one of: {', '.join(recipe_paths())}.")
+        path = recipe_paths()[recipe]
     try:
-        return parser.parse_args_into_dataclasses(recipe + argv)[0]
-    except ValueError as error:
-        parser.exit(2, f"{error}\n")
+        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise CommandError(f"cannot read the recipe {path}: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise CommandError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(settings, dict):
+        raise CommandError(f"{path} must consist of lines of the form 'argument: value'.")
+    return settings
 
 
-def unknown(name: str, known: list[str]) -> str:
-    """What to say about an argument that does not exist."""
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"unknown argument {name!r}." + (f" Did you mean {close[0]!r}?" if close else " See --help.")
+def _package_folder(name: str) -> Path:
+    """Folder of an installed package, which is not imported."""
+    spec = find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+    return Path(spec.submodule_search_locations[0])
 
 
-def build_trainer(args: SamClipTrainingArguments) -> SamClipTrainer:
-    """Teachers, student and streams by the names in `args`."""
-    set_seed(args.seed)  # a new student's LayerNorm and MLP are random, and Trainer seeds only later
+def _dataclass_fields(path: Path, class_name: str) -> dict[str, ast.AnnAssign]:
+    """Fields that a dataclass defines, read from its source: importing it would import torch."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    (definition,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name)
+    fields = (node for node in definition.body if isinstance(node, ast.AnnAssign))
+    return {field.target.id: field for field in fields if isinstance(field.target, ast.Name)}
+
+
+def _dict_literal(path: Path, variable: str) -> dict[str, str]:
+    """Value of a dict that a module defines as a literal, read from its source."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    (value,) = (
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == variable for t in node.targets)
+    )
+    return ast.literal_eval(value)
+
+
+def _format_help(fields: dict[str, ast.AnnAssign]) -> str:
+    lines = []
+    for name, definition in fields.items():
+        assert isinstance(definition.value, ast.Call)
+        metadata = {keyword.arg: keyword.value for keyword in definition.value.keywords}["metadata"]
+        text = ast.literal_eval(metadata)["help"]
+        lines += [f"  --{name}", textwrap.fill(text, 100, initial_indent=" " * 6, subsequent_indent=" " * 6)]
+    recipes = textwrap.fill(", ".join(recipe_paths()), 98, subsequent_indent="  ")
+    return HELP.format(usage=USAGE, recipes=recipes, arguments="\n".join(lines))
+
+
+def build_trainer(args: "SamClipTrainingArguments") -> "SamClipTrainer":
+    """Loads teachers and student, or builds a new student from the teachers, and opens the data."""
+    from transformers import AutoImageProcessor, AutoTokenizer, set_seed
+
+    from samclip_hf import SamClipImageProcessor, SamClipModel, SamClipProcessor, miniature
+    from samclip_hf.distillation import ClipTeacher, EmbeddingCache, SamClipTrainer, SamTeacher
+    from samclip_hf.publishing import prepare_push
+
+    set_seed(args.seed)  # parts of a new student have random weights; Trainer sets the seed only later
+    if args.model is None and args.stage == 3:
+        raise ValueError("Stage 3 continues from a merged model: pass the output of stage 2 as --model.")
+    if args.model is not None and args.sam_student is not None:
+        raise ValueError("Pass only one of model and sam_student: both set what the student starts from.")
     sam = miniature.sam_teacher() if args.sam_teacher == "miniature" else args.sam_teacher
     clip = miniature.clip_teacher() if args.clip_teacher == "miniature" else args.clip_teacher
     clip_teacher = (
         ClipTeacher(clip) if args.clip_embedding_cache is None else EmbeddingCache(args.clip_embedding_cache)
     )
     sam_teacher = SamTeacher(sam) if args.stage == 2 else None
-    if args.model is None and args.stage == 3:
-        raise ValueError("Stage 3 adapts what the stages before it merged: give their result as model.")
     if args.model is None:
         base = args.sam_student or (sam_teacher.model if sam_teacher else sam)
         head = {"num_hidden_layers": args.clip_head_layers, "pooling": args.clip_head_pooling}
@@ -95,8 +201,6 @@ def build_trainer(args: SamClipTrainingArguments) -> SamClipTrainer:
             AutoImageProcessor.from_pretrained(args.sam_student or sam).to_dict()
         )
         processor = SamClipProcessor(image_processor, AutoTokenizer.from_pretrained(clip))
-    elif args.sam_student is not None:
-        raise ValueError("model and sam_student both say what the student starts from: leave one out.")
     else:
         model = SamClipModel.from_pretrained(args.model, use_safetensors=True)
         processor = SamClipProcessor.from_pretrained(args.model)
@@ -105,93 +209,111 @@ def build_trainer(args: SamClipTrainingArguments) -> SamClipTrainer:
     )
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(sys.argv[1:] if argv is None else argv)
+def run(args: "SamClipTrainingArguments") -> int:
+    """Trains and saves the model. Exits with a message if training cannot start or stops early."""
+    from samclip_hf.distillation import DataError
+
     try:
         trainer = build_trainer(args)
-    except (OSError, TypeError, ValueError) as error:  # a name that leads nowhere, sizes that do not fit
+    except (OSError, TypeError, ValueError) as error:  # such as a wrong path or sizes that do not match
         sys.exit(f"Training did not start. {error}")
-
-    checkpoint = args.resume_from_checkpoint
-    if checkpoint in ("true", "True"):
-        checkpoint = last_checkpoint(args.output_dir)
-        if checkpoint is None:
-            print(f"There is no checkpoint in {args.output_dir} yet: starting from the beginning.", file=sys.stderr)
-    elif checkpoint in (None, "false", "False"):
-        checkpoint = None
-        if (earlier := last_checkpoint(args.output_dir)) is not None:
-            sys.exit(
-                f"Training did not start. {earlier} is of an earlier run: go on with it, --resume_from_checkpoint "
-                "true, or name another output_dir."
-            )
-    if checkpoint is not None:
-        state = Path(checkpoint) / TRAINER_STATE_NAME
-        if not state.is_file():
-            sys.exit(f"Training did not start. There is no checkpoint to resume from in {str(checkpoint)!r}.")
+    checkpoint = find_checkpoint(args)
+    results = Path(args.output_dir) / "train_results.json"
+    if checkpoint is not None and completed_steps(checkpoint) >= args.max_steps:
+        if results.is_file():
+            sys.exit(f"Training did not start. {checkpoint} has completed all {args.max_steps} steps.")
         try:
-            step = TrainerState.load_from_json(str(state)).global_step
-        except (ValueError, TypeError) as error:
-            sys.exit(f"Training did not start. {checkpoint} is not complete, its writing was interrupted: {error}")
-        if step >= args.max_steps:
-            if (Path(args.output_dir) / "train_results.json").is_file():
-                sys.exit(f"Training did not start. {checkpoint} has all of its {args.max_steps} steps, and the model.")
-            try:
-                trainer._load_from_checkpoint(str(checkpoint))  # it was stopped before it saved the model
-            except (OSError, DataError) as error:
-                sys.exit(f"Training did not start. {error}")
-            save(trainer, {})
-            return
-    if trainer.is_world_process_zero():  # it vouches for the model there, which is about to be an older one
-        (Path(args.output_dir) / "train_results.json").unlink(missing_ok=True)
+            trainer._load_from_checkpoint(
+                str(checkpoint)
+            )  # the run stopped between its last step and saving the model
+        except (OSError, DataError) as error:
+            sys.exit(f"Training did not start. {error}")
+        save(trainer, {})
+        return 0
+    if trainer.is_world_process_zero():
+        results.unlink(missing_ok=True)  # it marks the model in the folder as the result of a complete run
     try:
         result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    except (OSError, DataError, FloatingPointError) as error:  # a full disk, bad data, gradients that are no numbers
+    except (OSError, DataError, FloatingPointError) as error:  # full disk, corrupt data, gradients that are not finite
         if trainer.state.global_step:
             sys.exit(f"Training stopped after step {trainer.state.global_step}. {error}")
         sys.exit(f"Training did not start. {error}")
     if trainer.preemption.signal is not None and trainer.state.global_step < args.max_steps:
         trainer.save_state()
         print(
-            f"Interrupted after step {trainer.state.global_step} of {args.max_steps}. The same command with "
-            "--resume_from_checkpoint true goes on from there.",
+            f"Training interrupted after step {trainer.state.global_step} of {args.max_steps}. Run the same command "
+            "with --resume_from_checkpoint true to continue.",
             file=sys.stderr,
         )
-        sys.exit(128 + trainer.preemption.signal)
+        return 128 + trainer.preemption.signal
     if not result.metrics["train_images_seen"]:
-        sys.exit(
-            "Training stopped: not one sample could be used, so nothing was learnt. By cause: "
-            f"{ {name: n for name, n in result.metrics.items() if name.startswith('skipped_')} }."
-        )
+        skipped = {name: count for name, count in result.metrics.items() if name.startswith("skipped_")}
+        sys.exit(f"Training stopped: all samples were skipped, so the model is not saved. Causes: {skipped}.")
     save(trainer, result.metrics)
+    return 0
 
 
-def save(trainer: SamClipTrainer, metrics: dict[str, float]) -> None:
-    """The model and what is said of it, into the output folder; with LoRA merged, and the adapters beside it."""
+def find_checkpoint(args: "SamClipTrainingArguments") -> Path | None:
+    """The checkpoint to resume from. Exits if there is none, or if the folder has one that the run would overwrite."""
+    from samclip_hf.distillation import last_checkpoint
+
+    latest = last_checkpoint(args.output_dir)
+    if args.resume_from_checkpoint in ("true", "True"):
+        if latest is None:
+            print(f"{args.output_dir} has no checkpoint yet: training starts from the beginning.", file=sys.stderr)
+        return None if latest is None else Path(latest)
+    if args.resume_from_checkpoint in (None, "false", "False"):
+        if latest is not None:
+            sys.exit(
+                f"Training did not start. {latest} belongs to an earlier run. Pass --resume_from_checkpoint true to "
+                "continue it, or another --output_dir."
+            )
+        return None
+    return Path(args.resume_from_checkpoint)
+
+
+def completed_steps(checkpoint: Path) -> int:
+    """Number of optimizer steps of a checkpoint. Exits if it is missing or incomplete."""
+    from transformers import TrainerState
+    from transformers.trainer import TRAINER_STATE_NAME
+
+    if not (checkpoint / TRAINER_STATE_NAME).is_file():
+        sys.exit(f"Training did not start. {str(checkpoint)!r} is not a checkpoint.")
+    try:
+        return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).global_step
+    except (ValueError, TypeError) as error:
+        sys.exit(f"Training did not start. {checkpoint} is incomplete: {error}")
+
+
+def save(trainer: "SamClipTrainer", metrics: dict[str, float]) -> None:
+    """Saves model, processor, provenance and metrics in the output folder, and pushes them if requested. LoRA adapters
+    are saved in the subfolder `adapter` and merged into the model."""
+    from safetensors import SafetensorError
+
     try:
         if trainer.args.lora_r:
             if trainer.is_world_process_zero():
                 trainer.model.save_pretrained(Path(trainer.args.output_dir) / "adapter")
-            # A plain checkpoint, for the next stage and everyone else.
-            trainer.model = trainer.model.merge_and_unload()
+            trainer.model = trainer.model.merge_and_unload()  # the next stage and from_pretrained need no peft
         trainer.save_model()
         trainer.save_state()
         trainer.save_provenance(metrics)
-        trainer.save_metrics("train", metrics)  # last: it says that the model is there
-    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk, by Python, torch and safetensors
+        trainer.save_metrics("train", metrics)  # last, because it marks the model as complete
+    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk raises either
         sys.exit(
-            f"All steps are done, but the model could not be written to {trainer.args.output_dir}: {error}\n"
-            "The same command with --resume_from_checkpoint true writes it from the last checkpoint, when there is "
-            "space."
+            f"All steps are done, but the model could not be saved in {trainer.args.output_dir}: {error}\n"
+            "Free some space and run the same command with --resume_from_checkpoint true: it saves the model from the "
+            "last checkpoint."
         )
     if trainer.args.push_to_hub:
         try:
             trainer.push_to_hub()
-        except OSError as error:  # by then a night's work may be done
+        except OSError as error:
             sys.exit(
-                f"The model is in {trainer.args.output_dir}, but it was not pushed: {error}\n"
-                "training/publish.py publishes that folder."
+                f"The model is saved in {trainer.args.output_dir}, but it was not pushed: {error}\n"
+                "Push it with samclip publish."
             )
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(samclip(["train", *sys.argv[1:]]))

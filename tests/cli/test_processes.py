@@ -123,7 +123,7 @@ def test_sigterm_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path, processes, 
     process.terminate()  # with several processes their launcher, which signals them and their workers
     _, errors = process.communicate(timeout=120)
     assert process.returncode == (128 + signal.SIGTERM if processes == 1 else 1), errors[-2000:]
-    assert "of 500. The same command with --resume_from_checkpoint true goes on from there." in errors
+    assert "of 500. Run the same command with --resume_from_checkpoint true to continue." in errors
     assert last_checkpoint(tmp_path) is not None
 
 

@@ -94,7 +94,7 @@ def test_existing_shards_are_not_computed_again(arguments, tmp_path):
 def test_corrupt_images_are_counted_and_have_no_embedding(arguments, tmp_path, capsys):
     write_tar(tmp_path / "0.tar", {"0.jpg": jpeg(0), "1.jpg": b"not an image", "2.jpg": jpeg(2)})
     embed([*arguments, "--clip_data", str(tmp_path / "0.tar")])
-    assert "3 images embedded, 1 of which cannot be used, by cause: {'broken image': 1}" in capsys.readouterr().out
+    assert "3 images were read and 1 of them skipped, by cause: {'broken image': 1}" in capsys.readouterr().out
     stream = open_stream(str(tmp_path / "0.tar"))
     (stream,) = EmbeddingCache(tmp_path / "cache").attach([stream])
     embeds = [sample["embeds"] for _, sample in stream.read(0)]
@@ -111,7 +111,7 @@ def test_a_full_disk_keeps_complete_shards(arguments, tmp_path, monkeypatch):
         write(table, path)
 
     monkeypatch.setattr(embedding_cache.pq, "write_table", write_until_full)
-    with pytest.raises(SystemExit, match="No space left on device\nShards that were finished are kept"):
+    with pytest.raises(SystemExit, match="No space left on device\nThe embeddings of complete shards are kept"):
         embed(arguments)
     assert [path.name for path in (tmp_path / "cache" / "00").iterdir()] == ["000000.parquet"]
 
@@ -172,7 +172,7 @@ def test_an_unreadable_shard_is_not_written_and_retried_by_the_next_command(argu
     whole = (tmp_path / "0.tar").read_bytes()
     (tmp_path / "0.tar").write_bytes(whole[: whole.index(b"1.jpg") + 600])
     command = [*arguments, "--clip_data", str(tmp_path / "0.tar")]
-    with pytest.raises(SystemExit, match="1 shards could not be read to their ends and were not stored"):
+    with pytest.raises(SystemExit, match="1 shards could not be read completely"):
         embed(command)
     (tmp_path / "0.tar").write_bytes(whole)
     embed(command)

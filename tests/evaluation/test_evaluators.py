@@ -1,11 +1,8 @@
 """A model that is right on known pixels has the known score, one that is wrong has 0."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,7 +14,6 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from transformers import CLIPModel, CLIPProcessor, SamProcessor
 
-from samclip_cli import evaluate as evaluate_command
 from samclip_hf import SamClipForImageSegmentation, SamClipModel, SamClipProcessor, miniature
 from samclip_hf.datasets import (
     IGNORE_INDEX,
@@ -58,7 +54,6 @@ from samclip_hf.miniature.scenes import CLASS_NAMES, HELD_OUT, TEMPLATES, evalua
 from samclip_hf.miniature_lab.report import set_world_vocabulary
 from samclip_hf.miniature_lab.tasks import labelled_images, segmented_images, tasks
 
-TRAINING = Path(__file__).parents[2] / "training"
 NAMES = [["background"], ["red", "scarlet"], ["green"], ["blue"]]
 SHADES = (0, 60, 120, 180)  # of grey: what the oracles below read a class from
 
@@ -467,145 +462,3 @@ def test_figures_stand_beside_the_papers(tmp_path):
     assert "| 0.700 | 0.724 (table 1, 6, at 336 px) | -0.024 |" in results.markdown()
     next(iter(results.content["tasks"].values()))["protocol"]["only"] = "the first 3 samples"
     assert "| 0.700 |  |  |" in results.markdown()  # a part says nothing about the whole
-
-
-def evaluate(output_dir: Path, *arguments: str, processes: int = 1) -> subprocess.CompletedProcess:
-    script = TRAINING / "evaluate.py"
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes), "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    launch += ["--main_process_port", "29571"] if processes > 1 else []
-    command = [sys.executable, *launch, str(script), "--output_dir", str(output_dir), "--share", "0.1", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-
-
-def test_two_processes_agree_with_one_and_a_second_run_does_nothing_again(tmp_path):
-    chosen = [
-        "--model",
-        str(miniature.checkpoint()),
-        "--task",
-        "classification:miniature@64",
-        "instances",
-        "retrieval",
-    ]
-    chosen += ["linear-probe"]
-    figures = []
-    for processes in (1, 2):
-        run = evaluate(tmp_path / str(processes), *chosen, processes=processes)
-        assert run.returncode == 0, run.stderr
-        content = json.loads((tmp_path / str(processes) / "results.json").read_text())
-        figures.append({key: entry["models"]["samclip"]["metrics"] for key, entry in content["tasks"].items()})
-    assert figures[0] == figures[1] and len(figures[0]) == 4
-    again = evaluate(tmp_path / "1", *chosen)
-    assert again.stdout.count("done already") == 4
-
-
-@pytest.fixture
-def script():
-    """The script as a module, in this process."""
-    return evaluate_command
-
-
-def test_what_is_not_wholly_done_is_done_again(script, tmp_path, monkeypatch):
-    arguments = ["--model", str(miniature.clip_teacher()), "--task", "classification:miniature@64", "--share", "0.05"]
-    arguments += ["--output_dir", str(tmp_path)]
-
-    def killed(*_):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(script, "save_result_panel", killed)
-        script.main(arguments)
-    script.main(arguments)
-    assert {path.name for path in tmp_path.iterdir()} == {
-        *("results.json", "results.md", "classification-miniature-64-clip.png")
-    }
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--limit", "0"], "--limit is 1 or more, got 0"),
-        (["--size", "64", "-1"], "--size is 1 or more"),
-        (["--limit", "5"], "--limit is for classification, retrieval"),
-        (["--task", "semantic:miniature@96", "--size", "64"], "on other data than the miniature's, which has its own"),
-        (["--task", "prompts:tars", "--detections", "boxes.json"], "--detections is for instances, on other data"),
-        (["--task", "cost:1024"], "such as cost:768x1024"),
-        (["--task", "klassification:photos"], "There are: classification, retrieval"),
-    ],
-)
-def test_options_that_mean_nothing_are_told(script, arguments, message, tmp_path, capsys):
-    with pytest.raises(SystemExit) as exit:
-        script.main([*arguments, "--output_dir", str(tmp_path / "out")])
-    assert message in f"{exit.value} {capsys.readouterr().err}" and not (tmp_path / "out").exists()
-
-
-def test_training_images_are_those_of_the_name(script, tmp_path):
-    for split, stem in (("train", "a"), ("val", "b")):
-        folder = tmp_path / "VOCdevkit/VOC2012"
-        for path in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
-            (folder / path).mkdir(parents=True, exist_ok=True)
-        picture(scenes()[0]).save(folder / f"JPEGImages/{stem}.jpg")
-        Image.fromarray(scenes()[0].astype(np.uint8)).save(folder / f"SegmentationClass/{stem}.png")
-        (folder / f"ImageSets/Segmentation/{split}.txt").write_text(f"{stem}\n")
-    options = ["--data", str(tmp_path), "--train_data", "voc21", "--size", "64", "--steps", "7"]
-    task = script.chosen(["head-probe:voc21"], script.parse_arguments(options))["head-probe:voc21@64"]
-    assert [sample.key for sample in task.train.samples] == ["a"]
-    assert [sample.key for sample in task.test.samples] == ["b"]
-    assert "7 steps" in task.describe()["training"]
-
-
-def test_names_of_models_and_files(script, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert script.short_names([".", "runs/stage3/", "owner/clip"]) == [tmp_path.name, "stage3", "clip"]
-    long = "/".join(["seed0"] * 60)
-    assert len(script.safe(long)) < 210 and script.safe(long) != script.safe(long + "x")
-    assert script.safe("a:b@1-ü+c") == "a-b-1--+c"
-
-
-def test_processes_wait_for_a_slow_one(script, tmp_path, monkeypatch):
-    """One may train heads for hours, where torch's default ends the others after half an hour."""
-    given = {}
-
-    def stop(**keywords):
-        given.update(keywords)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(script, "PartialState", stop)
-    with pytest.raises(KeyboardInterrupt):
-        script.main(["--output_dir", str(tmp_path)])
-    assert given["timeout"].days >= 1
-
-
-def test_wrong_names_are_told(script, tmp_path):
-    with pytest.raises(SystemExit, match=r"There is no task 'klassification'\. There are: classification"):
-        script.main(["--task", "klassification", "--output_dir", str(tmp_path)])
-    models = [str(miniature.checkpoint()), str(tmp_path / "nowhere")]
-    with pytest.raises(SystemExit, match="nowhere cannot be loaded"):
-        script.main(["--model", *models, "--task", "classification:miniature@64", "--output_dir", str(tmp_path)])
-    assert not (tmp_path / "results.json").exists()  # the first was not judged in vain
-    cascade = f"{miniature.clip_teacher()}+{miniature.sam_teacher()}"
-    with pytest.raises(SystemExit, match=r"A cascade is SAM\+CLIP"):
-        script.main(["--model", cascade, "--output_dir", str(tmp_path)])
-
-
-def test_folders_of_ones_own_are_judged_at_several_sizes(script, tmp_path):
-    for name, number in (("red", 0), ("green", 1)):
-        (tmp_path / "classes" / name).mkdir(parents=True)
-        picture(np.full((40, 60), number)).save(tmp_path / "classes" / name / "1.png")
-    for folder in ("images", "labels"):
-        (tmp_path / "maps" / folder).mkdir(parents=True)
-    classes = np.kron(scenes()[0], np.ones((6, 6), dtype=np.int64))
-    picture(classes).save(tmp_path / "maps" / "images" / "1.png")
-    Image.fromarray(classes.astype(np.uint8)).save(tmp_path / "maps" / "labels" / "1.png")
-    (tmp_path / "maps" / "classes.json").write_text(json.dumps([synonyms[0] for synonyms in NAMES]))
-    chosen = ["--model", str(miniature.checkpoint()), "--data", str(tmp_path), "--size", "64", "96"]
-    out = ["--output_dir", str(tmp_path / "out")]
-    script.main([*chosen, "--task", "classification:classes", "semantic:maps", "composed:maps", *out])
-    content = json.loads((tmp_path / "out" / "results.json").read_text())
-    expected = {
-        f"{task}@{size}" for task in ("classification:classes", "semantic:maps", "composed:maps") for size in (64, 96)
-    }
-    assert set(content["tasks"]) == expected and "--size 64 96" in content["command"]
-    assert (tmp_path / "out" / "semantic-maps-96-samclip.png").exists()
-    with pytest.raises(SystemExit, match=r"classes\.json"):
-        script.main(["--data", str(tmp_path), "--task", "semantic:classes", *out])

@@ -1,16 +1,13 @@
 """The command line on the shipped miniature, against the pipelines called directly and against pycocotools."""
 
-import importlib
 import io
 import json
 import os
-import shlex
 import signal
 import struct
 import subprocess
 import sys
 import time
-import tomllib
 import zlib
 from pathlib import Path
 
@@ -20,7 +17,8 @@ from PIL import Image
 from pycocotools import mask as coco
 from transformers import pipeline
 
-from samclip_cli.photographs import _coco, _distinct_names, _parser, main
+from samclip_cli import main
+from samclip_cli.batch import coco_annotation, unique_names
 from samclip_hf import SamClipForImageSegmentation, SamClipModel, miniature
 from samclip_hf.miniature.scenes import render
 from samclip_hf.visualization import annotated, colour_of
@@ -52,7 +50,7 @@ def samclip(capsys, *arguments: str, status: int = 0) -> tuple[list[dict], list[
     """The lines of JSON, and the lines of messages without the one about the miniature."""
     assert main(arguments) == status
     out, err = capsys.readouterr()
-    messages = [line for line in err.splitlines() if "the model is the shipped miniature" not in line]
+    messages = [line for line in err.splitlines() if "using the shipped miniature" not in line]
     return [json.loads(line) for line in out.splitlines()], messages
 
 
@@ -111,7 +109,7 @@ def test_masks_are_the_pipelines(capsys):
     save("photo.png")
     [record], _ = samclip(capsys, "masks", "photo.png", "--points_per_crop", "6", "--pred_iou_thresh", "0.5")
     generator = pipeline("mask-generation", model=miniature.checkpoint())
-    options = {"points_per_crop": 6, "pred_iou_thresh": 0.5, "stability_score_thresh": 0}
+    options = miniature.MASK_GENERATION | {"points_per_crop": 6, "pred_iou_thresh": 0.5}
     expected = generator(scene(), **options)
     assert len(expected["masks"]) >= 3
     for mask, pipelines, score in zip(record["masks"], expected["masks"], expected["scores"].tolist(), strict=True):
@@ -128,7 +126,7 @@ def test_masks_are_written_as_pycocotools_reads_them(kind):
     elif kind != "empty":
         places = {"first pixel": (0, 0), "last pixel": (-1, -1), "one row": 3, "one column": (slice(None), 4)}
         mask[places.get(kind, slice(None))] = True
-    written = json.loads(json.dumps(_coco(mask)))
+    written = json.loads(json.dumps(coco_annotation(mask)))
     compressed = coco.frPyObjects(written["segmentation"], 7, 11)
     assert np.array_equal(coco.decode(compressed), mask)
     assert compressed["counts"] == coco.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"]
@@ -190,7 +188,7 @@ def test_a_folder_says_what_it_leaves_out(capsys):
         Path("photos", name).write_text("no image")
     records, messages = samclip(capsys, "classify", "photos", "--labels", "a, b")
     assert len(records) == 1
-    assert messages == ["samclip: photos: 2 of 3 files are not taken for images (.HEIC, .txt)."]
+    assert messages == ["samclip: photos: skipping 2 of 3 files, which are not images (.HEIC, .txt)."]
 
 
 def test_equal_names_do_not_overwrite_each_other(capsys):
@@ -200,12 +198,12 @@ def test_equal_names_do_not_overwrite_each_other(capsys):
     written = {path.name: json.loads(path.read_text())["image"] for path in Path("out").glob("*.json")}
     assert written == {"cat.json": "a/cat.png", "Cat-3.json": "b/Cat.png", "cat-2.json": "b/cat-2.png"}
     assert sorted(path.name for path in Path("out").glob("*.png")) == ["Cat-3.png", "cat-2.png", "cat.png"]
-    assert len(messages) == 1 and "b/Cat.png as Cat-3" in messages[0]
+    assert len(messages) == 1 and "Cat-3 for b/Cat.png" in messages[0]
 
 
 def test_names_are_distinct_for_any_images():
     images = [Path(path) for path in ("a/x.png", "a/x.jpg", "b/x.png", "x-2.png", "x-3.jpg", "X-3.png")]
-    names = _distinct_names(images)
+    names = unique_names(images)
     assert len({name.casefold() for name in names}) == len(images)
     assert names[0] == "x" and names[3:5] == ["x-2", "x-3"]
 
@@ -272,25 +270,25 @@ MISTAKES = {
     "no name": ([""], "no such file"),
     "one of several is missing": (["photo.png", "nosuch.png"], "nosuch.png: no such file"),
     "pattern without a match": (["nosuch/*.png"], "no file matches"),
-    "empty folder": (["empty"], "no image in this folder"),
+    "empty folder": (["empty"], "no images in this folder"),
     "device": (["/dev/null"], "neither a file nor a folder"),
     "several images, one output": (["photo.png", "other.png", "--output", "o.png"], "there are 2 images"),
-    "unknown extension": (["photo.png", "--output", "o.jpg"], "neither .png nor .json"),
-    "no folder of the output": (["photo.png", "--output", "nosuch/o.png"], "there is no folder nosuch"),
+    "unknown extension": (["photo.png", "--output", "o.jpg"], "must end in .png or .json"),
+    "no folder of the output": (["photo.png", "--output", "nosuch/o.png"], "the folder nosuch does not exist"),
     "no output folder": (["photo.png", "--output", "nosuch"], "mkdir -p nosuch"),
     "no output folder, dotted": (["photo.png", "--output", "v1.2/"], "mkdir -p v1.2/"),
-    "onto the image": (["photo.png", "--output", "photo.png"], "would be overwritten"),
-    "onto the images": (["photo.png", "--output", "."], "would be overwritten"),
+    "onto the image": (["photo.png", "--output", "photo.png"], "would overwrite the input image"),
+    "onto the images": (["photo.png", "--output", "."], "would overwrite the input image"),
     "no labels": (["photo.png", "--labels", ""], "--labels is empty"),
     "commas": (["photo.png", "--labels", " , "], "--labels is empty"),
-    "empty label": (["photo.png", "--labels", "cat,,sofa"], "nothing between two commas"),
-    "doubled label": (["photo.png", "--labels", "a  cat, sofa,a cat"], "more than once: a cat"),
-    "label in no text": (["photo.png", "--labels", "cat, \udcff"], "not in UTF-8"),
-    "template": (["photo.png", "--labels", "cat, sofa", "--template", "a photo"], "{} once"),
-    "braces": (["photo.png", "--labels", "cat, sofa", "--template", "{} {0}"], "{} once"),
-    "kind of model": (["photo.png", "--model", miniature.sam_teacher()], "no SAM-CLIP: its configuration says 'sam'"),
-    "folder without model": (["photo.png", "--model", "empty"], "--model empty cannot be used"),
-    "name without model": (["photo.png", "--model", "no/such"], "--model no/such cannot be used"),
+    "empty label": (["photo.png", "--labels", "cat,,sofa"], "has an empty name"),
+    "doubled label": (["photo.png", "--labels", "a  cat, sofa,a cat"], "repeated names: a cat"),
+    "label in no text": (["photo.png", "--labels", "cat, \udcff"], "not valid UTF-8"),
+    "template": (["photo.png", "--labels", "cat, sofa", "--template", "a photo"], "must contain {} once"),
+    "braces": (["photo.png", "--labels", "cat, sofa", "--template", "{} {0}"], "must contain {} once"),
+    "kind of model": (["photo.png", "--model", miniature.sam_teacher()], "not a SAM-CLIP: its model type is 'sam'"),
+    "folder without model": (["photo.png", "--model", "empty"], "--model empty cannot be loaded"),
+    "name without model": (["photo.png", "--model", "no/such"], "--model no/such cannot be loaded"),
     "unknown device": (["photo.png", "--device", "toaster"], "--device toaster: "),
     "device without number": (["photo.png", "--device", "cuda:x"], "--device cuda:x: "),
 }
@@ -306,13 +304,13 @@ def test_a_mistake_gets_one_line_and_nothing_is_begun(capsys, folder, command, a
     before = sorted(folder.rglob("*"))
     records, messages = samclip(capsys, command, *arguments, status=2)
     assert records == [] and len(messages) == 1
-    assert messages[0].startswith("samclip: ") and words in messages[0]
+    assert messages[0].startswith(f"samclip {command}: ") and words in messages[0]
     assert sorted(folder.rglob("*")) == before
 
 
 SEGMENT_MISTAKES = {
-    "background alone": (["--background", "wall"], "belong to --labels"),
-    "template alone": (["--template", "a {}"], "belong to --labels"),
+    "background alone": (["--background", "wall"], "require --labels"),
+    "template alone": (["--template", "a {}"], "require --labels"),
     "empty background": (["--labels", "cat, sofa", "--background", ","], "--background is empty"),
     "a label called background": (["--labels", "cat, background", "--background", "wall"], "another name"),
 }
@@ -337,7 +335,7 @@ def test_a_label_too_long_is_refused_before_any_image(capsys, command):
 def test_a_threshold_is_a_probability(capsys, value):
     with pytest.raises(SystemExit, match="2"):
         main(["segment", "photo.png", "--threshold", value])
-    assert f"a number from 0 to 1, not {value!r}" in capsys.readouterr().err
+    assert f"must be a number from 0 to 1, got {value!r}" in capsys.readouterr().err
 
 
 def test_a_single_label_without_background_is_commented(capsys):
@@ -406,27 +404,8 @@ def test_what_cannot_be_written_ends_the_work(capsys):
     save("1.png", "2.png", "3.png")
     Path("out/2.png").mkdir(parents=True)
     _, [message] = samclip(capsys, "classify", "[123].png", "--labels", "a, b", "--output", "out", status=1)
-    assert "1 of 3 images are done" in message and "directory" in message
+    assert "stopped after 1 of 3 images" in message and "directory" in message
     assert sorted(path.name for path in Path("out").iterdir()) == ["1.json", "1.png", "2.json", "2.png"]
-
-
-def test_the_examples_in_the_help_are_commands(capsys):
-    examples = []
-    for arguments in ([], ["segment"], ["classify"], ["masks"]):
-        with pytest.raises(SystemExit, match="0"):
-            main([*arguments, "--help"])
-        lines = capsys.readouterr().out.splitlines()
-        assert max(map(len, lines)) <= 120
-        examples += [line.partition(" > ")[0] for line in lines if line.startswith("  samclip ")]
-    assert len(examples) == 10
-    for example in examples:
-        assert _parser().parse_args(shlex.split(example)[1:]).load
-
-
-def test_the_installed_command_is_this_one():
-    scripts = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["scripts"]
-    module, _, name = scripts["samclip"].partition(":")
-    assert getattr(importlib.import_module(module), name) is main
 
 
 def start(*arguments: str) -> subprocess.Popen:
@@ -450,7 +429,7 @@ def test_ctrl_c_keeps_what_is_finished():
         _, messages = process.communicate(timeout=60)
     assert process.returncode == 130
     done = sorted(Path("out").glob("*.png"))
-    assert 1 <= len(done) < 9 and f"stopped: {len(done)} of 9 images are done." in messages
+    assert 1 <= len(done) < 9 and f"interrupted: {len(done)} of 9 images are complete." in messages
     assert "Traceback" not in messages and not list(Path("out").glob(".*"))
     for path in Path("out").glob("*.json"):
         assert json.loads(path.read_text())["masks"]

@@ -1,0 +1,81 @@
+"""`samclip classify`: classifies images by text."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from . import main as samclip
+from .batch import (
+    CommandError,
+    Prediction,
+    check_template,
+    create_parser,
+    find_images,
+    load_pipeline,
+    parse_names,
+    plan_outputs,
+    process_images,
+)
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+LEGEND_LENGTH = 10  # labels below an annotated image; the JSON has all of them
+
+DESCRIPTION = """\
+Classifies images by text: ranks the labels by their probability.
+
+examples:
+  samclip classify photo.jpg --labels "cat, dog, horse"
+  samclip classify photos/ --labels "cat, dog, horse" > labels.jsonl
+  samclip classify photos/ --labels "cat, dog, horse" --template "a drawing of a {}"
+
+Scores are probabilities among the labels, in descending order."""
+
+RECORD = '"labels": [{"label": "cat", "score": 0.93}, ...]'
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = create_parser("classify", DESCRIPTION, RECORD, has_masks=False)
+    parser.add_argument("--labels", required=True, metavar='"A, B"', help="comma-separated names")
+    parser.add_argument(
+        "--template",
+        metavar='"a {}"',
+        default="This is a photo of {}.",
+        help='prompt template (default: "%(default)s")',
+    )
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> int:
+    labels, template = parse_names("--labels", arguments.labels), check_template(arguments.template)
+    images = find_images(arguments.images)
+    outputs = plan_outputs(arguments.output, images)
+    classifier = load_pipeline("zero-shot-image-classification", arguments.model, arguments.device)
+    config = classifier.model.config
+    if not config.has_text_tower:
+        raise CommandError(f"--model {arguments.model} has no text tower, so it cannot embed labels.")
+    max_length = config.text_config.max_position_embeddings
+    for label in labels:
+        length = len(classifier.tokenizer(template.format(label))["input_ids"])
+        if length > max_length:
+            raise CommandError(
+                f"--labels: {label!r} in its prompt template has {length} tokens; the text tower reads "
+                f"{max_length} tokens at most."
+            )
+
+    def predict(image: "Image.Image") -> Prediction:
+        scores = classifier(image, candidate_labels=labels, hypothesis_template=template)
+        legend = [(None, f"{score['label']} {score['score']:.2f}") for score in scores[:LEGEND_LENGTH]]
+        return Prediction({"labels": scores}, legend)
+
+    return process_images(images, outputs, predict)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run(build_parser().parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(samclip(["classify", *sys.argv[1:]]))

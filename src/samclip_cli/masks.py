@@ -1,0 +1,93 @@
+"""`samclip masks`: segments everything in images, without labels ("everything mode")."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from . import main as samclip
+from .argument_types import positive_int, probability
+from .batch import (
+    Prediction,
+    coco_annotation,
+    create_parser,
+    find_images,
+    load_pipeline,
+    plan_outputs,
+    process_images,
+)
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+DESCRIPTION = """\
+Segments everything in images, without labels: prompts the model with a grid of points and filters
+the masks.
+
+examples:
+  samclip masks photo.jpg --output out.png
+  samclip masks 'photos/*.jpg' --pred_iou_thresh 0.7 --output results/
+
+The score of a mask is its IoU as the model predicts it, in descending order."""
+
+RECORD = '"masks": [{"score": 0.97, "bbox": [...], "area": 5120,\n       "segmentation": {...}}, ...]'
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = create_parser("masks", DESCRIPTION, RECORD, has_masks=True)
+    parser.add_argument(
+        "--points_per_crop",
+        type=positive_int,
+        metavar="N",
+        help="prompt the model with a grid of N x N points (default: 32; 16 for the shipped miniature)",
+    )
+    parser.add_argument(
+        "--pred_iou_thresh",
+        type=probability,
+        metavar="P",
+        help="discard masks with a lower score, from 0 to 1 (default: 0.88; 0.6 for the shipped miniature)",
+    )
+    parser.add_argument(
+        "--stability_score_thresh",
+        type=probability,
+        metavar="P",
+        help="discard masks with a lower stability score, from 0 to 1: the IoU between the masks of a higher and a "
+        "lower mask threshold (default: 0.95; 0.3 for the shipped miniature)",
+    )
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> int:
+    images = find_images(arguments.images)
+    outputs = plan_outputs(arguments.output, images)
+
+    import numpy as np
+
+    from samclip_hf.miniature import MASK_GENERATION
+
+    options = dict(MASK_GENERATION) if arguments.model is None else {}
+    for name in ("points_per_crop", "pred_iou_thresh", "stability_score_thresh"):
+        if getattr(arguments, name) is not None:
+            options[name] = getattr(arguments, name)
+    generator = load_pipeline("mask-generation", arguments.model, arguments.device)
+
+    def predict(image: "Image.Image") -> Prediction:
+        result = generator(image, output_rle_mask=True, **options)
+        masks = [np.asarray(mask) for mask in result["masks"]]
+        scores = result["scores"].tolist()
+        records = [
+            {"score": score} | coco_annotation(mask, segmentation)
+            for score, mask, segmentation in zip(scores, masks, result["rle_mask"], strict=True)
+        ]
+        text = f"{len(masks)} masks, scores from {min(scores):.2f} to {max(scores):.2f}" if masks else "no masks"
+        return Prediction({"masks": records}, [(None, text)], masks, list(range(len(masks))))
+
+    return process_images(images, outputs, predict)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run(build_parser().parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(samclip(["masks", *sys.argv[1:]]))

@@ -1,0 +1,158 @@
+"""The `samclip` command itself: names of commands, help texts, exit statuses, and what it imports."""
+
+import contextlib
+import importlib
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import samclip_cli
+from samclip_cli import COMMANDS, main, masks
+from samclip_cli.export import OPSETS, PARTS
+from samclip_cli.train import collect_arguments, recipe_paths
+from samclip_hf import export, miniature
+
+ROOT = Path(__file__).parents[2]
+
+HELP = [[command, "--help"] for command in COMMANDS]
+WRONG_ARGUMENTS = [
+    [],
+    ["unknown"],
+    ["segment"],
+    ["segment", "nowhere.png", "--labels", "a"],
+    ["segment", "nowhere.png", "--threshold", "2"],
+    ["classify", "photo.png"],
+    ["masks", "--points_per_crop", "0"],
+    ["train", "nowhere.yaml"],
+    ["train", "unknown_recipe"],
+    ["train", "miniature_stage1", "--learning_rat", "1"],
+    ["evaluate", "--share", "7"],
+    ["evaluate", "--task", "unknown:data"],
+    ["evaluate", "--limit", "5"],
+    ["publish"],
+    ["export"],
+    ["export", "--output_dir", "onnx", "--opset", "3"],
+    ["embed", "--output_dir", "embeddings", "--num_crops", "0"],
+    ["cost"],
+    ["cost", "unknown_recipe"],
+]
+# Runs command lines in one new process. Prints the exit status of each, and at the end what is imported.
+RUN_ALL = """
+import json, sys
+from samclip_cli import main
+
+for argv in json.loads(sys.argv[1]):
+    try:
+        status = main(argv)
+    except SystemExit as error:
+        status = error.code
+    print(f"status {status}")
+print("imported", [name for name in ("torch", "transformers", "samclip_hf", "numpy") if name in sys.modules])
+"""
+
+
+@pytest.mark.parametrize(
+    ("command_lines", "status"), [([["--help"], ["--version"], *HELP], 0), (WRONG_ARGUMENTS, 2)], ids=["help", "wrong"]
+)
+def test_arguments_are_parsed_without_importing_torch(command_lines, status):
+    command = [sys.executable, "-c", RUN_ALL, json.dumps(command_lines)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.stdout.splitlines()[-1] == "imported []", run.stderr
+    assert re.findall("^status (.*)", run.stdout, re.MULTILINE) == [str(status)] * len(command_lines)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_examples_in_the_help_text_can_be_parsed(capsys, tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    Path("my_recipe.yaml").write_text("max_steps: 1\n")
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 100
+    launcher = r"(?:samclip |accelerate launch -m samclip_cli\.)"
+    examples = re.findall(rf"^  {launcher}{command} (.*)", text.replace("\\\n", ""), re.MULTILINE)
+    assert examples
+    for example in examples:
+        words = shlex.split(example.partition(" > ")[0])
+        if command == "train":
+            assert collect_arguments(words)
+        else:
+            importlib.import_module(f"samclip_cli.{command}").build_parser().parse_args(words)
+
+
+def test_the_help_text_lists_all_commands(capsys):
+    for argv in (["--help"], []):
+        with contextlib.suppress(SystemExit):
+            main(argv)
+        captured = capsys.readouterr()
+        assert all(re.search(rf"^  {name} +\w", captured.out or captured.err, re.MULTILINE) for name in COMMANDS)
+
+
+def test_the_version_is_the_packages(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"samclip {metadata.version('samclip-hf')}\n"
+
+
+def test_the_installed_command_calls_main():
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    module, _, name = scripts["samclip"].partition(":")
+    assert getattr(importlib.import_module(module), name) is main
+
+
+@pytest.mark.parametrize("module", ["samclip_hf", "samclip_cli", "samclip_cli.evaluate"])
+def test_modules_run_as_the_command(module):
+    argv = ["--help"] if module == "samclip_cli.evaluate" else ["evaluate", "--help"]
+    run = subprocess.run([sys.executable, "-m", module, *argv], capture_output=True, text=True)
+    assert run.returncode == 0 and run.stdout.startswith("usage: samclip evaluate"), run.stderr
+
+
+def test_ctrl_c_is_reported_without_a_traceback(capsys, monkeypatch):
+    def interrupt(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("samclip_cli.evaluate.main", interrupt)
+    assert main(["evaluate"]) == 130
+    assert capsys.readouterr().err == "samclip evaluate: interrupted.\n"
+
+
+def test_a_missing_library_is_reported_with_its_extra(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    assert main(["embed", "--output_dir", "embeddings"]) == 2
+    assert "pip install 'samclip-hf[train]'" in capsys.readouterr().err
+
+
+def test_a_missing_module_of_the_package_is_not_hidden(monkeypatch):
+    monkeypatch.setitem(sys.modules, "samclip_hf.evaluation.report", None)
+    with pytest.raises(ModuleNotFoundError, match=r"samclip_hf\.evaluation\.report"):
+        main(["evaluate"])
+
+
+def test_a_closed_pipe_ends_a_command_quietly():
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "samclip_cli", "cost", "miniature_stage1"]
+    run = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert run.returncode == samclip_cli.BROKEN_PIPE
+    assert "Traceback" not in run.stderr and "BrokenPipe" not in run.stderr
+
+
+def test_numbers_in_help_texts_are_those_of_the_package():
+    assert PARTS == export.PART_NAMES and OPSETS == export.writer.OPSETS
+    text = " ".join(masks.build_parser().format_help().split())
+    for name in ("points_per_crop", "pred_iou_thresh", "stability_score_thresh"):
+        assert f"; {miniature.MASK_GENERATION[name]} for the shipped miniature" in text
+
+
+def test_recipes_of_the_package_are_found_by_name():
+    files = (ROOT / "src" / "samclip_hf" / "recipes").glob("*.yaml")
+    assert recipe_paths() == {path.stem: path for path in files}
