@@ -27,7 +27,7 @@ class TestCommand:
         command = [sys.executable, TRAINING / "publish.py", *arguments, "--folder", tmp_path / "folder"]
         run = subprocess.run(command, capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
-        assert "pred_masks: differs by" in run.stdout and "Published: " in run.stdout
+        assert "pred_masks: largest difference" in run.stdout and "Published: " in run.stdout
         repository = hub.repositories["me/merged"]
         published = repository.commits[repository.branches["main"]]
         assert {"README.md", "example.png", "modeling_samclip.py"} <= published.keys()
@@ -37,7 +37,7 @@ class TestCommand:
     def test_a_dry_run_needs_no_token(self, hub, arguments, monkeypatch, capsys):
         monkeypatch.setenv("HF_TOKEN", "")
         publish.main([*arguments, "--dry-run"])
-        assert "Proven, and not pushed" in capsys.readouterr().out and not hub.repositories
+        assert "Nothing was uploaded" in capsys.readouterr().out and not hub.repositories
 
     def test_invalid_arguments_raise_before_the_folder_is_built(self, hub, folder, arguments, tmp_path, capsys):
         push(folder, "merged")
@@ -53,11 +53,11 @@ class TestCommand:
                 publish.main([*arguments, *options])
         for options, message in (
             (["miniature", "a/b/c"], "a/b/c"),
-            (["miniature", "merged", "--results_name", "stage3"], "--results_name is of --results"),
+            (["miniature", "merged", "--results_name", "stage3"], "--results_name requires --results"),
         ):
             with pytest.raises(SystemExit, match=rf"Nothing was published\. .*{message}"):
                 publish.main([*options, "--dry-run"])
-        assert "Putting together" not in capsys.readouterr().out
+        assert "Building" not in capsys.readouterr().out
 
 
 def test_the_trainer_pushes_checkpoints_and_at_the_end_code_and_card(hub, tmp_path):
