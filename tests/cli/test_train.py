@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import SamConfig, SamModel
 
+from samclip_cli import CommandError
 from samclip_cli import main as samclip
 from samclip_cli import train as train_command
 from samclip_hf import SamClipModel, miniature
@@ -46,7 +48,7 @@ def test_every_recipe_is_understood(train, path, tmp_path):
 
 
 def test_the_recipe_sets_and_the_command_line_wins(train, recipe):
-    path = recipe("stage: 2\nmax_steps: 10\nlearning_rate: 1e-4\nclip_sizes: [64, 96]\nmodel:\n")
+    path = recipe("stage: 2\nmax_steps: 10\nlearning_rate: 1e-4\nclip_resolutions: [64, 96]\nmodel:\n")
     args = train.parse_arguments([path, "--max_steps", "20", "--clip_resolutions", "32"])
     assert (args.stage, args.max_steps, args.learning_rate, args.clip_resolutions, args.model) == (
         2,
@@ -84,6 +86,24 @@ def test_a_wrong_key_or_value_is_refused_by_name(train, tmp_path, capsys, text, 
     assert sentence in capsys.readouterr().err
 
 
+def test_deprecated_names_are_replaced_with_a_warning(train, recipe, capsys):
+    path = recipe("max_steps: 1\nclip_sizes: [64, 96]\nheld_out_share: 0.1\n")
+    args = train.parse_arguments([path, "--held_out_share=0.2", "--panel-texts", "a cat", "a dog"])
+    assert (args.clip_resolutions, args.eval_fraction, args.eval_prompts) == ([64, 96], 0.2, ["a cat", "a dog"])
+    warnings = capsys.readouterr().err.splitlines()
+    assert f"samclip train: {path}: clip_sizes is deprecated, use clip_resolutions." in warnings
+    assert "samclip train: command line: panel_texts is deprecated, use eval_prompts." in warnings
+    with pytest.raises(CommandError, match="clip_resolutions is set twice"):
+        train.parse_arguments([recipe("clip_resolutions: [64]\nclip_sizes: [64]")])
+
+
+def test_arguments_are_known_without_importing_transformers(train):
+    folders = {name: train._package_folder(name) for name in ("samclip_hf", "transformers")}
+    own = train._dataclass_fields(folders["samclip_hf"] / "distillation" / "arguments.py", "SamClipTrainingArguments")
+    inherited = train._dataclass_fields(folders["transformers"] / "training_args.py", "TrainingArguments")
+    assert own.keys() | inherited.keys() == {field.name for field in fields(SamClipTrainingArguments)}
+
+
 def test_a_recipe_that_does_not_exist_is_reported(capsys):
     for name, sentence in (
         ("nowhere.yaml", "cannot read the recipe nowhere.yaml: No such file"),
@@ -117,7 +137,7 @@ def test_a_stage_runs_from_recipe_to_checkpoint(train, recipe, tmp_path):
 def test_the_seed_decides_over_a_new_students_weights(train, recipe):
     weights = []
     for seed in (1, 1, 2):
-        args = train.parse_arguments([recipe(f"max_steps: 1\nclip_sizes: [64]\nseed: {seed}")])
+        args = train.parse_arguments([recipe(f"max_steps: 1\nclip_resolutions: [64]\nseed: {seed}")])
         weights.append(train.build_trainer(args).model.clip_head.mlp.fc1.weight)
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
@@ -169,7 +189,7 @@ def test_a_folder_that_holds_another_run_is_left_alone(train, recipe, tmp_path, 
 
 def test_stage_3_wants_what_was_merged(train, recipe):
     with pytest.raises(SystemExit, match="Stage 3 continues from a merged model"):
-        train.main([recipe("stage: 3\nmax_steps: 1\nclip_sizes: [64]")])
+        train.main([recipe("stage: 3\nmax_steps: 1\nclip_resolutions: [64]")])
 
 
 def test_a_longer_run_that_did_not_save_its_model_is_not_taken_for_finished(train, recipe, tmp_path, monkeypatch):
@@ -199,7 +219,7 @@ def test_a_longer_run_that_did_not_save_its_model_is_not_taken_for_finished(trai
 def test_a_half_written_checkpoint_named_outright_is_refused(train, recipe, tmp_path):
     (tmp_path / "checkpoint-1").mkdir()
     (tmp_path / "checkpoint-1" / "trainer_state.json").write_text("{")
-    path = recipe("stage: 1\nmax_steps: 2\nclip_sizes: [64]")
+    path = recipe("stage: 1\nmax_steps: 2\nclip_resolutions: [64]")
     with pytest.raises(SystemExit, match="checkpoint-1 is incomplete"):
         train.main([path, "--resume_from_checkpoint", str(tmp_path / "checkpoint-1")])
 
@@ -303,7 +323,7 @@ def test_half_precision_and_checkpointing_learn_about_the_same(train, recipe, tm
 def test_compiled_training_learns_the_same(recipe, tmp_path):
     """At several sizes, with the backend that traces all and compiles nothing."""
     path = recipe(
-        "stage: 2\nmax_steps: 2\nclip_data: [miniature]\nsam_data: [miniature]\nclip_sizes: [64]\n"
+        "stage: 2\nmax_steps: 2\nclip_data: [miniature]\nsam_data: [miniature]\nclip_resolutions: [64]\n"
         "sam_resolutions: [128]\nclip_batch_size: 2\nsam_batch_size: 1\nmasks_per_image: 2\nreport_to: none\n"
         "save_strategy: 'no'\n"
     )
