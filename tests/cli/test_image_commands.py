@@ -1,4 +1,4 @@
-"""The command line on the shipped miniature, against the pipelines called directly and against pycocotools."""
+"""`samclip segment`, `classify` and `masks` on the shipped miniature, compared with the pipelines and pycocotools."""
 
 import io
 import json
@@ -24,7 +24,7 @@ from samclip_hf.miniature.scenes import render
 from samclip_hf.visualization import annotated, colour_of
 
 LABELS = ["red fuzzy shape", "green zigzag shape"]
-WORDS = ["--labels", ", ".join(LABELS), "--background", "an empty scene"]
+LABEL_OPTIONS = ["--labels", ", ".join(LABELS), "--background", "an empty scene"]
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def scene(index: int = 8) -> Image.Image:
-    """Of an odd size."""
+    """An image of 150 pixels and an odd height."""
     return Image.fromarray(render(seed=0, index=index).image).resize((150, 99 + index), Image.Resampling.BILINEAR)
 
 
@@ -47,7 +47,7 @@ def save(*paths: str) -> None:
 
 
 def samclip(capsys, *arguments: str, status: int = 0) -> tuple[list[dict], list[str]]:
-    """The lines of JSON, and the lines of messages without the one about the miniature."""
+    """Records on standard output, and messages on standard error without the one about the default model."""
     assert main(arguments) == status
     out, err = capsys.readouterr()
     messages = [line for line in err.splitlines() if "using the shipped miniature" not in line]
@@ -58,20 +58,20 @@ def decode(segmentation: dict) -> np.ndarray:
     return coco.decode(coco.frPyObjects(segmentation, *segmentation["size"])).astype(bool)
 
 
-def test_segments_are_the_pipelines(capsys):
+def test_segments_equal_those_of_the_pipeline(capsys):
     save("photo.png")
-    [record], messages = samclip(capsys, "segment", "photo.png", *WORDS, "--threshold", "0.3")
+    [record], messages = samclip(capsys, "segment", "photo.png", *LABEL_OPTIONS, "--threshold", "0.3")
     segmenter = pipeline("zero-shot-image-segmentation", model=miniature.checkpoint())
     expected = segmenter(scene(), candidate_labels=LABELS, background=["an empty scene"], threshold=0.3)
     assert len(expected) >= 2 and messages == []
     assert (record["image"], record["height"], record["width"]) == ("photo.png", 107, 150)
-    for segment, pipelines in zip(record["segments"], expected, strict=True):
-        assert segment["label"] == pipelines["label"]
-        assert segment["score"] == pytest.approx(pipelines["score"], abs=1e-5)
-        assert np.array_equal(decode(segment["segmentation"]), np.asarray(pipelines["mask"]) > 0)
+    for segment, reference in zip(record["segments"], expected, strict=True):
+        assert segment["label"] == reference["label"]
+        assert segment["score"] == pytest.approx(reference["score"], abs=1e-5)
+        assert np.array_equal(decode(segment["segmentation"]), np.asarray(reference["mask"]) > 0)
 
 
-def test_without_labels_the_checkpoints_own_count(capsys):
+def test_labels_default_to_those_of_the_checkpoint(capsys):
     save("photo.png")
     [record], _ = samclip(capsys, "segment", "photo.png")
     expected = pipeline("image-segmentation", model=miniature.checkpoint())(scene(), threshold=0.5)
@@ -80,20 +80,20 @@ def test_without_labels_the_checkpoints_own_count(capsys):
     assert "red fuzzy shape" in dict(expected)
 
 
-def test_a_template_counts(capsys):
+def test_the_template_changes_the_scores(capsys):
     save("photo.png")
-    [one], _ = samclip(capsys, "segment", "photo.png", *WORDS, "--threshold", "0")
-    [other], _ = samclip(capsys, "segment", "photo.png", *WORDS, "--threshold", "0", "--template", "a {}")
+    [one], _ = samclip(capsys, "segment", "photo.png", *LABEL_OPTIONS, "--threshold", "0")
+    [other], _ = samclip(capsys, "segment", "photo.png", *LABEL_OPTIONS, "--threshold", "0", "--template", "a {}")
     segmenter = pipeline("zero-shot-image-segmentation", model=miniature.checkpoint())
-    words = {"candidate_labels": LABELS, "background": ["an empty scene"], "threshold": 0}
-    expected = segmenter(scene(), hypothesis_template="a {}", **words)
+    options = {"candidate_labels": LABELS, "background": ["an empty scene"], "threshold": 0}
+    expected = segmenter(scene(), hypothesis_template="a {}", **options)
     scores = [segment["score"] for segment in other["segments"]]
     assert scores == pytest.approx([segment["score"] for segment in expected], abs=1e-5)
     assert scores != pytest.approx([segment["score"] for segment in one["segments"]], abs=1e-5)
 
 
 @pytest.mark.parametrize("template", [None, "a drawing of a {}"])
-def test_classes_are_the_pipelines(capsys, template):
+def test_classes_equal_those_of_the_pipeline(capsys, template):
     save("photo.png")
     option = [] if template is None else ["--template", template]
     [record], messages = samclip(capsys, "classify", "photo.png", "--labels", " , ".join(LABELS), *option)
@@ -105,21 +105,21 @@ def test_classes_are_the_pipelines(capsys, template):
     assert [label["score"] for label in record["labels"]] == pytest.approx(scores, abs=1e-5) and messages == []
 
 
-def test_masks_are_the_pipelines(capsys):
+def test_masks_equal_those_of_the_pipeline(capsys):
     save("photo.png")
     [record], _ = samclip(capsys, "masks", "photo.png", "--points_per_crop", "6", "--pred_iou_thresh", "0.5")
     generator = pipeline("mask-generation", model=miniature.checkpoint())
     options = miniature.MASK_GENERATION | {"points_per_crop": 6, "pred_iou_thresh": 0.5}
     expected = generator(scene(), **options)
     assert len(expected["masks"]) >= 3
-    for mask, pipelines, score in zip(record["masks"], expected["masks"], expected["scores"].tolist(), strict=True):
+    for mask, reference, score in zip(record["masks"], expected["masks"], expected["scores"].tolist(), strict=True):
         assert mask["score"] == pytest.approx(score, abs=1e-5)
-        assert np.array_equal(decode(mask["segmentation"]), np.asarray(pipelines))
-        assert mask["area"] == np.asarray(pipelines).sum()
+        assert np.array_equal(decode(mask["segmentation"]), np.asarray(reference))
+        assert mask["area"] == np.asarray(reference).sum()
 
 
 @pytest.mark.parametrize("kind", ["random", "empty", "full", "first pixel", "last pixel", "one row", "one column"])
-def test_masks_are_written_as_pycocotools_reads_them(kind):
+def test_pycocotools_reads_the_masks(kind):
     mask = np.zeros((7, 11), dtype=bool)
     if kind == "random":
         mask[2:6, 3:9] = np.random.default_rng(0).random((4, 6)) > 0.5
@@ -134,47 +134,45 @@ def test_masks_are_written_as_pycocotools_reads_them(kind):
     assert written["bbox"] == coco.toBbox(compressed).tolist()
 
 
-@pytest.mark.parametrize("command", [["segment", *WORDS], ["masks", "--points_per_crop", "6"]])
-def test_a_picture_is_the_photograph_with_masks_and_a_legend(capsys, command):
+@pytest.mark.parametrize("command", [["segment", *LABEL_OPTIONS], ["masks", "--points_per_crop", "6"]])
+def test_the_output_image_shows_masks_and_a_legend(capsys, command):
     save("photo.png")
     samclip(capsys, *command, "photo.png", "--output", "out.png")
     [record], _ = samclip(capsys, *command, "photo.png")
-    picture, photograph = np.asarray(Image.open("out.png")), np.asarray(scene())
-    assert picture.shape[0] > 107 and picture.shape[1] >= 150
+    output, image = np.asarray(Image.open("out.png")), np.asarray(scene())
+    assert output.shape[0] > 107 and output.shape[1] >= 150
     found = record.get("segments") or record["masks"]
     inside = np.any([decode(one["segmentation"]) for one in found], axis=0)
-    differs = (picture[:107, :150] != photograph).any(axis=2)
+    differs = (output[:107, :150] != image).any(axis=2)
     assert not differs[~inside].any() and differs[inside].mean() > 0.99
-    assert (picture[107:] < 128).any()  # words
+    assert (output[107:] < 128).any()  # text of the legend
 
 
 def test_a_mask_is_tinted_inside_and_outlined_in_its_colour():
-    grey = Image.new("RGB", (60, 40), (100, 100, 100))
+    gray = Image.new("RGB", (60, 40), (100, 100, 100))
     large, small = np.zeros((2, 40, 60), dtype=bool)
     large[10:, 5:40], small[20:30, 10:20] = True, True
-    picture = np.asarray(
-        annotated(grey, [small, large, np.zeros_like(small)], [3, 0, 1], [(3, "small"), (0, "large")])
-    )
+    output = np.asarray(annotated(gray, [small, large, np.zeros_like(small)], [3, 0, 1], [(3, "small"), (0, "large")]))
     edge, tint = colour_of(0), [round(100 + 0.45 * (channel - 100)) for channel in colour_of(0)]
-    assert picture[10, 20].tolist() == list(edge) and picture[20, 5].tolist() == list(edge)
-    assert picture[15, 20] == pytest.approx(tint, abs=1)
-    assert picture[39, 20] == pytest.approx(tint, abs=1)  # where the image ends, no outline
-    assert picture[20, 15].tolist() == list(colour_of(3))  # the smaller on top
-    assert (picture[9, 20] == 100).all()
-    legend = picture[40:].reshape(-1, 3).tolist()
+    assert output[10, 20].tolist() == list(edge) and output[20, 5].tolist() == list(edge)
+    assert output[15, 20] == pytest.approx(tint, abs=1)
+    assert output[39, 20] == pytest.approx(tint, abs=1)  # where the image ends, no outline
+    assert output[20, 15].tolist() == list(colour_of(3))  # the smaller on top
+    assert (output[9, 20] == 100).all()
+    legend = output[40:].reshape(-1, 3).tolist()
     assert list(colour_of(3)) in legend and list(colour_of(0)) in legend and list(colour_of(1)) not in legend
 
 
-def test_labels_too_long_for_the_image_make_the_picture_wider(capsys):
+def test_long_labels_make_the_output_image_wider(capsys):
     save("photo.png")
     samclip(capsys, "classify", "photo.png", "--labels", "a red and rather fuzzy shape, b", "--output", "a.png")
-    picture = Image.open("a.png")
-    assert picture.width > 200
-    right = np.asarray(picture)[107:, 150:]
-    assert (right < 128).any() and (right[:, -4:] > 128).all()  # words, and none cut off
+    output = Image.open("a.png")
+    assert output.width > 200
+    right = np.asarray(output)[107:, 150:]
+    assert (right < 128).any() and (right[:, -4:] > 128).all()  # text that ends before the right edge
 
 
-def test_files_folders_and_patterns_each_image_once(capsys):
+def test_files_folders_and_patterns_are_processed_once(capsys):
     save("a/1.png", "a/2.png", "a/deep/3.png", "b[1].png")
     paths = ["a/2.png", "a", "a/*.png", "./a/../a/1.png", "a/**/*.png", "b[1].png"]
     records, messages = samclip(capsys, "classify", *paths, "--labels", "a, b")
@@ -182,7 +180,7 @@ def test_files_folders_and_patterns_each_image_once(capsys):
     assert [record["image"] for record in records] == expected and messages == []
 
 
-def test_a_folder_says_what_it_leaves_out(capsys):
+def test_skipped_files_of_a_folder_are_reported(capsys):
     save("photos/1.png")
     for name in ("notes.txt", "raw.HEIC", ".hidden.txt"):
         Path("photos", name).write_text("no image")
@@ -191,7 +189,7 @@ def test_a_folder_says_what_it_leaves_out(capsys):
     assert messages == ["samclip: photos: skipping 2 of 3 files, which are not images (.HEIC, .txt)."]
 
 
-def test_equal_names_do_not_overwrite_each_other(capsys):
+def test_outputs_of_images_with_the_same_name_do_not_collide(capsys):
     save("a/cat.png", "b/Cat.png", "b/cat-2.png")
     Path("out").mkdir()
     _, messages = samclip(capsys, "classify", "a", "b", "--labels", "a, b", "--output", "out")
@@ -201,14 +199,14 @@ def test_equal_names_do_not_overwrite_each_other(capsys):
     assert len(messages) == 1 and "Cat-3 for b/Cat.png" in messages[0]
 
 
-def test_names_are_distinct_for_any_images():
+def test_output_names_are_unique():
     images = [Path(path) for path in ("a/x.png", "a/x.jpg", "b/x.png", "x-2.png", "x-3.jpg", "X-3.png")]
     names = unique_names(images)
     assert len({name.casefold() for name in names}) == len(images)
     assert names[0] == "x" and names[3:5] == ["x-2", "x-3"]
 
 
-def test_output_that_is_there_is_overwritten(capsys):
+def test_existing_outputs_are_overwritten(capsys):
     save("photo.png")
     Path("out.JSON").write_text("old")
     samclip(capsys, "classify", "photo.png", "--labels", "a, b", "--output", "out.JSON")
@@ -216,26 +214,26 @@ def test_output_that_is_there_is_overwritten(capsys):
     assert sorted(os.listdir()) == ["out.JSON", "photo.png"]
 
 
-def test_a_photograph_is_turned_as_it_says(capsys):
+def test_the_exif_orientation_is_applied(capsys):
     save("upright.png")
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees
+    exif[0x0112] = 6  # orientation: rotate by 90 degrees
     scene().transpose(Image.Transpose.ROTATE_90).save("turned.png", exif=exif)
-    upright, turned = samclip(capsys, "segment", "upright.png", "turned.png", *WORDS)[0]
+    upright, turned = samclip(capsys, "segment", "upright.png", "turned.png", *LABEL_OPTIONS)[0]
     assert turned == upright | {"image": "turned.png"} and turned["segments"]
     assert (turned["height"], turned["width"]) == (107, 150)
 
 
-def test_sixteen_bits_count(capsys):
-    grey = scene().convert("L")
-    grey.save("8.png")
-    Image.fromarray(np.asarray(grey).astype(np.uint16) * 257).save("16.png")
+def test_images_with_16_bits_per_channel_are_scaled(capsys):
+    gray = scene().convert("L")
+    gray.save("8.png")
+    Image.fromarray(np.asarray(gray).astype(np.uint16) * 257).save("16.png")
     eight, sixteen = samclip(capsys, "classify", "8.png", "16.png", "--labels", ", ".join(LABELS))[0]
     assert sixteen["labels"] == eight["labels"]
 
 
 def png(width: int, height: int) -> bytes:
-    """That claims a size and holds next to nothing."""
+    """A PNG file whose header states a size, without the pixels."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -244,7 +242,7 @@ def png(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
 
 
-def test_broken_images_are_reported_and_the_others_done(capsys):
+def test_corrupt_images_are_reported_and_skipped(capsys):
     save("photos/1.png", "photos/8.png")
     file = io.BytesIO()
     scene().resize((800, 800)).save(file, "JPEG")
@@ -261,11 +259,11 @@ def test_broken_images_are_reported_and_the_others_done(capsys):
     records, messages = samclip(capsys, "classify", "photos", "--labels", "a, b", status=1)
     assert [record["image"] for record in records] == ["photos/1.png", "photos/8.png"]
     assert messages.pop() == "samclip: 6 of 8 images failed."
-    for message, (name, (_, words)) in zip(messages, broken.items(), strict=True):
-        assert message.startswith(f"samclip: photos/{name}: ") and words in message
+    for message, (name, (_, part)) in zip(messages, broken.items(), strict=True):
+        assert message.startswith(f"samclip: photos/{name}: ") and part in message
 
 
-MISTAKES = {
+WRONG_ARGUMENTS = {
     "no such file": (["nosuch.png"], "nosuch.png: no such file"),
     "no name": ([""], "no such file"),
     "one of several is missing": (["photo.png", "nosuch.png"], "nosuch.png: no such file"),
@@ -295,8 +293,8 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("command", ["segment", "classify"])
-@pytest.mark.parametrize("arguments, words", MISTAKES.values(), ids=MISTAKES)
-def test_a_mistake_gets_one_line_and_nothing_is_begun(capsys, folder, command, arguments, words):
+@pytest.mark.parametrize("arguments, part", WRONG_ARGUMENTS.values(), ids=WRONG_ARGUMENTS)
+def test_wrong_arguments_give_one_message_and_no_output(capsys, folder, command, arguments, part):
     save("photo.png", "other.png")
     Path("empty").mkdir()
     if "--labels" not in arguments:
@@ -304,11 +302,11 @@ def test_a_mistake_gets_one_line_and_nothing_is_begun(capsys, folder, command, a
     before = sorted(folder.rglob("*"))
     records, messages = samclip(capsys, command, *arguments, status=2)
     assert records == [] and len(messages) == 1
-    assert messages[0].startswith(f"samclip {command}: ") and words in messages[0]
+    assert messages[0].startswith(f"samclip {command}: ") and part in messages[0]
     assert sorted(folder.rglob("*")) == before
 
 
-SEGMENT_MISTAKES = {
+SEGMENT_WRONG_ARGUMENTS = {
     "background alone": (["--background", "wall"], "require --labels"),
     "template alone": (["--template", "a {}"], "require --labels"),
     "empty background": (["--labels", "cat, sofa", "--background", ","], "--background is empty"),
@@ -316,36 +314,36 @@ SEGMENT_MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("arguments, words", SEGMENT_MISTAKES.values(), ids=SEGMENT_MISTAKES)
-def test_mistakes_of_segment(capsys, arguments, words):
+@pytest.mark.parametrize("arguments, part", SEGMENT_WRONG_ARGUMENTS.values(), ids=SEGMENT_WRONG_ARGUMENTS)
+def test_wrong_arguments_of_segment(capsys, arguments, part):
     save("photo.png")
     records, messages = samclip(capsys, "segment", "photo.png", *arguments, status=2)
-    assert records == [] and len(messages) == 1 and words in messages[0]
+    assert records == [] and len(messages) == 1 and part in messages[0]
 
 
 @pytest.mark.parametrize("command", ["segment", "classify"])
-def test_a_label_too_long_is_refused_before_any_image(capsys, command):
+def test_a_label_that_is_too_long_is_an_error_before_the_first_image(capsys, command):
     save("photo.png")
-    # Not more than the text tower reads by itself, only in its sentence.
+    # It fits the text tower on its own, but not with the prompt template.
     records, messages = samclip(capsys, command, "photo.png", "--labels", "a, " + "x " * 29, status=2)
     assert records == [] and "32 tokens at most" in messages[-1]
 
 
 @pytest.mark.parametrize("value", ["2", "nan", "-0.1", "much"])
-def test_a_threshold_is_a_probability(capsys, value):
+def test_a_threshold_must_be_a_probability(capsys, value):
     with pytest.raises(SystemExit, match="2"):
         main(["segment", "photo.png", "--threshold", value])
     assert f"must be a number from 0 to 1, got {value!r}" in capsys.readouterr().err
 
 
-def test_a_single_label_without_background_is_commented(capsys):
+def test_a_single_label_without_background_gives_a_warning(capsys):
     save("photo.png")
     [record], messages = samclip(capsys, "segment", "photo.png", "--labels", "cat")
     assert len(messages) == 1 and "--background" in messages[0]
     assert {segment["score"] for segment in record["segments"]} == {1.0}
 
 
-def test_the_miniature_is_told_of_unless_it_was_asked_for(capsys):
+def test_the_default_model_is_reported(capsys):
     save("photo.png")
     command = ["classify", "photo.png", "--labels", "a, b"]
     main(command)
@@ -354,7 +352,7 @@ def test_the_miniature_is_told_of_unless_it_was_asked_for(capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_a_published_checkpoint_needs_no_code_from_beside_it(capsys):
+def test_a_published_checkpoint_loads_without_its_own_code(capsys):
     save("photo.png")
     SamClipForImageSegmentation.from_pretrained(miniature.checkpoint()).save_pretrained("hub")
     for path in Path(miniature.checkpoint()).iterdir():
@@ -368,11 +366,11 @@ def test_a_published_checkpoint_needs_no_code_from_beside_it(capsys):
     Path("hub/config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="trust_remote_code"):
         pipeline("zero-shot-image-segmentation", model="hub")
-    records, _ = samclip(capsys, "segment", "photo.png", *WORDS, "--model", "hub")
-    assert records == samclip(capsys, "segment", "photo.png", *WORDS)[0]
+    records, _ = samclip(capsys, "segment", "photo.png", *LABEL_OPTIONS, "--model", "hub")
+    assert records == samclip(capsys, "segment", "photo.png", *LABEL_OPTIONS)[0]
 
 
-def test_what_a_checkpoint_lacks_is_said(capsys):
+def test_a_missing_text_tower_or_vocabulary_is_reported(capsys):
     save("photo.png")
     segmenter = SamClipForImageSegmentation.from_pretrained(miniature.checkpoint())
     segmenter.drop_text_tower().save_pretrained("small")
@@ -383,8 +381,8 @@ def test_what_a_checkpoint_lacks_is_said(capsys):
                 Path(folder, path.name).write_bytes(path.read_bytes())
     assert len(samclip(capsys, "segment", "photo.png", "--model", "small")[0]) == 1
     for command in ("segment", "classify"):
-        words = ["--labels", "cat, sofa", "--model", "small"]
-        assert "no text tower" in samclip(capsys, command, "photo.png", *words, status=2)[1][0]
+        options = ["--labels", "cat, sofa", "--model", "small"]
+        assert "no text tower" in samclip(capsys, command, "photo.png", *options, status=2)[1][0]
     _, messages = samclip(capsys, "segment", "photo.png", "--model", "bare", status=2)
     assert "No vocabulary" in messages[0] and "--labels" in messages[0]
 
@@ -400,7 +398,7 @@ def test_progress_is_shown_on_a_terminal_for_several_images(capsys, monkeypatch,
     assert ("2/2" in capsys.readouterr().err) == shown
 
 
-def test_what_cannot_be_written_ends_the_work(capsys):
+def test_an_output_that_cannot_be_written_ends_the_command(capsys):
     save("1.png", "2.png", "3.png")
     Path("out/2.png").mkdir(parents=True)
     _, [message] = samclip(capsys, "classify", "[123].png", "--labels", "a, b", "--output", "out", status=1)
@@ -409,7 +407,7 @@ def test_what_cannot_be_written_ends_the_work(capsys):
 
 
 def start(*arguments: str) -> subprocess.Popen:
-    """A process of its own, which Ctrl-C ends, even where the tests run in the background."""
+    """Starts the command. SIGINT ends it, also if the test process ignores SIGINT (as background jobs do)."""
     return subprocess.Popen(
         [sys.executable, "-m", "samclip_hf", *arguments],
         stdout=subprocess.PIPE,
@@ -419,7 +417,7 @@ def start(*arguments: str) -> subprocess.Popen:
     )
 
 
-def test_ctrl_c_keeps_what_is_finished():
+def test_ctrl_c_keeps_complete_outputs():
     save(*(f"photos/{number}.png" for number in range(9)))
     Path("out").mkdir()
     with start("masks", "photos", "--points_per_crop", "16", "--output", "out") as process:
@@ -435,7 +433,7 @@ def test_ctrl_c_keeps_what_is_finished():
         assert json.loads(path.read_text())["masks"]
 
 
-def test_a_reader_that_has_enough_ends_the_work_quietly():
+def test_a_closed_pipe_ends_the_command_without_a_traceback():
     save(*(f"photos/{number}.png" for number in range(9)))
     with start("masks", "photos", "--points_per_crop", "16") as process:
         assert json.loads(process.stdout.readline())["image"] == "photos/0.png"

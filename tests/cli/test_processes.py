@@ -1,4 +1,4 @@
-"""What one process learns, two learn; what is killed goes on as if it had not been."""
+"""Training in several processes, and resuming after a kill or a signal, give the weights of one uninterrupted run."""
 
 import contextlib
 import json
@@ -27,7 +27,7 @@ SETTINGS = {
     "shuffle_buffer": 64,
     "warmup_steps": 0,
     "logging_steps": 1,
-    "adam_epsilon": 1e-6,  # or noise around a gradient of zero, as attention's key biases have, moves a weight
+    "adam_epsilon": 1e-6,  # or rounding errors move weights whose gradient is zero, such as key biases
     "disable_tqdm": True,
 }
 
@@ -41,7 +41,7 @@ def command(output_dir, processes=1, **arguments) -> list[str]:
     return [str(word) for word in words]
 
 
-# One thread each, and no spinning: several processes share the cores here.
+# One thread per process, and no spinning, because the processes share the cores.
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
 
@@ -55,7 +55,8 @@ def curve(folder: Path) -> dict[int, float]:
     return {entry["step"]: entry["loss"] for entry in state["log_history"] if "loss" in entry}
 
 
-def test_two_processes_and_accumulated_micro_batches_learn_what_one_learns_at_once(tmp_path):
+@pytest.mark.slow
+def test_two_processes_and_gradient_accumulation_give_the_weights_of_one_process(tmp_path):
     settings = {"max_steps": 5, "save_strategy": "no", "dataloader_num_workers": 0}
     half = {"clip_batch_size": 4, "sam_batch_size": 1}
     run(tmp_path / "one", clip_batch_size=8, sam_batch_size=2, **settings)
@@ -71,14 +72,15 @@ def test_two_processes_and_accumulated_micro_batches_learn_what_one_learns_at_on
         assert curve(tmp_path / other) == pytest.approx(curve(tmp_path / "one"), rel=1e-3)
 
 
-# torch before 2.12 does not know the device "cpu:0", to which transformers loads what several processes resume from.
+# With several processes, transformers loads checkpoints to the device "cpu:0", which torch before 2.12 lacks.
 resumes_on_cpus = pytest.mark.skipif(
     Version(torch.__version__) < Version("2.12"), reason="torch lacks the device cpu:0"
 )
 
 
 @pytest.mark.parametrize(("processes", "num_workers"), [(1, 2), pytest.param(2, 2, marks=resumes_on_cpus)])
-def test_a_killed_run_ends_to_the_bit_where_an_uninterrupted_one_does(tmp_path, processes, num_workers):
+@pytest.mark.slow
+def test_a_resumed_run_gives_the_weights_of_an_uninterrupted_run_exactly(tmp_path, processes, num_workers):
     settings = {
         "max_steps": 16,
         "save_steps": 2,
@@ -95,8 +97,8 @@ def test_a_killed_run_ends_to_the_bit_where_an_uninterrupted_one_does(tmp_path, 
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    while not (killed / "checkpoint-4").exists():  # at whatever moment after that
-        assert process.poll() is None, "it ended before it was killed"
+    while not (killed / "checkpoint-4").exists():  # the kill comes at any moment after it
+        assert process.poll() is None, "the run ended before it was killed"
         time.sleep(0.01)
     for each in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -112,7 +114,8 @@ def test_a_killed_run_ends_to_the_bit_where_an_uninterrupted_one_does(tmp_path, 
 
 
 @pytest.mark.parametrize(("processes", "num_workers"), [(1, 1), (2, 1)])
-def test_sigterm_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path, processes, num_workers):
+@pytest.mark.slow
+def test_sigterm_saves_a_checkpoint_and_reports_how_to_resume(tmp_path, processes, num_workers):
     settings = {"max_steps": 500, "save_strategy": "no", "clip_batch_size": 4, "sam_batch_size": 1}
     words = command(tmp_path, processes, dataloader_num_workers=num_workers, **settings)
     process = subprocess.Popen(words, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -120,7 +123,7 @@ def test_sigterm_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path, processes, 
     for line in process.stdout:
         if "'loss'" in line:
             break
-    process.terminate()  # with several processes their launcher, which signals them and their workers
+    process.terminate()  # with several processes, this is their launcher, which forwards the signal
     _, errors = process.communicate(timeout=120)
     assert process.returncode == (128 + signal.SIGTERM if processes == 1 else 1), errors[-2000:]
     assert "of 500. Run the same command with --resume_from_checkpoint true to continue." in errors
@@ -128,7 +131,8 @@ def test_sigterm_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path, processes, 
 
 
 @resumes_on_cpus
-def test_what_two_processes_know_of_each_others_data_is_never_old(tmp_path):
+@pytest.mark.slow
+def test_checkpoints_of_two_processes_have_the_current_state_of_all_readers(tmp_path):
     settings = {"clip_batch_size": 4, "sam_batch_size": 1, "dataloader_num_workers": 0, "save_steps": 2}
     settings |= {
         "shuffle_buffer": 16,  # one sample for each reader, so that every sample changes its position

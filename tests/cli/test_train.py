@@ -1,4 +1,4 @@
-"""The training script's own job: reading a recipe and the command line."""
+"""`samclip train` and `samclip cost`: arguments, recipes, and what a run leaves in its output folder."""
 
 import json
 import shutil
@@ -41,13 +41,13 @@ def recipe(tmp_path):
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_is_understood(train, path, tmp_path):
+def test_every_recipe_can_be_parsed(train, path, tmp_path):
     args = train.parse_arguments([str(path), "--output_dir", str(tmp_path), "--bf16", "false", "--use_cpu"])
     assert args.stage == int(path.stem[-1])
     assert args.max_steps > 0
 
 
-def test_the_recipe_sets_and_the_command_line_wins(train, recipe):
+def test_the_command_line_overrides_the_recipe(train, recipe):
     path = recipe("stage: 2\nmax_steps: 10\nlearning_rate: 1e-4\nclip_resolutions: [64, 96]\nmodel:\n")
     args = train.parse_arguments([path, "--max_steps", "20", "--clip_resolutions", "32"])
     assert (args.stage, args.max_steps, args.learning_rate, args.clip_resolutions, args.model) == (
@@ -75,7 +75,7 @@ def test_the_recipe_sets_and_the_command_line_wins(train, recipe):
         ("max_steps: 1", ["--clip_head_layers", "0"], "clip_head_layers must be 1 or more"),
     ],
 )
-def test_a_wrong_key_or_value_is_refused_by_name(train, tmp_path, capsys, text, argv, sentence):
+def test_errors_name_the_wrong_argument_or_value(train, tmp_path, capsys, text, argv, sentence):
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
     try:
@@ -122,19 +122,19 @@ def test_a_recipe_that_does_not_exist_is_reported(capsys):
         ("clip_resolutions: [64]\nresume_from_checkpoint: /nowhere", "'/nowhere' is not a checkpoint"),
     ],
 )
-def test_training_that_cannot_work_does_not_start(train, recipe, text, sentence):
+def test_training_does_not_start_with_wrong_data_or_sizes(train, recipe, text, sentence):
     with pytest.raises(SystemExit, match=f"Training did not start.*{sentence}"):
         train.main([recipe(f"max_steps: 1\n{text}")])
 
 
-def test_a_stage_runs_from_recipe_to_checkpoint(train, recipe, tmp_path):
+def test_a_stage_runs_and_saves_a_model(train, recipe, tmp_path):
     settings = ["stage: 1", "max_steps: 1", "clip_resolutions: [64]", "clip_batch_size: 2", "shuffle_buffer: 2"]
     train.main([recipe("\n".join([*settings, "report_to: none"]))])
     saved = {path.name for path in (tmp_path / "run").iterdir()}
     assert {"config.json", "model.safetensors", "processor_config.json", "train_results.json"} <= saved
 
 
-def test_the_seed_decides_over_a_new_students_weights(train, recipe):
+def test_the_seed_determines_the_weights_of_a_new_student(train, recipe):
     weights = []
     for seed in (1, 1, 2):
         args = train.parse_arguments([recipe(f"max_steps: 1\nclip_resolutions: [64]\nseed: {seed}")])
@@ -142,7 +142,7 @@ def test_the_seed_decides_over_a_new_students_weights(train, recipe):
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
-def test_a_finished_run_is_not_run_once_more(train, recipe, tmp_path):
+def test_a_complete_run_is_not_resumed(train, recipe, tmp_path):
     settings = ["stage: 1", "max_steps: 1", "clip_resolutions: [64]", "clip_batch_size: 2", "shuffle_buffer: 2"]
     path = recipe("\n".join([*settings, "report_to: none", "save_strategy: steps", "save_steps: 1"]))
     train.main([path])
@@ -152,7 +152,7 @@ def test_a_finished_run_is_not_run_once_more(train, recipe, tmp_path):
     assert (tmp_path / "run" / "train_results.json").read_text() == before
 
 
-def test_a_run_that_was_stopped_before_it_saved_its_model_is_finished(train, recipe, tmp_path):
+def test_resuming_after_the_last_step_saves_the_model(train, recipe, tmp_path):
     settings = [
         "stage: 2",
         "max_steps: 1",
@@ -172,27 +172,28 @@ def test_a_run_that_was_stopped_before_it_saved_its_model_is_finished(train, rec
         assert torch.equal(value, whole[name]), name
 
 
-def test_a_folder_that_holds_another_run_is_left_alone(train, recipe, tmp_path, capsys):
+def test_a_folder_with_another_run_is_not_overwritten(train, recipe, tmp_path, capsys):
     settings = ["stage: 1", "clip_resolutions: [64]", "clip_batch_size: 2", "shuffle_buffer: 2", "report_to: none"]
     path = recipe("\n".join([*settings, "save_strategy: steps", "save_steps: 1"]))
     train.main([path, "--max_steps", "1", "--resume_from_checkpoint", "true"])
-    assert "has no checkpoint yet" in capsys.readouterr().err  # and so it said that it starts from the beginning
+    assert "has no checkpoint yet" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="checkpoint-1 belongs to an earlier run"):
         train.main([path, "--max_steps", "2"])
     with pytest.raises(SystemExit, match="cannot be resumed with other settings: stage from 1 to 2"):
         train.main([path, "--max_steps", "2", "--stage", "2", "--resume_from_checkpoint", "true"])
-    Image.new("RGB", (40, 40)).save(tmp_path / "1.jpg")  # other data with as many shards
+    Image.new("RGB", (40, 40)).save(tmp_path / "1.jpg")  # other data with the same number of shards
     other = ["--clip_data", str(tmp_path / "*.jpg"), "--eval_fraction", "0"]
     with pytest.raises(SystemExit, match=r"clip_data's shards from \['\d+ of checksum"):
         train.main([path, "--max_steps", "2", *other, "--resume_from_checkpoint", "true"])
 
 
-def test_stage_3_wants_what_was_merged(train, recipe):
+def test_stage_3_requires_a_model(train, recipe):
     with pytest.raises(SystemExit, match="Stage 3 continues from a merged model"):
         train.main([recipe("stage: 3\nmax_steps: 1\nclip_resolutions: [64]")])
 
 
-def test_a_longer_run_that_did_not_save_its_model_is_not_taken_for_finished(train, recipe, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_a_longer_run_is_not_complete_until_its_model_is_saved(train, recipe, tmp_path, monkeypatch):
     settings = ["stage: 1", "max_steps: 1", "clip_resolutions: [64]", "clip_batch_size: 2", "shuffle_buffer: 2"]
     path = recipe("\n".join([*settings, "report_to: none", "save_steps: 1", "lr_scheduler_type: constant"]))
     train.main([path])
@@ -208,7 +209,7 @@ def test_a_longer_run_that_did_not_save_its_model_is_not_taken_for_finished(trai
             train.main(longer)
     shutil.copy(
         tmp_path / "run" / "model.safetensors", tmp_path / "run" / "checkpoint-2"
-    )  # which was patched away too
+    )  # save_model was also patched for the checkpoint
     weights = {name: value + 1 for name, value in shorter.items()}
     save_file(weights, tmp_path / "run" / "checkpoint-2" / "model.safetensors", metadata={"format": "pt"})
     train.main(longer)
@@ -216,7 +217,7 @@ def test_a_longer_run_that_did_not_save_its_model_is_not_taken_for_finished(trai
         assert torch.equal(value, weights[name]), name
 
 
-def test_a_half_written_checkpoint_named_outright_is_refused(train, recipe, tmp_path):
+def test_an_incomplete_checkpoint_is_an_error(train, recipe, tmp_path):
     (tmp_path / "checkpoint-1").mkdir()
     (tmp_path / "checkpoint-1" / "trainer_state.json").write_text("{")
     path = recipe("stage: 1\nmax_steps: 2\nclip_resolutions: [64]")
@@ -224,9 +225,9 @@ def test_a_half_written_checkpoint_named_outright_is_refused(train, recipe, tmp_
         train.main([path, "--resume_from_checkpoint", str(tmp_path / "checkpoint-1")])
 
 
-def test_a_model_that_learnt_from_nothing_is_not_saved(train, recipe, tmp_path):
+def test_the_model_is_not_saved_if_all_samples_were_skipped(train, recipe, tmp_path):
     for number in range(4):
-        (tmp_path / f"{number}.jpg").write_bytes(b"no picture")
+        (tmp_path / f"{number}.jpg").write_bytes(b"not an image")
     settings = ["stage: 1", "max_steps: 2", "clip_resolutions: [64]", "clip_batch_size: 2", "save_strategy: 'no'"]
     path = recipe("\n".join([*settings, "report_to: none", f"clip_data: ['{tmp_path}/*.jpg']"]))
     with pytest.raises(SystemExit, match=r"all samples were skipped.*skipped_broken_image': 4"):
@@ -234,7 +235,8 @@ def test_a_model_that_learnt_from_nothing_is_not_saved(train, recipe, tmp_path):
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
-def test_an_error_in_a_worker_ends_the_training(recipe):
+@pytest.mark.slow
+def test_an_error_in_a_data_loader_worker_ends_the_training(recipe):
     settings = [
         "stage: 1",
         "max_steps: 1",
@@ -249,12 +251,12 @@ def test_an_error_in_a_worker_ends_the_training(recipe):
     assert "Weight 0.0001 of [1.0, 0.0001] is so small" in run.stderr
 
 
-def test_an_argument_may_be_denied_by_its_other_name(train, recipe):
+def test_boolean_arguments_can_be_negated(train, recipe):
     args = train.parse_arguments([recipe("max_steps: 1"), "--no_dataloader_pin_memory"])
     assert args.dataloader_pin_memory is False
 
 
-def test_accelerates_files_are_what_accelerate_reads():
+def test_accelerate_reads_its_configuration_files():
     files = sorted((TRAINING / "accelerate").glob("*.yaml"))
     assert len(files) == 3
     for path in files:
@@ -262,22 +264,23 @@ def test_accelerates_files_are_what_accelerate_reads():
         assert config.num_processes > 1 and config.mixed_precision == "bf16"
 
 
-def test_costs_are_those_that_are_known(monkeypatch):
+def test_costs_agree_with_published_numbers(monkeypatch):
     from samclip_cli import cost
 
     monkeypatch.setattr(cost, "load_config", lambda cls, name, fallback: cls(**fallback))
     args = SamClipTrainingArguments(output_dir="unused", stage=1, max_steps=1, use_cpu=True)
     costs = cost.Costs(args)
-    # ViT-L/14 at 224 px takes 162 GFLOP, ViT-B's encoder 35 (12 layers) and each of the head's 3 layers 3 x 2.8.
+    # GFLOP at 224 px: ViT-L/14 162, ViT-B's encoder 35 (12 layers, forward only), 2.8 for each of the head's 3 layers,
+    # three times for forward and backward pass.
     assert costs.clip(224) / 1e9 == pytest.approx(162 + 35 + 3 * 3 * 2.8, rel=0.03)
     args.clip_embedding_cache = "somewhere"
     assert costs.clip(224) / 1e9 == pytest.approx(35 + 3 * 3 * 2.8, rel=0.05)
     args.stage = 2
-    # Twice the encoder's 972 (its windows' padding included) for the teacher's and the student's forward pass, and
-    # twice that for the student's backward pass.
+    # The encoder takes 972 GFLOP, with the padding of its windows: once for the forward pass of the teacher, once for
+    # that of the student, and twice for the backward pass.
     encoder_only = 4 * 0.972e12
     assert encoder_only < cost.Costs(args).sam(1024) < 1.35 * encoder_only
-    # A smaller student below the same teacher: one forward pass of ViT-B is left.
+    # With a smaller student, one forward pass of ViT-B remains, that of the teacher.
     small = SamConfig(
         vision_config={"hidden_size": 192, "num_attention_heads": 3, "global_attn_indexes": [2, 5, 8, 11]}
     )
@@ -287,7 +290,7 @@ def test_costs_are_those_that_are_known(monkeypatch):
     assert 0.972e12 < cost.Costs(args).sam(1024) < 2.5 * 0.972e12
 
 
-def test_a_student_may_start_from_a_smaller_sam_than_its_teacher(train, recipe, tmp_path, capsys):
+def test_the_student_can_be_smaller_than_its_sam_teacher(train, recipe, tmp_path, capsys):
     teacher = SamModel.from_pretrained(miniature.sam_teacher())
     settings = teacher.config.to_dict()
     settings["vision_config"] |= {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -307,10 +310,11 @@ def test_a_student_may_start_from_a_smaller_sam_than_its_teacher(train, recipe, 
         train.main([path, "--model", str(tmp_path / "run")])
 
 
-def test_half_precision_and_checkpointing_learn_about_the_same(train, recipe, tmp_path):
+@pytest.mark.slow
+def test_half_precision_and_activation_checkpointing_give_nearly_the_same_loss(train, recipe, tmp_path):
     settings = ["stage: 2", "max_steps: 2", "clip_resolutions: [64]", "clip_batch_size: 4", "sam_batch_size: 1"]
     path = recipe("\n".join([*settings, "masks_per_image: 2", "report_to: none", "save_strategy: 'no'"]))
-    newer = hasattr(SamClipTrainingArguments, "activation_checkpointing")  # its name since transformers 5.20 or so
+    newer = hasattr(SamClipTrainingArguments, "activation_checkpointing")  # since about transformers 5.20
     checkpointing = "--activation_checkpointing" if newer else "--gradient_checkpointing"
     losses = []
     for options in ([], ["--bf16", "true"], [checkpointing, "true"]):
@@ -320,8 +324,9 @@ def test_half_precision_and_checkpointing_learn_about_the_same(train, recipe, tm
     assert losses[2] == pytest.approx(losses[0], abs=1e-5)
 
 
-def test_compiled_training_learns_the_same(recipe, tmp_path):
-    """At several sizes, with the backend that traces all and compiles nothing."""
+@pytest.mark.slow
+def test_compiled_training_gives_the_same_weights(recipe, tmp_path):
+    """With several image sizes. The backend traces the forward and backward pass, but generates no code."""
     path = recipe(
         "stage: 2\nmax_steps: 2\nclip_data: [miniature]\nsam_data: [miniature]\nclip_resolutions: [64]\n"
         "sam_resolutions: [128]\nclip_batch_size: 2\nsam_batch_size: 1\nmasks_per_image: 2\nreport_to: none\n"
