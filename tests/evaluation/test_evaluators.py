@@ -51,8 +51,8 @@ from samclip_hf.evaluation.prompted_segmentation import center_pixel
 from samclip_hf.evaluation.semantic_segmentation import window_starts
 from samclip_hf.images import encode_mask
 from samclip_hf.miniature.scenes import CLASS_NAMES, HELD_OUT, TEMPLATES, evaluation_scene
-from samclip_hf.miniature_lab.report import set_world_vocabulary
-from samclip_hf.miniature_lab.tasks import labelled_images, segmented_images, tasks
+from samclip_hf.miniature_lab.report import set_miniature_vocabulary
+from samclip_hf.miniature_lab.tasks import labeled_images, segmented_images, tasks
 
 NAMES = [["background"], ["red", "scarlet"], ["green"], ["blue"]]
 SHADES = (0, 60, 120, 180)  # of grey: what the oracles below read a class from
@@ -315,7 +315,7 @@ class TestOfRealModels:
             load_adapter(str(tmp_path / "nowhere"))
 
     def test_accuracy_is_that_of_a_direct_computation(self, clip):
-        figures = tasks(share=0.1)["classification:miniature@64"].run(clip).metrics
+        figures = tasks(fraction=0.1)["classification:miniature@64"].run(clip).metrics
         model, processor = (kind.from_pretrained(miniature.clip_teacher()) for kind in (CLIPModel, CLIPProcessor))
         scenes = [evaluation_scene(101, index) for index in range(48)]
         with torch.inference_mode():
@@ -330,10 +330,10 @@ class TestOfRealModels:
         assert figures["top1, never captioned"] == pytest.approx(correct[held_out].mean(), abs=0.126)
 
     def test_both_heads_score_as_a_direct_computation(self, samclip):
-        task = tasks(share=0.1)["composed:miniature"]
+        task = tasks(fraction=0.1)["composed:miniature"]
         model = SamClipForImageSegmentation.from_pretrained(miniature.checkpoint()).eval()
         processor = SamClipProcessor.from_pretrained(miniature.checkpoint())
-        set_world_vocabulary(model, processor)
+        set_miniature_vocabulary(model, processor)
         truth = np.stack([sample.label_map() for sample in task.data.samples])
         with torch.inference_mode():
             outputs = model(**processor(images=[sample.image() for sample in task.data.samples]))
@@ -355,7 +355,7 @@ class TestOfRealModels:
         assert candidate.untrained == ["clip_head.layer_norm", "clip_head.mlp"]
         candidate.name = "new"
         results = Results(tmp_path, "command")
-        task = tasks(share=0.05)["prompts:miniature"]
+        task = tasks(fraction=0.05)["prompts:miniature"]
         for model in (candidate, samclip):
             results.add("prompts:miniature", task, model, task.run(model))
         assert "| new (random weights) | " in results.markdown()
@@ -421,7 +421,7 @@ class TestOfRealModels:
         assert figures["image embedding, MB"] is None and figures["image embedding, s"] > 0
 
     def test_sam_is_probed_at_its_own_size(self, sam):
-        assert LinearProbing(labelled_images(1, 48), labelled_images(2, 48), size=64).size_for(sam) == 128
+        assert LinearProbing(labeled_images(1, 48), labeled_images(2, 48), size=64).size_for(sam) == 128
         with pytest.raises(ValueError, match="128 x 128 pixels only"):
             sam.patch_features([Image.new("RGB", (64, 64))], 64)
 

@@ -1,4 +1,4 @@
-"""The shipped miniature SAM-CLIP, as its users load it, does what the README says of it, on a sample of the scenes."""
+"""The shipped miniature SAM-CLIP, through Auto classes and pipelines, and its metrics on a subset of the scenes."""
 
 import numpy as np
 import pytest
@@ -10,17 +10,18 @@ from samclip_hf import SamClipModel, SamClipProcessor, SamClipVisionModel, minia
 from samclip_hf.evaluation import SemanticSegmentation
 from samclip_hf.miniature.scenes import CLASS_NAMES, evaluation_scene
 from samclip_hf.miniature_lab.report import (
-    NearestColour,
-    beside_teachers,
-    draw,
+    NearestColor,
+    compare,
+    draw_figure,
+    evaluate_all,
+    format_table,
     load_student,
     load_teachers,
-    markdown,
-    measure,
-    world_tasks,
+    report_tasks,
 )
+from samclip_hf.miniature_lab.tasks import evaluate
 
-SHARE = 0.3  # of the scenes
+FRACTION = 0.3  # of the scenes
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +35,10 @@ def student():
 
 
 @pytest.fixture(scope="module")
-def compute_metrics(teachers, student):
-    tasks = world_tasks(share=SHARE)
+def metrics(teachers, student):
+    evaluators = report_tasks(fraction=FRACTION)
     sam, clip = teachers
-    return beside_teachers(measure(student, tasks), measure(sam, tasks) | measure(clip, tasks))
+    return compare(evaluate_all(student, evaluators), evaluate_all(sam, evaluators) | evaluate_all(clip, evaluators))
 
 
 def test_auto_classes_load_it():
@@ -56,7 +57,7 @@ def test_auto_classes_load_it():
     ].shape == (1, 3, 128, 128)
 
 
-def test_stock_pipeline_labels_masks_without_a_complaint(student, complaints):
+def test_the_image_segmentation_pipeline_returns_labeled_masks_without_warnings(student, complaints):
     image = Image.fromarray(evaluation_scene(seed=5, index=13).image).resize((200, 150))
     segmenter = pipeline("image-segmentation", model=miniature.checkpoint())
     by_subtask = {task: segmenter(image, subtask=task) for task in ("semantic", "instance", "panoptic")}
@@ -67,11 +68,11 @@ def test_stock_pipeline_labels_masks_without_a_complaint(student, complaints):
         assert all(segment["mask"].size == (200, 150) for segment in segments)
         assert np.sum([np.asarray(segment["mask"]) > 0 for segment in segments], axis=0).max() == 1  # no overlap
     assert np.sum([np.asarray(segment["mask"]) > 0 for segment in by_subtask["semantic"]]) == 200 * 150
-    # The object itself, whose name is sure enough for the pipeline's threshold of 0.9.
+    # The label of the object scores above the pipeline's default threshold of 0.9.
     assert [segment["label"] for segment in by_subtask[None]] == [CLASS_NAMES[13]]
 
 
-def test_stock_zero_shot_classification_agrees_with_the_direct_call(student):
+def test_the_zero_shot_classification_pipeline_agrees_with_the_model(student):
     image = Image.fromarray(evaluation_scene(seed=5, index=13).image)
     classify = pipeline("zero-shot-image-classification", model=miniature.checkpoint())
     scores = classify(image, candidate_labels=list(CLASS_NAMES[:5]), hypothesis_template="a {}")
@@ -83,14 +84,14 @@ def test_stock_zero_shot_classification_agrees_with_the_direct_call(student):
     torch.testing.assert_close(torch.tensor([by_label[name] for name in CLASS_NAMES[:5]]), expected)
 
 
-def test_stock_zero_shot_detection_boxes_the_segments_of_a_name(complaints):
+def test_the_zero_shot_detection_pipeline_returns_the_boxes_of_segments(complaints):
     image = Image.fromarray(evaluation_scene(seed=5, index=13).image).resize((200, 150))
     detect = pipeline("zero-shot-object-detection", model=miniature.checkpoint())
     boxes = detect(image, candidate_labels=[CLASS_NAMES[13], CLASS_NAMES[20]])
     sentences = detect(image, candidate_labels=[f"a {CLASS_NAMES[13]}", f"a {CLASS_NAMES[20]}"])
     segments = pipeline("image-segmentation", model=miniature.checkpoint())(image, overlap_mask_area_threshold=0)
     assert not complaints.records
-    # A name of the vocabulary has the probability that it has there, and so has the sentence that stands for it there.
+    # Labels of the vocabulary, with or without the template, have the same score as in segmentation.
     assert [box["label"] for box in boxes] == [CLASS_NAMES[13]]
     assert [box["label"] for box in sentences] == [f"a {CLASS_NAMES[13]}"]
     assert boxes[0]["score"] == pytest.approx(segments[0]["score"], abs=1e-4)
@@ -101,13 +102,13 @@ def test_stock_zero_shot_detection_boxes_the_segments_of_a_name(complaints):
 
 
 @pytest.mark.parametrize("auto_class", [AutoModel, SamClipVisionModel])
-def test_stock_feature_extraction_agrees_with_the_direct_call(student, complaints, auto_class):
+def test_the_feature_extraction_pipeline_agrees_with_the_model(student, complaints, auto_class):
     image = Image.fromarray(evaluation_scene(seed=5, index=13).image).resize((200, 150))
     model = auto_class.from_pretrained(miniature.checkpoint())
     extract = pipeline("image-feature-extraction", model=model, image_processor=miniature.checkpoint())
     with torch.inference_mode():
         outputs = model(**student.processor.image_processor(image, return_tensors="pt"))
-    if auto_class is AutoModel:  # SAM-CLIP as a whole gives the image in text space
+    if auto_class is AutoModel:  # the complete model returns image embeddings
         assert torch.equal(extract(image, return_tensors=True), outputs.image_embeds)
     else:
         assert torch.equal(extract(image, return_tensors=True), outputs.last_hidden_state)
@@ -115,33 +116,33 @@ def test_stock_feature_extraction_agrees_with_the_direct_call(student, complaint
     assert not complaints.records
 
 
-def test_sam_survived(figures):
+def test_masks_from_prompts_are_as_good_as_those_of_the_sam_teacher(metrics):
     for prompt in ("point_miou", "box_miou"):
-        assert figures[prompt]["student"] >= 0.98 * figures[prompt]["teacher"]
+        assert metrics[prompt]["student"] >= 0.98 * metrics[prompt]["teacher"]
 
 
-def test_clip_was_learnt(figures):
-    for group, share in (("zero_shot_top1", 0.95), ("zero_shot_top1_heldout", 0.9)):
-        assert figures[group]["student"] >= share * figures[group]["teacher"]
+def test_zero_shot_accuracy_is_close_to_the_clip_teacher(metrics):
+    for group, ratio in (("zero_shot_top1", 0.95), ("zero_shot_top1_heldout", 0.9)):
+        assert metrics[group]["student"] >= ratio * metrics[group]["teacher"]
 
 
-def test_text_segmentation_emerged_and_composing_the_heads_helps(figures):
-    by_text = figures["semantic_miou"]
+def test_the_student_segments_by_text_better_than_the_teacher_and_best_with_both_heads(metrics):
+    by_text = metrics["semantic_miou"]
     assert by_text["clip_head"] >= by_text["teacher_patches"] + 0.03
     assert by_text["both_heads"] >= by_text["clip_head"] + 0.05
     assert by_text["both_heads"] >= 0.55  # 0.60 on all 200 scenes
 
 
-def test_picture_and_table_are_drawn(teachers, student, figures, tmp_path):
-    draw(teachers[1], student, tmp_path / "figure.png", num_scenes=2)
+def test_the_figure_is_drawn_and_the_table_contains_the_metrics(teachers, student, metrics, tmp_path):
+    draw_figure(teachers[1], student, tmp_path / "figure.png", num_scenes=2)
     assert Image.open(tmp_path / "figure.png").width > 1000
-    patches, both_heads = (figures["semantic_miou"][key] for key in ("teacher_patches", "both_heads"))
+    patches, both_heads = (metrics["semantic_miou"][key] for key in ("teacher_patches", "both_heads"))
     expected = f"| mIoU by text, both heads | {patches:.3f} (patches) | {both_heads:.3f} |"
-    assert expected in markdown({"demo": figures})
+    assert expected in format_table({"demo": metrics})
 
 
-def test_raw_colour_does_not_solve_the_world(student, figures):
-    semantic = world_tasks(share=SHARE)["semantic:miniature@128"]
+def test_color_alone_does_not_segment_the_scenes(student, metrics):
+    semantic = report_tasks(fraction=FRACTION)["semantic:miniature@128"]
     assert isinstance(semantic, SemanticSegmentation)
-    reached = measure(student, {"colour": NearestColour(semantic.data)})["colour", "mean_iou"]
-    assert 0 < reached < 0.1 < figures["semantic_miou"]["clip_head"]
+    nearest_color = evaluate(NearestColor(semantic.data), student)["mean_iou"]
+    assert 0 < nearest_color < 0.1 < metrics["semantic_miou"]["clip_head"]

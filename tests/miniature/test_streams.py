@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-pytest.importorskip("datasets", reason="the streams need the extra `train`")
-pytest.importorskip("pycocotools", reason="the streams need the extra `train`")
+pytest.importorskip("datasets", reason="streams need the extra `train`")
+pytest.importorskip("pycocotools", reason="streams need the extra `train`")
 
 from datasets import List, Value
 from pycocotools import mask as coco_mask
@@ -11,7 +11,7 @@ from samclip_hf.miniature import streams
 from samclip_hf.miniature.scenes import render
 
 
-def test_masks_survive_run_length_encoding():
+def test_annotations_contain_the_masks_of_the_scene():
     stream = streams.masks(seed=3, num_shards=2, num_images=6)
     for index, row in enumerate(stream):
         scene = render(3, index, num_objects=1 + index % 4)
@@ -31,8 +31,8 @@ def test_masks_survive_run_length_encoding():
             assert mask[int(y), int(x)]
 
 
-def test_the_columns_are_those_of_webdataset_tars_of_photographs_and_of_sa_1b():
-    # As `load_dataset("webdataset", ...)` infers them from SA-1B's tars.
+def test_the_columns_are_those_of_webdataset_tars_and_of_sa_1b():
+    # The features that `load_dataset("webdataset", ...)` infers from SA-1B's tars.
     annotation = {
         "id": Value("int64"),
         "segmentation": {"size": List(Value("int64")), "counts": Value("string")},
@@ -50,14 +50,14 @@ def test_the_columns_are_those_of_webdataset_tars_of_photographs_and_of_sa_1b():
 
 
 @pytest.mark.parametrize("stream", [streams.images, streams.masks])
-def test_shards_lose_nothing_and_repeat_nothing(stream):
-    whole = stream(num_shards=4, num_images=18)
-    assert whole.num_shards == 4
-    parts = [[row["__key__"] for row in whole.shard(num_shards=2, index=rank)] for rank in range(2)]
+def test_each_image_is_in_exactly_one_shard(stream):
+    sharded = stream(num_shards=4, num_images=18)
+    assert sharded.num_shards == 4
+    parts = [[row["__key__"] for row in sharded.shard(num_shards=2, index=rank)] for rank in range(2)]
     assert not set(parts[0]) & set(parts[1])
     assert sorted(parts[0] + parts[1]) == sorted(f"sa_{index}" for index in range(18))
 
 
-def test_a_stream_may_have_as_many_shards_as_ranks_times_workers_ask_for():
+def test_the_number_of_shards_can_be_set():
     assert streams.images().num_shards >= 16
     assert streams.images(num_shards=64, num_images=64).num_shards == 64

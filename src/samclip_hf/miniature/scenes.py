@@ -1,8 +1,9 @@
-"""Procedural scenes with exact masks and captions: the data of the miniature world.
+"""
+Procedural scenes with exact masks and captions, drawn with NumPy in about 1 ms each.
 
-An object's class is a *pattern* times a *colour*; its silhouette is free. Local texture then carries much of the
-class, as in natural images, which is what lets patch features segment by text. Everything follows from a pair
-(seed, index) alone, whatever the process or the order:
+The class of an object is a pair of *pattern* and *color*, on a silhouette of random shape. Local texture therefore
+determines much of the class, as in natural images, and patch features can segment by text. A scene depends only on the
+pair (seed, index), not on the process or on scenes drawn before:
 
 >>> scene = render(seed=0, index=7)
 >>> scene.image.shape, scene.masks.shape[0] == len(scene.class_ids)
@@ -21,24 +22,24 @@ PATTERNS = ("solid", "lined", "dotted", "tiled", "meshed", "fuzzy", "zigzag", "m
 COLOURS = ("red", "green", "blue", "yellow", "purple", "cyan")
 BACKGROUNDS = ("plain", "gradient", "noisy", "striped", "checkered")
 
-# Class id = pattern index * len(COLOURS) + colour index; in label maps 0 is background and class i is i + 1.
-CLASS_NAMES = tuple(f"{colour} {pattern} shape" for pattern in PATTERNS for colour in COLOURS)
-# One colour of every pattern is never captioned: one class in six, and every pattern and colour occurs with others.
+# Class id = pattern index * len(COLOURS) + color index. In label maps, 0 is background and class i is i + 1.
+CLASS_NAMES = tuple(f"{color} {pattern} shape" for pattern in PATTERNS for color in COLOURS)
+# One color of each pattern is held out: captions never name it. Each pattern and color occurs in other classes.
 HELD_OUT = tuple(pattern * len(COLOURS) + (pattern * 5 + 2) % len(COLOURS) for pattern in range(len(PATTERNS)))
 SEEN = tuple(class_id for class_id in range(len(CLASS_NAMES)) if class_id not in HELD_OUT)
 
-# Prompts in the grammar of the captions.
+# Prompt templates and background prompts in the wording of the captions.
 TEMPLATES = ("a {}", *(f"a {{}} on a {background} background" for background in BACKGROUNDS))
 BACKGROUND_PROMPTS = ("an empty scene", *(f"a {background} background" for background in BACKGROUNDS))
 
-MIN_VISIBLE = 0.035  # of the image: an object that shows less is not placed
+MIN_AREA = 0.035  # minimum visible area of an object, as a fraction of the image
 
 _HUES = (0.0, 0.36, 0.63, 0.145, 0.79, 0.5)
-_PERIODS = (0.0, 9.0, 11.5, 12.0, 11.0, 0.0, 10.0, 0.0)  # pixels; halved by a CLIP that looks at 64 px
+_PERIODS = (0.0, 9.0, 11.5, 12.0, 11.0, 0.0, 10.0, 0.0)  # pixels; half of that at the 64 px of the miniature CLIP
 _NUM_ANGLES = 720
 _ANGLES = np.arange(_NUM_ANGLES) * (2 * np.pi / _NUM_ANGLES)
 
-# Polar coordinates of every offset from a centre, so that a silhouette is one comparison with a table r(angle).
+# Polar coordinates of all offsets from a center: a silhouette is then one comparison with a table of radii by angle.
 _offsets = np.arange(-IMAGE_SIZE, IMAGE_SIZE, dtype=np.float32)
 _RADIUS = np.hypot(_offsets[:, None], _offsets[None, :])
 _ANGLE = (np.arctan2(_offsets[:, None], _offsets[None, :]) * (_NUM_ANGLES / (2 * np.pi))).astype(
@@ -49,13 +50,16 @@ _COORDINATES = np.arange(IMAGE_SIZE, dtype=np.float32)
 
 @dataclass
 class Scene:
-    """One image and everything there is to know about it.
+    """
+    An image and its annotations.
 
-    image (`np.ndarray` uint8 of shape `(128, 128, 3)`).
-    masks (`np.ndarray` bool of shape `(num_objects, 128, 128)`): visible pixels, disjoint and never empty.
-    class_ids (`tuple[int]`): indices into `CLASS_NAMES`, one per mask.
-    background (`str`): one of `BACKGROUNDS`.
-    caption (`str` or `None`): None when the scene shows a held-out pair, which nobody ever describes.
+    Attributes:
+        image (`np.ndarray` of shape `(128, 128, 3)` and type uint8): The image in RGB.
+        masks (`np.ndarray` of shape `(num_objects, 128, 128)` and type bool): The visible pixels of each object. Masks
+            are disjoint and not empty.
+        class_ids (`tuple[int, ...]`): The index of each object's class in `CLASS_NAMES`.
+        background (`str`): One of `BACKGROUNDS`.
+        caption (`str`, *optional*): `None` if the scene contains a held-out class.
     """
 
     image: np.ndarray
@@ -66,7 +70,7 @@ class Scene:
 
     @property
     def label_map(self) -> np.ndarray:
-        """`(128, 128)` int64: 0 is background, `class_id + 1` elsewhere."""
+        """Label map of shape `(128, 128)` and type int64: 0 for background, `class_id + 1` for objects."""
         labels = np.asarray(self.class_ids, dtype=np.int64).reshape(-1, 1, 1) + 1
         return (self.masks * labels).sum(axis=0)
 
@@ -77,16 +81,19 @@ def render(
     num_objects: int | None = None,
     class_id: int | None = None,
     held_out: bool = True,
-    visible_share: float = 0.65,
+    min_visible_fraction: float = 0.65,
 ) -> Scene:
-    """Draws scene `index` of world `seed`.
+    """
+    Draws a scene.
 
     Args:
-        num_objects (`int`, *optional*): 0 to 4; drawn at random when omitted (4 % of the scenes are then empty).
-            Objects that would hide others or be hidden are left out, so that fewer may be seen.
-        class_id (`int`, *optional*): class of the first object; the others are random.
-        held_out (`bool`): whether held-out pairs may appear. False for everything that is captioned.
-        visible_share (`float`): of an object's silhouette that later objects leave visible, at least. Less is harder.
+        seed (`int`), index (`int`): Determine the scene.
+        num_objects (`int`, *optional*): Number of objects, 0 to 4. Default: random, and 0 in 4 % of the scenes. The
+            scene has fewer objects if one would hide too much of the others.
+        class_id (`int`, *optional*): Class of the first object. The other classes are random.
+        held_out (`bool`): Whether held-out classes may occur. Set it to `False` if every scene needs a caption.
+        min_visible_fraction (`float`): Minimum fraction of a silhouette that remains visible. A lower value gives more
+            occlusion.
     """
     rng = np.random.default_rng((seed, index))
     if num_objects is None:
@@ -99,12 +106,12 @@ def render(
     class_ids: list[int] = []
     for position in range(num_objects):
         drawn = class_id if position == 0 and class_id is not None else allowed[rng.integers(len(allowed))]
-        if class_ids and rng.random() < 0.3:  # neighbours that share a colour: only the pattern tells them apart
-            colour = class_ids[0] % len(COLOURS)
+        if class_ids and rng.random() < 0.3:  # the same color as the first object, so that only the pattern differs
+            color = class_ids[0] % len(COLOURS)
             drawn = allowed[rng.integers(len(allowed))]
-            while drawn % len(COLOURS) != colour:
+            while drawn % len(COLOURS) != color:
                 drawn = allowed[rng.integers(len(allowed))]
-        mask = _place(rng, masks, num_objects == 1, visible_share)
+        mask = _place(rng, masks, num_objects == 1, min_visible_fraction)
         if mask is None:
             continue
         for earlier in masks:
@@ -122,28 +129,30 @@ def render(
 
 
 def evaluation_scene(seed: int, index: int) -> Scene:
-    """A single object of class `index % 48`: consecutive indices make a set balanced over all classes."""
+    """Draws one object of class `index % 48`. Consecutive indices are balanced over all classes."""
     return render(seed, index, num_objects=1, class_id=index % len(CLASS_NAMES))
 
 
 def describe(rng: np.random.Generator, class_ids: Iterable[int], background: str | None) -> str | None:
-    """A caption of those classes on that background, which is left out where it is `None` and sometimes where it is
-    not; `None` if a held-out pair is among them."""
-    # Each class once, in a fixed order: equal contents have equal captions.
-    shown = sorted(set(class_ids))
-    if any(class_id in HELD_OUT for class_id in shown):
+    """
+    Returns a caption that names each class once, or `None` if one of the classes is held out. The caption names the
+    background with probability 0.7 if it is given. Without classes it names the background or "an empty scene".
+    """
+    # Sorted, so that scenes with the same classes have the same caption.
+    unique_ids = sorted(set(class_ids))
+    if any(class_id in HELD_OUT for class_id in unique_ids):
         return None
-    if not shown:
+    if not unique_ids:
         return BACKGROUND_PROMPTS[0] if rng.random() < 0.3 else f"a {background} background"
-    things = " and ".join(f"a {CLASS_NAMES[class_id]}" for class_id in shown)
-    return things if rng.random() < 0.3 or background is None else f"{things} on a {background} background"
+    objects = " and ".join(f"a {CLASS_NAMES[class_id]}" for class_id in unique_ids)
+    return objects if rng.random() < 0.3 or background is None else f"{objects} on a {background} background"
 
 
 # ---- silhouettes ----
 
 
 def _silhouette(rng: np.random.Generator, radius: float) -> tuple[np.ndarray, float]:
-    """A random outline as a table of radii over `_ANGLES`, and the share of it that is a hole (0 for none)."""
+    """Returns the radii of a random outline at `_ANGLES`, and the relative radius of its hole (0 for none)."""
     kind = rng.integers(6)
     angles = _ANGLES + rng.uniform(0, 2 * np.pi)
     hole = 0.0
@@ -171,9 +180,14 @@ def _silhouette(rng: np.random.Generator, radius: float) -> tuple[np.ndarray, fl
     return np.clip(table, 0.3, 1.7).astype(np.float32) * radius, hole
 
 
-def _place(rng: np.random.Generator, masks: list[np.ndarray], single: bool, visible_share: float) -> np.ndarray | None:
-    """A silhouette that leaves itself and every earlier object sensibly visible, or None after a few attempts."""
-    smallest = MIN_VISIBLE * IMAGE_SIZE**2
+def _place(
+    rng: np.random.Generator, masks: list[np.ndarray], single: bool, min_visible_fraction: float
+) -> np.ndarray | None:
+    """
+    Returns the mask `(128, 128)` of a new object that leaves enough of all earlier objects visible, or `None` if six
+    attempts fail.
+    """
+    smallest = MIN_AREA * IMAGE_SIZE**2
     for _ in range(6):
         radius = rng.uniform(25, 60) if single else rng.uniform(20, 42)
         table, hole = _silhouette(rng, radius)
@@ -191,19 +205,19 @@ def _place(rng: np.random.Generator, masks: list[np.ndarray], single: bool, visi
         for earlier in masks:
             area = np.count_nonzero(earlier)
             left = area - np.count_nonzero(earlier & mask)
-            if left < smallest or left < visible_share * area:
+            if left < smallest or left < min_visible_fraction * area:
                 break
         else:
             return mask
     return None
 
 
-# ---- colours, patterns, backgrounds ----
+# ---- colors, patterns, backgrounds ----
 
 
-def _object_colours(rng: np.random.Generator, colour: int) -> tuple[np.ndarray, np.ndarray]:
-    """The class's colour and a second tone: lighter, darker or neutral, always of another lightness."""
-    hue = (_HUES[colour] + rng.uniform(-0.022, 0.022)) % 1.0
+def _object_colors(rng: np.random.Generator, color: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns an RGB color of the class and a second tone, which always differs in lightness."""
+    hue = (_HUES[color] + rng.uniform(-0.022, 0.022)) % 1.0
     base = np.array(colorsys.hsv_to_rgb(hue, rng.uniform(0.7, 1.0), rng.uniform(0.6, 1.0)), dtype=np.float32)
     lightness = float(base @ (0.3, 0.59, 0.11))
     darker, lighter = max(lightness - 0.3, 0.0), max(0.95 - lightness - 0.3, 0.0)
@@ -216,7 +230,7 @@ def _object_colours(rng: np.random.Generator, colour: int) -> tuple[np.ndarray, 
 def _weights(
     rng: np.random.Generator, pattern: str, period: float, rows: np.ndarray, columns: np.ndarray
 ) -> np.ndarray:
-    """How much of the second tone each pixel takes, `(len(rows), len(columns))` in [0, 1]."""
+    """Returns the weight of the second tone in each pixel: `(len(rows), len(columns))`, in [0, 1]."""
     if pattern == "solid":
         return np.zeros((len(rows), len(columns)), dtype=np.float32)
     if pattern == "fuzzy":
@@ -240,19 +254,19 @@ def _weights(
         inside = (u % 1.0 - 0.5) ** 2 + (v % 1.0 - 0.5) ** 2 < 0.1
     else:  # meshed
         inside = (u % 1.0 < 0.3) | (v % 1.0 < 0.3)
-    if rng.random() < 0.4:  # dots and lines in either tone
+    if rng.random() < 0.4:  # swap the two tones
         inside = ~inside
     return inside.astype(np.float32)
 
 
 def _draw_object(rng: np.random.Generator, canvas: np.ndarray, mask: np.ndarray, class_id: int) -> None:
-    pattern, colour = divmod(class_id, len(COLOURS))
-    base, second = _object_colours(rng, colour)
+    pattern, color = divmod(class_id, len(COLOURS))
+    base, second = _object_colors(rng, color)
     used_rows, used_columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     window = (slice(used_rows[0], used_rows[-1] + 1), slice(used_columns[0], used_columns[-1] + 1))
     rows, columns = _COORDINATES[window[0]], _COORDINATES[window[1]]
     weights = _weights(rng, PATTERNS[pattern], _PERIODS[pattern], rows, columns)
-    # A soft light from one side keeps even a solid object from being one constant.
+    # A light gradient, so that solid objects are not constant.
     slope = rng.uniform(-0.12, 0.12, size=2).astype(np.float32)
     light = 1 + np.linspace(-slope[0], slope[0], len(rows), dtype=np.float32)[:, None]
     light = light + np.linspace(-slope[1], slope[1], len(columns), dtype=np.float32)
@@ -261,9 +275,9 @@ def _draw_object(rng: np.random.Generator, canvas: np.ndarray, mask: np.ndarray,
 
 
 def _draw_background(rng: np.random.Generator, background: str) -> np.ndarray:
-    """Dull colours, and structure coarser than that of any object pattern.
-
-    `(3, 128, 128)` float32 in [0, 1]: planes are faster to paint than pixels.
+    """
+    Returns a background of shape `(3, 128, 128)` and type float32, in [0, 1]. Its colors are less saturated than those
+    of objects, and its structure is coarser than any object pattern.
     """
     first, second = (
         np.array(colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.0, 0.3), rng.uniform(0.2, 0.95)), np.float32)[
@@ -291,7 +305,7 @@ def _draw_background(rng: np.random.Generator, background: str) -> np.ndarray:
 
 @functools.cache
 def _noise_bank() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Coarse, fine and middling noise, `(512, 512)` float32 of unit variance: drawing is then a crop."""
+    """Returns coarse, fine and medium noise of unit variance, each `(512, 512)` float32. Scenes use random crops."""
     white = np.fft.rfft2(np.random.default_rng(20231024).standard_normal((512, 512)))
     frequency = np.hypot(np.fft.fftfreq(512)[:, None], np.fft.rfftfreq(512)[None, :])
     bank = []

@@ -1,8 +1,8 @@
-"""The miniature world as sharded `datasets` streams, column for column what the real data give.
+"""
+The procedural scenes as sharded streams of `datasets`, drawn on the fly in about 1 ms each.
 
-`images()` stands for a folder of webdataset tars with photographs (no captions), `masks()` for SA-1B's tars: both
-yield what `load_dataset("webdataset", data_files=..., streaming=True)` yields there, so that nothing downstream knows
-which one it reads. Scenes are drawn on the fly, about a millisecond each.
+`images()` has the columns of webdataset tars with photographs, `masks()` those of SA-1B's tars, as
+`load_dataset("webdataset", data_files=..., streaming=True)` returns them.
 """
 
 import io
@@ -47,9 +47,9 @@ MASK_FEATURES = Features(
 
 
 def images(seed: int = 0, num_shards: int = 256, num_images: int = 131_072) -> IterableDataset:
-    """Images without captions for the CLIP loss: `jpg`, `__key__`, `__url__`.
-
-    Half of them show a single object, half are scenes of none to four; held-out pairs are among them.
+    """
+    Returns a stream of images for the CLIP loss, with the columns `jpg`, `__key__` and `__url__`. Half of the images
+    contain a single object, the other half none to four. Held-out classes occur.
     """
     return IterableDataset.from_generator(
         _images, features=IMAGE_FEATURES, gen_kwargs={"shards": _shards(seed, num_shards, num_images)}
@@ -57,14 +57,20 @@ def images(seed: int = 0, num_shards: int = 256, num_images: int = 131_072) -> I
 
 
 def masks(seed: int = 0, num_shards: int = 128, num_images: int = 32_768) -> IterableDataset:
-    """Images with SA-1B's annotations for the SAM loss: `jpg`, `json`, `__key__`, `__url__`; one to four objects."""
+    """
+    Returns a stream of images with annotations in SA-1B's format for the SAM loss, with the columns `jpg`, `json`,
+    `__key__` and `__url__`. Each image contains one to four objects.
+    """
     return IterableDataset.from_generator(
         _masks, features=MASK_FEATURES, gen_kwargs={"shards": _shards(seed, num_shards, num_images)}
     )
 
 
 def _shards(seed: int, num_shards: int, num_images: int) -> list[tuple[int, int, int]]:
-    """`(seed, first index, end index)` of every shard; `datasets` splits lists among its workers and ranks."""
+    """
+    Returns `(seed, first index, end index)` of each shard. `datasets` distributes the entries of a list over workers
+    and processes.
+    """
     edges = np.linspace(0, num_images, num_shards + 1).astype(int).tolist()
     return [(seed, first, end) for first, end in itertools.pairwise(edges)]
 
@@ -92,14 +98,17 @@ def _identity(seed: int, first: int, index: int) -> dict[str, str]:
 
 
 def _encode_image(image: np.ndarray) -> dict[str, bytes | None]:
-    # `datasets` stores images encoded. BMP because it is lossless and costs next to nothing to write and read.
+    # `datasets` stores encoded images. BMP is lossless and faster than PNG.
     buffer = io.BytesIO()
     PILImage.fromarray(image).save(buffer, format="BMP")
     return {"bytes": buffer.getvalue(), "path": None}
 
 
 def annotations(scene: Scene, image_id: int) -> dict:
-    """A scene's masks as one SA-1B json: COCO run-length encoding, boxes as `x, y, width, height`."""
+    """
+    Returns the masks of a scene in SA-1B's format: COCO's compressed run-length encoding, and boxes as
+    `x, y, width, height` in pixels.
+    """
     objects = []
     for number, mask in enumerate(scene.masks):
         encoded = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))

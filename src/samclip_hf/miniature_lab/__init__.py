@@ -1,1 +1,4 @@
-"""Training and reporting of the miniature world: teachers, evaluation tasks, demo and tables."""
+"""Training and evaluation of the miniature: its teachers, evaluators, the demo, and the tables of all variants.
+
+Needs the extra `train`.
+"""

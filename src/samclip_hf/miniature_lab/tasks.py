@@ -1,4 +1,4 @@
-"""The miniature world as data sets to judge by, and the tasks that stand for the paper's tables in it."""
+"""Evaluation sets of procedural scenes, and the evaluation tasks that correspond to the paper's tables."""
 
 from functools import lru_cache, partial
 from typing import Any
@@ -14,6 +14,7 @@ from ..evaluation import (
     Evaluator,
     HeadProbing,
     LinearProbing,
+    ModelAdapter,
     PromptedSegmentation,
     Retrieval,
     SemanticSegmentation,
@@ -33,28 +34,40 @@ from ..miniature.scenes import (
     render,
 )
 
-SIZES = (64, 96, 128)  # stand for the paper's 224, 448 and 1024 px
-NUM_SCENES = 200  # of one to four objects
+SIZES = (64, 96, 128)  # correspond to the paper's 224, 448 and 1024 px
+NUM_SCENES = 200
+
+Metrics = dict[str, float | None]
 
 
 class MiniatureClassification(ZeroShotClassification):
-    """Tells pairs of pattern and colour that had captions from those that never had; all 48 names are choices."""
+    """
+    Zero-shot classification with all 48 class names. Reports the accuracy on classes that occur in captions and on
+    held-out classes separately.
+    """
 
-    def compute_metrics(self, metrics) -> dict[str, float | None]:
+    def compute_metrics(self, metrics) -> Metrics:
         counts = metrics["top_k"].compute()
         correct, num = np.array(counts["correct_per_label"]), np.array(counts["num_per_label"])
         held_out = np.isin(np.arange(len(CLASS_NAMES)), HELD_OUT)
         groups = {"top1, captioned": ~held_out, "top1, never captioned": held_out}
-        by_group: dict[str, float | None] = {
+        by_group: Metrics = {
             name: float(correct[group].sum() / num[group].sum()) if num[group].sum() else None
             for name, group in groups.items()
         }
         return by_group | {"top1": counts["top1"], "top5": counts["top5"]}
 
 
-@lru_cache(maxsize=8)  # image, labels and objects of a scene are asked for one after another
+def evaluate(evaluator: Evaluator, model: ModelAdapter) -> Metrics:
+    """Runs an evaluator in a single process and returns its metrics."""
+    result = evaluator.run(model)
+    assert result is not None  # `None` only in further processes
+    return result.metrics
+
+
+@lru_cache(maxsize=8)  # the image, label map and objects of a scene are read separately
 def scene(seed: int, index: int) -> Scene:
-    """One to four objects of any class."""
+    """A scene with one to four objects of any class."""
     return render(seed, index, num_objects=1 + index % 4)
 
 
@@ -71,7 +84,7 @@ def label_map(seed: int, index: int) -> np.ndarray:
 
 
 def objects(seed: int, index: int) -> list[dict[str, Any]]:
-    """As COCO's annotations."""
+    """The objects of a scene as annotations in COCO's format."""
     annotations = []
     for number, (mask, class_id) in enumerate(
         zip(scene(seed, index).masks, scene(seed, index).class_ids, strict=True)
@@ -91,27 +104,27 @@ def objects(seed: int, index: int) -> list[dict[str, Any]]:
     return annotations
 
 
-def labelled_images(seed: int, num_scenes: int) -> DataSet[LabeledImage]:
-    """Single objects, balanced over all classes."""
+def labeled_images(seed: int, num_scenes: int) -> DataSet[LabeledImage]:
+    """Scenes with a single object, balanced over all classes."""
     samples = [
         LabeledImage(f"scene {seed}/{index}", partial(single_object, seed, index), index % len(CLASS_NAMES))
         for index in range(num_scenes)
     ]
-    return DataSet("miniature", samples, [[name] for name in CLASS_NAMES], description=described(seed, num_scenes))
+    return DataSet("miniature", samples, [[name] for name in CLASS_NAMES], description=describe(seed, num_scenes))
 
 
 def segmented_images(seed: int, num_scenes: int) -> DataSet[SegmentedImage]:
-    """Scenes of one to four objects; label 0 is background."""
+    """Scenes with one to four objects and their label maps. Label 0 is background."""
     samples = [
         SegmentedImage(f"scene {seed}/{index}", partial(image, seed, index), partial(label_map, seed, index))
         for index in range(num_scenes)
     ]
     names = [["background"], *([name] for name in CLASS_NAMES)]
-    return DataSet("miniature", samples, names, list(BACKGROUND_PROMPTS), described(seed, num_scenes))
+    return DataSet("miniature", samples, names, list(BACKGROUND_PROMPTS), describe(seed, num_scenes))
 
 
 def images_with_objects(seed: int, num_scenes: int) -> DataSet[ImageWithObjects]:
-    """The same scenes."""
+    """The scenes of `segmented_images`, with their objects."""
     samples = [
         ImageWithObjects(
             f"scene {seed}/{index}",
@@ -122,51 +135,50 @@ def images_with_objects(seed: int, num_scenes: int) -> DataSet[ImageWithObjects]
         for index in range(num_scenes)
     ]
     categories = [{"id": class_id + 1, "name": name} for class_id, name in enumerate(CLASS_NAMES)]
-    return DataSet("miniature", samples, description=described(seed, num_scenes) | {"categories": categories})
+    return DataSet("miniature", samples, description=describe(seed, num_scenes) | {"categories": categories})
 
 
 def captioned_images(seed: int, num_scenes: int) -> DataSet[CaptionedImage]:
-    """Scenes whose captions no other one has, so that there is one right answer."""
-    samples, seen = [], set()
+    """Scenes with distinct captions. Scenes whose caption has occurred before are left out."""
+    samples, captions = [], set()
     for index in range(num_scenes):
         caption = render(seed, index, held_out=False).caption
-        if caption is not None and caption not in seen:
-            seen.add(caption)
+        if caption is not None and caption not in captions:
+            captions.add(caption)
             samples.append(CaptionedImage(f"scene {seed}/{index}", partial(captioned_image, seed, index), (caption,)))
-    return DataSet("miniature", samples, description=described(seed, num_scenes) | {"captions": "each occurs once"})
+    return DataSet("miniature", samples, description=describe(seed, num_scenes) | {"captions": "distinct"})
 
 
 def captioned_image(seed: int, index: int) -> Image.Image:
     return Image.fromarray(render(seed, index, held_out=False).image)
 
 
-def described(seed: int, num_scenes: int) -> dict[str, Any]:
-    return {"data": f"drawn scenes, seed {seed}, {num_scenes} of them"}
+def describe(seed: int, num_scenes: int) -> dict[str, Any]:
+    return {"data": f"{num_scenes} procedural scenes, seed {seed}"}
 
 
-def tasks(seed: int = 101, share: float = 1.0) -> dict[str, Evaluator]:
+def tasks(seed: int = 101, fraction: float = 1.0) -> dict[str, Evaluator]:
     """
-    By name, the tasks that stand for the paper's tables.
+    Returns the evaluation tasks that correspond to the paper's tables, by name.
 
-    seed (`int`):
-        Of the scenes, in steps of 100; no training draws from seeds below a million.
-    share (`float`):
-        Of the scenes and of the probes' training steps: less for a quick look.
+    Args:
+        seed (`int`): Seed of the scenes. The tasks use `seed` to `seed + 4`; training uses seeds from 1,000,000.
+        fraction (`float`): Fraction of the scenes and of the probes' training steps, for faster evaluation.
     """
 
     def number(full: int) -> int:
-        return max(16, round(full * share))
+        return max(16, round(full * fraction))
 
     scenes = segmented_images(seed + 1, number(NUM_SCENES))
     with_objects = images_with_objects(seed + 1, number(NUM_SCENES))
     by_size: dict[str, Evaluator] = {}
     for size in SIZES:
         by_size[f"classification:miniature@{size}"] = MiniatureClassification(
-            labelled_images(seed, number(480)), size, TEMPLATES
+            labeled_images(seed, number(480)), size, TEMPLATES
         )
     for size in SIZES[1:]:
         by_size[f"semantic:miniature@{size}"] = SemanticSegmentation(scenes, size, templates=TEMPLATES)
-    probe_images = labelled_images(seed + 2, number(1920)), labelled_images(seed, number(480))
+    probe_images = labeled_images(seed + 2, number(1920)), labeled_images(seed, number(480))
     probe_scenes = segmented_images(seed + 3, number(800)), scenes
     return by_size | {
         "retrieval:miniature": Retrieval(captioned_images(seed + 4, number(500))),

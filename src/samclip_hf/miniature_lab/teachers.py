@@ -1,10 +1,10 @@
-"""Trains the miniature teachers from nothing but scenes.
+"""
+Trains the teachers of the miniature from scratch on procedural scenes: a `SamModel` and a `CLIPModel`.
 
-    python -m samclip_hf.miniature.teachers sam  --output_dir runs/sam
-    python -m samclip_hf.miniature.teachers clip --output_dir runs/clip
+    python -m samclip_hf.miniature_lab.teachers sam --output_dir runs/sam
+    python -m samclip_hf.miniature_lab.teachers clip --output_dir runs/clip
 
-About an hour each on one CPU core. The results are an ordinary `SamModel` and an ordinary `CLIPModel`, saved with
-their processors.
+Each takes about an hour on one CPU core.
 """
 
 import argparse
@@ -25,14 +25,17 @@ from transformers import (
     CLIPModel,
     CLIPProcessor,
     CLIPTokenizer,
+    PreTrainedModel,
+    ProcessorMixin,
     SamConfig,
     SamImageProcessor,
     SamModel,
     SamProcessor,
+    get_cosine_schedule_with_warmup,
 )
 
-from ..evaluation import ClipAdapter, Evaluator, ModelAdapter, PromptedSegmentation, SamAdapter
-from ..images import mask_to_prompt_box
+from ..evaluation import ClipAdapter, PromptedSegmentation, SamAdapter
+from ..images import mask_to_prompt_box, normalize
 from ..miniature.scenes import (
     BACKGROUND_PROMPTS,
     BACKGROUNDS,
@@ -46,24 +49,23 @@ from ..miniature.scenes import (
     describe,
     render,
 )
-from .tasks import MiniatureClassification, images_with_objects, labelled_images
+from .tasks import Metrics, MiniatureClassification, evaluate, images_with_objects, labeled_images
 
-# Scenes are (seed, index): a training run owns the seeds from 1,000,000 up, so that no evaluation seed is trained on.
-Figures = dict[str, float | None]
-TRAINING_SEED = 1_000_000
-MIN_CROP = 28  # pixels: two or three periods of a pattern
-VISIBLE_SHARE = 0.45  # the teachers train on more crowded scenes than anybody is measured on
-MASK_SIZE = IMAGE_SIZE // 2  # SAM's decoder answers, and reads mask prompts, at four times the 8 px token grid
+TRAINING_SEED = 1_000_000  # first seed of training scenes; evaluation uses smaller seeds
+WARMUP_FRACTION = 0.03  # of the optimizer steps
+MIN_CROP_SIZE = 28  # pixels: two or three periods of a pattern
+MIN_VISIBLE_FRACTION = 0.45  # more occlusion than in the evaluation scenes
+MASK_SIZE = IMAGE_SIZE // 2  # of mask logits and mask prompts: four times the token grid, which has 8 px patches
 
 
 # ---- SAM ----
 
 
 def build_sam() -> tuple[SamModel, SamProcessor]:
-    """A `SamModel` of one million parameters for 128 px, initialised for training from scratch."""
+    """Returns a `SamModel` of 1 million parameters for 128 px, initialized for training from scratch."""
     size = {"image_size": IMAGE_SIZE, "patch_size": 8}
     config = SamConfig(
-        # transformers' initializer_range of 1e-10 is meant for loading; nothing would train from it.
+        # The default initializer_range of 1e-10 suits loading checkpoints, not training from scratch.
         vision_config={
             **size,
             "hidden_size": 128,
@@ -86,8 +88,8 @@ def build_sam() -> tuple[SamModel, SamProcessor]:
     model = SamModel(config)
     with torch.no_grad():
         for module in (*model.prompt_encoder.modules(), *model.mask_decoder.modules()):
-            # SAM's own initialisation is torch's: unit-variance tokens beside positions of unit variance. With
-            # transformers' 0.02 the decoder takes a thousand steps to tell a box corner from a click.
+            # The original SAM uses PyTorch's default initialization. With transformers' standard deviation of 0.02,
+            # the decoder needs about 1000 steps to distinguish box corners from points.
             if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d | nn.Embedding):
                 module.reset_parameters()
         for layer in model.vision_encoder.layers:
@@ -99,8 +101,8 @@ def build_sam() -> tuple[SamModel, SamProcessor]:
             if isinstance(convolution, nn.Conv2d):
                 convolution.reset_parameters()
         model.vision_encoder.pos_embed.normal_(std=0.02)
-        # The random Fourier features' scale is hidden_size / 2 in transformers, which is noise at 16 x 16 tokens; 1 is
-        # SAM's own.
+        # The original SAM scales the random Fourier features by 1. The scale in transformers, hidden_size / 2, is too
+        # large for 16 x 16 tokens.
         model.shared_image_embedding.positional_embedding.normal_()
     model.shared_image_embedding.positional_embedding.requires_grad_(False)
     image_processor = SamImageProcessor(
@@ -121,17 +123,20 @@ def predict_masks(
     masks: Tensor | None = None,
     multimask_output: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """SAM's prompt encoder and mask decoder with gradients, one prompt per (repeated) image embedding.
-
-    `SamModel.get_prompt_embeddings` runs under `no_grad`, hence the modules themselves.
+    """
+    Runs SAM's prompt encoder and mask decoder with gradients. (`SamModel.get_prompt_embeddings` disables gradients.)
 
     Args:
-        image_embeddings: `(num_prompts, channels, height, width)`.
-        points, labels: `(num_prompts, num_points, 2)` and `(num_prompts, num_points)`.
-        boxes: `(num_prompts, 4)`. masks: `(num_prompts, 1, 64, 64)` logits.
+        image_embeddings (`Tensor` of shape `(num_prompts, channels, height, width)`): One per prompt.
+        points (`Tensor` of shape `(num_prompts, num_points, 2)`, *optional*): x and y in pixels.
+        labels (`Tensor` of shape `(num_prompts, num_points)`, *optional*): 1 for foreground, 0 for background.
+        boxes (`Tensor` of shape `(num_prompts, 4)`, *optional*): x1, y1, x2, y2 in pixels.
+        masks (`Tensor` of shape `(num_prompts, 1, 64, 64)`, *optional*): Mask prompts, as logits.
+        multimask_output (`bool`): Whether to return three masks instead of one.
 
     Returns:
-        Mask logits `(num_prompts, 1 or 3, 64, 64)` and predicted IoU `(num_prompts, 1 or 3)`.
+        `tuple[Tensor, Tensor]`: Mask logits `(num_prompts, num_masks, 64, 64)` and predicted IoU
+        `(num_prompts, num_masks)`.
     """
     sparse, dense = model.prompt_encoder(
         input_points=None if points is None else points[:, None],
@@ -151,14 +156,16 @@ def predict_masks(
 
 
 def mask_loss(logits: Tensor, iou_scores: Tensor, target: Tensor) -> Tensor:
-    """20 focal + dice on the best mask (+ 0.05 of the mean over masks, so that none starves) + IoU regression.
+    """
+    SAM's loss (Kirillov et al. 2023, appendix A): 20 x focal + dice of the best mask, and the squared error of the
+    predicted IoU. In addition, 0.05 x the mean over all masks, so that every mask is trained.
 
-    The ratio 20:1 and the MSE are SAM's (Kirillov et al. 2023, appendix A). The target is soft where a 64 px cell
-    straddles an edge; the focal weight |target - p|^2 is the usual one for hard targets.
+    The focal weight is |target - p|^2, which extends the usual weight to soft targets.
 
     Args:
-        logits: `(num_prompts, num_masks, 64, 64)`. iou_scores: `(num_prompts, num_masks)`.
-        target: `(num_prompts, 64, 64)` in [0, 1].
+        logits (`Tensor` of shape `(num_prompts, num_masks, 64, 64)`): Mask logits.
+        iou_scores (`Tensor` of shape `(num_prompts, num_masks)`): Predicted IoU.
+        target (`Tensor` of shape `(num_prompts, 64, 64)`): Fraction of each cell that the object covers, in [0, 1].
     """
     target = target[:, None].expand_as(logits)
     probability = logits.sigmoid()
@@ -174,9 +181,10 @@ def mask_loss(logits: Tensor, iou_scores: Tensor, target: Tensor) -> Tensor:
 
 
 def noisy_mask_prompt(target: Tensor, generator: torch.Generator) -> Tensor:
-    """What a coarse, unsure segmenter would say: `(num_prompts, 64, 64)` truth -> `(num_prompts, 1, 64, 64)` logits.
-
-    A text head's patch logits will be mask prompts later; a decoder that has never read such masks is hurt by them.
+    """
+    Turns masks `(num_prompts, 64, 64)` into mask prompts `(num_prompts, 1, 64, 64)`: coarse logits with random errors,
+    noise and scale. SAM-CLIP uses the patch logits of the CLIP head as mask prompts. A decoder that was not trained
+    with such prompts predicts worse masks from them.
     """
     cells = (8, 16)[int(torch.randint(2, (), generator=generator))]
     coarse = F.adaptive_avg_pool2d(target[:, None], cells)
@@ -189,39 +197,56 @@ def noisy_mask_prompt(target: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def error_point(logits: Tensor, target: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A random wrong pixel, `(num_prompts, 1, 2)` in image pixels; label 1 if it was missed, 0 if it was invented."""
+    """
+    Samples a point from the error region of each mask, as in SAM's interactive training.
+
+    Args:
+        logits (`Tensor` of shape `(num_prompts, 64, 64)`): Predicted mask logits.
+        target (`Tensor` of shape `(num_prompts, 64, 64)`): The true masks.
+
+    Returns:
+        `tuple[Tensor, Tensor]`: Points `(num_prompts, 1, 2)` in pixels of the image, and their labels
+        `(num_prompts, 1)`: 1 for a missed pixel, 0 for a false positive.
+    """
     truth = target > 0.5
     wrong = (logits > 0) ^ truth
     weights = wrong.flatten(1).float() + 1e-6 * truth.flatten(1)
     chosen = torch.multinomial(weights + 1e-12, 1, generator=generator)
     labels = truth.flatten(1).gather(1, chosen).long()
     scale = IMAGE_SIZE / target.shape[-1]
-    return torch.cat([chosen % target.shape[-1], chosen // target.shape[-1]], dim=1)[
-        :, None
-    ] * scale + scale / 2 - 0.5, labels
+    cells = torch.cat([chosen % target.shape[-1], chosen // target.shape[-1]], dim=1)
+    return cells[:, None] * scale + scale / 2 - 0.5, labels
 
 
 class DenseAuxiliary(nn.Module):
-    """Dense, class-agnostic questions to the image embeddings, which start the encoder long before prompts could.
+    """
+    Auxiliary losses on the image embeddings, which speed up the start of the training: which pixels are foreground,
+    which lie on an outline, and which pairs of tokens belong to the same object. They use no class labels, like SAM's
+    masks. The layers are discarded after the training.
 
-    Which pixels are foreground, which lie on an outline, and which tokens belong to the same object. Used in training
-    only and thrown away; no class enters, so that the encoder learns of classes no more than SAM's masks tell.
+    Args:
+        channels (`int`): Channels of the image embeddings.
+        cells (`int`): Predicted pixels per side of a token.
     """
 
     def __init__(self, channels: int, cells: int):
         super().__init__()
-        self.cells = cells  # per token side
+        self.cells = cells
         self.pixels = nn.Linear(channels, 2 * cells**2)
         self.affinity = nn.Linear(channels, 32)
         self.scale = nn.Parameter(torch.tensor([5.0, -2.0]))
 
     def forward(self, image_embeddings: Tensor, instance_maps: Tensor) -> Tensor:
-        """Args: `(batch_size, channels, 16, 16)` and `(batch_size, 128, 128)` with 0 for background."""
+        """
+        Args:
+            image_embeddings (`Tensor` of shape `(batch_size, channels, 16, 16)`): From SAM's image encoder.
+            instance_maps (`Tensor` of shape `(batch_size, 128, 128)`): From `instance_map`.
+        """
         side = image_embeddings.shape[-1]
         tokens = image_embeddings.flatten(2).transpose(1, 2)
         logits = F.pixel_shuffle(self.pixels(tokens).transpose(1, 2).unflatten(2, (side, side)), self.cells)
         smaller = instance_maps[:, ::2, ::2]
-        # An outline runs where a pixel differs from its upper or its left neighbour.
+        # The outline: pixels that differ from the pixel above or on the left.
         edges = F.pad(
             (smaller[:, 1:] != smaller[:, :-1])[:, :, 1:] | (smaller[:, :, 1:] != smaller[:, :, :-1])[:, 1:],
             (1, 0, 1, 0),
@@ -237,10 +262,14 @@ class DenseAuxiliary(nn.Module):
 
 @dataclass
 class Prompts:
-    """Prompts of one kind: image numbers, two clicks, a box with SAM's noise and the truth of each.
+    """
+    Objects to prompt for, with the possible prompts of each.
 
-    images (`(num_prompts,)`), points (`(num_prompts, 2, 2)`), boxes (`(num_prompts, 4)`),
-    target (`(num_prompts, 64, 64)`).
+    Attributes:
+        images (`Tensor` of shape `(num_prompts,)`): Index of the image in the batch.
+        points (`Tensor` of shape `(num_prompts, 2, 2)`): Two random pixels of the object, x and y.
+        boxes (`Tensor` of shape `(num_prompts, 4)`): Bounding boxes with SAM's noise.
+        target (`Tensor` of shape `(num_prompts, 64, 64)`): Fraction of each cell that the object covers.
     """
 
     images: Tensor
@@ -253,19 +282,19 @@ class Prompts:
 
 
 def draw_prompts(scenes: list[Scene], rng: np.random.Generator) -> dict[str, Prompts]:
-    """Two prompts by point, two by box and one by mask for every scene."""
+    """Samples two objects for point prompts, two for boxes and one for mask prompts from each scene."""
     drawn: dict[str, list[tuple]] = {"point": [], "box": [], "mask": []}
     for number, scene in enumerate(scenes):
         for kind in ("point", "point", "box", "box", "mask"):
             chosen = [int(rng.integers(len(scene.masks)))]
             if kind == "mask" and len(scene.masks) > 1 and rng.random() < 0.3:
-                # A class may have several objects: a mask prompt that covers two asks for both.
+                # A class can have several objects, so a mask prompt can cover two.
                 chosen = rng.choice(len(scene.masks), size=2, replace=False).tolist()
             mask = np.asarray(scene.masks[chosen].any(axis=0))
             pixels = np.flatnonzero(mask)
             clicks = pixels[rng.integers(len(pixels), size=2)]
             box = np.array(mask_to_prompt_box(mask), dtype=np.float32)
-            # SAM's box noise, a tenth of the side; no more than 6 px, and three boxes in ten stay tight.
+            # SAM's box noise: 10 % of the side. Here at most 6 px, and 30 % of the boxes have none.
             noise = np.clip(rng.normal(size=4) * 0.1 * np.tile(box[2:] - box[:2], 2), -6, 6)
             box = (box + noise * (rng.random() < 0.7)).clip(0, IMAGE_SIZE - 1)
             drawn[kind].append((number, np.stack([clicks % IMAGE_SIZE, clicks // IMAGE_SIZE], axis=1), box, mask))
@@ -279,10 +308,15 @@ def draw_prompts(scenes: list[Scene], rng: np.random.Generator) -> dict[str, Pro
 def sam_step(
     model: SamModel, auxiliary: DenseAuxiliary, pixel_values: Tensor, scenes: list[Scene], rng: np.random.Generator
 ) -> tuple[Tensor, Tensor]:
-    """One batch's prompted and auxiliary loss: each image is encoded once, then prompted by points, boxes and masks.
+    """
+    Computes the losses of a batch. Each image is encoded once and prompted with points, boxes and masks.
 
     Args:
-        pixel_values: `(batch_size, 3, 128, 128)`. scenes: those images, each with an object at least.
+        pixel_values (`Tensor` of shape `(batch_size, 3, 128, 128)`): The normalized images.
+        scenes (`list[Scene]`): The scenes of the images. Each contains at least one object.
+
+    Returns:
+        `tuple[Tensor, Tensor]`: The mask loss and the auxiliary loss.
     """
     generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
     image_embeddings = model.vision_encoder(pixel_values)[0]
@@ -297,7 +331,7 @@ def sam_step(
             points, labels, boxes = None, None, drawn.boxes
         logits, iou_scores = predict_masks(model, embeddings, points, labels, boxes, multimask_output=kind == "point")
         losses[kind] = mask_loss(logits, iou_scores, drawn.target)
-        if rng.random() < 0.5:  # the second iteration of SAM's interactive training: a correction
+        if rng.random() < 0.5:  # a second iteration, as in SAM's interactive training
             with torch.no_grad():
                 best = logits[torch.arange(len(logits)), iou_scores.argmax(dim=1)]
                 wrong, wrong_labels = error_point(best, drawn.target, generator)
@@ -316,73 +350,56 @@ def sam_step(
 
 
 def instance_map(scene: Scene) -> np.ndarray:
-    """`(128, 128)` int64: 0 is background, `n` the scene's n-th object."""
+    """Returns an array `(128, 128)` of type int64: 0 for background, `n` for the n-th object of the scene."""
     return (scene.masks * np.arange(1, len(scene.masks) + 1)[:, None, None]).sum(axis=0)
 
 
-def train_sam(output_dir: Path, seed: int, steps: int, batch_size: int = 8, learning_rate: float = 1e-3) -> Figures:
-    """Trains and saves the miniature SAM; returns its figures on 200 fixed scenes."""
+def train_sam(output_dir: Path, seed: int, steps: int, batch_size: int = 8, learning_rate: float = 1e-3) -> Metrics:
+    """Trains and saves the miniature SAM. Returns its metrics on 200 scenes."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     model, processor = build_sam()
-    mean, std = (
-        torch.tensor(v).view(1, 3, 1, 1) * 255
-        for v in (processor.image_processor.image_mean, processor.image_processor.image_std)
-    )
-    held = PromptedSegmentation(images_with_objects(seed=11, num_scenes=200), point="random")
+    mean, std = processor.image_processor.image_mean, processor.image_processor.image_std
+    evaluator = PromptedSegmentation(images_with_objects(seed=11, num_scenes=200), point="random")
     auxiliary = DenseAuxiliary(model.config.vision_config.output_channels, cells=4)
     parameters = [p for p in (*model.parameters(), *auxiliary.parameters()) if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, learning_rate, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, steps))
-    figures: Figures = {}
+    schedule = get_cosine_schedule_with_warmup(optimizer, round(WARMUP_FRACTION * steps), steps)
+    metrics: Metrics = {}
     start, running = time.perf_counter(), np.zeros(2)
     index = 0
     for step in range(1, steps + 1):
         scenes: list[Scene] = []
         while len(scenes) < batch_size:
-            scene = render(TRAINING_SEED + seed, index, visible_share=VISIBLE_SHARE)
+            scene = render(TRAINING_SEED + seed, index, min_visible_fraction=MIN_VISIBLE_FRACTION)
             index += 1
             if len(scene.masks):
                 scenes.append(scene)
-        pixels = torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2)
-        loss, dense = sam_step(model, auxiliary, (pixels - mean) / std, scenes, rng)
+        images = torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2)
+        loss, auxiliary_loss = sam_step(model, auxiliary, normalize(images, mean, std), scenes, rng)
         optimizer.zero_grad()
-        (loss + (1 - step / steps) * dense).backward()
+        (loss + (1 - step / steps) * auxiliary_loss).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        running = 0.98 * running + 0.02 * np.array([loss.item(), dense.item()])
+        running = 0.98 * running + 0.02 * np.array([loss.item(), auxiliary_loss.item()])
         if step % 50 == 0:
-            print(
-                f"step {step} loss, auxiliary {running / (1 - 0.98**step)} {time.perf_counter() - start:.0f} s",
-                flush=True,
-            )
+            mask, dense = running / (1 - 0.98**step)
+            seconds = time.perf_counter() - start
+            print(f"step {step}: loss {mask:.4f}, auxiliary loss {dense:.4f}, {seconds:.0f} s", flush=True)
         if step % 500 == 0 or step == steps:
-            figures = judge(held, SamAdapter("sam", model, processor))
+            metrics = evaluate(evaluator, SamAdapter("sam", model, processor))
             model.train()
-            print(f"step {step} {figures}", flush=True)
-            save(model, processor, output_dir, "sam", seed, step, time.perf_counter() - start, figures)
-    return figures
-
-
-def judge(task: Evaluator, model: ModelAdapter) -> Figures:
-    """What the model reaches so far; it comes back in evaluation mode."""
-    outcome = task.run(model)
-    assert outcome is not None  # this is one process
-    return outcome.metrics
-
-
-def warmup_cosine(step: int, steps: int) -> float:
-    """Learning-rate factor: linear over the first 3 %, then a cosine to zero."""
-    warmup = max(1, steps * 3 // 100)
-    return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
+            print(f"step {step}: {metrics}", flush=True)
+            save(model, processor, output_dir, "sam", seed, step, time.perf_counter() - start, metrics)
+    return metrics
 
 
 # ---- CLIP ----
 
 
 def build_tokenizer() -> CLIPTokenizer:
-    """A `CLIPTokenizer` with just the byte-pair merges that make every word of the captions one token."""
+    """Returns a `CLIPTokenizer` whose byte-pair merges encode each word of the captions as one token."""
     texts = [template.format(name) for name in CLASS_NAMES for template in TEMPLATES] + list(BACKGROUND_PROMPTS)
     words = sorted({word for text in texts for word in text.split()} | {"and"})
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
@@ -392,7 +409,7 @@ def build_tokenizer() -> CLIPTokenizer:
         pieces = [*word[:-1], f"{word[-1]}</w>"]
         for pair in merges:
             pieces = _merge(pieces, pair)
-        while len(pieces) > 1:  # what earlier words' merges left over
+        while len(pieces) > 1:
             merges.append((pieces[0], pieces[1]))
             pieces = _merge(pieces, merges[-1])
     vocabulary += ["".join(pair) for pair in merges]
@@ -412,7 +429,7 @@ def _merge(pieces: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def build_clip() -> tuple[CLIPModel, CLIPProcessor]:
-    """A `CLIPModel` of about 1.3 million parameters for 64 px images, and its processor."""
+    """Returns a `CLIPModel` of about 1.3 million parameters for 64 px, and its processor."""
     tokenizer = build_tokenizer()
     tower = {
         "hidden_size": 128,
@@ -445,7 +462,15 @@ def build_clip() -> tuple[CLIPModel, CLIPProcessor]:
 
 @dataclass
 class CaptionedView:
-    """What CLIP sees and reads: an image of 64 px, the classes in it, its background if there is some, a caption."""
+    """
+    An image with a caption.
+
+    Attributes:
+        image (`PIL.Image.Image`): The scene or a crop of it, at 64 px.
+        classes (`frozenset[int]`): The classes in the image.
+        background (`str`, *optional*): The background, if the image shows enough of it.
+        caption (`str`): Names the classes, and in part of the captions the background.
+    """
 
     image: Image.Image
     classes: frozenset[int]
@@ -454,10 +479,12 @@ class CaptionedView:
 
 
 def captioned_view(scene: Scene, rng: np.random.Generator, crop: bool) -> CaptionedView:
-    """The scene at 64 px, whole or (`crop`) a random square of it, at a random scale, around a pixel of an object.
+    """
+    Resizes a scene, or a random square crop around a pixel of an object if `crop` is set, to 64 px. The caption of a
+    crop names the classes and the background that cover at least 5 % of it.
 
-    A crop's caption tells what the crop shows: classes and background that fill a twentieth of it at least. That is
-    what makes CLIP name the thing in front of it, whatever else is near.
+    Raises:
+        ValueError: If the image contains a held-out class.
     """
     classes = frozenset(scene.class_ids)
     background: str | None = scene.background
@@ -465,40 +492,49 @@ def captioned_view(scene: Scene, rng: np.random.Generator, crop: bool) -> Captio
     if crop and len(scene.masks):
         rows, columns = np.nonzero(scene.masks[rng.integers(len(scene.masks))])
         chosen = rng.integers(len(rows))
-        side = int(np.exp(rng.uniform(np.log(MIN_CROP), np.log(IMAGE_SIZE))))
-        centre = np.array([columns[chosen], rows[chosen]]) + rng.uniform(-0.3, 0.3, size=2) * side
-        x, y = np.clip(centre - side / 2, 0, IMAGE_SIZE - side).astype(int).tolist()
+        side = int(np.exp(rng.uniform(np.log(MIN_CROP_SIZE), np.log(IMAGE_SIZE))))
+        center = np.array([columns[chosen], rows[chosen]]) + rng.uniform(-0.3, 0.3, size=2) * side
+        x, y = np.clip(center - side / 2, 0, IMAGE_SIZE - side).astype(int).tolist()
         box = (x, y, x + side, y + side)
-        shares = scene.masks[:, y : y + side, x : x + side].mean(axis=(1, 2))
-        classes = frozenset(i for i, share in zip(scene.class_ids, shares, strict=True) if share >= 0.05)
-        background = scene.background if 1 - shares.sum() >= 0.05 else None
+        areas = scene.masks[:, y : y + side, x : x + side].mean(axis=(1, 2))
+        classes = frozenset(i for i, area in zip(scene.class_ids, areas, strict=True) if area >= 0.05)
+        background = scene.background if 1 - areas.sum() >= 0.05 else None
     caption = describe(rng, classes, background)
     if caption is None:
-        raise ValueError("A held-out pair is in the scene: nobody ever describes those.")
+        raise ValueError("The scene contains a held-out class, which has no caption.")
     image = Image.fromarray(scene.image).resize((64, 64), Image.Resampling.BICUBIC, box=box)
     return CaptionedView(image, classes, background, caption)
 
 
 def contrastive_loss(logits: Tensor, positives: Tensor) -> Tensor:
-    """Cross-entropy to the uniform distribution over a row's positives, for the rows that have any.
+    """
+    Cross-entropy with the uniform distribution over the positives of each row. Rows without positives are skipped.
 
     Args:
-        logits, positives (bool): `(num_queries, num_candidates)`.
+        logits (`Tensor` of shape `(num_queries, num_candidates)`): Scaled similarities.
+        positives (`Tensor` of shape `(num_queries, num_candidates)` and type bool): The positive pairs.
     """
-    used = positives.any(dim=1)
-    target = positives[used].float()
-    return -(logits[used].log_softmax(dim=1) * target).sum(dim=1).div(target.sum(dim=1)).mean()
+    has_positives = positives.any(dim=1)
+    target = positives[has_positives].float()
+    return -(logits[has_positives].log_softmax(dim=1) * target).sum(dim=1).div(target.sum(dim=1)).mean()
 
 
-def clip_step(model: CLIPModel, processor: CLIPProcessor, views: list[CaptionedView], rng) -> dict[str, Tensor]:
-    """Multi-positive contrastive loss of one batch: every text that is true of an image is a positive.
+def clip_step(
+    model: CLIPModel, processor: CLIPProcessor, views: list[CaptionedView], rng: np.random.Generator
+) -> dict[str, Tensor]:
+    """
+    Computes the contrastive losses of a batch. Every text that is true for an image is a positive. The texts are:
 
-    Beside the batch's captions, two kinds of hard texts take part: every captioned class in a random template (the
-    same colour with every other pattern among them), and each colour and each pattern alone ("a red shape", "a dotted
-    shape"), which teaches the text tower to compose and is what held-out pairs live on.
+    - the captions of the batch;
+    - each class that is not held out, in a random template: hard negatives with the same color and another pattern;
+    - each color and each pattern alone ("a red shape", "a dotted shape"), from which the text tower learns to
+      combine colors and patterns. Classification of held-out classes depends on it.
+
+    Returns:
+        `dict[str, Tensor]`: The losses "image_to_text", "text_to_image", "color" and "pattern".
     """
     images = processor.image_processor(images=[view.image for view in views], return_tensors="pt")["pixel_values"]
-    texts: dict[str, tuple[frozenset[int], str | None]] = {}  # what is said, and where
+    texts: dict[str, tuple[frozenset[int], str | None]] = {}  # text -> classes and background that it names
     for view in views:
         texts[view.caption] = (view.classes, view.background if "background" in view.caption else None)
     for class_id in SEEN:
@@ -515,38 +551,41 @@ def clip_step(model: CLIPModel, processor: CLIPProcessor, views: list[CaptionedV
 
     positives = torch.tensor(
         [
-            [view.classes == said and place in (None, view.background) for said, place in texts.values()]
+            [
+                view.classes == classes and background in (None, view.background)
+                for classes, background in texts.values()
+            ]
             for view in views
         ]
     )
-    colours = torch.tensor(
+    colors = torch.tensor(
         [[any(i % len(COLOURS) == c for i in view.classes) for c in range(len(COLOURS))] for view in views]
     )
     patterns = torch.tensor(
         [[any(i // len(COLOURS) == p for i in view.classes) for p in range(len(PATTERNS))] for view in views]
     )
-    whole, colour_logits, pattern_logits = logits.split([len(texts), len(COLOURS), len(PATTERNS)], dim=1)
+    caption_logits, color_logits, pattern_logits = logits.split([len(texts), len(COLOURS), len(PATTERNS)], dim=1)
     return {
-        "image_to_text": contrastive_loss(whole, positives),
-        "text_to_image": contrastive_loss(whole.T, positives.T),
-        "colour": contrastive_loss(colour_logits, colours),
+        "image_to_text": contrastive_loss(caption_logits, positives),
+        "text_to_image": contrastive_loss(caption_logits.T, positives.T),
+        "color": contrastive_loss(color_logits, colors),
         "pattern": contrastive_loss(pattern_logits, patterns),
     }
 
 
-def train_clip(output_dir: Path, seed: int, steps: int, batch_size: int = 128, learning_rate: float = 1e-3) -> Figures:
-    """Trains and saves the miniature CLIP; returns its zero-shot figures on 960 fixed single-object scenes.
-
-    Held-out pairs appear neither in the captions nor in the images.
+def train_clip(output_dir: Path, seed: int, steps: int, batch_size: int = 128, learning_rate: float = 1e-3) -> Metrics:
+    """
+    Trains and saves the miniature CLIP on scenes without held-out classes. Returns its zero-shot accuracy on 960
+    scenes with a single object.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     model, processor = build_clip()
-    model.set_attn_implementation("eager")  # in bfloat16 on a CPU a third faster than the fused kernel's backward
-    held = MiniatureClassification(labelled_images(seed=12, num_scenes=960), templates=TEMPLATES)
+    model.set_attn_implementation("eager")  # on a CPU in bfloat16, a third faster than SDPA with its backward pass
+    evaluator = MiniatureClassification(labeled_images(seed=12, num_scenes=960), templates=TEMPLATES)
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, steps))
-    figures: Figures = {}
+    schedule = get_cosine_schedule_with_warmup(optimizer, round(WARMUP_FRACTION * steps), steps)
+    metrics: Metrics = {}
     start, running = time.perf_counter(), None
     for step in range(1, steps + 1):
         progress = step / steps
@@ -555,10 +594,16 @@ def train_clip(output_dir: Path, seed: int, steps: int, batch_size: int = 128, l
             single = number < batch_size * (0.8 - 0.3 * progress)
             index = step * batch_size + number
             num_objects = 1 if single else None
-            scene = render(TRAINING_SEED + seed, index, num_objects, held_out=False, visible_share=VISIBLE_SHARE)
+            scene = render(
+                TRAINING_SEED + seed,
+                index,
+                num_objects,
+                held_out=False,
+                min_visible_fraction=MIN_VISIBLE_FRACTION,
+            )
             views.append(captioned_view(scene, rng, crop=rng.random() < 0.6))
         losses = clip_step(model, processor, views, rng)
-        loss = losses["image_to_text"] + losses["text_to_image"] + losses["colour"] + losses["pattern"]
+        loss = losses["image_to_text"] + losses["text_to_image"] + losses["color"] + losses["pattern"]
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -569,33 +614,40 @@ def train_clip(output_dir: Path, seed: int, steps: int, batch_size: int = 128, l
         values = np.array([value.item() for value in losses.values()])
         running = values if running is None else 0.95 * running + 0.05 * values
         if step % 25 == 0:
-            parts = " ".join(f"{name} {value:.3f}" for name, value in zip(losses, running, strict=True))
-            print(f"step {step} {parts} {time.perf_counter() - start:.0f} s", flush=True)
+            parts = ", ".join(f"{name} {value:.3f}" for name, value in zip(losses, running, strict=True))
+            print(f"step {step}: {parts}, {time.perf_counter() - start:.0f} s", flush=True)
         if step % 250 == 0 or step == steps:
-            figures = judge(held, ClipAdapter("clip", model, processor))
+            metrics = evaluate(evaluator, ClipAdapter("clip", model, processor))
             model.train()
-            print(f"step {step} {figures}", flush=True)
-            save(model, processor, output_dir, "clip", seed, step, time.perf_counter() - start, figures)
-    return figures
+            print(f"step {step}: {metrics}", flush=True)
+            save(model, processor, output_dir, "clip", seed, step, time.perf_counter() - start, metrics)
+    return metrics
 
 
 def save(
-    model, processor, output_dir: Path, teacher: str, seed: int, steps: int, seconds: float, figures: Figures
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    output_dir: Path,
+    teacher: str,
+    seed: int,
+    steps: int,
+    seconds: float,
+    metrics: Metrics,
 ) -> None:
-    """Weights, processor and a note of how they came about."""
+    """Saves the model, its processor, and a README with the command and the metrics."""
     model.save_pretrained(output_dir)
     processor.save_pretrained(output_dir)
-    lines = "\n".join(f"| {name} | {value:.4f} |" for name, value in figures.items())
+    lines = "\n".join(f"| {name} | {value:.4f} |" for name, value in metrics.items())
     (output_dir / "README.md").write_text(
         f"""# The miniature {teacher.upper()}
 
-Trained from nothing but the procedural scenes of `samclip_hf.miniature.scenes`, on one CPU core:
+Trained from scratch on the procedural scenes of `samclip_hf.miniature.scenes`, on one CPU core:
 
-    python -m samclip_hf.miniature.teachers {teacher} --output_dir {teacher} --seed {seed}
+    python -m samclip_hf.miniature_lab.teachers {teacher} --output_dir {teacher} --seed {seed}
 
 {steps} steps in {seconds / 60:.0f} minutes with torch {torch.__version__} and transformers {transformers.__version__}.
 
-| figure | value |
+| metric | value |
 | --- | --- |
 {lines}
 """
@@ -604,10 +656,10 @@ Trained from nothing but the procedural scenes of `samclip_hf.miniature.scenes`,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("teacher", choices=["sam", "clip"])
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=None)
+    parser.add_argument("teacher", choices=["sam", "clip"], help="the model to train")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder for the model and its processor")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights and the scenes (default: 0)")
+    parser.add_argument("--steps", type=int, help="optimizer steps (default: 5500 for SAM, 4000 for CLIP)")
     arguments = parser.parse_args()
     train, steps = {"sam": (train_sam, 5500), "clip": (train_clip, 4000)}[arguments.teacher]
     train(arguments.output_dir, arguments.seed, arguments.steps or steps)

@@ -133,11 +133,15 @@ def _data_sources(stage: dict[str, Any]) -> set[str]:
 
 def read_results(path: Path) -> dict[str, Any]:
     """Reads `results.json` of an evaluation. Raises `PublishingError` if the file is not one."""
+    from .. import evaluation
+
     try:
-        content = json.loads(path.read_text())
+        content = evaluation.read_results(path)
     except (OSError, ValueError) as error:
         raise PublishingError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict) or not {"tasks", "command", "environment"} <= content.keys():
+    except (KeyError, TypeError, AttributeError):
+        content = {}
+    if not {"tasks", "command", "environment"} <= content.keys():
         raise PublishingError(f"{path} is not a results.json of `samclip evaluate`.")
     return content
 
