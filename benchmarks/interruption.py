@@ -1,10 +1,10 @@
 """
-A run that is killed again and again, against one that is not: do both end with the same weights and losses?
+Compares a training that is killed repeatedly with an uninterrupted one: weights and losses must be equal bit for bit.
 
     python benchmarks/interruption.py --kills 20
 
-Stage 2 on the miniature. Every kill is a SIGKILL to all processes of the run at a random moment between its first new
-step and some steps later, also while a checkpoint is being written; each time the same command resumes it.
+Both runs train stage 2 on the miniature. A kill sends SIGKILL to all processes of the run at a random time after its
+first new step, possibly while a checkpoint is being written. The same command then resumes the run.
 """
 
 import argparse
@@ -21,14 +21,12 @@ from safetensors.torch import load_file
 
 from samclip_hf import miniature
 
-TRAINING = Path(__file__).parents[1] / "training"
-
 
 def command(output_dir: Path, arguments: argparse.Namespace) -> list[str]:
-    """The training command of both runs."""
+    """Returns the training command of a run."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={arguments.processes}"]
     words = [sys.executable, *(launcher if arguments.processes > 1 else [])]
-    words += [TRAINING / "train.py", TRAINING / "configs" / "miniature_stage2.yaml", "--output_dir", output_dir]
+    words += ["-m", "samclip_cli.train", "miniature_stage2", "--output_dir", output_dir]
     words += ["--use_cpu", "--model", miniature.checkpoint(), "--max_steps", arguments.steps]
     words += ["--save_steps", arguments.save_steps, "--logging_steps", 1, "--disable_tqdm", "true"]
     words += ["--clip_batch_size", 8, "--sam_batch_size", 1, "--masks_per_image", 4]
@@ -38,19 +36,19 @@ def command(output_dir: Path, arguments: argparse.Namespace) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--save_steps", type=int, default=3)
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kills", type=int, default=20, help="number of kills (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=200, help="optimizer steps (default: %(default)s)")
+    parser.add_argument("--save_steps", type=int, default=3, help="steps between checkpoints (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=1, help="data loader workers per process")
+    parser.add_argument("--processes", type=int, default=1, help="processes of a run")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the times of the kills")
     arguments = parser.parse_args()
     rng = random.Random(arguments.seed)
 
     with tempfile.TemporaryDirectory() as folder:
-        whole, killed = Path(folder, "whole"), Path(folder, "killed")
-        subprocess.run(command(whole, arguments), check=True, capture_output=True)
-        kills, waits = [], []
+        uninterrupted, killed = Path(folder, "uninterrupted"), Path(folder, "killed")
+        subprocess.run(command(uninterrupted, arguments), check=True, capture_output=True)
+        checkpoints_at_kill, startup_times = [], []
         while not (killed / "train_results.json").exists():
             start = time.perf_counter()
             process = subprocess.Popen(
@@ -61,28 +59,30 @@ def main() -> None:
             for line in process.stdout:
                 if "'loss'" not in line:
                     continue
-                if len(waits) == len(kills):
-                    waits.append(time.perf_counter() - start)
+                if len(startup_times) == len(checkpoints_at_kill):
+                    startup_times.append(time.perf_counter() - start)
                 steps_until_kill -= 1
-                if steps_until_kill <= 0 and len(kills) < arguments.kills:
-                    time.sleep(rng.uniform(0, 0.3))  # anywhere in a step or in a checkpoint
+                if steps_until_kill <= 0 and len(checkpoints_at_kill) < arguments.kills:
+                    time.sleep(rng.uniform(0, 0.3))  # during a step or a checkpoint
                     for each in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
                         each.kill()
-                    kills.append(max((int(p.name.split("-")[1]) for p in killed.glob("checkpoint-*")), default=0))
+                    steps = (int(path.name.split("-")[1]) for path in killed.glob("checkpoint-*"))
+                    checkpoints_at_kill.append(max(steps, default=0))
                     break
             process.communicate()
         losses = []
-        for run in (whole, killed):
+        for run in (uninterrupted, killed):
             history = json.loads((run / "trainer_state.json").read_text())["log_history"]
             losses.append([entry["loss"] for entry in history if "loss" in entry])
-        weights = [load_file(run / "model.safetensors") for run in (whole, killed)]
-        differences = sum(not weights[0][name].equal(weights[1][name]) for name in weights[0])
-    print(f"{len(kills)} kills; newest checkpoint, complete or not, at each: {kills}")
-    print(f"losses of {len(losses[0])} steps: {'the same' if losses[0] == losses[1] else 'DIFFERENT'}")
-    print(f"tensors of {len(weights[0])} that differ in a bit: {differences}")
-    later = f"{min(waits[1:]):.1f} - {max(waits[1:]):.1f}"
-    print(f"seconds from start to first new step: at first {waits[0]:.1f}, later {later}")
-    if differences or losses[0] != losses[1]:
+        weights = [load_file(run / "model.safetensors") for run in (uninterrupted, killed)]
+        num_different = sum(not weights[0][name].equal(weights[1][name]) for name in weights[0])
+    print(f"{len(checkpoints_at_kill)} kills. Step of the newest checkpoint at each kill: {checkpoints_at_kill}")
+    print(f"losses of {len(losses[0])} steps: {'equal' if losses[0] == losses[1] else 'DIFFERENT'}")
+    print(f"tensors that differ: {num_different} of {len(weights[0])}")
+    if len(startup_times) > 1:
+        resumed = f"{min(startup_times[1:]):.1f} to {max(startup_times[1:]):.1f} s after a resume"
+        print(f"time to the first new step: {startup_times[0]:.1f} s at first, {resumed}")
+    if num_different or losses[0] != losses[1]:
         sys.exit(1)
 
 

@@ -1,11 +1,11 @@
 """
-How many samples a second one core makes ready for training: reading, decoding, cropping or padding, run-length masks.
+Measures how many training samples per second one core prepares: reading, decoding, cropping or padding, and masks.
 
-    python benchmarks/loader.py                         # photographs drawn here, of the usual sizes
+    python benchmarks/loader.py                         # synthetic JPEGs of typical sizes
     python benchmarks/loader.py --photos 'photos/*.tar' --sa1b 'sa1b/*.tar'
 
-First the tasks as training does them; then decoders alone on the same pictures: Pillow, Pillow with the JPEG's own
-reduced scales, torchvision. Each is the median of `--repeats` passes on one thread.
+The first table has the batches of the training. The second compares decoders on the same images: Pillow, Pillow with
+the reduced scales of JPEG (`Image.draft`), torchvision. Values are medians of `--repeats` runs on one thread.
 """
 
 import argparse
@@ -22,18 +22,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from pycocotools import mask as coco_mask
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional as F
 
 from samclip_hf.datasets.streams import open_stream
 from samclip_hf.distillation.collation import ClipBatches, SamBatches, StepStream
+from samclip_hf.images import encode_mask
 
-NUM_DRAWN = 24
+NUM_IMAGES = 24
 
 
-def photograph(rng: np.random.Generator, width: int, height: int) -> bytes:
-    """A JPEG with about as much detail as a photograph: noise of all scales, quality 90."""
+def synthetic_jpeg(rng: np.random.Generator, width: int, height: int) -> bytes:
+    """Returns a JPEG of quality 90 with about as much detail as a photograph: noise at several scales."""
     pixels = np.zeros((height, width, 3), dtype=np.float32)
     for scale in (4, 16, 64, 256):
         coarse = rng.normal(0, scale**0.5, (height // scale + 2, width // scale + 2, 3)).astype(np.float32)
@@ -46,21 +46,21 @@ def photograph(rng: np.random.Generator, width: int, height: int) -> bytes:
     return buffer.getvalue()
 
 
-def draw_data(folder: Path) -> tuple[str, str]:
-    """Tars of photographs of 500 x 375 px, and of 2250 x 1500 px with a hundred masks each in SA-1B's layout."""
+def write_data(folder: Path) -> tuple[str, str]:
+    """Writes a tar of images of 500 x 375 px and a tar in SA-1B's layout of images of 2250 x 1500 px with 100 masks
+    each. Returns their paths."""
     rng = np.random.default_rng(0)
     rows, columns = np.mgrid[:1500, :2250]
     for name, (width, height) in {"photos": (500, 375), "sa1b": (2250, 1500)}.items():
         with tarfile.open(folder / f"{name}.tar", "w") as tar:
-            for number in range(NUM_DRAWN):
-                files = {"jpg": photograph(rng, width, height)}
+            for number in range(NUM_IMAGES):
+                files = {"jpg": synthetic_jpeg(rng, width, height)}
                 if name == "sa1b":
                     annotations = []
                     for _ in range(100):
                         (y, x), radius = rng.uniform((0, 0), (1500, 2250)), rng.uniform(20, 300)
                         disk = (rows - y) ** 2 + (columns - x) ** 2 < radius**2
-                        encoded = coco_mask.encode(np.asfortranarray(disk.astype(np.uint8)))
-                        segmentation = {"size": [1500, 2250], "counts": encoded["counts"].decode()}
+                        segmentation = encode_mask(disk, compressed=True)
                         annotations.append({"segmentation": segmentation, "area": int(disk.sum())})
                     files["json"] = json.dumps({"annotations": annotations}).encode()
                 for ending, content in files.items():
@@ -73,7 +73,7 @@ def draw_data(folder: Path) -> tuple[str, str]:
 def clip_task(
     data: str, size: int, teacher_size: int = 224, batch_size: int = 8, min_crop_scale: float = 0.5
 ) -> ClipBatches:
-    """Of one resolution."""
+    """Returns batches for the CLIP loss at one resolution."""
     streams = [open_stream(data)]
     return ClipBatches(
         streams, [1.0], [size], teacher_size, batch_size, shuffle_buffer=64, min_crop_scale=min_crop_scale
@@ -81,13 +81,13 @@ def clip_task(
 
 
 def sam_task(data: str, size: int, batch_size: int = 2, masks: int = 32) -> SamBatches:
-    """Of one resolution."""
+    """Returns batches for the SAM loss at one resolution."""
     streams = [open_stream(data, with_masks=True)]
     return SamBatches(streams, [1.0], size, [size], batch_size, masks, max_box_noise=20.0, shuffle_buffer=64)
 
 
 def rate(work: Callable[[], int], repeats: int) -> float:
-    """Images a second; the first pass, which fills caches, does not count."""
+    """Returns images per second: the median after a warm-up run."""
     work()
     rates = []
     for _ in range(repeats):
@@ -98,7 +98,7 @@ def rate(work: Callable[[], int], repeats: int) -> float:
 
 
 def task_rate(task: ClipBatches | SamBatches, num_images: int, repeats: int) -> float:
-    """Samples a second as a data loader's worker makes them."""
+    """Returns samples per second of a data loader worker."""
     parts = iter(StepStream({"task": task}, seed=0))
 
     def work() -> int:
@@ -111,7 +111,7 @@ def task_rate(task: ClipBatches | SamBatches, num_images: int, repeats: int) -> 
 
 
 def decoders(size: int) -> dict[str, Callable[[bytes], object]]:
-    """Each makes a picture of which `size` is the longer side."""
+    """Returns functions that decode a JPEG and resize its longer side to `size` pixels."""
 
     def pillow(content: bytes, draft: bool = False):
         image = Image.open(io.BytesIO(content))
@@ -135,17 +135,19 @@ def decoders(size: int) -> dict[str, Callable[[bytes], object]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--photos")
-    parser.add_argument("--sa1b")
-    parser.add_argument("--num_images", type=int, default=NUM_DRAWN)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--photos", help="tars of images for the CLIP loss (default: synthetic)")
+    parser.add_argument("--sa1b", help="tars of SA-1B for the SAM loss (default: synthetic)")
+    parser.add_argument(
+        "--num_images", type=int, default=NUM_IMAGES, help="images per measurement (default: %(default)s)"
+    )
+    parser.add_argument("--repeats", type=int, default=5, help="runs per measurement (default: %(default)s)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
 
     with tempfile.TemporaryDirectory() as folder:
-        photos, sa1b = draw_data(Path(folder)) if not arguments.photos or not arguments.sa1b else ("", "")
+        photos, sa1b = write_data(Path(folder)) if not arguments.photos or not arguments.sa1b else ("", "")
         photos, sa1b = arguments.photos or photos, arguments.sa1b or sa1b
-        print("| training's own samples, one core | images a second |\n|---|---|")
+        print("| training samples, one core | images per second |\n|---|---|")
         tasks: dict[str, ClipBatches | SamBatches] = {
             "miniature: CLIP loss, 64 px": clip_task("miniature", 64, 64, batch_size=64, min_crop_scale=0.08),
             "miniature: SAM loss, 128 px, 6 masks": sam_task("miniature", 128, batch_size=3, masks=6),
@@ -156,7 +158,7 @@ def main() -> None:
             number = 256 if "miniature" in name else arguments.num_images
             print(f"| {name} | {task_rate(task, number, arguments.repeats):.1f} |")
 
-        print("\n| decode and resize alone, images a second (times Pillow's) | 224 px | 448 px | 1024 px |")
+        print("\n| decoding and resizing, images per second (relative to Pillow) | 224 px | 448 px | 1024 px |")
         print("|---|---|---|---|")
         for name, stream in {"photographs": open_stream(photos), "SA-1B": open_stream(sa1b)}.items():
             samples = (sample for shard in range(stream.num_shards) for _, sample in stream.read(shard))
