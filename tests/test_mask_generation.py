@@ -10,6 +10,7 @@ from packaging.version import Version
 from PIL import Image
 from pycocotools import mask as coco
 from transformers import MaskGenerationPipeline, SamImageProcessor, SamImageProcessorPil, SamModel, pipeline
+from transformers.utils import is_torchvision_available
 
 from samclip_hf import (
     SamClipImageProcessor,
@@ -214,6 +215,7 @@ def test_counts_that_do_not_match_the_size_raise_an_error():
         decode_mask({"size": [2, 3], "counts": [2, 3]})
 
 
+@pytest.mark.skipif(not is_torchvision_available(), reason="torchvision is not installed")
 def test_suppression_without_torchvision_equals_that_of_torchvision(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     corners = torch.randint(0, 12, (400, 2, 2), generator=generator).sort(dim=1).values  # some boxes are empty

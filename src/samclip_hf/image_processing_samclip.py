@@ -372,15 +372,4 @@ else:
     SamClipImageProcessor = SamClipImageProcessorPil  # type: ignore[misc]
 
 
-# For the command line until it uses the public functions.
-def _readable(image, do_rescale):
-    return convert_to_rgb(image)
-
-
-def _run_lengths(columns, left, top, height, width):
-    from .mask_generation_samclip import encode_mask
-
-    return encode_mask(columns.T)
-
-
 __all__ = ["SamClipImageProcessor", "SamClipImageProcessorPil", "convert_to_rgb"]
