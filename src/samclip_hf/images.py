@@ -22,7 +22,7 @@ def open_image(
     *,
     apply_orientation: bool = True,
     max_pixels: int | None = None,
-    formats: Sequence[str] | None = None,
+    formats: list[str] | tuple[str, ...] | None = None,
 ) -> Image.Image:
     r"""
     Reads and decodes an image.
@@ -35,7 +35,7 @@ def open_image(
         max_pixels (`int`, *optional*):
             The largest accepted width times height. It is checked before the image is decoded and replaces Pillow's
             warning about decompression bombs.
-        formats (`Sequence[str]`, *optional*):
+        formats (`list[str]` or `tuple[str, ...]`, *optional*):
             The accepted formats, by Pillow's names, such as `"JPEG"`. All of Pillow's by default.
 
     Returns:

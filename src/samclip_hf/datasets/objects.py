@@ -2,12 +2,10 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-from PIL import Image
 
 from .layouts import LAYOUTS, find_tars, get, parse_json, raise_missing, read_json, require
 from .samples import DataSet, ImageWithObjects, read_image
@@ -75,10 +73,8 @@ def _open_coco(name: str, root: Path) -> tuple[list[ImageWithObjects], dict[str,
         location = get(images[image_id], "file_name" if is_coco else "coco_url", file)
         parts = ["val2017", location] if is_coco else location.split("/")[-2:]  # LVIS has images of two splits
         path = require(root.joinpath("coco", *parts), LAYOUTS[name])
-        read_objects = partial(list, annotations[image_id])
-        samples.append(
-            ImageWithObjects(path.name, partial(read_image, path), read_objects, image_info=images[image_id])
-        )
+        objects = partial(list[dict], annotations[image_id])
+        samples.append(ImageWithObjects(path.name, partial(read_image, path), objects, image_info=images[image_id]))
     description = {"path": str(file), "split": "val2017" if is_coco else "v1 val", "categories": content["categories"]}
     return samples, description
 
@@ -93,11 +89,9 @@ def _open_tars(tars: list[Path]) -> list[ImageWithObjects]:
         if image_id in image_ids:
             raise ValueError(f"{source} has the image id {image_id} of another image.")
         image_ids.add(image_id)
-        read_image_of_sample: Callable[[], Image.Image] = sample.image_reader()
-        read_objects = partial(_read_sa1b_objects, sample)
-        samples.append(
-            ImageWithObjects(sample.key, read_image_of_sample, read_objects, image_info={**image_info, "id": image_id})
-        )
+        objects = partial(_read_sa1b_objects, sample)
+        image_info = {**image_info, "id": image_id}
+        samples.append(ImageWithObjects(sample.key, sample.image_reader(), objects, image_info=image_info))
     return samples
 
 

@@ -222,7 +222,8 @@ def _open_hub(name: str) -> DataSet[SegmentedImage]:
         )
     vocabulary = read_vocabulary(require(Path(split.options["classes"]), "a list of the classes' names"))
     labels = _labels_by_index(vocabulary, name) | {255: IGNORE_INDEX}
-    samples: Any = HubSamples(split, partial(_build_hub_sample, *split.image_columns, labels))
+    image_column, map_column = split.image_columns
+    samples: Any = HubSamples(split, partial(_build_hub_sample, image_column, map_column, labels))
     description = {**split.description, "names": vocabulary.source}
     return DataSet(name, samples, vocabulary.names, vocabulary.background, description)
 

@@ -30,8 +30,8 @@ class MaskAveragePrecision(AccumulatingMetric):
         LVIS. Categories without references are not in the mean.
 
     `compute` returns `AP`, `AP50`, `AP75`, `APs`, `APm`, `APl` and, for LVIS, `APr`, `APc`, `APf`, in [0, 1], or
-    `None` (COCO: -1) if there are no such objects. Raises `ValueError` if an image is added twice, a mask does not have
-    its image's size, or LVIS's categories have no frequency.
+    `None` (COCO: -1) if there are no such objects. Raises `ValueError` if an image is added twice, a mask does not
+    have its image's size, or LVIS's categories have no frequency.
     """
 
     input_features = Features(
