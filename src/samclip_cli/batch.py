@@ -344,10 +344,10 @@ def coco_annotation(mask: "np.ndarray", segmentation: dict | None = None) -> dic
 def _encode(extension: str, image: "Image.Image", record: dict, prediction: Prediction) -> bytes:
     if extension == ".json":
         return (json.dumps(record) + "\n").encode()
-    from samclip_hf.visualization import annotated
+    from samclip_hf.visualization import draw_segments
 
     file = io.BytesIO()
-    annotated(image, prediction.masks, prediction.colors, prediction.legend).save(file, "PNG")
+    draw_segments(image, prediction.masks, prediction.colors, prediction.legend).save(file, "PNG")
     return file.getvalue()
 
 

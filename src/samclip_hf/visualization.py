@@ -212,7 +212,3 @@ def save_panel(path: Path, rows: Sequence[Sequence[tuple[str, np.ndarray]]], tit
     figure.tight_layout()
     figure.savefig(path, dpi=100)
     plt.close(figure)
-
-
-captioned, with_labels, with_masks, with_prompts = draw_text, overlay_labels, overlay_masks, draw_prompts
-annotated, colour_of = draw_segments, color_of

@@ -21,7 +21,7 @@ from samclip_cli import main
 from samclip_cli.batch import coco_annotation, unique_names
 from samclip_hf import SamClipForImageSegmentation, SamClipModel, miniature
 from samclip_hf.miniature.scenes import render
-from samclip_hf.visualization import annotated, colour_of
+from samclip_hf.visualization import color_of, draw_segments
 
 LABELS = ["red fuzzy shape", "green zigzag shape"]
 LABEL_OPTIONS = ["--labels", ", ".join(LABELS), "--background", "an empty scene"]
@@ -152,15 +152,17 @@ def test_a_mask_is_tinted_inside_and_outlined_in_its_colour():
     gray = Image.new("RGB", (60, 40), (100, 100, 100))
     large, small = np.zeros((2, 40, 60), dtype=bool)
     large[10:, 5:40], small[20:30, 10:20] = True, True
-    output = np.asarray(annotated(gray, [small, large, np.zeros_like(small)], [3, 0, 1], [(3, "small"), (0, "large")]))
-    edge, tint = colour_of(0), [round(100 + 0.45 * (channel - 100)) for channel in colour_of(0)]
+    output = np.asarray(
+        draw_segments(gray, [small, large, np.zeros_like(small)], [3, 0, 1], [(3, "small"), (0, "large")])
+    )
+    edge, tint = color_of(0), [round(100 + 0.45 * (channel - 100)) for channel in color_of(0)]
     assert output[10, 20].tolist() == list(edge) and output[20, 5].tolist() == list(edge)
     assert output[15, 20] == pytest.approx(tint, abs=1)
     assert output[39, 20] == pytest.approx(tint, abs=1)  # where the image ends, no outline
-    assert output[20, 15].tolist() == list(colour_of(3))  # the smaller on top
+    assert output[20, 15].tolist() == list(color_of(3))  # the smaller on top
     assert (output[9, 20] == 100).all()
     legend = output[40:].reshape(-1, 3).tolist()
-    assert list(colour_of(3)) in legend and list(colour_of(0)) in legend and list(colour_of(1)) not in legend
+    assert list(color_of(3)) in legend and list(color_of(0)) in legend and list(color_of(1)) not in legend
 
 
 def test_long_labels_make_the_output_image_wider(capsys):
