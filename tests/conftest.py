@@ -1,4 +1,4 @@
-"""Tiny SAMs and CLIPs with random weights, large enough to make every difference visible."""
+"""Tiny models and inputs that several tests share. Random weights are large, so that differences are visible."""
 
 import logging
 
@@ -11,8 +11,9 @@ from transformers.utils.logging import disable_propagation, enable_propagation
 from samclip_hf import SamClipModel
 
 
-def randomise(model: torch.nn.Module, std: float = 0.1) -> torch.nn.Module:
-    """Noise on every parameter: transformers starts SAM's weights at 1e-10 and its relative positions at zero."""
+def randomize(model: torch.nn.Module, std: float = 0.1) -> torch.nn.Module:
+    """Adds noise to every parameter but `logit_scale`: transformers initializes SAM's weights with almost zero (a
+    standard deviation of 1e-10) and its relative positions with zero."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -40,7 +41,7 @@ def tiny_sam(image_size: int = 64, patch_size: int = 8, **vision) -> SamModel:
             hidden_size=16, mlp_dim=32, num_attention_heads=2, iou_head_hidden_dim=16
         ),
     )
-    return randomise(SamModel(config))
+    return randomize(SamModel(config))
 
 
 def tiny_clip(projection_dim: int = 20) -> CLIPModel:
@@ -57,22 +58,44 @@ def tiny_clip(projection_dim: int = 20) -> CLIPModel:
         vision_config=tower | {"image_size": 32, "patch_size": 8},
         projection_dim=projection_dim,
     )
-    return randomise(CLIPModel(config))
+    return randomize(CLIPModel(config))
+
+
+def random_images(batch_size=2, height=64, width=64):
+    return torch.randn(batch_size, 3, height, width, generator=torch.Generator().manual_seed(1))
+
+
+def random_points(batch_size=2, num_prompts=3, num_points=2):
+    return torch.rand(batch_size, num_prompts, num_points, 2, generator=torch.Generator().manual_seed(2)) * 64
+
+
+INPUT_IDS = torch.tensor([[48, 5, 7, 49], [48, 9, 49, 0], [48, 3, 49, 0]])
+ATTENTION_MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 0]])
+
+
+def assert_same(actual, expected, tolerance=5e-5):
+    """Equal up to `tolerance` times the largest expected value."""
+    scale = expected.abs().max().item()
+    assert scale > 1e-3, "a comparison of near-zero values verifies nothing"
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * scale)
 
 
 @pytest.fixture(autouse=True)
 def seed():
-    """New weights are random, and must be the same in every run and in any order of the tests."""
+    """Gives every test the same random weights, in any order of the tests."""
     torch.manual_seed(0)
 
 
 @pytest.fixture
-def complaints(caplog):
-    """pytest's `caplog`, from warnings on, that hears transformers too, whose log otherwise goes its own way."""
+def transformers_log(caplog):
+    """pytest's `caplog` with the warnings and errors of transformers, whose logger does not propagate by default."""
     enable_propagation()
     with caplog.at_level(logging.WARNING):
         yield caplog
     disable_propagation()
+
+
+complaints = transformers_log
 
 
 @pytest.fixture(scope="session")
@@ -87,7 +110,7 @@ def clip() -> CLIPModel:
 
 @pytest.fixture
 def model(sam, clip) -> SamClipModel:
-    """A fresh SAM-CLIP of the two, its CLIP head noised too."""
+    """A new SAM-CLIP from both teachers, with noise in its CLIP head too."""
     samclip = SamClipModel.from_teachers(sam, clip)
-    randomise(samclip.clip_head)
+    randomize(samclip.clip_head)
     return samclip.eval()

@@ -48,7 +48,7 @@ from samclip_hf.distillation.embedding_cache import CachedEmbeddings
 from samclip_hf.evaluation import CascadeAdapter, SiglipAdapter, load_adapter
 from samclip_hf.miniature.scenes import render
 
-from .conftest import randomise
+from .conftest import randomize
 from .datasets.tars import write_tar
 
 TRAINING = Path(__file__).parents[1] / "training"
@@ -106,7 +106,7 @@ def siglip_folder(request, tmp_path_factory) -> Path:
         vision_config=tower | {"image_size": 32, "patch_size": 8},
     )
     model = SiglipModel(config)
-    randomise(model)
+    randomize(model)
     model.logit_bias.data.fill_(-3)
     model.save_pretrained(folder)
     image_processor = SiglipImageProcessor(
@@ -124,7 +124,7 @@ def siglip(siglip_folder) -> SiglipModel:
 @pytest.fixture
 def student(sam, siglip_folder) -> SamClipModel:
     model = SamClipModel.from_teachers(sam, siglip_folder)
-    randomise(model.clip_head)
+    randomize(model.clip_head)
     return model.eval()
 
 
@@ -215,7 +215,7 @@ def test_vocabularies_and_stock_pipelines_read_texts_as_siglip_does(
 
 def test_object_detection_knows_the_names_of_its_vocabulary_without_a_mask(siglip_folder, processor, tmp_path):
     student = SamClipModel.from_teachers(miniature.sam_teacher(), siglip_folder)  # whose masks are not empty
-    randomise(student.clip_head)
+    randomize(student.clip_head)
     student.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     names = ["red", "a green dotted"]

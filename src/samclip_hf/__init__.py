@@ -5,7 +5,7 @@ from importlib.metadata import version
 from . import miniature
 from .configuration_samclip import SamClipConfig, SamClipHeadConfig, SamClipVisionConfig
 from .image_processing_samclip import SamClipImageProcessor, SamClipImageProcessorPil
-from .modeling_samclip import SamClipModel, SamClipPreTrainedModel, SamClipVisionModel
+from .modeling_samclip import SamClipBackbone, SamClipModel, SamClipPreTrainedModel, SamClipVisionModel
 from .pipeline_samclip import SamClipImageSegmentationPipeline
 from .processing_samclip import SamClipProcessor
 from .registration import register
@@ -15,6 +15,7 @@ __version__ = version("samclip-hf")
 register()
 
 __all__ = [
+    "SamClipBackbone",
     "SamClipConfig",
     "SamClipForImageSegmentation",
     "SamClipForObjectDetection",

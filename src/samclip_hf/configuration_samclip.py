@@ -1,9 +1,18 @@
-"""Configuration of SAM-CLIP: SAM's configuration plus a CLIP head, CLIP's text tower and, optionally, a vocabulary."""
+"""Configuration of SAM-CLIP: SAM's configuration, a CLIP head, a text tower and, optionally, a vocabulary."""
 
-from typing import TYPE_CHECKING, Literal
+from .versions_samclip import MINIMUM_TRANSFORMERS_VERSION  # isort: skip  # first: raises on older versions
+
+from typing import TYPE_CHECKING, Any, Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import CLIPTextConfig, PreTrainedConfig, SamConfig, SamVisionConfig, SiglipTextConfig
+from transformers import (
+    BackboneConfigMixin,
+    CLIPTextConfig,
+    PreTrainedConfig,
+    SamConfig,
+    SamVisionConfig,
+    SiglipTextConfig,
+)
 
 
 @strict
@@ -13,13 +22,13 @@ class SamClipHeadConfig(PreTrainedConfig):
     layers (SAM-CLIP, arXiv 2310.15308, section 3 and appendix A).
 
     num_hidden_layers (`int`, *optional*, defaults to 3):
-        Transformer layers between the image encoder and the pooling (appendix A).
+        Number of transformer layers between the image encoder and the pooling (appendix A).
     pooling (`"max"` or `"mean"`, *optional*, defaults to `"max"`):
-        How patch tokens become one token. The paper chose max for zero-shot classification and segmentation.
+        How the patch tokens are pooled to one token. The paper uses max for zero-shot classification and segmentation.
     mlp_hidden_size (`int`, *optional*):
-        Width of the MLP's two hidden layers. Not stated in the paper; defaults to the image encoder's width.
+        Width of the two hidden layers of the MLP. Defaults to the image encoder's width; the paper does not state it.
     projection_dim (`int`, *optional*, defaults to 768):
-        Size of the text-aligned space: that of the CLIP teacher (768 for ViT-L/14).
+        Size of the text space, which is the CLIP teacher's (768 for ViT-L/14).
     """
 
     model_type = "samclip_head"
@@ -42,54 +51,50 @@ class SamClipHeadConfig(PreTrainedConfig):
 class SamClipConfig(SamConfig):
     r"""
     text_config (`dict`, [`CLIPTextConfig`] or [`SiglipTextConfig`], *optional*):
-        CLIP's or SigLIP's text tower; a `dict` is SigLIP's if its `model_type` is `"siglip_text_model"`. SigLIP's
-        texts are filled up with its `pad_token_id` to `max_position_embeddings` tokens.
+        CLIP's or SigLIP's text tower. A `dict` with `model_type` `"siglip_text_model"` is SigLIP's. SigLIP's texts are
+        padded with its `pad_token_id` to `max_position_embeddings` tokens.
     clip_head_config (`dict` or [`SamClipHeadConfig`], *optional*):
         The CLIP head.
     logit_scale_init_value (`float`, *optional*, defaults to 2.6592):
-        Logarithm of the factor between cosine similarities and logits, before a teacher's is copied (as in CLIP).
+        Initial value of `logit_scale`, the logarithm of the factor between cosine similarities and logits (as in
+        CLIP). [`SamClipModel.from_teachers`] copies the teacher's.
     vocabulary_label_ids (`list[int]`, *optional*, defaults to `[]`):
-        For each class embedding stored in the checkpoint, the label (key of `id2label`) that it stands for; several
-        embeddings may share a label. Empty: the checkpoint has no vocabulary. Written by
+        For each row of the checkpoint's `class_embeds`, its label, a key of `id2label`. Several rows may have the same
+        label. Empty if the checkpoint has no vocabulary. Set by
         [`SamClipForImageSegmentation.set_vocabulary`].
     background_label_id (`int`, *optional*):
-        The label that stands for "none of the classes", or `None` where every pixel belongs to a class.
+        The label for "none of the classes". `None` if every pixel belongs to a class.
     background_threshold (`float`, *optional*):
-        Where that label has no texts: it wins where no class is as probable as this.
-    label_tokens (`list[list[int]]`, *optional*, defaults to `[]`):
-        The names of the labels but background's, in their order, as the tokenizer gives them: by these, object
-        detection knows a name of the vocabulary.
+        If background has no texts: it wins where no class has at least this probability.
     has_text_tower (`bool`, *optional*, defaults to `True`):
-        `False` where it was left out and only the checkpoint's own vocabulary is known.
+        `False` in a checkpoint without text tower, which can use its own vocabulary only.
     composition (`"segments"` or `"classes"`, *optional*, defaults to `"segments"`):
-        How both heads are composed: [`SamClipForImageSegmentation.compose_heads`], or the paper's way,
+        How the CLIP head and the SAM head are combined: [`SamClipForImageSegmentation.compose_heads`], or the paper's
         [`SamClipForImageSegmentation.compose_heads_by_class`].
     composition_points (`int`, *optional*, defaults to 16):
-        With `"segments"`: points at which the SAM head is asked what is there.
+        For `"segments"`: the number of points that prompt the SAM head.
 
     Example:
 
     ```python
     >>> from samclip_hf import SamClipConfig, SamClipModel
 
-    >>> model = SamClipModel(SamClipConfig())  # SAM ViT-B's and CLIP ViT-L/14's sizes, random weights
+    >>> model = SamClipModel(SamClipConfig())  # sizes of SAM ViT-B and CLIP ViT-L/14, random weights
     ```"""
 
     model_type = "samclip"
-    # transformers 5.17 reads the first name, newer versions the second one.
+    # transformers 5.17 reads `sub_configs`, newer versions read `sub_configs_defaults`.
     sub_configs = {**SamConfig.sub_configs, "text_config": CLIPTextConfig, "clip_head_config": SamClipHeadConfig}
     sub_configs_defaults = dict(sub_configs)
 
-    if TYPE_CHECKING:  # what __post_init__ leaves
+    if TYPE_CHECKING:  # types after __post_init__
         text_config: CLIPTextConfig | SiglipTextConfig
         clip_head_config: SamClipHeadConfig
         vocabulary_label_ids: list[int]
-        label_tokens: list[list[int]]
     else:
         text_config: dict | PreTrainedConfig | None = None
         clip_head_config: dict | PreTrainedConfig | None = None
         vocabulary_label_ids: list[int] | None = None
-        label_tokens: list[list[int]] | None = None
     logit_scale_init_value: float = 2.6592
     background_label_id: int | None = None
     background_threshold: float | None = None
@@ -98,8 +103,9 @@ class SamClipConfig(SamConfig):
     composition_points: int = 16
 
     def __post_init__(self, **kwargs):
+        kwargs.pop("label_tokens", None)  # in checkpoints of version 0.1.0; replaced by the buffer label_embeds
         if self.text_config is None:
-            # The paper's text tower, that of CLIP ViT-L/14; CLIPTextConfig's own defaults are ViT-B/32's.
+            # The paper's text tower is CLIP ViT-L/14's; the defaults of CLIPTextConfig are ViT-B/32's.
             self.text_config = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
         if isinstance(self.text_config, dict):
             kinds = {kind.model_type: kind for kind in (CLIPTextConfig, SiglipTextConfig)}
@@ -113,18 +119,16 @@ class SamClipConfig(SamConfig):
             self.clip_head_config = SamClipHeadConfig(**self.clip_head_config)
         if self.vocabulary_label_ids is None:
             self.vocabulary_label_ids = []
-        if self.label_tokens is None:
-            self.label_tokens = []
         super().__post_init__(**kwargs)
 
     @property
     def has_siglip_text(self) -> bool:
-        """Whether the text tower is SigLIP's rather than CLIP's."""
+        """Whether the text tower is SigLIP's, not CLIP's."""
         return self.text_config.model_type == SiglipTextConfig.model_type
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
-        """As in [`PreTrainedConfig`]; refuses other models' configurations, SAM's and CLIP's too."""
+        """As in [`PreTrainedConfig`]. Raises `ValueError` for another model's configuration, SAM's and CLIP's too."""
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type != cls.model_type:
             raise ValueError(
@@ -147,24 +151,62 @@ class SamClipConfig(SamConfig):
             )
 
 
-@strict
-class SamClipVisionConfig(PreTrainedConfig):
-    r"""
-    SAM-CLIP's eye alone, image encoder and CLIP head, for [`SamClipVisionModel`]. Reads a SAM-CLIP's too.
+def _size_of(part: str, name: str) -> Any:
+    """A property that reads and writes `name` of the sub-configuration `part`."""
 
-    vision_config (`dict` or [`SamVisionConfig`], *optional*):
-        The image encoder.
-    clip_head_config (`dict` or [`SamClipHeadConfig`], *optional*):
-        The CLIP head.
+    def get(self):
+        return getattr(getattr(self, part), name)
+
+    def set(self, value):
+        setattr(getattr(self, part), name, value)
+
+    return property(get, set)
+
+
+# Sizes of SamVisionConfig and SamClipHeadConfig that SamClipVisionConfig takes without nesting. `num_hidden_layers` is
+# the sum of both. CLIPVisionConfig says `intermediate_size` for `mlp_dim`.
+_ENCODER_SIZES = set(SamVisionConfig.__dataclass_fields__) - set(PreTrainedConfig.__dataclass_fields__)
+_ENCODER_SIZES -= {"num_hidden_layers", "initializer_range"}
+_HEAD_SIZES = {"pooling", "mlp_hidden_size", "projection_dim"}
+
+
+@strict
+class SamClipVisionConfig(BackboneConfigMixin, PreTrainedConfig):
+    r"""
+    The vision tower alone, image encoder and CLIP head, for [`SamClipVisionModel`]. Sizes are arguments, as in
+    [`CLIPVisionConfig`]; `from_pretrained` also reads the configuration of a whole SAM-CLIP.
+
+    hidden_size, num_attention_heads, num_channels, image_size, patch_size, intermediate_size, hidden_act,
+    layer_norm_eps, attention_dropout, window_size, global_attn_indexes, ... (*optional*):
+        Sizes of the image encoder, as in [`SamVisionConfig`], with its defaults. `intermediate_size` is its `mlp_dim`.
+    num_hidden_layers (`int`, *optional*):
+        Number of transformer layers of image encoder and CLIP head together; there is one more of `hidden_states`. By
+        default the sum of both. If given, the CLIP head has the last `clip_head_config.num_hidden_layers` of them; by
+        default 3, but never all.
+    projection_dim, pooling, mlp_hidden_size (*optional*):
+        Sizes of the CLIP head, as in [`SamClipHeadConfig`].
+    vision_config (`dict` or [`SamVisionConfig`], *optional*), clip_head_config (`dict` or [`SamClipHeadConfig`], \
+    *optional*):
+        The same sizes by part. This is how they are saved.
     initializer_range (`float`, *optional*, defaults to 0.02):
         Standard deviation of new weights of the CLIP head.
-    """
+    out_features (`list[str]`, *optional*), out_indices (`list[int]`, *optional*):
+        For [`SamClipBackbone`]: layers whose output it returns, of "stem", "stage1", ...; by default the last.
+
+    Example:
+
+    ```python
+    >>> from samclip_hf import SamClipVisionConfig, SamClipVisionModel
+
+    >>> config = SamClipVisionConfig(hidden_size=48, num_hidden_layers=4, num_attention_heads=4, image_size=64)
+    >>> model = SamClipVisionModel(config)  # an encoder of one layer, a CLIP head of three; random weights
+    ```"""
 
     model_type = "samclip_vision_model"
     sub_configs = {"vision_config": SamVisionConfig, "clip_head_config": SamClipHeadConfig}
     sub_configs_defaults = dict(sub_configs)
 
-    if TYPE_CHECKING:  # what __post_init__ leaves
+    if TYPE_CHECKING:  # types after __post_init__
         vision_config: SamVisionConfig
         clip_head_config: SamClipHeadConfig
     else:
@@ -173,55 +215,86 @@ class SamClipVisionConfig(PreTrainedConfig):
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
-        for name, config_class in self.sub_configs.items():
-            config = getattr(self, name)
-            if config is None or isinstance(config, dict):
-                setattr(self, name, config_class(**(config or {})))
+        if "intermediate_size" in kwargs:
+            kwargs["mlp_dim"] = kwargs.pop("intermediate_size")
+        head = {name: kwargs.pop(name) for name in _HEAD_SIZES & kwargs.keys()}
+        encoder = {name: kwargs.pop(name) for name in _ENCODER_SIZES & kwargs.keys()}
+        num_layers = kwargs.pop("num_hidden_layers", None)
+        head_layers = _to_dict(self.clip_head_config).get("num_hidden_layers")
+        if num_layers is not None:
+            if head_layers is None:
+                head_layers = head["num_hidden_layers"] = max(0, min(3, num_layers - 1))
+            encoder["num_hidden_layers"] = num_layers - head_layers
+            if encoder["num_hidden_layers"] < 1:
+                raise ValueError(
+                    f"num_hidden_layers is {num_layers} for image encoder and CLIP head together, but the CLIP head "
+                    f"alone has {head_layers}: the image encoder needs at least one."
+                )
+        if encoder or not isinstance(self.vision_config, PreTrainedConfig):
+            self.vision_config = SamVisionConfig(**(_to_dict(self.vision_config) | encoder))
+        if head or not isinstance(self.clip_head_config, PreTrainedConfig):
+            self.clip_head_config = SamClipHeadConfig(**(_to_dict(self.clip_head_config) | head))
+        self.set_output_features_output_indices(
+            out_features=kwargs.pop("out_features", None), out_indices=kwargs.pop("out_indices", None)
+        )
         super().__post_init__(**kwargs)
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Layers of the image encoder and of the CLIP head: one less than there are `hidden_states`."""
+        return self.vision_config.num_hidden_layers + self.clip_head_config.num_hidden_layers
+
+    @num_hidden_layers.setter
+    def num_hidden_layers(self, value: int):
+        self.vision_config.num_hidden_layers = value - self.clip_head_config.num_hidden_layers
+
+    @property
+    def stage_names(self) -> list[str]:
+        """Names of the `hidden_states`, for backbones."""
+        return ["stem", *(f"stage{index}" for index in range(1, self.num_hidden_layers + 1))]
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict, dict]:
-        """As in [`PreTrainedConfig`]; of a SAM-CLIP's configuration, the eye's part."""
+        """As in [`PreTrainedConfig`]. From the configuration of a whole SAM-CLIP, the part of the vision tower."""
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if config_dict.get("model_type") == SamClipConfig.model_type:
             own = (*cls.sub_configs, "initializer_range", "dtype")
-            config_dict = {name: config_dict[name] for name in own if name in config_dict}
+            vision_dict = {name: config_dict[name] for name in own if name in config_dict}
+            if code := config_dict.get("auto_map", {}).get("AutoConfig"):  # a published folder's
+                repository = code.rpartition("--")[0]
+                prefix = f"{repository}--" if repository else ""
+                vision_dict["auto_map"] = {name: prefix + reference for name, reference in VISION_AUTO_MAP.items()}
+            config_dict = vision_dict
         return config_dict, kwargs
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
-        """As in [`PreTrainedConfig`]; refuses other models' configurations."""
+        """As in [`PreTrainedConfig`]. Raises `ValueError` for another model's configuration."""
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type != cls.model_type:
-            raise ValueError(f"This checkpoint holds a model of type {model_type!r}, not a SAM-CLIP or its eye.")
+            raise ValueError(
+                f"This checkpoint holds a model of type {model_type!r}, not a SAM-CLIP or its vision tower."
+            )
         return super().from_dict(config_dict, **kwargs)
 
-    # What vision-language models ask of a vision tower's configuration.
 
-    @property
-    def num_hidden_layers(self) -> int:
-        """The image encoder's and the CLIP head's: one less than there are `hidden_states`."""
-        return self.vision_config.num_hidden_layers + self.clip_head_config.num_hidden_layers
+# hidden_size, num_attention_heads, image_size, patch_size, projection_dim, ...
+for _name in _ENCODER_SIZES:
+    setattr(SamClipVisionConfig, _name, _size_of("vision_config", _name))
+for _name in _HEAD_SIZES:
+    setattr(SamClipVisionConfig, _name, _size_of("clip_head_config", _name))
+SamClipVisionConfig.intermediate_size = _size_of("vision_config", "mlp_dim")  # type: ignore[attr-defined]
 
-    @property
-    def hidden_size(self) -> int:
-        return self.vision_config.hidden_size
-
-    @property
-    def num_attention_heads(self) -> int:
-        return self.vision_config.num_attention_heads
-
-    @property
-    def num_channels(self) -> int:
-        return self.vision_config.num_channels
-
-    @property
-    def image_size(self) -> int:
-        return self.vision_config.image_size
-
-    @property
-    def patch_size(self) -> int:
-        return self.vision_config.patch_size
+# Classes of the vision tower in the code of a published folder.
+VISION_AUTO_MAP = {
+    "AutoConfig": "configuration_samclip.SamClipVisionConfig",
+    "AutoModel": "modeling_samclip.SamClipVisionModel",
+    "AutoBackbone": "modeling_samclip.SamClipBackbone",
+}
 
 
-__all__ = ["SamClipConfig", "SamClipHeadConfig", "SamClipVisionConfig"]
+def _to_dict(config: dict | PreTrainedConfig | None) -> dict:
+    return config.to_dict() if isinstance(config, PreTrainedConfig) else dict(config or {})
+
+
+__all__ = ["MINIMUM_TRANSFORMERS_VERSION", "SamClipConfig", "SamClipHeadConfig", "SamClipVisionConfig"]

@@ -1,20 +1,22 @@
 """
-SAM-CLIP: one image encoder, SAM's mask decoder and a text-aligned CLIP head (Wang et al., arXiv 2310.15308).
+SAM-CLIP: one image encoder with SAM's mask decoder and a CLIP head (Wang et al., arXiv 2310.15308).
 
-The model is SAM plus three parts. The image encoder is SAM's, at any input size; the CLIP head reads its patch tokens
-before SAM's neck; the text tower, its projection and the logit scale are CLIP's.
+The model is SAM with three more parts. The image encoder is SAM's, for any input size; the CLIP head reads its patch
+tokens before SAM's neck and maps them to the text space; the text tower, its projection and the logit scale are CLIP's
+or SigLIP's.
 """
 
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import (
     AutoTokenizer,
+    BackboneMixin,
     CLIPModel,
     CLIPTextModel,
     PreTrainedModel,
@@ -25,58 +27,64 @@ from transformers import (
 )
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.sam.modeling_sam import (
-    SamImageSegmentationOutput,
-    SamMaskDecoder,
-    SamPositionalEmbedding,
-    SamPreTrainedModel,
-    SamPromptEncoder,
-    SamVisionEncoder,
-)
-from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, logging
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
+from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling, ModelOutput
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
 from .configuration_samclip import SamClipConfig, SamClipHeadConfig, SamClipVisionConfig
+from .transformers_internals_samclip import (
+    OutputRecorder,
+    SamMaskDecoder,
+    SamPromptEncoder,
+    SamTwoWayAttentionBlock,
+    capture_outputs,
+    merge_with_config_defaults,
+)
 from .vision_encoder_samclip import (
     SamClipPatchGroups,
+    SamClipVisionAttention,
     SamClipVisionEncoder,
     SamClipVisionEncoderOutput,
     SamClipVisionLayer,
+    SamClipVisionPreTrainedModel,
 )
 
 logger = logging.get_logger(__name__)
 
 
 @dataclass
-class SamClipOutput(SamImageSegmentationOutput):
+class SamClipOutput(ModelOutput):
     r"""
-    Fields are `None` unless the inputs ask for them: prompts ask for masks, text asks for similarities, an image
-    without prompts or with text asks for the CLIP head's embeddings.
+    Fields are `None` unless the inputs ask for them: prompts give masks; texts give similarities; texts, or an image
+    without prompts, give the CLIP head's embeddings.
 
-    pred_masks (`torch.Tensor` of shape `(batch_size, num_prompts, num_masks, 4 * grid_height, 4 * grid_width)`):
-        Mask logits; above 0 is inside. `num_masks` is 3 with `multimask_output`, else 1.
     iou_scores (`torch.Tensor` of shape `(batch_size, num_prompts, num_masks)`):
         The IoU that the mask decoder predicts for each mask.
-    image_embeddings (`torch.Tensor` of shape `(batch_size, output_channels, grid_height, grid_width)`):
-        What the mask decoder reads; pass it as `image_embeddings` to prompt the same image again.
-    image_embeds (`torch.Tensor` of shape `(batch_size, projection_dim)`):
-        The image in the text space, of length 1.
-    dense_embeds (`torch.Tensor` of shape `(batch_size, projection_dim, grid_height, grid_width)`):
-        Every patch in the text space, of length 1.
-    text_embeds (`torch.Tensor` of shape `(num_texts, projection_dim)`):
-        The texts, of length 1.
-    logits_per_image (`torch.Tensor` of shape `(batch_size, num_texts)`):
-        Scaled cosine similarities; with SigLIP's text tower plus its bias, so that their sigmoid is the probability
-        that SigLIP gives each text by itself.
-    logits_per_text (`torch.Tensor` of shape `(num_texts, batch_size)`):
-        The same, transposed.
+    pred_masks (`torch.Tensor` of shape `(batch_size, num_prompts, num_masks, 4 * grid_height, 4 * grid_width)`):
+        Mask logits; above 0 is inside. `num_masks` is 3 with `multimask_output`, else 1.
+    vision_hidden_states, vision_attentions, mask_decoder_attentions (`tuple[torch.Tensor]`):
+        As in [`SamModel`], with `output_hidden_states=True` or `output_attentions=True`.
     loss (`torch.Tensor` of shape `()`):
-        CLIP's contrastive loss, with `return_loss=True`.
+        With `return_loss=True`: CLIP's contrastive loss, or SigLIP's.
+    logits_per_image (`torch.Tensor` of shape `(batch_size, num_texts)`):
+        Scaled cosine similarities. With SigLIP's text tower, its bias is added: their sigmoid is the probability that
+        SigLIP gives to each text.
+    logits_per_text (`torch.Tensor` of shape `(num_texts, batch_size)`):
+        `logits_per_image`, transposed.
+    text_embeds (`torch.Tensor` of shape `(num_texts, projection_dim)`):
+        Embeddings of the texts, of length 1.
+    image_embeds (`torch.Tensor` of shape `(batch_size, projection_dim)`):
+        Embeddings of the images in the text space, of length 1.
+    dense_embeds (`torch.Tensor` of shape `(batch_size, projection_dim, grid_height, grid_width)`):
+        Embeddings of the patches in the text space, of length 1.
+    image_embeddings (`torch.Tensor` of shape `(batch_size, output_channels, grid_height, grid_width)`):
+        Input of the mask decoder. Pass it as `image_embeddings` to prompt the same image again.
     """
 
+    iou_scores: torch.Tensor | None = None
+    pred_masks: torch.Tensor | None = None
+    vision_hidden_states: tuple[torch.Tensor, ...] | None = None
+    vision_attentions: tuple[torch.Tensor, ...] | None = None
+    mask_decoder_attentions: tuple[torch.Tensor, ...] | None = None
     loss: torch.Tensor | None = None
     logits_per_image: torch.Tensor | None = None
     logits_per_text: torch.Tensor | None = None
@@ -86,62 +94,77 @@ class SamClipOutput(SamImageSegmentationOutput):
     image_embeddings: torch.Tensor | None = None
 
 
-class SamClipPositionalEmbedding(SamPositionalEmbedding):
-    """SAM's random Fourier features of positions, computed in float32 whatever the type of the weights and under
-    autocast: in bfloat16, points of a 1024 px image less than 4 px apart would be the same point."""
+@dataclass
+class SamClipVisionModelOutput(BaseModelOutputWithPooling):
+    r"""
+    last_hidden_state (`torch.Tensor` of shape `(batch_size, grid_height * grid_width, hidden_size)`):
+        Output of the CLIP head's last layer.
+    pooler_output (`torch.Tensor` of shape `(batch_size, hidden_size)`):
+        The pooled token after LayerNorm, before the MLP to the text space.
+    image_embeds (`torch.Tensor` of shape `(batch_size, projection_dim)`):
+        Embeddings of the images in the text space, not normalized.
+    hidden_states (`tuple[torch.Tensor]`, `config.num_hidden_layers + 1` of the shape of `last_hidden_state`):
+        With `output_hidden_states=True`.
+    attentions (`tuple[torch.Tensor]`, one a layer, of the shape of SAM's):
+        With `output_attentions=True` and eager attention.
+    """
+
+    image_embeds: torch.Tensor | None = None
+
+
+class SamClipPositionalEmbedding(nn.Module):
+    """SAM's random Fourier features of positions. They are computed in float32 even in a half-precision model: in
+    bfloat16, points of a 1024 px image less than 4 px apart get the same features."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.scale = config.scale
+        self.positional_embedding = nn.Parameter(self.scale * torch.randn(2, config.num_pos_feats))
 
     def forward(self, input_coords: torch.Tensor, input_shape: tuple[int, int] | None = None) -> torch.Tensor:
-        """x and y `(..., 2)`, from 0 to 1 or in pixels of an image of `input_shape` (height, width), as
-        `(..., hidden_size)`."""
+        """x and y `(..., 2)`, from 0 to 1 or in pixels of an image of `input_shape` (height, width) -> `(...,
+        2 * num_pos_feats)`."""
         x, y = input_coords.float().unbind(dim=-1)
         if input_shape is not None:
             x, y = x / input_shape[1], y / input_shape[0]
         frequency = self.positional_embedding.float()
-        # No matrix product, which autocast would round.
+        # A sum, not a matrix product, which autocast would round.
         turns = (2 * x - 1)[..., None] * frequency[0] + (2 * y - 1)[..., None] * frequency[1]
         phase = 2 * torch.pi * turns
         return torch.cat([phase.sin(), phase.cos()], dim=-1).to(self.positional_embedding.dtype)
 
 
-class SamClipPreTrainedModel(SamPreTrainedModel):
+class SamClipPreTrainedModel(SamClipVisionPreTrainedModel):
+    """Base class of [`SamClipModel`] and [`SamClipVisionModel`]."""
+
     config: SamClipConfig
-    base_model_prefix = "samclip"
     input_modalities: tuple[str, ...] = ("image", "text")
-    _no_split_modules = ["SamClipVisionLayer"]
-    _supports_flex_attn = True
 
-    def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs) -> None:
-        """As in [`PreTrainedModel`], which warns of configurations that belong to no model of their own."""
-        if isinstance(attn_implementation, str):
-            self.get_correct_attn_implementation(attn_implementation)  # raises before anything has changed
-            for name in ("prompt_encoder_config", "mask_decoder_config", "clip_head_config"):
-                if (config := getattr(self.config, name, None)) is not None:
-                    config._attn_implementation = attn_implementation
-        super().set_attn_implementation(attn_implementation, *args, **kwargs)
-
-    @classmethod
-    def is_custom_code(cls) -> bool:
-        """
-        `False`: everything here is initialised by `transformers.initialization`, which leaves loaded weights alone.
-        Of code that may do otherwise, transformers (5.23) passes over the modules without weights of their own, and
-        CLIP's text tower, where a checkpoint lacks it, would start as CLIP's does not.
-        """
-        return False
+    def _set_default_attention(self, name: str) -> None:
+        """Gives the attention implementation of the model to a sub-configuration whose module is no
+        [`PreTrainedModel`], unless it has its own."""
+        config = getattr(self.config, name)
+        if config._attn_implementation is None:
+            config._attn_implementation = self.config._attn_implementation
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
-        if isinstance(module, SamClipModel):
+        if isinstance(module, SamClipPositionalEmbedding):
+            init.normal_(module.positional_embedding, std=module.scale)
+        elif isinstance(module, SamClipModel):
             if module.text_projection is not None:
                 init.normal_(module.text_projection.weight, std=self.config.text_config.hidden_size**-0.5)
             init.constant_(module.logit_scale, self.config.logit_scale_init_value)
             if module.logit_bias is not None:
                 init.zeros_(module.logit_bias)
-            if module.class_embeds is not None:
-                init.zeros_(module.class_embeds)
+            for embeds in (module.class_embeds, module.label_embeds):
+                if embeds is not None:
+                    init.zeros_(embeds)
 
     def _content_mask(self, patch_tokens: torch.Tensor, reshaped_input_sizes) -> torch.Tensor | None:
-        """Which cells `(batch_size, grid_height, grid_width)` show any of the picture rather than padding."""
+        """`(batch_size, grid_height, grid_width)`: `True` for patches that show a part of the image, `False` for
+        padding."""
         if reshaped_input_sizes is None:
             return None
         sizes = torch.as_tensor(reshaped_input_sizes, device=patch_tokens.device)
@@ -151,18 +174,18 @@ class SamClipPreTrainedModel(SamPreTrainedModel):
                 f"shape {tuple(sizes.shape)}."
             )
         rows, columns = (torch.arange(n, device=sizes.device) for n in patch_tokens.shape[1:3])
-        cells = sizes / self.config.vision_config.patch_size
-        return (rows < cells[:, :1])[:, :, None] & (columns < cells[:, 1:])[:, None, :]
+        patches = sizes / self.config.vision_config.patch_size
+        return (rows < patches[:, :1])[:, :, None] & (columns < patches[:, 1:])[:, None, :]
 
     def _pool_image(self, patch_tokens: torch.Tensor, reshaped_input_sizes) -> tuple[torch.Tensor, torch.Tensor]:
-        """The CLIP head's tokens, of the shape of the encoder's, and the image in the text space `(batch_size,
-        projection_dim)`, not normalised, in which padding does not count."""
+        """The CLIP head's tokens `(batch_size, grid_height, grid_width, hidden_size)`, and the image in the text space
+        `(batch_size, projection_dim)`, not normalized. Padding is not pooled."""
         head_tokens = self.clip_head(patch_tokens)
         return head_tokens, self.clip_head.pool(head_tokens, self._content_mask(head_tokens, reshaped_input_sizes))
 
 
 class SamClipHeadMLP(nn.Module):
-    """Two hidden layers: `(..., input_size)` -> `(..., output_size)`."""
+    """An MLP with two hidden layers: `(..., input_size)` -> `(..., output_size)`."""
 
     def __init__(self, input_size: int, hidden_size: int, output_size: int, activation: nn.Module):
         super().__init__()
@@ -179,8 +202,8 @@ class SamClipHeadMLP(nn.Module):
 
 class SamClipHead(nn.Module):
     """
-    Patch tokens -> transformer layers -> pooling -> LayerNorm -> MLP -> text space; without the pooling, every patch
-    in text space.
+    The CLIP head: patch tokens -> transformer layers -> pooling -> LayerNorm -> MLP -> text space. `project_patches`
+    leaves out the pooling and maps every patch to the text space.
     """
 
     def __init__(self, config: SamClipConfig | SamClipVisionConfig):
@@ -193,7 +216,7 @@ class SamClipHead(nn.Module):
         self.pooling = head_config.pooling
         self.window_size = window_size
         self.layers = nn.ModuleList(
-            SamClipVisionLayer(vision_config, window_size) for _ in range(head_config.num_hidden_layers)
+            SamClipVisionLayer(vision_config, window_size, head_config) for _ in range(head_config.num_hidden_layers)
         )
         self.layer_norm = nn.LayerNorm(hidden_size, eps=vision_config.layer_norm_eps)
         self.mlp = SamClipHeadMLP(
@@ -201,15 +224,23 @@ class SamClipHead(nn.Module):
         )
 
     def forward(self, patch_tokens: torch.Tensor) -> torch.Tensor:
-        """Head tokens `(batch_size, grid_height, grid_width, hidden_size)` from patch tokens of the same shape."""
+        """Patch tokens `(batch_size, grid_height, grid_width, hidden_size)` -> head tokens of the same shape."""
         for layer in self.layers:
             patch_tokens = layer(patch_tokens)
         return patch_tokens
 
     def pool(self, head_tokens: torch.Tensor, content_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """
-        Image features `(batch_size, projection_dim)` from head tokens; cells where `content_mask`
-        `(batch_size, grid_height, grid_width)` is `False` are padding and do not count.
+        """Head tokens -> image features `(batch_size, projection_dim)`. Arguments as in `pool_tokens`."""
+        return self.mlp(self.pool_tokens(head_tokens, content_mask))
+
+    def pool_tokens(self, head_tokens: torch.Tensor, content_mask: torch.Tensor | None = None) -> torch.Tensor:
+        r"""
+        head_tokens (`torch.Tensor` of shape `(batch_size, grid_height, grid_width, hidden_size)`):
+            From `forward`.
+        content_mask (`torch.Tensor` of shape `(batch_size, grid_height, grid_width)`, `bool`, *optional*):
+            `False` for padding, which is not pooled.
+
+        Returns the pooled token of each image after LayerNorm, `(batch_size, hidden_size)`.
         """
         tokens = head_tokens.flatten(1, 2)
         inside = None if content_mask is None else content_mask.flatten(1)[..., None]
@@ -221,24 +252,24 @@ class SamClipHead(nn.Module):
             pooled = tokens.mean(dim=1)
         else:
             pooled = (tokens * inside).sum(dim=1) / inside.sum(dim=1)
-        return self.mlp(self.layer_norm(pooled))
+        return self.layer_norm(pooled)
 
     def pool_segments(self, patch_tokens: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
         r"""
-        Segments as if each were an image of its own: in every layer its patches see one another and nothing else.
+        Embeds every segment as if it were an image: in all layers, its patches attend to each other only.
 
         patch_tokens (`torch.Tensor` of shape `(batch_size, grid_height, grid_width, hidden_size)`):
             As in `forward`.
         segments (`torch.Tensor` of shape `(batch_size, num_segments, grid_height, grid_width)`, `bool`):
-            Which patches belong to each segment.
+            The patches of each segment.
 
-        Returns `(batch_size, num_segments, projection_dim)`; what it holds for a segment without patches has no
-        meaning.
+        Returns `(batch_size, num_segments, projection_dim)`, not normalized. The values for a segment without patches
+        have no meaning.
         """
         batch_size, num_segments, grid_height, grid_width = segments.shape
         image, segment, row, column = segments.nonzero(as_tuple=True)
         owner = image * num_segments + segment
-        # Layers with windows see no further than the window inside a segment either.
+        # In a layer with windows, patches attend to their window within the segment.
         height, width = (self.window_size,) * 2 if self.window_size else (grid_height, grid_width)
         group = owner * grid_height * grid_width + (row // height) * grid_width + column // width
         group, order = group.sort()
@@ -259,18 +290,19 @@ class SamClipHead(nn.Module):
         return self.mlp(self.layer_norm(pooled)).unflatten(0, (batch_size, num_segments))
 
     def project_patches(self, head_tokens: torch.Tensor) -> torch.Tensor:
-        """Dense features `(batch_size, projection_dim, grid_height, grid_width)` from head tokens."""
+        """Head tokens -> features of the patches `(batch_size, projection_dim, grid_height, grid_width)`, not
+        normalized."""
         return self.mlp(self.layer_norm(head_tokens)).permute(0, 3, 1, 2)
 
 
 class SamClipVisionModel(SamClipPreTrainedModel):
     """
-    SAM-CLIP's eye alone, image encoder and CLIP head, as a vision tower: patches in a sequence, without a class token.
-    Loads from a SAM-CLIP checkpoint.
+    The vision tower alone: image encoder and CLIP head, with the patches in a sequence and without a class token. It
+    loads from the checkpoint of a SAM-CLIP.
 
-    `hidden_states` are those of the image encoder's layers, then those of the CLIP head's: the last ones are what the
-    text space is read from, so that a vision-language model with a `vision_feature_layer` of -1 or -2 sees
-    text-aligned patches. Its `vision_feature_select_strategy` must be `"full"`, as the first token is a patch.
+    `hidden_states` are the image encoder's, followed by the CLIP head's. The last ones are those that the text space
+    is computed from: a vision-language model with a `vision_feature_layer` of -1 or -2 gets text-aligned patches. Its
+    `vision_feature_select_strategy` must be `"full"`, because the first token is a patch.
 
     Example:
 
@@ -280,24 +312,26 @@ class SamClipVisionModel(SamClipPreTrainedModel):
     >>> model = SamClipVisionModel.from_pretrained(miniature.checkpoint())
     ```"""
 
-    config: SamClipVisionConfig  # type: ignore[assignment]  # a part of the other
+    config: SamClipVisionConfig  # type: ignore[assignment]  # a part of SamClipConfig
     input_modalities = ("image",)
-    _can_record_outputs = SamVisionEncoder._can_record_outputs
-    # What else a SAM-CLIP checkpoint holds.
+    _parts_without_model = ("clip_head_config",)
+    _can_record_outputs = {"hidden_states": SamClipVisionLayer, "attentions": SamClipVisionAttention}
+    # The other weights of a SAM-CLIP checkpoint.
     _keys_to_ignore_on_load_unexpected = [
         r"^(shared_image_embedding|prompt_encoder|mask_decoder|vision_encoder\.neck|text_model|text_projection)\.",
-        r"^(logit_scale|logit_bias|class_embeds)$",
+        r"^(logit_scale|logit_bias|class_embeds|label_embeds)$",
     ]
 
     def __init__(self, config: SamClipVisionConfig):
         super().__init__(config)
         self.vision_encoder = SamClipVisionEncoder(config.vision_config)
-        self.vision_encoder.neck = nn.Identity()  # for the mask decoder; here its weights would never train
+        self.vision_encoder.neck = nn.Identity()  # feeds the mask decoder only
+        self._set_default_attention("clip_head_config")
         self.clip_head = SamClipHead(config)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        """The layer that the pixels enter."""
+        """The convolution over the pixels."""
         return self.vision_encoder.get_input_embeddings()
 
     @can_return_tuple
@@ -307,39 +341,67 @@ class SamClipVisionModel(SamClipPreTrainedModel):
         reshaped_input_sizes: torch.Tensor | None = None,
         original_sizes: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> BaseModelOutputWithPooling:
+    ) -> SamClipVisionModelOutput:
         r"""
         pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`):
-            Any height and width that are multiples of the patch size.
+            Height and width are multiples of the patch size.
         reshaped_input_sizes (`torch.Tensor` of shape `(batch_size, 2)`, *optional*):
-            From the image processor: height and width of each picture without its padding, which then does not count
-            in `pooler_output`.
+            From the image processor: height and width of each image without its padding, which is then not pooled.
         original_sizes (`torch.Tensor` of shape `(batch_size, 2)`, *optional*):
-            Not used; the image processor returns it, so that `model(**inputs)` works.
-
-        Returns
-
-        - `last_hidden_state` `(batch_size, grid_height * grid_width, hidden_size)`, the CLIP head's tokens;
-        - `pooler_output` `(batch_size, projection_dim)`, the image in the text space, not normalised;
-        - `hidden_states`, if asked for, `config.num_hidden_layers + 1` tensors of the shape of `last_hidden_state`;
-        - `attentions`, if asked for and with eager attention, one a layer, shaped as SAM's.
+            Not used. The image processor returns it, and `model(**inputs)` passes it.
         """
         outputs = self._forward(pixel_values, reshaped_input_sizes, return_dict=True, **kwargs)
         if outputs.hidden_states is not None:
-            # Recorded as the layers give them, in rows and columns; None where only some layers were asked for.
+            # Captured on the grid. Entries are None for layers that were not asked for.
             outputs.hidden_states = tuple(h if h is None else h.flatten(1, 2) for h in outputs.hidden_states)
         return outputs
 
     @capture_outputs(tie_last_hidden_states=False)
-    def _forward(self, pixel_values, reshaped_input_sizes, **kwargs) -> BaseModelOutputWithPooling:
-        head_tokens, pooled = self._pool_image(self.vision_encoder.encode(pixel_values), reshaped_input_sizes)
-        return BaseModelOutputWithPooling(last_hidden_state=head_tokens.flatten(1, 2), pooler_output=pooled)
+    def _forward(self, pixel_values, reshaped_input_sizes, **kwargs) -> SamClipVisionModelOutput:
+        head_tokens = self.clip_head(self.vision_encoder.encode(pixel_values))
+        content_mask = self._content_mask(head_tokens, reshaped_input_sizes)
+        pooled = self.clip_head.pool_tokens(head_tokens, content_mask)
+        return SamClipVisionModelOutput(
+            last_hidden_state=head_tokens.flatten(1, 2),
+            pooler_output=pooled,
+            image_embeds=self.clip_head.mlp(pooled),
+        )
 
 
-class SamClipModel(SamClipPreTrainedModel, SamModel):
+class SamClipBackbone(BackboneMixin, SamClipVisionModel):
     """
-    SAM-CLIP. `forward` takes what [`SamModel`] and [`CLIPModel`] take and does what the inputs ask for, in one pass of
-    the image encoder.
+    [`SamClipVisionModel`] for detectors and segmenters that take a backbone (`AutoBackbone`). Returns `feature_maps`,
+    each `(batch_size, hidden_size, grid_height, grid_width)`, of the layers `config.out_features`.
+    """
+
+    def __init__(self, config: SamClipVisionConfig):
+        super().__init__(config)
+        self.num_features = [config.hidden_size] * len(config.stage_names)
+
+    @can_return_tuple
+    def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BackboneOutput:  # type: ignore[override]
+        r"""
+        pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`):
+            Height and width are multiples of the patch size.
+        """
+        wants_hidden_states = kwargs.pop("output_hidden_states", None)
+        kwargs |= {"output_hidden_states": True, "return_dict": True}
+        outputs = SamClipVisionModel.forward(self, pixel_values, **kwargs)
+        assert outputs.hidden_states is not None
+        grid = tuple(side // self.config.patch_size for side in pixel_values.shape[-2:])
+        return BackboneOutput(
+            feature_maps=tuple(
+                outputs.hidden_states[index].transpose(1, 2).unflatten(2, grid) for index in self.out_indices
+            ),
+            hidden_states=outputs.hidden_states if wants_hidden_states else None,
+            attentions=outputs.attentions,
+        )
+
+
+class SamClipModel(SamClipPreTrainedModel):
+    """
+    SAM-CLIP. `forward` takes the inputs of [`SamModel`] and of [`CLIPModel`] and computes what they ask for, in one
+    pass of the image encoder.
 
     Example:
 
@@ -350,30 +412,41 @@ class SamClipModel(SamClipPreTrainedModel, SamModel):
     >>> processor = SamClipProcessor.from_pretrained(miniature.checkpoint())
     ```"""
 
+    # Not a subclass of SamModel, although it has its interface: SamModel's constructor builds and initializes an image
+    # encoder that would have to be replaced, and fails for attention implementations that SAM does not have.
+    _can_record_outputs = {"mask_decoder_attentions": OutputRecorder(SamTwoWayAttentionBlock, index=2)}
+    _tied_weights_keys = {
+        "prompt_encoder.shared_embedding.positional_embedding": "shared_image_embedding.positional_embedding"
+    }
+    _keys_to_ignore_on_load_missing = [r"^label_embeds$"]  # in checkpoints of version 0.1.0
+    _parts_without_model = ("prompt_encoder_config", "mask_decoder_config", "clip_head_config")
+
     def __init__(self, config: SamClipConfig):
-        # Past SamModel's own constructor, which would first build and initialise an encoder to be thrown away.
-        super(SamModel, self).__init__(config)
+        super().__init__(config)
         self.shared_image_embedding = SamClipPositionalEmbedding(config.vision_config)
         self.vision_encoder = SamClipVisionEncoder(config.vision_config)
+        self._set_default_attention("prompt_encoder_config")
         self.prompt_encoder = SamPromptEncoder(config)
-        self.prompt_encoder.shared_embedding = SamClipPositionalEmbedding(config.vision_config)  # tied, see SamModel
-        # The mask decoder is no PreTrainedModel and does not learn it by itself (as in SamModel).
-        config.mask_decoder_config._attn_implementation = config._attn_implementation
+        self.prompt_encoder.shared_embedding = SamClipPositionalEmbedding(config.vision_config)  # tied weights
+        self._set_default_attention("mask_decoder_config")
         self.mask_decoder = SamMaskDecoder(config.mask_decoder_config)
+        self._set_default_attention("clip_head_config")
         self.clip_head = SamClipHead(config)
         projection_dim = config.clip_head_config.projection_dim
         self.text_model: Any = None
         self.text_projection: Any = None
         if config.has_text_tower and config.has_siglip_text:
-            self.text_model = SiglipTextModel._from_config(config.text_config)  # projects by itself
+            self.text_model = SiglipTextModel._from_config(config.text_config)  # contains its projection
         elif config.has_text_tower:
             self.text_model = CLIPTextModel._from_config(config.text_config)
             self.text_projection = nn.Linear(config.text_config.hidden_size, projection_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
         self.logit_bias = nn.Parameter(torch.tensor(0.0)) if config.has_siglip_text else None
-        # SamClipForImageSegmentation's vocabulary, if it was given one. Here, so that training goes on with it.
-        num_embeds = len(config.vocabulary_label_ids)
-        self.register_buffer("class_embeds", torch.zeros(num_embeds, projection_dim) if num_embeds else None)
+        # The vocabulary of SamClipForImageSegmentation. It is here, so that further training keeps it.
+        has_vocabulary = len(config.vocabulary_label_ids) > 0
+        num_labels = len(config.id2label or {}) - (config.background_label_id is not None)
+        for name, size in (("class_embeds", len(config.vocabulary_label_ids)), ("label_embeds", num_labels)):
+            self.register_buffer(name, torch.zeros(size, projection_dim) if has_vocabulary else None)
         self.post_init()
 
     @classmethod
@@ -385,19 +458,22 @@ class SamClipModel(SamClipPreTrainedModel, SamModel):
         clip_head_initialization: str = "copied",
     ) -> "SamClipModel":
         r"""
-        A SAM-CLIP at the start of its training: SAM's weights, CLIP's text tower, and a CLIP head whose layers are
-        copies of SAM's last one (appendix A). Only the head's LayerNorm and MLP are new, so it knows no class yet.
+        Builds a SAM-CLIP to be trained: SAM's weights, CLIP's text tower, and a CLIP head whose layers are copies of
+        SAM's last one (appendix A). The head's LayerNorm and MLP are random: the model has to be trained before it can
+        classify.
 
         sam (`str`, `os.PathLike` or [`SamModel`]):
-            Name, folder or model; any size (ViT-B, -L, -H, ...).
+            Name on the Hub, folder or model; of any size (ViT-B, -L, -H, ...).
         clip (`str`, `os.PathLike`, [`CLIPModel`] or [`SiglipModel`]):
-            Name, folder or model; any size. SigLIP 2's checkpoints of a fixed image size are [`SiglipModel`]s.
+            Name on the Hub, folder or model; of any size. SigLIP 2 checkpoints with a fixed image size are
+            [`SiglipModel`]s.
         clip_head_config (`dict` or [`SamClipHeadConfig`], *optional*):
             Number of layers, pooling and MLP width. The projection size is always the CLIP teacher's.
         clip_head_initialization (`str`, *optional*, defaults to `"copied"`):
-            `"random"` leaves the head's layers as a new model has them: the paper's main text can be read so.
+            `"random"` gives the head's layers the initialization of a new model, which is another reading of the
+            paper's main text.
 
-        Raises `TypeError` where a teacher is of another kind, `ValueError` where sizes do not fit and for an unknown
+        Raises `TypeError` if a teacher is another kind of model, `ValueError` if sizes do not fit, and for an unknown
         key of `clip_head_config` or `clip_head_initialization`.
         """
         if clip_head_initialization not in ("copied", "random"):
@@ -409,16 +485,16 @@ class SamClipModel(SamClipPreTrainedModel, SamModel):
         text_config = clip.config.text_config.to_dict()
         if isinstance(clip, SiglipModel):
             projection_dim = clip.config.text_config.projection_size
-            if clip.name_or_path:  # its configuration does not know it, SigLIP 2's least of all
+            if clip.name_or_path:  # the configuration has another pad_token_id than the tokenizer
                 text_config["pad_token_id"] = load_tokenizer(clip.name_or_path).pad_token_id
             if text_config["pad_token_id"] is None:
-                raise ValueError("SigLIP reads texts that are filled up, but its tokenizer has no padding token.")
+                raise ValueError("SigLIP's text tower reads padded texts, but its tokenizer has no padding token.")
         else:
             projection_dim = clip.config.projection_dim
         head = dict(clip_head_config or {})
         if unknown := sorted(head.keys() - SamClipHeadConfig.__dataclass_fields__.keys()):
             raise ValueError(
-                f"A CLIP head has no {', '.join(unknown)}: it has num_hidden_layers, pooling and mlp_hidden_size."
+                f"clip_head_config has no {', '.join(unknown)}: it has num_hidden_layers, pooling and mlp_hidden_size."
             )
         if head.setdefault("projection_dim", projection_dim) != projection_dim:
             raise ValueError(
@@ -454,14 +530,14 @@ class SamClipModel(SamClipPreTrainedModel, SamModel):
             f"({size['vision_encoder']:.1f} M parameters), prompt encoder and mask decoder "
             f"({size['prompt_encoder'] + size['mask_decoder']:.1f} M). Copied from CLIP: text tower, its projection "
             f"and logit scale ({size['text_model'] + size.get('text_projection', 0):.1f} M). CLIP head "
-            f"({size['clip_head']:.1f} M): {len(model.clip_head.layers)} {layers}; its LayerNorm and MLP are new, so "
-            "train it before asking it about text."
+            f"({size['clip_head']:.1f} M): {len(model.clip_head.layers)} {layers}; its LayerNorm and MLP are new. "
+            "Train the model before you use it with text."
         )
         return model
 
     def get_image_wide_positional_embeddings(self, size: Sequence[int] | None = None) -> torch.Tensor:
-        """SAM's encoding of each cell's position `(1, hidden_size, grid_height, grid_width)`; by default for the
-        grid of the trained image size."""
+        """SAM's position embeddings of a grid `(1, hidden_size, grid_height, grid_width)`; by default of the grid of
+        the trained image size."""
         trained_size = self.config.prompt_encoder_config.image_embedding_size
         height, width = size if size is not None else (trained_size, trained_size)
         device = self.shared_image_embedding.positional_embedding.device
@@ -469,6 +545,28 @@ class SamClipModel(SamClipPreTrainedModel, SamModel):
         x = (torch.arange(width, device=device) + 0.5) / width
         grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)
         return self.shared_image_embedding(grid).permute(2, 0, 1).unsqueeze(0)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The convolution over the pixels."""
+        return self.vision_encoder.get_input_embeddings()
+
+    @torch.no_grad()
+    def get_image_embeddings(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+        """As in [`SamModel`], without gradients: `(batch_size, num_channels, height, width)` -> `(batch_size,
+        output_channels, grid_height, grid_width)`, the `image_embeddings` of `forward`."""
+        return self.vision_encoder(pixel_values, **kwargs)[0]
+
+    @torch.no_grad()
+    def get_prompt_embeddings(
+        self,
+        input_points: torch.Tensor | None = None,
+        input_labels: torch.Tensor | None = None,
+        input_boxes: torch.Tensor | None = None,
+        input_masks: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """As in [`SamModel`], without gradients: sparse and dense embeddings of prompts in an image of the trained
+        size."""
+        return self.prompt_encoder(input_points, input_labels, input_boxes, input_masks)
 
     def predict_masks(
         self,
@@ -482,7 +580,7 @@ class SamClipModel(SamClipPreTrainedModel, SamModel):
         target_embedding: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         r"""
-        SAM's prompt encoder and mask decoder on an image embedding of any grid. Arguments as in `forward`.
+        SAM's prompt encoder and mask decoder on image embeddings of any grid. Arguments as in `forward`.
 
         Returns mask logits `(batch_size, num_prompts, num_masks, 4 * grid_height, 4 * grid_width)` and predicted IoUs
         `(batch_size, num_prompts, num_masks)`.
@@ -499,7 +597,7 @@ class SamClipModel(SamClipPreTrainedModel, SamModel):
                 raise ValueError(f"{name} are for {prompt.shape[0]} images, but there are {batch_size}.")
         if input_points is not None and input_boxes is not None and input_points.shape[1] != input_boxes.shape[1]:
             raise ValueError(
-                "Points and boxes given together describe the same objects, so there must be as many of each: got "
+                "Points and boxes given together describe the same objects and must be equal in number: got "
                 f"{input_points.shape[1]} and {input_boxes.shape[1]} prompts."
             )
         if input_points is not None and input_labels is not None and input_labels.shape != input_points.shape[:-1]:
@@ -520,8 +618,8 @@ class SamClipModel(SamClipPreTrainedModel, SamModel):
                 "four times the patch grid, like the pred_masks of an earlier call."
             )
 
-        # SAM's prompt encoder knows one input size: bring coordinates of this one into it. Its pixel centres are at
-        # +0.5, which it adds itself.
+        # SAM's prompt encoder has one input size: rescale the coordinates to it. It adds 0.5 to them, the center of a
+        # pixel.
         trained_size, patch_size = self.prompt_encoder.input_image_size, self.config.vision_config.patch_size
         scale = trained_size / (torch.tensor([grid_width, grid_height], device=image_embeddings.device) * patch_size)
         if input_points is not None:
@@ -531,7 +629,7 @@ class SamClipModel(SamClipPreTrainedModel, SamModel):
         sparse_embeddings, dense_embeddings = self.prompt_encoder(
             input_points=input_points, input_labels=input_labels, input_boxes=input_boxes, input_masks=input_masks
         )
-        if input_masks is None:  # "no mask" is one vector, repeated over the trained grid
+        if input_masks is None:  # one vector, repeated over the trained grid
             dense_embeddings = dense_embeddings[..., :1, :1].expand(-1, -1, grid_height, grid_width)
         positional_embeddings = self.get_image_wide_positional_embeddings((grid_height, grid_width))
         return self.mask_decoder(
@@ -545,9 +643,9 @@ class SamClipModel(SamClipPreTrainedModel, SamModel):
         )
 
     def _encode_once(self, pixel_values, vision_embeds, **kwargs):
-        """[`SamClipVisionEncoderOutput`]: what the image encoder gave for the image, or gives now."""
+        """The [`SamClipVisionEncoderOutput`] of `pixel_values`, or the given one."""
         if (pixel_values is None) == (vision_embeds is None):
-            raise ValueError("Give either pixel_values or vision_embeds, and not both.")
+            raise ValueError("Pass either pixel_values or vision_embeds, and not both.")
         return self.vision_encoder(pixel_values, **kwargs) if vision_embeds is None else vision_embeds
 
     @can_return_tuple
@@ -559,18 +657,18 @@ class SamClipModel(SamClipPreTrainedModel, SamModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         r"""
-        The image in the text space, as [`CLIPModel.get_image_features`] gives it.
+        Embeds images in the text space, as [`CLIPModel.get_image_features`] does.
 
         pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`):
             From the image processor.
         reshaped_input_sizes (`torch.Tensor` of shape `(batch_size, 2)`, *optional*):
-            From the image processor: height and width of each picture without its padding, which then does not count.
+            From the image processor: height and width of each image without its padding, which is then not pooled.
         vision_embeds ([`SamClipVisionEncoderOutput`], *optional*):
-            From `vision_encoder`, instead of `pixel_values`, to ask of an image again.
+            Output of `vision_encoder` for the images, in place of `pixel_values`.
 
-        Returns `pooler_output` `(batch_size, projection_dim)`, not normalised, and `last_hidden_state`
-        `(batch_size, grid_height * grid_width, hidden_size)`, the head's tokens; `hidden_states` and `attentions`, if
-        asked for, are the image encoder's.
+        Returns `pooler_output` `(batch_size, projection_dim)`, not normalized, and `last_hidden_state`
+        `(batch_size, grid_height * grid_width, hidden_size)`, the CLIP head's tokens. `hidden_states` and
+        `attentions`, on request, are the image encoder's.
         """
         vision_outputs = self._encode_once(pixel_values, vision_embeds, **kwargs)
         head_tokens, pooled = self._pool_image(vision_outputs.patch_tokens, reshaped_input_sizes)
@@ -589,16 +687,18 @@ class SamClipModel(SamClipPreTrainedModel, SamModel):
         position_ids: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
-        """The texts in the text space, exactly as [`CLIPModel.get_text_features`]: `pooler_output`
-        `(num_texts, projection_dim)`, not normalised. With SigLIP's text tower, as [`SiglipModel.get_text_features`]
-        of texts padded to the longest that it reads, whatever their padding here; no mask, as it was trained."""
+        """
+        Embeds texts, as [`CLIPModel.get_text_features`] does: `pooler_output` `(num_texts, projection_dim)`, not
+        normalized. With SigLIP's text tower, as [`SiglipModel.get_text_features`] does for texts padded to the maximal
+        length without a mask, as in its training; texts may have any other padding here.
+        """
         if self.text_model is None:
-            raise ValueError("This checkpoint has no text tower: it knows its own vocabulary and no other text.")
+            raise ValueError("This checkpoint has no text tower: it can use its own vocabulary only.")
         if self.config.has_siglip_text:
             longest, pad = self.config.text_config.max_position_embeddings, self.config.text_config.pad_token_id
             if input_ids.shape[-1] < longest:
                 input_ids = F.pad(input_ids, (0, longest - input_ids.shape[-1]), value=pad)
-            # Padding on the left, as Gemma's tokenizer has it by itself, goes to the right, where SigLIP 2 learnt it.
+            # Move padding from the left, the default of Gemma's tokenizer, to the right, as in SigLIP 2's training.
             start = (input_ids != pad).int().argmax(dim=-1, keepdim=True)
             position = torch.arange(input_ids.shape[-1], device=input_ids.device)
             input_ids = input_ids.gather(-1, (start + position) % input_ids.shape[-1])
@@ -634,42 +734,43 @@ class SamClipModel(SamClipPreTrainedModel, SamModel):
     ) -> SamClipOutput:
         r"""
         pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`):
-            Any height and width that are multiples of the patch size.
+            Height and width are multiples of the patch size.
         input_points (`torch.Tensor` of shape `(batch_size, num_prompts, num_points, 2)`):
             x and y in pixels of `pixel_values`; all points of a prompt describe one object.
         input_labels (`torch.Tensor` of shape `(batch_size, num_prompts, num_points)`, *optional*):
-            1 inside, 0 outside, -1 none, -10 padding. All inside by default.
+            1 inside the object, 0 outside, -1 no point, -10 padding. 1 by default.
         input_boxes (`torch.Tensor` of shape `(batch_size, num_prompts, 4)`):
             x1, y1, x2, y2 in pixels of `pixel_values`.
         input_masks (`torch.Tensor` of shape `(batch_size, 1, 4 * grid_height, 4 * grid_width)`):
-            Mask logits of an earlier call, for all prompts of an image.
+            Mask logits of an earlier call, for all prompts of the image.
         image_embeddings (`torch.Tensor` of shape `(batch_size, output_channels, grid_height, grid_width)`):
-            From `get_image_embeddings`, instead of `pixel_values`, to prompt an image again.
+            From `get_image_embeddings`, in place of `pixel_values`, to prompt an image again.
         multimask_output (`bool`, defaults to `True`):
-            Three masks a prompt rather than one.
+            Whether to predict three masks for each prompt, or one.
         attention_similarity, target_embedding (`torch.Tensor`):
             As in [`SamModel`].
         input_ids, attention_mask, position_ids (`torch.Tensor` of shape `(num_texts, sequence_length)`):
-            Texts to compare every image with.
+            Texts to compare with every image.
         reshaped_input_sizes (`torch.Tensor` of shape `(batch_size, 2)`, *optional*):
-            Height and width of each picture without its padding, which then does not count in `image_embeds`.
+            From the image processor: height and width of each image without its padding, which is then not pooled
+            into `image_embeds`.
         original_sizes (`torch.Tensor` of shape `(batch_size, 2)`, *optional*), num_prompts (`(batch_size,)`):
-            Not used; the processor returns them for post-processing, so that `model(**inputs)` works.
+            Not used. The processor returns them for post-processing, and `model(**inputs)` passes them.
         return_loss (`bool`, *optional*):
             Whether to return CLIP's contrastive loss or, with SigLIP's text tower, SigLIP's.
         vision_embeds ([`SamClipVisionEncoderOutput`], *optional*):
-            From `vision_encoder`, instead of `pixel_values`, to ask anything of an image again.
+            Output of `vision_encoder` for the images, in place of `pixel_values`.
         """
         if sum(given is not None for given in (pixel_values, image_embeddings, vision_embeds)) != 1:
             raise ValueError(
-                "Give one of pixel_values, image_embeddings and vision_embeds; get_text_features embeds texts alone."
+                "Pass one of pixel_values, image_embeddings and vision_embeds. For texts alone, use get_text_features."
             )
         has_prompts = any(prompt is not None for prompt in (input_points, input_boxes, input_masks))
-        asks_clip_head = input_ids is not None or not has_prompts
-        if asks_clip_head and image_embeddings is not None:
+        needs_clip_head = input_ids is not None or not has_prompts
+        if needs_clip_head and image_embeddings is not None:
             raise ValueError(
-                "image_embeddings hold what the mask decoder reads, not what the CLIP head reads: give pixel_values "
-                "or vision_embeds for text, or prompts for masks."
+                "image_embeddings are the input of the mask decoder, not of the CLIP head: pass pixel_values or "
+                "vision_embeds for text, or prompts for masks."
             )
 
         fields = {}
@@ -680,7 +781,7 @@ class SamClipModel(SamClipPreTrainedModel, SamModel):
             fields["vision_attentions"] = vision_outputs.attentions
 
         if has_prompts:
-            assert image_embeddings is not None  # given, or just computed
+            assert image_embeddings is not None
             fields["pred_masks"], fields["iou_scores"] = self.predict_masks(
                 image_embeddings,
                 input_points=input_points,
@@ -692,7 +793,7 @@ class SamClipModel(SamClipPreTrainedModel, SamModel):
                 target_embedding=target_embedding,
             )
 
-        if asks_clip_head:
+        if needs_clip_head:
             head_tokens, pooled = self._pool_image(vision_outputs.patch_tokens, reshaped_input_sizes)
             image_embeds = F.normalize(pooled, dim=-1)
             dense_embeds = F.normalize(self.clip_head.project_patches(head_tokens), dim=1)
@@ -717,14 +818,15 @@ class SamClipModel(SamClipPreTrainedModel, SamModel):
 
 
 def _sigmoid_loss(logits_per_text: torch.Tensor) -> torch.Tensor:
-    """SigLIP's (Zhai et al. 2023): every text is right for its own image and wrong for every other, each by itself."""
+    """SigLIP's loss (Zhai et al. 2023) for logits `(batch_size, batch_size)`: every pair is classified as matching or
+    not; text i matches image i."""
     _check_pairs(logits_per_text)
     signs = 2 * torch.eye(len(logits_per_text), device=logits_per_text.device) - 1
     return -F.logsigmoid(signs * logits_per_text).sum(dim=-1).mean()
 
 
 def _contrastive_loss(logits_per_text: torch.Tensor) -> torch.Tensor:
-    """CLIP's loss of texts `(batch_size, batch_size)` against images, in which text i belongs to image i."""
+    """CLIP's loss for logits `(batch_size, batch_size)`: text i belongs to image i."""
     _check_pairs(logits_per_text)
     target = torch.arange(len(logits_per_text), device=logits_per_text.device)
     return (F.cross_entropy(logits_per_text, target) + F.cross_entropy(logits_per_text.T, target)) / 2
@@ -732,11 +834,22 @@ def _contrastive_loss(logits_per_text: torch.Tensor) -> torch.Tensor:
 
 def _check_pairs(logits_per_text: torch.Tensor) -> None:
     if logits_per_text.shape[0] != logits_per_text.shape[1]:
-        raise ValueError(f"return_loss needs one text per image, got {tuple(logits_per_text.shape)} texts x images.")
+        raise ValueError(f"return_loss needs one text per image, got {tuple(logits_per_text.shape)} (texts, images).")
 
 
 def load_teacher(classes: tuple[type[PreTrainedModel], ...], teacher, argument: str):
-    """`teacher` itself, or the model of one of `classes` that it names; safetensors only."""
+    """
+    Loads a teacher, from safetensors only.
+
+    classes (`tuple[type[PreTrainedModel], ...]`):
+        Accepted kinds of models.
+    teacher (`str`, `os.PathLike` or [`PreTrainedModel`]):
+        Name on the Hub, folder, or a model, which is returned as it is.
+    argument (`str`):
+        Name of the caller's argument, for error messages.
+
+    Raises `TypeError` for another kind of model, `OSError` if there is none.
+    """
     if isinstance(teacher, classes):
         return teacher
     wanted = " or a ".join(cls.__name__ for cls in classes)
@@ -746,7 +859,7 @@ def load_teacher(classes: tuple[type[PreTrainedModel], ...], teacher, argument: 
         config, _ = classes[0].config_class.get_config_dict(teacher)
     except OSError as error:
         raise OSError(
-            f"{argument} {str(teacher)!r} is no folder with a model and no name on the Hub: {error}"
+            f"{argument} {str(teacher)!r} is neither a folder with a model nor a name on the Hub: {error}"
         ) from error
     model_type = config.get("model_type")
     for cls in classes:
@@ -754,21 +867,27 @@ def load_teacher(classes: tuple[type[PreTrainedModel], ...], teacher, argument: 
             return cls.from_pretrained(teacher, use_safetensors=True)
     hint = ""
     if model_type == "siglip2":
-        hint = " Of SigLIP 2, name a checkpoint of a fixed size rather than NaFlex: google/siglip2-base-patch16-224."
+        hint = " Use a SigLIP 2 checkpoint with a fixed image size, not NaFlex: google/siglip2-base-patch16-224."
     raise TypeError(f"{argument} must be a {wanted}, but {str(teacher)!r} holds a model of type {model_type!r}.{hint}")
 
 
 def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
-    """The one saved beside a checkpoint. Raises `ValueError` where there is none."""
+    """The tokenizer in a checkpoint's folder or repository. Raises `ValueError` if there is none."""
     try:
         return AutoTokenizer.from_pretrained(folder)
     except ImportError as error:
-        raise ValueError(f"The tokenizer beside the model in {folder!r} needs another package. {error}") from error
-    except Exception as error:  # transformers guesses at tokenizers, and fails in many ways
+        raise ValueError(f"The tokenizer in {folder!r} needs another package. {error}") from error
+    except Exception as error:  # AutoTokenizer guesses the kind of a missing tokenizer and raises many types of errors
         raise ValueError(
-            f"There is no tokenizer beside the model in {folder!r}: save the processor there too, or give the "
-            "tokenizer."
+            f"There is no tokenizer in {folder!r}: save the processor there too, or pass the tokenizer."
         ) from error
 
 
-__all__ = ["SamClipModel", "SamClipOutput", "SamClipPreTrainedModel", "SamClipVisionModel"]
+__all__ = [
+    "SamClipBackbone",
+    "SamClipModel",
+    "SamClipOutput",
+    "SamClipPreTrainedModel",
+    "SamClipVisionModel",
+    "SamClipVisionModelOutput",
+]

@@ -5,6 +5,7 @@ Everything in this package that changes a registry of transformers is in `regist
 """
 
 from transformers import (
+    AutoBackbone,
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
@@ -23,7 +24,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_samclip import SamClipConfig, SamClipVisionConfig
 from .image_processing_samclip import SamClipImageProcessor, SamClipImageProcessorPil
-from .modeling_samclip import SamClipModel, SamClipVisionModel
+from .modeling_samclip import SamClipBackbone, SamClipModel, SamClipVisionModel
 from .pipeline_samclip import SamClipImageSegmentationPipeline
 from .processing_samclip import SamClipProcessor
 from .segmentation_samclip import SamClipForImageSegmentation, SamClipForObjectDetection
@@ -46,6 +47,7 @@ def register() -> None:
     for auto_class, model_class in MODELS.items():
         auto_class.register(SamClipConfig, model_class, exist_ok=True)
     AutoModel.register(SamClipVisionConfig, SamClipVisionModel, exist_ok=True)
+    AutoBackbone.register(SamClipVisionConfig, SamClipBackbone, exist_ok=True)
     for config_class in (SamClipConfig, SamClipVisionConfig):
         AutoImageProcessor.register(
             config_class,

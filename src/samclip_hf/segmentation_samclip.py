@@ -6,17 +6,15 @@ Segmentation and object detection by text: the vocabulary, and the composition o
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from numbers import Real
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase
 from transformers.modeling_outputs import ModelOutput
-from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
-from transformers.utils.generic import can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .modeling_samclip import SamClipModel, load_tokenizer
 from .vision_encoder_samclip import SamClipVisionEncoderOutput
@@ -26,35 +24,40 @@ TEXTS_PER_BATCH = 256  # texts in one pass of the text tower: 1000 names in 80 t
 CLASSES_PER_CHUNK = 32  # classes in one pass of the mask decoder
 # Difference in logits between a certain and an impossible label: e^-20. Finite, because maps are resized bilinearly.
 BACKGROUND_LOGIT_MARGIN = 20.0
+# Cosine similarity above which object detection takes a text for the name of a label. In the miniature, the same text
+# reaches 1 - 1e-6 in float32, and 0.999 with a bfloat16 text tower against float32 embeddings; different names stay
+# below 0.96.
+SAME_TEXT = 0.995
 
 
 @dataclass
 class SamClipSegmentationOutput(ModelOutput):
     r"""
-    For the image processor's `post_process_semantic_`, `_instance_` and `_panoptic_segmentation`. The fields of the
-    segments are there with both heads only; an image with fewer segments than another has some of score 0.
+    Input of the image processor's `post_process_semantic_segmentation`, `post_process_instance_segmentation` and
+    `post_process_panoptic_segmentation`. The `segment_` fields need both heads. In a batch, images with fewer segments
+    are padded with segments of score 0.
 
     logits (`torch.Tensor` of shape `(batch_size, num_labels, grid_height, grid_width)`):
-        The CLIP head's, per label and patch: cosine similarity to the label's text, scaled; the softmax over labels is
-        the label's probability.
+        The CLIP head's logits of each label at each patch: scaled cosine similarity to the label's text. The softmax
+        over the labels is the label's probability.
     segment_masks (`torch.Tensor` of shape `(batch_size, num_segments, 4 * grid_height, 4 * grid_width)`):
         Mask logits of the segments; above 0 is inside.
     segment_logits (`torch.Tensor` of shape `(batch_size, num_segments, num_labels)`):
-        As `logits`, of the segment as a whole.
+        As `logits`, for the whole segment.
     segment_embeds (`torch.Tensor` of shape `(batch_size, num_segments, projection_dim)`):
-        The segments in the text space, of length 1; none with `config.composition="classes"`.
+        Embeddings of the segments in the text space, of length 1. `None` with `config.composition="classes"`.
     segment_scores (`torch.Tensor` of shape `(batch_size, num_segments)`):
-        How well drawn the masks are, from 0 to 1: where two overlap, the better one lies above.
+        Quality of the masks, from 0 to 1. Where masks overlap, the one with the higher score is on top.
     content_sizes (`torch.Tensor` of shape `(batch_size, 2)`):
-        Height and width, in patches, of the part that shows the picture; the rest is padding.
+        Height and width of the image without its padding, in patches.
     dense_embeds (`torch.Tensor` of shape `(batch_size, projection_dim, grid_height, grid_width)`):
-        Every patch in the text space, of length 1.
+        Embeddings of the patches in the text space, of length 1.
     background_label_ids (`torch.Tensor` of shape `(batch_size,)`):
-        The label that stands for "none of the classes", -1 if there is none.
+        The label for "none of the classes", -1 if there is none.
     hidden_states (`tuple[torch.Tensor]`, each of shape `(batch_size, grid_height, grid_width, hidden_size)`):
-        With `output_hidden_states=True`: what enters the image encoder's layers, and the last one's tokens.
+        With `output_hidden_states=True`: the image encoder's.
     attentions (`tuple[torch.Tensor]`):
-        With `output_attentions=True` and eager attention: the image encoder's weights, as SAM's.
+        With `output_attentions=True` and eager attention: the image encoder's, of the shape of SAM's.
     """
 
     logits: torch.Tensor | None = None
@@ -72,20 +75,21 @@ class SamClipSegmentationOutput(ModelOutput):
 @dataclass
 class SamClipVocabulary:
     r"""
-    Labels and their texts, embedded: what [`SamClipForImageSegmentation`] looks for.
+    The labels of [`SamClipForImageSegmentation`] and the embeddings of their texts.
 
     class_embeds (`torch.Tensor` of shape `(num_texts, projection_dim)`):
-        Of length 1.
+        Embeddings of the texts, of length 1.
     label_ids (`list[int]`):
-        The label that each text stands for; the most similar text of a label counts.
+        The label of each text. The logit of a label is that of its most similar text.
     id2label (`dict[int, str]`):
-        The labels' names.
+        Names of the labels.
     background_label_id (`int`, *optional*):
-        The label that stands for "none of the classes".
+        The label for "none of the classes".
     background_threshold (`float`, *optional*):
-        Where background has no texts: it wins where no class is as probable as this.
-    label_tokens (`list[list[int]]`):
-        The names of the labels but background's, in their order, as the tokenizer gives them.
+        If background has no texts: it wins where no class has at least this probability.
+    label_embeds (`torch.Tensor` of shape `(num_labels, projection_dim)`, *optional*):
+        Embeddings of the names of the labels without a template, of length 1, in the order of the labels and without
+        background. [`SamClipForObjectDetection`] finds a text of the vocabulary by them.
     """
 
     class_embeds: torch.Tensor
@@ -93,7 +97,7 @@ class SamClipVocabulary:
     id2label: dict[int, str]
     background_label_id: int | None = None
     background_threshold: float | None = None
-    label_tokens: list[list[int]] = field(default_factory=list)
+    label_embeds: torch.Tensor | None = None
 
 
 def max_over_synonyms(text_logits: torch.Tensor, label_ids: torch.Tensor, num_labels: int, dim: int) -> torch.Tensor:
@@ -143,22 +147,23 @@ def apply_background_threshold(
     highest = logits.amax(dim=dim, keepdim=True)
     is_background = (highest - logits.logsumexp(dim=dim, keepdim=True)).exp() < threshold
     background = highest + torch.where(is_background, BACKGROUND_LOGIT_MARGIN, -BACKGROUND_LOGIT_MARGIN)
-    return logits.index_copy(dim, torch.tensor([background_label_id], device=logits.device), background)
+    index = torch.tensor([background_label_id], device=logits.device)
+    return logits.index_copy(dim, index, background.to(logits.dtype))
 
 
 class SamClipForImageSegmentation(SamClipModel):
     """
-    SAM-CLIP with a vocabulary: labels (`config.id2label`) and their text embeddings (`class_embeds`) live in the
-    checkpoint, so that an image alone gives labelled segments. Loads any SAM-CLIP checkpoint; give one without a
-    vocabulary its own by `set_vocabulary`.
+    SAM-CLIP with a vocabulary: labels (`config.id2label`) and their text embeddings (`class_embeds`) are part of the
+    checkpoint, so that the model labels segments without text input. It loads from any SAM-CLIP checkpoint; if that
+    has no vocabulary, call `set_vocabulary`.
     """
 
     @property
     def vocabulary(self) -> SamClipVocabulary:
-        """The checkpoint's own. Raises `ValueError` if it has none."""
+        """The vocabulary of the checkpoint. Raises `ValueError` if it has none."""
         if self.class_embeds is None:
             raise ValueError(
-                'No vocabulary in this checkpoint: call model.set_vocabulary(["cat", "sofa", ...]) first.'
+                'This checkpoint has no vocabulary: call model.set_vocabulary(["cat", "sofa", ...]) first.'
             )
         config = self.config
         return SamClipVocabulary(
@@ -167,25 +172,25 @@ class SamClipForImageSegmentation(SamClipModel):
             config.id2label,
             config.background_label_id,
             config.background_threshold,
-            config.label_tokens,
+            self.label_embeds,
         )
 
     def set_vocabulary(self, *args, **kwargs) -> "SamClipForImageSegmentation":
-        """Makes [`embed_vocabulary`]'s result this checkpoint's own, to be saved with it. Returns the model."""
+        """Sets the vocabulary that is saved with the model. Arguments as in [`embed_vocabulary`]. Returns the
+        model."""
         vocabulary = self.embed_vocabulary(*args, **kwargs)
-        self.class_embeds = vocabulary.class_embeds
+        self.class_embeds, self.label_embeds = vocabulary.class_embeds, vocabulary.label_embeds
         self.config.vocabulary_label_ids = vocabulary.label_ids
         self.config.background_label_id = vocabulary.background_label_id
         self.config.background_threshold = vocabulary.background_threshold
-        self.config.label_tokens = vocabulary.label_tokens
         self.config.id2label = vocabulary.id2label
         self.config.label2id = {name: label_id for label_id, name in vocabulary.id2label.items()}
         return self
 
     def drop_text_tower(self) -> "SamClipForImageSegmentation":
-        """Leaves out the text tower, larger than ViT-B's image encoder, and with it any vocabulary but this one, for
-        good once saved. Returns the model."""
-        self.vocabulary  # noqa: B018  # raises if there is none, and nothing would be left to segment by
+        """Removes the text tower, which is larger than ViT-B's image encoder. The model keeps its vocabulary and
+        cannot embed other texts. Returns the model. Raises `ValueError` if there is no vocabulary."""
+        self.vocabulary  # noqa: B018  # raises if there is none
         self.text_model = self.text_projection = None
         self.config.has_text_tower = False
         return self
@@ -203,29 +208,29 @@ class SamClipForImageSegmentation(SamClipModel):
         Embeds a vocabulary, once for any number of images: `model(pixel_values, vocabulary=vocabulary)`.
 
         labels (`Sequence`):
-            Names of the classes. A list in place of a name holds synonyms: the first names the label.
+            Names of the classes. A list in place of a name has synonyms; its first name is the label's.
         background (`Sequence[str]` or `float`, *optional*):
-            Either texts of what belongs to no class ("a wall", "an empty scene"), used as they are, or a threshold:
-            what no class is as probable as that for, among the classes, is background. The likeliest of n classes has
-            at least 1/n, so thresholds up to that, and any for a single class, make no background. It also decides
-            where the SAM head is asked. With either, label 0 becomes
-            "background" and the classes follow; without, something of the vocabulary is everywhere.
+            Texts for what belongs to no class ("a wall", "an empty scene"), used without templates. Or a threshold:
+            background is where the softmax over the classes is below it for every class. The highest of n
+            probabilities is at least 1/n, so that a threshold up to 1/n, or any threshold for a single class, gives no
+            background. With texts or a threshold, label 0 is "background" and the classes follow, and the SAM head is
+            not prompted in the background. Without, every pixel belongs to a class.
         templates (`Sequence[str]`, *optional*):
-            Sentences with a `{}` for the name, such as those in `samclip_hf.templates`; a name's embedding is the mean
-            over them.
+            Sentences with a `{}` for the name, such as those in `samclip_hf.templates`. The embedding of a name is the
+            mean over them.
         tokenizer ([`PreTrainedTokenizerBase`], *optional*):
-            By default the one saved beside this model's checkpoint.
+            By default the one in the folder or repository that the model was loaded from.
         synonyms (`"max"` or `"mean"`, *optional*):
-            Whether the most similar of a label's synonyms counts, or the mean of their embeddings.
+            Whether a label's logit is that of its most similar synonym, or that of the mean of their embeddings.
 
-        Raises `ValueError` for no labels, an empty or doubled name, a template without `{}`, a text longer than the
-        text tower reads, a threshold that is no probability.
+        Raises `ValueError` for no labels, an empty or repeated name, a template without `{}`, a text longer than the
+        text tower reads, or a threshold that is not between 0 and 1.
         """
         if isinstance(labels, str) or not hasattr(labels, "__len__") or len(labels) == 0:
-            raise ValueError(f'A vocabulary is a list of at least one name, such as ["cat", "sofa"]; got {labels!r}.')
+            raise ValueError(f'labels must be a list of at least one name, such as ["cat", "sofa"]; got {labels!r}.')
         threshold: float | None = None
         texts_of_background: Any = () if background is None else background
-        if isinstance(background, Real):  # numpy's too
+        if isinstance(background, Real):  # includes numpy's
             threshold, texts_of_background = float(background), ()
         if threshold is not None and not 0 < threshold < 1:
             raise ValueError(f"As a threshold, background must be a probability between 0 and 1, got {threshold}.")
@@ -246,7 +251,7 @@ class SamClipForImageSegmentation(SamClipModel):
         has_background = threshold is not None or len(texts_of_background) > 0
         if has_background and "background" in names:
             raise ValueError(
-                'With a background, that is what label 0 is called: give the class "background" another name.'
+                'With a background, label 0 is called "background": give the class "background" another name.'
             )
         counts = Counter(names)
         if doubled := sorted(name for name, count in counts.items() if count > 1):
@@ -255,7 +260,7 @@ class SamClipForImageSegmentation(SamClipModel):
         first_class = int(has_background)
         id2label = {label_id: group[0] for label_id, group in enumerate(groups, start=first_class)}
         label_ids = [0] * len(texts_of_background)
-        texts = [[text] for text in texts_of_background]  # one embedding for each list
+        texts = [[text] for text in texts_of_background]  # an embedding is the mean over a list
         for label_id, group in enumerate(groups, start=first_class):
             filled = [[template.replace("{}", name) for template in templates] for name in group]
             filled = [[text for texts_of_name in filled for text in texts_of_name]] if synonyms == "mean" else filled
@@ -270,17 +275,17 @@ class SamClipForImageSegmentation(SamClipModel):
             {0: "background"} | id2label if has_background else id2label,
             0 if has_background else None,
             threshold,
-            [tokenizer([group[0]], return_tensors="pt")["input_ids"][0].tolist() for group in groups],
+            self._embed_texts([group[0] for group in groups], tokenizer),
         )
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
-        """The one saved beside this model's checkpoint."""
+        """The tokenizer in the folder or repository that the model was loaded from."""
         if not self.config.name_or_path:
-            raise ValueError("This model was not loaded from a folder or the Hub: give its tokenizer.")
+            raise ValueError("This model was not loaded from a folder or the Hub: pass its tokenizer.")
         return load_tokenizer(self.config.name_or_path)
 
     def _embed_texts(self, texts: list[str], tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-        """`(num_texts, projection_dim)`, of length 1."""
+        """Embeddings `(num_texts, projection_dim)`, of length 1."""
         features = []
         for start in range(0, len(texts), TEXTS_PER_BATCH):
             batch = texts[start : start + TEXTS_PER_BATCH]
@@ -288,7 +293,7 @@ class SamClipForImageSegmentation(SamClipModel):
             longest = self.config.text_config.max_position_embeddings
             if inputs["input_ids"].shape[1] > longest:
                 cut = max(batch, key=lambda text: len(tokenizer(text)["input_ids"]))
-                raise ValueError(f"The text tower reads {longest} tokens at most, this text has more: {cut!r}.")
+                raise ValueError(f"The text tower reads {longest} tokens at most, but this text has more: {cut!r}.")
             features.append(self.get_text_features(**inputs.to(self.device)).pooler_output)
         return F.normalize(torch.cat(features), dim=-1)
 
@@ -322,16 +327,16 @@ class SamClipForImageSegmentation(SamClipModel):
         pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`):
             From the image processor.
         reshaped_input_sizes (`torch.Tensor` of shape `(batch_size, 2)`, *optional*):
-            From the image processor: height and width of each picture without its padding.
+            From the image processor: height and width of each image without its padding.
         original_sizes (`torch.Tensor` of shape `(batch_size, 2)`, *optional*):
-            Not used; post-processing takes them as `target_sizes`.
+            Not used. Post-processing takes them as `target_sizes`.
         both_heads (`bool`, defaults to `True`):
-            Whether the SAM head refines what the CLIP head found (paper, section 5: "composing both CLIP and SAM
-            heads"), rather than the CLIP head alone.
+            Whether to use the SAM head after the CLIP head (paper, section 5: "composing both CLIP and SAM heads"), or
+            the CLIP head alone.
         vocabulary ([`SamClipVocabulary`], *optional*):
-            From `embed_vocabulary`; by default the checkpoint's own.
+            From `embed_vocabulary`; by default the checkpoint's.
         vision_embeds ([`SamClipVisionEncoderOutput`], *optional*):
-            From `vision_encoder`, instead of `pixel_values`, to segment an image again.
+            Output of `vision_encoder` for the images, in place of `pixel_values`.
         """
         vocabulary = self.vocabulary if vocabulary is None else vocabulary
         if prompts := sorted(name for name in kwargs if name.startswith("input_")):
@@ -341,8 +346,7 @@ class SamClipForImageSegmentation(SamClipModel):
             )
         if "labels" in kwargs:
             raise ValueError(
-                "This model has no loss and takes no labels: a SamClipModel learns from its teachers, by the "
-                "SamClipTrainer."
+                "This model has no loss and takes no labels: SamClipTrainer trains a SamClipModel by distillation."
             )
         vision_outputs = self._encode_once(pixel_values, vision_embeds, **kwargs)
         dense_embeds = self.clip_head.project_patches(self.clip_head(vision_outputs.patch_tokens))
@@ -387,44 +391,45 @@ class SamClipForImageSegmentation(SamClipModel):
         content_mask: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         r"""
-        Both heads together: the CLIP head says where something of the vocabulary is, the SAM head draws what is there
-        from points, and the CLIP head looks once more, each patch at its own segment only, and names every segment as
-        it names a whole image.
+        Combines both heads by segments. Points are placed where the CLIP head finds a class; the SAM head predicts a
+        mask for each; then the CLIP head embeds every mask as if it were an image ([`SamClipHead.pool_segments`]) and
+        classifies it.
 
-        Not the paper's composition, which is [`compose_heads_by_class`]: what stands beside an object no longer mixes
-        into its name, for one more pass of the CLIP head. The README compares the two.
+        This is not the paper's composition, which is [`compose_heads_by_class`]. Here, the surroundings of an object
+        do not influence its label, at the cost of another pass of the CLIP head.
 
         image_embeddings (`torch.Tensor` of shape `(batch_size, output_channels, grid_height, grid_width)`):
-            What the mask decoder reads.
+            Input of the mask decoder.
         patch_tokens (`torch.Tensor` of shape `(batch_size, grid_height, grid_width, hidden_size)`):
-            What the CLIP head reads.
+            Input of the CLIP head.
         logits (`torch.Tensor` of shape `(batch_size, num_labels, grid_height, grid_width)`):
-            The CLIP head's, per patch.
+            The CLIP head's logits of the patches.
         vocabulary ([`SamClipVocabulary`]):
-            What `logits` are of.
+            The vocabulary of `logits`.
         content_mask (`torch.Tensor` of shape `(batch_size, grid_height, grid_width)`, *optional*):
-            `False` on padding.
+            `False` for padding.
 
-        Returns `segment_masks`, `_logits`, `_embeds` and `_scores` as in [`SamClipSegmentationOutput`].
+        Returns `segment_masks`, `segment_logits`, `segment_embeds` and `segment_scores` as in
+        [`SamClipSegmentationOutput`].
         """
         background = vocabulary.background_label_id
-        something = torch.ones_like(logits[:, 0]) if background is None else 1 - logits.softmax(dim=1)[:, background]
+        is_class = torch.ones_like(logits[:, 0]) if background is None else 1 - logits.softmax(dim=1)[:, background]
         if content_mask is not None:
-            something = something * content_mask
-        something = something > 0.5
-        points = _spread_points(something, self.config.composition_points)
+            is_class = is_class * content_mask
+        is_class = is_class > 0.5
+        points = _spread_points(is_class, self.config.composition_points)
         points = ((points + 0.5) * self.config.vision_config.patch_size - 0.5)[:, :, None]
         found = []
-        # At 1024 px a point is several copies of a 4 MB map in the mask decoder: two at a time stay in a CPU's cache.
+        # At 1024 px the mask decoder has several maps of 4 MB for each point: those of two points fit a CPU's cache.
         for chunk in points.split(2 if points.device.type == "cpu" else points.shape[1], dim=1):
             masks, iou_scores = self.predict_masks(image_embeddings, input_points=chunk)
-            scores, best = (iou_scores.clamp_min(0) * _stability(masks)).max(dim=-1)  # of the three masks of a point
+            scores, best = (iou_scores.clamp_min(0) * _stability(masks)).max(dim=-1)  # of three masks for each point
             best = best[:, :, None, None, None].expand(-1, -1, 1, *masks.shape[-2:])
             found.append((masks.gather(2, best).squeeze(2), scores))
         masks, scores = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
 
         segments = torch.zeros(*masks.shape[:2], *logits.shape[-2:], device=masks.device, dtype=torch.bool)
-        for i in something.flatten(1).any(dim=1).nonzero().flatten().tolist():
+        for i in is_class.flatten(1).any(dim=1).nonzero().flatten().tolist():
             kept = _distinct_masks(masks[i], scores[i], max_overlap=0.5)
             segments[i, kept] = _segments(masks[i, kept], (segments.shape[-2], segments.shape[-1]))
         if content_mask is not None:
@@ -447,10 +452,11 @@ class SamClipForImageSegmentation(SamClipModel):
         content_mask: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         r"""
-        Both heads together as in the paper (section 5): for every class that the CLIP head finds, its logits are the
-        mask prompt and three of its patches, drawn by probability, the points; the best class of every pixel counts.
+        Combines both heads as in the paper (section 5). For every class that the CLIP head finds, the SAM head gets
+        the class's logits as mask prompt and three of its patches, sampled by probability, as points.
 
-        Arguments and what is returned as in [`compose_heads`], but that a segment is all of a class.
+        Arguments and result are those of [`compose_heads`], but a segment has all pixels of a class, and there are no
+        `segment_embeds`.
         """
         probabilities = logits.softmax(dim=1)
         found = probabilities > 0.5
@@ -462,7 +468,7 @@ class SamClipForImageSegmentation(SamClipModel):
         num_labels, grid_height, grid_width = logits.shape[1:]
 
         weights = (probabilities * found)[image, label].flatten(1)
-        generator = torch.Generator(weights.device).manual_seed(0)  # the same image gives the same segments
+        generator = torch.Generator(weights.device).manual_seed(0)  # reproducible
         cells = (
             torch.multinomial(weights.float(), POINTS_PER_CLASS, replacement=True, generator=generator)
             if len(image)
@@ -471,7 +477,7 @@ class SamClipForImageSegmentation(SamClipModel):
         points = torch.stack([cells % grid_width, cells // grid_width], dim=-1)[:, None]
         points = (points + 0.5) * self.config.vision_config.patch_size - 0.5
         prompts = F.interpolate(
-            # SAM's mask prompts are logits; in bfloat16, all that is near enough to 1 would be infinite.
+            # SAM's mask prompts are logits. In float32, because in bfloat16 probabilities near 1 round to 1.
             probabilities[image, label][:, None].float().logit(eps=1e-4).to(image_embeddings.dtype),
             size=(4 * grid_height, 4 * grid_width),
             mode="bilinear",
@@ -493,7 +499,7 @@ class SamClipForImageSegmentation(SamClipModel):
                 multimask_output=False,
             )
             segment_masks[image[chunk], number[chunk]] = masks[:, 0, 0]
-        for pair in range(len(image)):  # each class has the most probable name wherever it was found
+        for pair in range(len(image)):  # mean probability of each label over the patches of the class
             inside = found[image[pair], label[pair]]
             segment_logits[image[pair], number[pair]] = probabilities[image[pair], :, inside].mean(dim=1).log()
         segment_scores[image, number] = 1
@@ -504,7 +510,7 @@ class SamClipForImageSegmentation(SamClipModel):
 class SamClipObjectDetectionOutput(SamClipSegmentationOutput):
     r"""
     object_scores (`torch.Tensor` of shape `(batch_size, num_segments)`):
-        How probable the text is for each segment, from 0 to 1; 0 where there is no segment.
+        Probability of the text for each segment, from 0 to 1. 0 for padding.
     """
 
     object_scores: torch.Tensor | None = None
@@ -512,10 +518,11 @@ class SamClipObjectDetectionOutput(SamClipSegmentationOutput):
 
 class SamClipForObjectDetection(SamClipForImageSegmentation):
     """
-    Boxes around what a text names: the segments of [`SamClipForImageSegmentation`], scored against a text.
+    Object detection by text: the segments of [`SamClipForImageSegmentation`], each with the probability of a text.
 
-    A name of the checkpoint's vocabulary has the probability that it has there. Any other text is taken as it stands,
-    so write a sentence like those that the CLIP teacher read: its score is its share of the vocabulary's softmax.
+    If the text is the name of a label of the vocabulary, its score is the label's probability. Otherwise, its score is
+    the text's term over the sum of the vocabulary's terms in the softmax, at most 1. Such a text is embedded without a
+    template, so that a sentence like those of the CLIP teacher's training works best.
     """
 
     @can_return_tuple
@@ -538,55 +545,49 @@ class SamClipForObjectDetection(SamClipForImageSegmentation):
             As in [`SamClipForImageSegmentation`].
         """
         if len(input_ids) != len(pixel_values):
-            raise ValueError(f"Give one text for each image; got {len(input_ids)} for {len(pixel_values)}.")
+            raise ValueError(f"Pass one text for each image; got {len(input_ids)} for {len(pixel_values)}.")
         if self.config.composition != "segments":
-            raise ValueError(
-                'Segments found class by class cannot be scored against a text: set composition="segments".'
-            )
+            raise ValueError('Object detection needs the embeddings of segments: set config.composition = "segments".')
         vocabulary = self.vocabulary if vocabulary is None else vocabulary
         outputs = super().forward(pixel_values, reshaped_input_sizes, original_sizes, vocabulary=vocabulary, **kwargs)
         text_embeds = F.normalize(self.get_text_features(input_ids, attention_mask).pooler_output, dim=-1)
         similarity = (outputs["segment_embeds"] @ text_embeds[:, :, None]).squeeze(-1) * self.logit_scale.exp()
         scores = (similarity - outputs["segment_logits"].logsumexp(dim=-1)).exp().clamp_max(1)
-        first_label = len(vocabulary.id2label) - len(vocabulary.label_tokens)
-        names = [self._without_padding(tokens) for tokens in vocabulary.label_tokens]
-        for number, text in enumerate(input_ids):
-            text = text if attention_mask is None else text[attention_mask[number].bool()]
-            tokens = self._without_padding(text.tolist())
-            if tokens in names:
-                label_id = first_label + names.index(tokens)
-                scores[number] = outputs["segment_logits"][number].softmax(dim=-1)[:, label_id]
+        if vocabulary.label_embeds is not None and len(vocabulary.label_embeds):
+            # Half precision rounds away the unit length.
+            names = F.normalize(vocabulary.label_embeds.float(), dim=-1)
+            similarity_to_names, name = (F.normalize(text_embeds.float(), dim=-1) @ names.T).max(dim=-1)
+            label_id = name + (len(vocabulary.id2label) - len(vocabulary.label_embeds))  # background comes first
+            probabilities = outputs["segment_logits"].softmax(dim=-1)
+            probability = probabilities.gather(-1, label_id[:, None, None].expand(-1, probabilities.shape[1], 1))
+            is_name = similarity_to_names > SAME_TEXT
+            scores = torch.where(is_name[:, None], probability.squeeze(-1), scores)
         return SamClipObjectDetectionOutput(**outputs, object_scores=scores * (outputs["segment_scores"] > 0))
-
-    def _without_padding(self, tokens: list[int]) -> list[int]:
-        """SigLIP's tokenizers give no mask by which to know it. The first one pads with what also ends a text."""
-        if not self.config.has_siglip_text:
-            return tokens
-        inside = [number for number, token in enumerate(tokens) if token != self.config.text_config.pad_token_id]
-        return tokens[inside[0] : inside[-1] + 1] if inside else []
 
 
 def _stability(masks: torch.Tensor) -> torch.Tensor:
-    """How little mask logits `(..., height, width)` change with their threshold, `(...)` from 0 to 1: IoU of the masks
-    cut at 1 and at -1 (Kirillov et al. 2023, appendix B, "stability score")."""
+    """The stability score of mask logits `(..., height, width)`, `(...)` from 0 to 1: the IoU of the masks at the
+    thresholds 1 and -1 (Kirillov et al. 2023, appendix B)."""
     around = (masks > -1).sum(dim=(-2, -1))
     return (masks > 1).sum(dim=(-2, -1)) / around.clamp_min(1)
 
 
 def _segments(masks: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
-    """Which patches make up each of the mask logits `(num_masks, height, width)`, best first: `(num_masks,
-    grid_height, grid_width)`. Those at least half inside, or the fullest one; a patch that several claim belongs to
-    the first, so that a mask may be left without."""
-    share = F.adaptive_avg_pool2d((masks > 0).float(), grid_size)
-    claimed = (share >= 0.5) | (share >= share.amax(dim=(1, 2), keepdim=True))
-    return claimed & (claimed.cumsum(dim=0) == 1)
+    """
+    The patches of masks, `(num_masks, grid_height, grid_width)`, from mask logits `(num_masks, height, width)` in
+    descending order of quality. A mask gets the patches of which at least half is inside, or else the patch with the
+    largest part inside. A patch of several masks goes to the first one, so that a mask may have none.
+    """
+    fraction = F.adaptive_avg_pool2d((masks > 0).float(), grid_size)
+    inside = (fraction >= 0.5) | (fraction >= fraction.amax(dim=(1, 2), keepdim=True))
+    return inside & (inside.cumsum(dim=0) == 1)
 
 
 def _spread_points(cells: torch.Tensor, num_points: int) -> torch.Tensor:
-    """`num_points` of the marked cells `(batch_size, grid_height, grid_width)` of each image, evenly spread in reading
-    order and repeated where there are fewer: column and row `(batch_size, num_points, 2)`."""
+    """Column and row `(batch_size, num_points, 2)` of `num_points` of the marked cells `(batch_size, grid_height,
+    grid_width)` of each image, evenly spaced in raster order. Cells repeat if there are fewer."""
     marked = cells.flatten(1)
-    position = marked.int().argsort(dim=1, descending=True, stable=True)  # marked cells first, in reading order
+    position = marked.int().argsort(dim=1, descending=True, stable=True)  # marked cells first, in raster order
     step = torch.arange(num_points, device=cells.device) + 0.5
     chosen = position.gather(1, (step * marked.sum(dim=1, keepdim=True) / num_points).long())
     width = cells.shape[-1]
@@ -594,8 +595,8 @@ def _spread_points(cells: torch.Tensor, num_points: int) -> torch.Tensor:
 
 
 def _distinct_masks(masks: torch.Tensor, scores: torch.Tensor, max_overlap: float) -> list[int]:
-    """Indices of mask logits `(num_masks, height, width)` that are neither empty nor, by an IoU above `max_overlap`,
-    one of better score once more: non-maximum suppression on the masks themselves."""
+    """Non-maximum suppression of mask logits `(num_masks, height, width)`: indices of the masks that are not empty and
+    have an IoU of at most `max_overlap` with every kept mask of higher score."""
     flat = (masks > 0).flatten(1).float()
     area = flat.sum(dim=1)
     intersection = flat @ flat.T

@@ -8,90 +8,131 @@ import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.flex_attention import flex_attention
-from transformers.models.sam.modeling_sam import (
-    SamMLPBlock,
-    SamPatchEmbeddings,
-    SamVisionAttention,
-    SamVisionEncoder,
-    SamVisionEncoderOutput,
-    SamVisionLayer,
-    SamVisionNeck,
-)
-from transformers.processing_utils import Unpack
+from transformers import AttentionInterface, GradientCheckpointingLayer, PreTrainedModel, SamVisionConfig
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_outputs import ModelOutput
 from transformers.utils import TransformersKwargs
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
 
-BIAS_CHUNK = 2**21  # values of an attention bias that one thread holds at a time: 8 MB in float32
+from .transformers_internals_samclip import capture_outputs, merge_with_config_defaults
+
+ALL_ATTENTION_FUNCTIONS = AttentionInterface()  # sees everything that AttentionInterface.register adds
+BIAS_CHUNK = 2**21  # values of the attention bias that one thread holds at a time: 8 MB in float32
 
 
 @dataclass
-class SamClipVisionEncoderOutput(SamVisionEncoderOutput):
+class SamClipVisionEncoderOutput(ModelOutput):
     r"""
     last_hidden_state (`torch.Tensor` of shape `(batch_size, output_channels, grid_height, grid_width)`):
-        Image embeddings for SAM's mask decoder, after the neck.
+        Image embeddings for SAM's mask decoder: the output of the neck.
     patch_tokens (`torch.Tensor` of shape `(batch_size, grid_height, grid_width, hidden_size)`):
-        The last layer's tokens, before the neck: what the CLIP head reads.
+        Output of the last layer, before the neck: the input of the CLIP head.
+    hidden_states (`tuple[torch.Tensor]`, each of shape `(batch_size, grid_height, grid_width, hidden_size)`):
+        With `output_hidden_states=True`: the input of the first layer and the output of every layer.
+    attentions (`tuple[torch.Tensor]`, each of shape `(batch_size * num_windows * num_heads, length, length)`):
+        With `output_attentions=True` and eager attention: the attention weights of every layer.
     """
 
+    last_hidden_state: torch.Tensor | None = None
     patch_tokens: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 @dataclass
 class SamClipPatchGroups:
     r"""
-    Patches taken from their grids and sorted into groups that know nothing of one another.
+    Patches of segments. Attention stays inside a segment.
 
-    rows, columns (`torch.Tensor` of shape `(num_patches,)`):
-        Where each patch lies in its grid.
+    rows, columns (`torch.Tensor` of shape `(num_patches,)`, `int64`):
+        Position of each patch in its grid.
     grid_size (`tuple[int, int]`):
-        Height and width of the grid.
-    counts (`list[int]`):
-        How many patches each group has; they follow one another.
+        Height and width of the grid, in patches.
+    counts (`list[int]`, *optional*):
+        Number of patches of each segment, one segment after the other; by default there is one segment.
+    mask (`torch.Tensor` of shape `(num_patches, num_patches)`, `bool`, *optional*):
+        For a single segment: `True` where a patch may attend to another. For export, which cannot loop over segments.
     """
 
     rows: torch.Tensor
     columns: torch.Tensor
     grid_size: tuple[int, int]
-    counts: list[int]
+    counts: list[int] | None = None
+    mask: torch.Tensor | None = None
 
 
-class SamClipVisionAttention(SamVisionAttention):
+class SamClipPatchEmbeddings(nn.Module):
+    """Images -> patch tokens: one convolution."""
+
+    def __init__(self, config: SamVisionConfig):
+        super().__init__()
+        self.patch_size = config.patch_size
+        self.projection = nn.Conv2d(config.num_channels, config.hidden_size, config.patch_size, config.patch_size)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """`(batch_size, num_channels, height, width)` -> `(batch_size, grid_height, grid_width, hidden_size)`. Raises
+        `ValueError` if the shape does not fit."""
+        if pixel_values.ndim != 4:
+            raise ValueError(
+                f"pixel_values must be (batch_size, num_channels, height, width), got {tuple(pixel_values.shape)}."
+            )
+        _, channels, height, width = pixel_values.shape
+        if channels != self.projection.in_channels:
+            raise ValueError(f"pixel_values have {channels} channels, the model takes {self.projection.in_channels}.")
+        if height % self.patch_size or width % self.patch_size or 0 in (height, width):
+            raise ValueError(
+                f"pixel_values are {height} x {width}; height and width must be positive multiples of the patch size, "
+                f"{self.patch_size}."
+            )
+        return self.projection(pixel_values.to(self.projection.weight.dtype)).permute(0, 2, 3, 1)
+
+
+class SamClipVisionAttention(nn.Module):
     """
-    SAM's attention with relative positions, without the `(length, length)` bias and with SAM's windows inside.
+    SAM's attention with relative positions, without the `(length, length)` bias tensor.
 
-    SAM's bias between patch `(i, j)` and patch `(k, l)` is a row term `(i, k)` plus a column term `(j, l)`. Only the
-    terms are stored. They become scores, equal to SAM's to rounding, in one of three ways:
+    SAM's bias between the patches at `(i, j)` and `(k, l)` is a row term `(i, k)` plus a column term `(j, l)`. Only
+    these terms are stored. They enter the scores, equal to SAM's up to rounding, in one of three ways:
 
-    - `"sdpa"`, inference on a CPU: for a few queries at a time, which a cache holds (`_attend_in_chunks`).
-    - `"sdpa"`, otherwise, and `"eager"`: inside the dot product. The terms of a query are appended to that query, and
-      one-hot rows and columns to the keys. No loop, and nothing quadratic is kept for the backward pass. Fused
-      kernels want queries, keys and values of one width, hence the padded values.
-    - `"flex_attention"`: as the kernel goes.
+    - `"sdpa"` for inference on a CPU: the bias is formed for a few queries at a time, so that it stays in the cache.
+    - `"sdpa"` otherwise, `"eager"`, and any function added by `AttentionInterface.register`: the terms are part of the
+      dot product. They are appended to the queries, and one-hot rows and columns to the keys. Values are padded to the
+      same width, which fused kernels require. The function gets no mask and a `scaling` of 1.
+    - `"flex_attention"`: the kernel adds the terms (`score_mod`).
 
-    SAM fills windows up with zeros before it projects them. Here the projections are outside the windows: what zeros
-    project to, the bias, is known without it.
+    In layers with windows, SAM pads windows with zeros before the projection to queries, keys and values. Here the
+    projection runs on the image's own patches, and the padding gets the projection of zero, which is the bias.
+
+    Args:
+        config ([`SamVisionConfig`]): Sizes.
+        window_size (`int`): Side of the windows in patches; 0 is global attention.
+        attention_config ([`PreTrainedConfig`], *optional*): Configuration with the attention implementation; by
+            default `config`.
     """
 
-    def __init__(self, config, window_size: int):
-        super().__init__(config, window_size)
-        self.config = config
+    is_causal = False  # read by some attention functions
+
+    def __init__(self, config: SamVisionConfig, window_size: int, attention_config=None):
+        super().__init__()
+        self.config = config if attention_config is None else attention_config
         self.window_size = window_size
-
-    def get_rel_pos(self, q_size: int, k_size: int, rel_pos: torch.Tensor) -> torch.Tensor:
-        """
-        Relative position embeddings `(size, size, head_dim)` for a side of `q_size == k_size` patches, interpolated
-        from the table `(2 * trained_size - 1, head_dim)`. Differs from SAM's in staying on the table's device and, as
-        `interpolate_pos_embed`, in making no case of the trained size.
-        """
-        rel_pos = F.interpolate(rel_pos.T[None].float(), size=2 * q_size - 1, mode="linear")[0].T.to(rel_pos.dtype)
-        position = torch.arange(q_size, device=rel_pos.device)
-        return rel_pos[position[:, None] - position[None, :] + q_size - 1]
+        self.num_attention_heads = config.num_attention_heads
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scale = self.head_dim**-0.5
+        self.dropout = config.attention_dropout
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.use_rel_pos = config.use_rel_pos
+        if self.use_rel_pos:
+            side = window_size or config.image_size // config.patch_size
+            self.rel_pos_h = nn.Parameter(torch.zeros(2 * side - 1, self.head_dim))
+            self.rel_pos_w = nn.Parameter(torch.zeros(2 * side - 1, self.head_dim))
 
     def forward(
         self, hidden_states: torch.Tensor, groups: SamClipPatchGroups | None = None
@@ -100,10 +141,10 @@ class SamClipVisionAttention(SamVisionAttention):
         hidden_states (`torch.Tensor` of shape `(batch_size, height, width, hidden_size)`):
             Patch tokens; with `groups`, `(num_patches, hidden_size)`.
         groups ([`SamClipPatchGroups`], *optional*):
-            Patches attend to their group only.
+            Segments; a patch attends to the patches of its segment.
 
-        Returns a tensor of the shape of `hidden_states`, and with `attn_implementation="eager"` the attention weights
-        `(batch_size * num_windows * num_heads, length, length)`, which are otherwise never formed.
+        Returns a tensor of the shape of `hidden_states`, and the attention weights `(batch_size * num_windows *
+        num_heads, length, length)` if the attention function returns them, as `"eager"` does.
         """
         if groups is not None:
             return self.proj(self._attend_in_groups(self.qkv(hidden_states), groups)), None
@@ -113,107 +154,167 @@ class SamClipVisionAttention(SamVisionAttention):
         else:
             _, height, width, _ = qkv.shape
             padding = self.qkv(hidden_states.new_zeros(1, 1, 1, hidden_states.shape[-1]))
-            windows, grid = _split_into_windows(qkv, self.window_size, padding)
+            windows, num_windows = _split_into_windows(qkv, self.window_size, padding)
             attended, weights = self._attend_on_grid(windows)
-            # By indices, not as a slice, which without padding is no copy: torch.compile would make a case of that.
+            # Indices, not a slice: a slice that removes nothing is no copy, and torch.compile would specialize on it.
             rows, columns = (torch.arange(n, device=attended.device) for n in (height, width))
-            attended = _join_windows(attended, grid)[:, rows[:, None], columns]
+            attended = _join_windows(attended, num_windows)[:, rows[:, None], columns]
         return self.proj(attended), weights
 
-    def _attend_on_grid(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Queries, keys and values `(batch_size, height, width, 3 * hidden_size)` of grids of patches -> what was
-        attended to `(batch_size, height, width, hidden_size)`, and the weights if they were formed."""
-        batch_size, height, width, _ = qkv.shape
-        # Each (batch_size, heads, length, head_dim).
-        qkv = qkv.reshape(batch_size, height * width, 3, self.num_attention_heads, -1)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        head_dim = query.shape[-1]
-        implementation = self.config._attn_implementation
-        dropout = self.dropout if self.training else 0.0
-        row_table, column_table = self._position_tables(height, width)
-        grid = query.unflatten(2, (height, width))
-        row_bias = torch.einsum("bnhwc,hkc->bnhwk", grid, row_table).flatten(2, 3)
-        column_bias = torch.einsum("bnhwc,wkc->bnhwk", grid, column_table).flatten(2, 3)
-        weights = None
+    def position_tables(self, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Relative position embeddings for a grid: between rows `(height, height, head_dim)` and between columns
+        `(width, width, head_dim)`. Zeros in a model without relative positions."""
+        if not self.use_rel_pos:
+            weight = self.qkv.weight
+            return weight.new_zeros(height, height, self.head_dim), weight.new_zeros(width, width, self.head_dim)
+        return self.get_rel_pos(height, self.rel_pos_h), self.get_rel_pos(width, self.rel_pos_w)
 
-        if implementation == "flex_attention":
-            if dropout:
-                raise ValueError("flex_attention knows no dropout: set attention_dropout to 0, or use sdpa.")
+    def get_rel_pos(self, size: int, rel_pos: torch.Tensor) -> torch.Tensor:
+        """
+        Relative position embeddings `(size, size, head_dim)` for a side of `size` patches, interpolated linearly from
+        `rel_pos` `(2 * trained_size - 1, head_dim)`. The trained size takes the same path, where interpolation changes
+        nothing: torch.compile and torch.export see no special case.
+        """
+        rel_pos = F.interpolate(rel_pos.T[None].float(), size=2 * size - 1, mode="linear")[0].T.to(rel_pos.dtype)
+        position = torch.arange(size, device=rel_pos.device)
+        return rel_pos[position[:, None] - position[None, :] + size - 1]
+
+    def _split_heads(self, qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """`(batch_size, length, 3 * hidden_size)` -> query, key and value `(batch_size, num_heads, length,
+        head_dim)`."""
+        qkv = qkv.unflatten(-1, (3, self.num_attention_heads, self.head_dim))
+        return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+
+    def _attend_on_grid(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Queries, keys and values `(batch_size, height, width, 3 * hidden_size)` -> `(batch_size, height, width,
+        hidden_size)`, and the attention weights or `None`."""
+        _, height, width, _ = qkv.shape
+        query, key, value = self._split_heads(qkv.flatten(1, 2))
+        row_table, column_table = self.position_tables(height, width)
+        grid = query.unflatten(2, (height, width))
+        row_terms = torch.einsum("bnhwc,hkc->bnhwk", grid, row_table).flatten(2, 3)
+        column_terms = torch.einsum("bnhwc,wkc->bnhwk", grid, column_table).flatten(2, 3)
+        weights = None
+        if self.config._attn_implementation == "flex_attention":
+            if self.dropout and self.training:
+                raise ValueError("flex_attention has no dropout: set attention_dropout to 0, or use sdpa.")
 
             def add_bias(score, batch, head, q, k):
-                return score + row_bias[batch, head, q, k // width] + column_bias[batch, head, q, k % width]
+                return score + row_terms[batch, head, q, k // width] + column_terms[batch, head, q, k % width]
 
             attend = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
             attended = attend(query, key, value, score_mod=add_bias, scale=self.scale)
-        elif (
-            implementation != "eager"
-            and query.device.type == "cpu"
-            and not (query.requires_grad or torch.compiler.is_compiling())
-        ):
-            rows, columns = row_bias.contiguous(), column_bias.contiguous()
+        else:
+            # expand and reshape, because the ONNX exporter translates repeat_interleave with a dynamic count wrongly
+            # (onnxscript 0.7.2).
+            rows = torch.eye(height, dtype=key.dtype, device=key.device)[:, None].expand(-1, width, -1)
+            columns = torch.eye(width, dtype=key.dtype, device=key.device)[None].expand(height, -1, -1)
+            positions = torch.cat([rows, columns], dim=-1).reshape(height * width, height + width)
 
             def form_bias(chunk):
-                return (rows[chunk][..., :, None] + columns[chunk][..., None, :]).flatten(3)
+                row_bias, column_bias = terms[chunk].split([height, width], dim=-1)
+                return (row_bias[..., :, None] + column_bias[..., None, :]).flatten(3)
 
-            attended = _attend_in_chunks(query, key, value, form_bias, self.scale, dropout)
-        else:
-            row = torch.eye(height, dtype=key.dtype, device=key.device).repeat_interleave(width, dim=0)
-            column = torch.eye(width, dtype=key.dtype, device=key.device).repeat(height, 1)
-            query = torch.cat([query * self.scale, row_bias, column_bias], dim=-1)
-            key = torch.cat([key, *(one_hot.expand(*key.shape[:2], -1, -1) for one_hot in (row, column))], dim=-1)
-            if implementation == "eager":
-                scores = (query @ key.transpose(-2, -1)).flatten(0, 1)
-                weights = scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype)
-                attended = (F.dropout(weights, p=dropout) @ value.flatten(0, 1)).unflatten(0, value.shape[:2])
-            else:
-                value = F.pad(value, (0, key.shape[-1] - head_dim))
-                attended = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=1.0)
-                attended = attended[..., :head_dim]
-        return attended.transpose(1, 2).reshape(batch_size, height, width, -1), weights
+            terms = torch.cat([row_terms, column_terms], dim=-1)
+            attended, weights = self._attend(query, key, value, terms, positions, form_bias)
+        return attended.transpose(1, 2).flatten(2).unflatten(1, (height, width)), weights
 
     def _attend_in_groups(self, qkv: torch.Tensor, groups: SamClipPatchGroups) -> torch.Tensor:
         """Queries, keys and values `(num_patches, 3 * hidden_size)` -> `(num_patches, hidden_size)`."""
-        qkv = qkv.unflatten(-1, (3, self.num_attention_heads, -1)).permute(1, 2, 0, 3)[:, None]
-        row_table, column_table = (table.to(qkv.dtype) for table in self._position_tables(*groups.grid_size))
-        # The columns of the grid follow its rows, in the terms of a query and in the one-hot positions of the keys.
-        row_position = F.one_hot(groups.rows, len(row_table))
-        column_position = F.one_hot(groups.columns, len(column_table))
-        position = torch.cat([row_position, column_position], dim=-1).to(qkv.dtype)
-        attended = []
-        for (query, key, value), rows, columns, keys in zip(
-            qkv.split(groups.counts, dim=-2),
-            groups.rows.split(groups.counts),
-            groups.columns.split(groups.counts),
-            position.split(groups.counts),
-            strict=True,
-        ):
-            row_bias = torch.einsum("bnqc,qkc->bnqk", query, row_table[rows])
-            column_bias = torch.einsum("bnqc,qkc->bnqk", query, column_table[columns])
-            terms = torch.cat([row_bias, column_bias], dim=-1)
+        tables = self.position_tables(*groups.grid_size)
+        if groups.counts is None:
+            return self._attend_at(qkv, groups.rows, groups.columns, tables, groups.mask)
+        parts = (part.split(groups.counts) for part in (qkv, groups.rows, groups.columns))
+        return torch.cat([self._attend_at(*group, tables) for group in zip(*parts, strict=True)])
 
-            def form_bias(chunk, terms=terms, keys=keys):
-                return terms[chunk] @ keys.T
+    def _attend_at(
+        self,
+        qkv: torch.Tensor,
+        rows: torch.Tensor,
+        columns: torch.Tensor,
+        tables: tuple[torch.Tensor, torch.Tensor],
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        r"""
+        Attention among some patches of a grid.
 
-            result = _attend_in_chunks(query, key, value, form_bias, self.scale)
-            attended.append(result[0].transpose(0, 1).flatten(1))
-        return torch.cat(attended)
+        qkv (`torch.Tensor` of shape `(length, 3 * hidden_size)`):
+            Queries, keys and values, from `self.qkv`.
+        rows, columns (`torch.Tensor` of shape `(length,)`, `int64`):
+            Positions of the patches.
+        tables:
+            From `position_tables`.
+        mask (`torch.Tensor` of shape `(length, length)`, `bool`, *optional*):
+            `True` where a query may attend to a key.
 
-    def _position_tables(self, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Relative position embeddings of rows `(height, height, head_dim)` and of columns `(width, width,
-        head_dim)`; zeros in a model without."""
-        if not self.use_rel_pos:
-            head_dim = self.qkv.in_features // self.num_attention_heads
-            weight = self.qkv.weight
-            return weight.new_zeros(height, height, head_dim), weight.new_zeros(width, width, head_dim)
-        return (
-            self.get_rel_pos(height, height, self.rel_pos_h),
-            self.get_rel_pos(width, width, self.rel_pos_w),
-        )
+        Returns `(length, hidden_size)`, before `self.proj`.
+        """
+        query, key, value = self._split_heads(qkv[None])
+        terms, positions = [], []
+        for table, index in zip(tables, (rows, columns), strict=True):
+            table = table.to(query.dtype)
+            terms.append(torch.einsum("bnqc,qkc->bnqk", query, table[index]))
+            positions.append((index[:, None] == torch.arange(table.shape[0], device=index.device)).to(key.dtype))
+        attended, _ = self._attend(query, key, value, torch.cat(terms, -1), torch.cat(positions, -1), mask=mask)
+        return attended[0].transpose(0, 1).flatten(1)
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        terms: torch.Tensor,
+        positions: torch.Tensor,
+        form_bias: Callable[[tuple[slice, ...]], torch.Tensor] | None = None,
+        mask: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        r"""
+        Attention with the bias `terms @ positions.T`.
+
+        query, key, value (`torch.Tensor` of shape `(batch_size, num_heads, length, head_dim)`):
+            The result has this shape too.
+        terms (`torch.Tensor` of shape `(batch_size, num_heads, length, height + width)`):
+            Of each query, the bias for every row and for every column of the grid.
+        positions (`torch.Tensor` of shape `(length, height + width)`):
+            Of each key, its row and its column, both one-hot.
+        form_bias (`Callable`, *optional*):
+            A faster way to form the bias: slices of batch, heads and queries -> their bias for all keys.
+        mask (`torch.Tensor` of shape `(length, length)`, `bool`, *optional*):
+            `True` where a query may attend to a key.
+
+        Returns the result and the attention weights `(batch_size * num_heads, length, length)`, or `None` if the
+        attention function does not return them.
+        """
+        implementation = self.config._attn_implementation or "sdpa"  # None: not part of a model
+        if implementation == "flex_attention":
+            implementation = "sdpa"  # segments have many lengths, and flex_attention is compiled for each
+        dropout = self.dropout if self.training else 0.0
+        is_inference = not (query.requires_grad or torch.compiler.is_compiling())
+        if implementation == "sdpa" and query.device.type == "cpu" and is_inference and mask is None:
+            form_bias = form_bias or (lambda chunk: terms[chunk] @ positions.T)
+            return _attend_in_chunks(query, key, value, form_bias, self.scale, dropout), None
+
+        query = torch.cat([query * self.scale, terms], dim=-1)
+        key = torch.cat([key, positions.expand(*key.shape[:2], -1, -1)], dim=-1)
+        if implementation == "eager":
+            scores = query @ key.transpose(-2, -1)
+            if mask is not None:
+                scores = scores.masked_fill(~mask, -torch.inf)
+            weights = scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype)
+            return F.dropout(weights, p=dropout) @ value, weights.flatten(0, 1)
+        value = F.pad(value, (0, key.shape[-1] - self.head_dim))
+        if implementation == "sdpa":
+            attended = F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=1.0)
+            return attended[..., : self.head_dim], None
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, None)
+        attended, weights = attention(self, query, key, value, mask, dropout=dropout, scaling=1.0, is_causal=False)
+        attended = attended.transpose(1, 2)[..., : self.head_dim]
+        return attended, None if weights is None else weights.flatten(0, 1)
 
 
 @functools.cache
 def _compiled_flex_attention():
-    """Compiled anew for every size: with symbolic sizes its CPU code is wrong or none (torch 2.14)."""
+    """Compiled for every size: with symbolic sizes, its CPU code is wrong or does not compile (torch 2.14)."""
     return torch.compile(flex_attention, dynamic=False)
 
 
@@ -226,13 +327,13 @@ def _attend_in_chunks(
     dropout: float = 0.0,
 ) -> torch.Tensor:
     r"""
-    Attention with a bias of which never more than `BIAS_CHUNK` values a thread exist. Many queries of few heads at a
-    time: the kernel takes long blocks of queries, and what it reads stays in the cache.
+    Attention with at most `BIAS_CHUNK` values of the bias in memory for each thread. A chunk has many queries and few
+    heads: the kernel processes blocks of queries, and the keys and values of a chunk stay in the cache.
 
     query, key, value (`torch.Tensor` of shape `(batch_size, num_heads, length, head_dim)`):
-        Returns one more of this shape.
+        The result has this shape too.
     form_bias (`Callable`):
-        From slices of the batch, of heads and of queries to their bias for all keys.
+        Slices of batch, heads and queries -> their bias for all keys.
     """
     batch_size, num_heads, length, _ = query.shape
     values = BIAS_CHUNK * torch.get_num_threads()
@@ -253,11 +354,11 @@ def _attend_in_chunks(
 def _split_into_windows(
     tokens: torch.Tensor, window_size: int, padding: torch.Tensor
 ) -> tuple[torch.Tensor, tuple[int, int]]:
-    """Tokens `(batch_size, height, width, channels)`, filled up by `padding` `(1, 1, 1, channels)` to multiples of the
-    window -> `(batch_size * num_windows, window_size, window_size, channels)`, and how many windows there are in a
-    column and in a row."""
+    """Tokens `(batch_size, height, width, channels)`, padded with `padding` `(1, 1, 1, channels)` to multiples of the
+    window -> `(batch_size * num_windows, window_size, window_size, channels)`, and the number of windows in a column
+    and in a row."""
     batch_size, height, width, _ = tokens.shape
-    # A whole window of padding, then what is too much cut off: torch.compile would make a case of every missing size.
+    # Pad by a whole window, then cut: torch.compile would specialize on the number of missing patches.
     right, below = width + -width % window_size, height + -height % window_size
     tokens = torch.cat([tokens, padding.expand(batch_size, height, window_size, -1)], dim=2)[:, :, :right]
     tokens = torch.cat([tokens, padding.expand(batch_size, window_size, right, -1)], dim=1)[:, :below]
@@ -265,84 +366,169 @@ def _split_into_windows(
     return tokens.flatten(0, 2), (tokens.shape[1], tokens.shape[2])
 
 
-def _join_windows(windows: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """The reverse: `(batch_size, height, width, channels)`, with what was filled up."""
-    return windows.unflatten(0, (-1, *grid)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+def _join_windows(windows: torch.Tensor, num_windows: tuple[int, int]) -> torch.Tensor:
+    """The reverse of [`_split_into_windows`]: `(batch_size, height, width, channels)`, with the padding."""
+    return windows.unflatten(0, (-1, *num_windows)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
-class SamClipVisionLayer(SamVisionLayer):
-    """SAM's layer around [`SamClipVisionAttention`], which has the windows inside."""
+class SamClipMLP(nn.Module):
+    """The two linear layers after the attention."""
 
-    def __init__(self, config, window_size: int):
-        # Past SAM's own constructor, which looks for an attention of its own and knows no flex_attention.
-        super(SamVisionLayer, self).__init__()
+    def __init__(self, config: SamVisionConfig):
+        super().__init__()
+        self.lin1 = nn.Linear(config.hidden_size, config.mlp_dim)
+        self.lin2 = nn.Linear(config.mlp_dim, config.hidden_size)
+        self.act = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.lin2(self.act(self.lin1(hidden_states)))
+
+
+class SamClipVisionLayer(GradientCheckpointingLayer):
+    """A transformer layer, of the image encoder and of the CLIP head. Arguments as in [`SamClipVisionAttention`]."""
+
+    def __init__(self, config: SamVisionConfig, window_size: int, attention_config=None):
+        super().__init__()
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.attn = SamClipVisionAttention(config, window_size)
+        self.attn = SamClipVisionAttention(config, window_size, attention_config)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = SamMLPBlock(config)
-        self.window_size = window_size
+        self.mlp = SamClipMLP(config)
 
     def forward(self, hidden_states: torch.Tensor, groups: SamClipPatchGroups | None = None) -> torch.Tensor:
-        """Tokens and groups as in [`SamClipVisionAttention`]."""
+        """Tokens and segments as in [`SamClipVisionAttention`]."""
         hidden_states = hidden_states + self.attn(self.layer_norm1(hidden_states), groups)[0]
         return hidden_states + self.mlp(self.layer_norm2(hidden_states))
 
 
-class SamClipVisionEncoder(SamVisionEncoder):
-    """SAM's image encoder, with its weights under its keys, for images of any height and width."""
+class SamClipChannelsFirstLayerNorm(nn.LayerNorm):
+    """LayerNorm over the channels of `(batch_size, channels, height, width)`."""
 
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return super().forward(features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class SamClipVisionNeck(nn.Module):
+    """Patch tokens -> image embeddings for SAM's mask decoder."""
+
+    def __init__(self, config: SamVisionConfig):
+        super().__init__()
+        channels = config.output_channels
+        self.conv1 = nn.Conv2d(config.hidden_size, channels, kernel_size=1, bias=False)
+        self.layer_norm1 = SamClipChannelsFirstLayerNorm(channels, eps=1e-6)
+        self.conv2 = nn.Conv2d(channels, channels, kernel_size=3, padding=1, bias=False)
+        self.layer_norm2 = SamClipChannelsFirstLayerNorm(channels, eps=1e-6)
+
+    def forward(self, patch_tokens: torch.Tensor) -> torch.Tensor:
+        """`(batch_size, grid_height, grid_width, hidden_size)` -> `(batch_size, output_channels, grid_height,
+        grid_width)`."""
+        features = self.layer_norm1(self.conv1(patch_tokens.permute(0, 3, 1, 2)))
+        return self.layer_norm2(self.conv2(features))
+
+
+class SamClipVisionPreTrainedModel(PreTrainedModel):
+    """What the image encoder and the models around it share: initialization and attention implementations."""
+
+    base_model_prefix = "samclip"
+    main_input_name = "pixel_values"
+    input_modalities: tuple[str, ...] = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["SamClipVisionLayer"]
+    _supports_sdpa = True
     _supports_flex_attn = True
+    _parts_without_model: tuple[str, ...] = ()  # sub-configurations of modules that are no PreTrainedModel
 
-    def __init__(self, config):
-        # Past SAM's own constructor, which would first build and initialise layers to be thrown away.
-        super(SamVisionEncoder, self).__init__(config)
-        self.image_size = config.image_size
-        self.patch_embed = SamPatchEmbeddings(config)
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """
+        `False`: `_init_weights` uses `transformers.initialization` only, which leaves loaded weights as they are. For
+        other custom code, transformers (5.23) skips modules without weights of their own, so that a text tower that is
+        missing in a checkpoint would not get CLIP's initialization.
+        """
+        return False
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, SamClipVisionAttention) and module.use_rel_pos:
+            init.zeros_(module.rel_pos_h)
+            init.zeros_(module.rel_pos_w)
+        elif isinstance(module, SamClipVisionEncoder) and module.pos_embed is not None:
+            init.zeros_(module.pos_embed)
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        """As in [`PreTrainedModel`]. Raises `ValueError` for an unknown implementation and for paged attention."""
+        known = {None, "eager", *ALL_ATTENTION_FUNCTIONS}
+        if requested_attention not in known or str(requested_attention).startswith("paged|"):
+            reason = "is unknown" if requested_attention not in known else "needs a key-value cache"
+            raise ValueError(
+                f'attn_implementation="{requested_attention}" {reason}. {type(self).__name__} supports "eager", '
+                '"sdpa", "flex_attention" and functions added by AttentionInterface.register.'
+            )
+        return super().get_correct_attn_implementation(requested_attention, is_init_check)
+
+    def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs) -> None:
+        """
+        As in [`PreTrainedModel`]: a name for the whole model, or a `dict` with names of sub-configurations as keys and
+        "" for the model itself. Differs in two ways: prompt encoder, mask decoder and CLIP head, which are no models
+        of their own, cause no warning, and unknown keys raise `ValueError`.
+        """
+        sub_configs = self.config.sub_configs
+        requested = attn_implementation
+        if not isinstance(requested, dict):
+            requested = dict.fromkeys(sub_configs, requested)
+        if unknown := sorted(requested.keys() - sub_configs.keys() - {""}):
+            raise ValueError(
+                f"{type(self).__name__} has no {', '.join(unknown)}. Keys of attn_implementation are "
+                f'{", ".join(sub_configs)} and "".'
+            )
+        parts = {name: requested[name] for name in self._parts_without_model if name in requested}
+        for implementation in parts.values():
+            self.get_correct_attn_implementation(implementation)  # raises before anything has changed
+        for name, implementation in parts.items():
+            getattr(self.config, name)._attn_implementation = implementation
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+
+
+class SamClipVisionEncoder(SamClipVisionPreTrainedModel):
+    """SAM's image encoder, with SAM's weight keys, for images of any height and width."""
+
+    config: SamVisionConfig
+    _can_record_outputs = {"hidden_states": SamClipVisionLayer, "attentions": SamClipVisionAttention}
+
+    def __init__(self, config: SamVisionConfig):
+        super().__init__(config)
+        self.patch_embed = SamClipPatchEmbeddings(config)
         self.pos_embed = None
         if config.use_abs_pos:
-            grid_size = config.image_size // config.patch_size
-            self.pos_embed = nn.Parameter(torch.zeros(1, grid_size, grid_size, config.hidden_size))
+            side = config.image_size // config.patch_size
+            self.pos_embed = nn.Parameter(torch.zeros(1, side, side, config.hidden_size))
         self.layers = nn.ModuleList(
-            SamClipVisionLayer(config, 0 if number in config.global_attn_indexes else config.window_size)
-            for number in range(config.num_hidden_layers)
+            SamClipVisionLayer(config, 0 if index in config.global_attn_indexes else config.window_size)
+            for index in range(config.num_hidden_layers)
         )
-        self.neck = SamVisionNeck(config)
+        self.neck: nn.Module = SamClipVisionNeck(config)
         self.gradient_checkpointing = False
         self.post_init()
 
     def interpolate_pos_embed(self, grid_height: int, grid_width: int) -> torch.Tensor:
-        """The position table `(1, trained_size, trained_size, hidden_size)`, bicubically resized to the grid. The
-        trained size is no case of its own, so that torch.compile and torch.export see none; there it changes
-        nothing."""
+        """The position embeddings `(1, grid_height, grid_width, hidden_size)`, resized bicubically. The trained size
+        takes the same path, where resizing changes nothing: torch.compile and torch.export see no special case."""
+        assert self.pos_embed is not None
         table = self.pos_embed.permute(0, 3, 1, 2).float()
         table = F.interpolate(table, size=(grid_height, grid_width), mode="bicubic", align_corners=False)
         return table.permute(0, 2, 3, 1).to(self.pos_embed.dtype)
 
     def get_input_embeddings(self) -> nn.Module:
-        """The layer that the pixels enter. Differs from SAM's, which returns the module around it, in running as one:
-        hooks on it see the embeddings."""
+        """The convolution over the pixels."""
         return self.patch_embed.projection
 
     def encode(self, pixel_values: torch.Tensor | None) -> torch.Tensor:
-        """The last layer's tokens `(batch_size, grid_height, grid_width, hidden_size)`, before the neck. Records
-        nothing itself, so that a model around it records these layers among its own."""
+        """`(batch_size, num_channels, height, width)` -> output of the last layer `(batch_size, grid_height,
+        grid_width, hidden_size)`, before the neck. Captures no outputs, so that a model that calls it captures these
+        layers together with its own."""
         if pixel_values is None:
-            raise ValueError("You have to specify pixel_values")
-        patch_size = self.config.patch_size
-        if pixel_values.ndim != 4:
-            raise ValueError(
-                f"pixel_values must be (batch_size, num_channels, height, width), got {tuple(pixel_values.shape)}."
-            )
-        _, channels, height, width = pixel_values.shape
-        if channels != self.config.num_channels:
-            raise ValueError(f"pixel_values have {channels} channels, the model takes {self.config.num_channels}.")
-        if height % patch_size or width % patch_size or 0 in (height, width):
-            raise ValueError(
-                f"pixel_values are {height} x {width}; height and width must be positive multiples of the patch size, "
-                f"{patch_size}."
-            )
-        projection = self.patch_embed.projection
-        hidden_states = projection(pixel_values.to(projection.weight.dtype)).permute(0, 2, 3, 1)  # as CLIP does
+            raise ValueError("You have to specify pixel_values.")
+        hidden_states = self.patch_embed(pixel_values)
         if self.pos_embed is not None:
             hidden_states = hidden_states + self.interpolate_pos_embed(*hidden_states.shape[1:3])
         for layer in self.layers:
@@ -362,4 +548,4 @@ class SamClipVisionEncoder(SamVisionEncoder):
         return SamClipVisionEncoderOutput(last_hidden_state=self.neck(patch_tokens), patch_tokens=patch_tokens)
 
 
-__all__ = ["SamClipVisionEncoder", "SamClipVisionEncoderOutput"]
+__all__ = ["SamClipVisionEncoder", "SamClipVisionEncoderOutput", "SamClipVisionPreTrainedModel"]

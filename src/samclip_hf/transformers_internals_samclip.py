@@ -1,0 +1,25 @@
+"""
+Names that transformers does not export. SAM-CLIP's Hub files import them from here and nowhere else.
+
+Checked on transformers 5.17.0 and 5.24.0.
+
+- `SamPromptEncoder`, `SamMaskDecoder`: SAM's prompt encoder and mask decoder. [`SamModel`] is exported, but its
+  constructor also builds SAM's image encoder, which SAM-CLIP replaces.
+- `SamTwoWayAttentionBlock`: the mask decoder's layer, whose attention weights `output_attentions=True` returns.
+- `capture_outputs`, `OutputRecorder`: return `hidden_states` and `attentions` on request, as every model in
+  transformers does.
+- `merge_with_config_defaults`: lets the configuration request them too (`config.output_hidden_states = True`).
+"""
+
+from transformers.models.sam.modeling_sam import SamMaskDecoder, SamPromptEncoder, SamTwoWayAttentionBlock
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+__all__ = [
+    "OutputRecorder",
+    "SamMaskDecoder",
+    "SamPromptEncoder",
+    "SamTwoWayAttentionBlock",
+    "capture_outputs",
+    "merge_with_config_defaults",
+]

@@ -1,0 +1,475 @@
+"""Vocabularies, both compositions of the heads, and object detection."""
+
+import json
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageSegmentation, AutoModelForZeroShotObjectDetection, BatchEncoding
+
+from samclip_hf import SamClipForImageSegmentation, SamClipModel, segmentation_samclip
+from samclip_hf.segmentation_samclip import (
+    _distinct_masks,
+    _segments,
+    _spread_points,
+    _stability,
+    apply_background_threshold,
+    max_over_synonyms,
+)
+
+from .conftest import INPUT_IDS, assert_same, random_images, random_points
+
+LABEL_IDS = torch.tensor([0, 0, 1, 3])
+
+
+class TestLogitsOfLabels:
+    @pytest.mark.parametrize("dim", [0, 1, -1])
+    def test_maximum_over_synonyms(self, dim):
+        text_logits = torch.tensor([1.0, 5.0, 3.0, -2.0]).view([-1 if d == dim % 3 else 1 for d in range(3)])
+        logits = max_over_synonyms(text_logits.expand([4 if d == dim % 3 else 2 for d in range(3)]), LABEL_IDS, 4, dim)
+        first = logits.movedim(dim, 0)[:, 0, 0]
+        assert logits.shape[dim] == 4 and first[[0, 1, 3]].tolist() == [5, 3, -2]
+        assert first.softmax(dim=0)[2] == 0  # a label without texts
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_resized_maps_are_finite(self, dtype):
+        logits = max_over_synonyms(torch.randn(1, 4, 3, 3).to(dtype), LABEL_IDS, 4, dim=1)
+        for threshold in (None, 0.5):
+            if threshold is not None:
+                logits = apply_background_threshold(logits, 2, threshold, dim=1)
+            resized = F.interpolate(logits, size=(50, 50), mode="bilinear", align_corners=False)
+            assert F.interpolate(resized, size=(7, 9), mode="bicubic").isfinite().all()
+
+    def test_background_wins_below_the_threshold(self):
+        logits = max_over_synonyms(torch.tensor([[0.0, 0.0, 3.0], [0.0, 0.0, 0.1]]), torch.tensor([1, 2, 3]), 4, dim=1)
+        logits = apply_background_threshold(logits, 0, threshold=0.5, dim=1)
+        assert logits.argmax(dim=1).tolist() == [3, 0]
+        torch.testing.assert_close(logits.softmax(dim=1)[0, 1:], torch.tensor([0.0, 0.0, 3.0]).softmax(dim=0))
+
+
+class WordTokenizer:
+    """Gives each new word the next number."""
+
+    def __init__(self):
+        self.ids = {}
+
+    def __call__(self, texts, **_):
+        rows = [[48, *(self.ids.setdefault(word, len(self.ids) + 1) for word in text.split()), 49] for text in texts]
+        length = max(map(len, rows))
+        return BatchEncoding(
+            {
+                "input_ids": torch.tensor([row + [0] * (length - len(row)) for row in rows]),
+                "attention_mask": torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows]),
+            }
+        )
+
+
+class TestImageSegmentation:
+    @pytest.fixture
+    def segmenter(self, model, tmp_path):
+        model.save_pretrained(tmp_path)
+        segmenter = SamClipForImageSegmentation.from_pretrained(tmp_path).eval()
+        tokenizer = WordTokenizer()
+        return segmenter.set_vocabulary(
+            ["cat", ["sofa", "couch"], "tree"], ["a wall", "sky"], ["a {}", "one {}"], tokenizer
+        )
+
+    def test_logits_are_mean_over_templates_and_max_over_synonyms(self, segmenter, model):
+        assert segmenter.config.id2label == {0: "background", 1: "cat", 2: "sofa", 3: "tree"}
+        tokenizer = WordTokenizer()
+        names = [["a wall"], ["sky"], *([f"a {n}", f"one {n}"] for n in ("cat", "sofa", "couch", "tree"))]
+        ordered = [f"{t} {n}" for n in ("cat", "sofa", "couch", "tree") for t in ("a", "one")]
+        tokenizer(["a wall", "sky", *ordered])  # gives the words the same numbers
+        embeds = []
+        with torch.no_grad():
+            for texts in names:
+                features = [model.get_text_features(tokenizer([t]).input_ids).pooler_output[0] for t in texts]
+                embeds.append(F.normalize(torch.stack([F.normalize(f, dim=0) for f in features]).mean(0), dim=0))
+            dense = model(random_images()).dense_embeds
+            similarity = torch.einsum("bdhw,nd->bnhw", dense, torch.stack(embeds)) * model.logit_scale.exp()
+            best = [similarity[:, :2].amax(1), similarity[:, 2], similarity[:, 3:5].amax(1), similarity[:, 5]]
+            logits = segmenter(random_images(), both_heads=False).logits
+        assert_same(logits, torch.stack(best, dim=1))
+
+    @pytest.mark.parametrize("composition", ["segments", "classes"])
+    @pytest.mark.parametrize("sizes", [None, torch.tensor([[64, 40], [51, 64]])])
+    def test_vision_embeds_replace_the_encoder_pass(self, segmenter, monkeypatch, composition, sizes):
+        segmenter.config.composition = composition
+        images = random_images()
+        with torch.no_grad():
+            vision_embeds = segmenter.vision_encoder(images)
+            expected = segmenter(images, reshaped_input_sizes=sizes)
+            monkeypatch.setattr(segmenter.vision_encoder, "encode", None)
+            outputs = segmenter(vision_embeds=vision_embeds, reshaped_input_sizes=sizes)
+        assert outputs.keys() == expected.keys()
+        for name, value in expected.items():
+            assert outputs[name].equal(value), name
+
+    def test_synonyms_can_be_averaged(self, segmenter, model):
+        tokenizer = WordTokenizer()
+        vocabulary = segmenter.embed_vocabulary([["sofa", "couch"], "tree"], (), ["a {}", "{}"], tokenizer, "mean")
+        texts = ["a sofa", "sofa", "a couch", "couch"]
+        with torch.no_grad():
+            features = [model.get_text_features(tokenizer([text]).input_ids).pooler_output[0] for text in texts]
+        mean = torch.stack([F.normalize(feature, dim=0) for feature in features]).mean(dim=0)
+        assert vocabulary.label_ids == [0, 1] and vocabulary.id2label == {0: "sofa", 1: "tree"}
+        assert_same(vocabulary.class_embeds[0], F.normalize(mean, dim=0))
+
+    def test_numpy_names_and_thresholds(self, segmenter):
+        tokenizer = WordTokenizer()
+        plain = segmenter.embed_vocabulary(["cat", "sofa"], 0.5, tokenizer=tokenizer)
+        numpys = segmenter.embed_vocabulary(np.array(["cat", "sofa"]), np.float32(0.5), tokenizer=tokenizer)
+        assert numpys.id2label == plain.id2label and numpys.background_threshold == 0.5
+        assert torch.equal(numpys.class_embeds, plain.class_embeds)
+
+    def test_background_threshold(self, segmenter):
+        tokenizer = WordTokenizer()
+        segmenter.logit_scale.data.fill_(3.0)
+        plain = segmenter.embed_vocabulary(["cat", "sofa", "tree"], tokenizer=tokenizer)
+        thresholded = segmenter.embed_vocabulary(["cat", "sofa", "tree"], 0.5, tokenizer=tokenizer)
+        assert thresholded.id2label == {0: "background"} | {k + 1: v for k, v in plain.id2label.items()}
+        embeds = F.normalize(torch.randn(500, 20), dim=-1)
+        with torch.no_grad():
+            probability, label = segmenter.classify(embeds, plain).softmax(dim=-1).max(dim=-1)
+            expected = torch.where(probability > 0.5, label + 1, 0)
+            highest, actual = segmenter.classify(embeds, thresholded).softmax(dim=-1).max(dim=-1)
+            assert torch.equal(actual, expected)
+            # Where a class wins, it has its probability among the classes.
+            torch.testing.assert_close(highest[expected > 0], probability[expected > 0])
+        assert 0 < expected.count_nonzero() < 500
+
+    @pytest.mark.parametrize("composition", ["segments", "classes"])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_half_precision_is_finite(self, segmenter, composition, dtype):
+        segmenter.config.composition = composition
+        segmenter.config.background_label_id = None  # a class everywhere
+        segmenter.logit_scale.data.fill_(6.0)  # probabilities that round to 1
+        with torch.no_grad():
+            outputs = segmenter.to(dtype)(random_images())
+        assert (outputs.segment_scores > 0).any() or composition == "segments"  # random weights give no segments
+        assert outputs.segment_masks.isfinite().all()
+
+    def test_vocabulary_argument_does_not_change_the_checkpoints(self, segmenter):
+        vocabulary = segmenter.embed_vocabulary(["dog", "bird"], tokenizer=WordTokenizer())
+        with torch.no_grad():
+            before = segmenter(random_images())
+            other = segmenter(random_images(), vocabulary=vocabulary)
+            after = segmenter(random_images())
+        assert other.logits.shape[1] == 2 and other.background_label_ids.tolist() == [-1, -1]
+        assert_same(after.logits, before.logits)
+        assert before.background_label_ids.tolist() == [0, 0]
+
+    def test_many_texts_are_embedded_in_batches(self, segmenter, monkeypatch):
+        expected = segmenter.embed_vocabulary(list("abcdefgh"), tokenizer=WordTokenizer()).class_embeds
+        sizes, features = [], segmenter.get_text_features
+        monkeypatch.setattr(segmentation_samclip, "TEXTS_PER_BATCH", 3)
+        monkeypatch.setattr(
+            segmenter,
+            "get_text_features",
+            lambda input_ids, **kw: sizes.append(len(input_ids)) or features(input_ids, **kw),
+        )
+        assert_same(segmenter.embed_vocabulary(list("abcdefgh"), tokenizer=WordTokenizer()).class_embeds, expected)
+        assert sizes == [3, 3, 2] * 2  # texts from templates, names
+
+    def test_segments_without_text_tower(self, segmenter, model, tmp_path):
+        with torch.no_grad():
+            expected = segmenter(random_images()).segment_logits
+            segmenter.drop_text_tower().save_pretrained(tmp_path)
+            loaded = SamClipForImageSegmentation.from_pretrained(tmp_path).eval()
+            assert_same(loaded(random_images()).segment_logits, expected)
+        assert not any(name.startswith("text_") for name in loaded.state_dict())
+        with pytest.raises(ValueError, match="no text tower"):
+            loaded.set_vocabulary(["dog"], tokenizer=WordTokenizer())
+        with pytest.raises(ValueError, match="has no vocabulary"):
+            SamClipForImageSegmentation(model.config).drop_text_tower()
+
+    def test_vocabulary_is_saved(self, segmenter, tmp_path):
+        segmenter.save_pretrained(tmp_path / "saved")
+        loaded = AutoModelForImageSegmentation.from_pretrained(tmp_path / "saved").eval()
+        assert loaded.config.id2label == segmenter.config.id2label
+        with torch.no_grad():
+            expected = segmenter(random_images()).segment_logits
+            assert_same(loaded(random_images()).segment_logits, expected)
+            # Training loads and saves a SamClipModel, which keeps the vocabulary.
+            SamClipModel.from_pretrained(tmp_path / "saved").save_pretrained(tmp_path / "trained")
+            trained = SamClipForImageSegmentation.from_pretrained(tmp_path / "trained").eval()
+            assert_same(trained(random_images()).segment_logits, expected)
+
+    def test_both_heads_use_one_encoder_pass(self, segmenter):
+        calls = []
+        segmenter.vision_encoder.register_forward_hook(lambda *_: calls.append("encoder"))
+        with torch.no_grad():
+            outputs = segmenter(random_images(2, 48, 64), reshaped_input_sizes=[[48, 32], [20, 64]])
+        assert calls == ["encoder"]
+        assert outputs.logits.shape == (2, 4, 6, 8)
+        assert outputs.segment_masks.shape == (2, 16, 24, 32)
+        assert outputs.segment_logits.shape == (2, 16, 4)
+        assert outputs.segment_scores.shape == (2, 16)
+        assert outputs.content_sizes.tolist() == [[6, 4], [2.5, 8]]
+
+    def test_no_points_in_padding(self, segmenter, monkeypatch):
+        prompts = []
+        predict_masks = segmenter.predict_masks
+        monkeypatch.setattr(
+            segmenter,
+            "predict_masks",
+            lambda e, input_points: prompts.append(input_points) or predict_masks(e, input_points),
+        )
+        segmenter.config.background_label_id = None  # a class everywhere
+        with torch.no_grad():
+            segmenter(random_images(2), reshaped_input_sizes=[[64, 24], [40, 64]])
+        x, y = torch.cat(prompts, dim=1).unbind(-1)
+        assert x[0].max() < 24 <= x[1].max() and y[1].max() < 40 <= y[0].max()
+
+    @pytest.fixture
+    def compose(self, segmenter, monkeypatch):
+        """`compose_heads` for given patch tokens and masks of the points, `(num_points, 32, 32)` or `(num_points, 3,
+        32, 32)`, on an 8 x 8 grid with a class everywhere."""
+
+        def compose(patch_tokens, masks, content_mask=None):
+            masks = masks[:, None] if masks.ndim == 3 else masks
+            scores = torch.linspace(0.9, 0.8, masks[..., 0, 0].numel()).view(masks.shape[:2])
+            answers = zip(masks, scores, strict=True)
+
+            def predict_masks(_, input_points):  # called for consecutive chunks of points
+                chunk = list(islice(answers, input_points.shape[1]))
+                return tuple(torch.stack(part)[None] for part in zip(*chunk, strict=True))
+
+            monkeypatch.setattr(segmenter, "predict_masks", predict_masks)
+            segmenter.config.composition_points = len(masks)
+            logits = torch.zeros(1, 4, 8, 8)
+            with torch.no_grad():
+                segments = segmenter.compose_heads(
+                    torch.zeros(1, 16, 8, 8), patch_tokens, logits, segmenter.vocabulary, content_mask
+                )
+            return {name: value[0] for name, value in segments.items()}
+
+        return compose
+
+    def test_segment_of_the_whole_image_has_the_images_logits(self, segmenter, compose):
+        with torch.no_grad():
+            patch_tokens = segmenter.vision_encoder(random_images(1)).patch_tokens
+            image_embeds = segmenter.clip_head.pool(segmenter.clip_head(patch_tokens))
+            expected = segmenter.classify(F.normalize(image_embeds, dim=-1), segmenter.vocabulary)[0]
+        segments = compose(patch_tokens, torch.full((1, 32, 32), 20.0))
+        assert_same(segments["segment_logits"][0], expected)
+        assert segments["segment_scores"].tolist() == pytest.approx([0.9])
+
+    def test_segment_logits_are_independent_of_the_surroundings(self, segmenter, compose):
+        left = torch.full((32, 32), -20.0)
+        left[:, :16] = 20.0
+        tokens = torch.randn(1, 8, 8, 32)
+        changed = tokens.clone()
+        changed[:, :, 4:] = torch.randn(1, 8, 4, 32)
+        first, second = (compose(t, torch.stack([left, -left]))["segment_logits"] for t in (tokens, changed))
+        assert_same(second[0], first[0])
+        assert not torch.allclose(second[1], first[1], atol=1e-2)  # the changed patches matter for their own segment
+        with torch.no_grad():  # with attention to the whole image, the left patches change too
+            free = [segmenter.clip_head(t)[:, :, :4] for t in (tokens, changed)]
+        assert not torch.allclose(free[0], free[1], atol=1e-2)
+
+    def test_segment_logits_are_independent_of_padding(self, compose):
+        content_mask = torch.ones(1, 8, 8, dtype=torch.bool)
+        content_mask[:, :, 4:] = False
+        tokens = torch.randn(1, 8, 8, 32)
+        changed = tokens.clone()
+        changed[:, :, 4:] = torch.randn(1, 8, 4, 32)
+        everything = torch.full((1, 32, 32), 20.0)
+        padded = [compose(t, everything, content_mask)["segment_logits"] for t in (tokens, changed)]
+        assert_same(padded[1], padded[0])
+        shown = [compose(t, everything)["segment_logits"] for t in (tokens, changed)]
+        assert not torch.allclose(shown[1], shown[0], atol=1e-2)  # as content, those patches matter
+
+    def test_most_stable_mask_of_a_point_is_kept(self, compose):
+        left = torch.full((32, 32), -20.0)
+        left[:, :16] = 20.0
+        unstable = torch.full((32, 32), 0.5)  # highest IoU score, but stability 0
+        segments = compose(torch.randn(1, 8, 8, 32), torch.stack([unstable, left, -left])[None])
+        assert torch.equal(segments["segment_masks"][0], left)
+        assert segments["segment_scores"].tolist() == pytest.approx([0.85])  # the second of 0.9, 0.85, 0.8
+
+    def test_duplicate_masks_are_removed(self, compose):
+        left = torch.full((32, 32), -20.0)
+        left[:, :16] = 20.0
+        segments = compose(torch.randn(1, 8, 8, 32), torch.stack([left, left, -left]))
+        assert [score > 0 for score in segments["segment_scores"].tolist()] == [True, False, True]
+
+    def test_composition_by_class_prompts_with_patches_of_the_class(self, segmenter, monkeypatch):
+        logits = torch.zeros(3, 4, 8, 8)
+        logits[0, 0], logits[2, 0] = 9.0, 9.0  # background, except two classes each in the first and the last image
+        for image, label, row in ((0, 1, 2), (0, 3, 6), (2, 2, 0), (2, 3, 3)):
+            logits[image, label, row] = 20.0
+        embeddings = torch.randn(3, 16, 8, 8)
+        monkeypatch.setattr(segmentation_samclip, "CLASSES_PER_CHUNK", 3)  # several chunks
+        prompts, predict_masks = [], segmenter.predict_masks
+        monkeypatch.setattr(segmenter, "predict_masks", lambda e, **kw: prompts.append(kw) or predict_masks(e, **kw))
+        with torch.no_grad():
+            segments = segmenter.compose_heads_by_class(embeddings, logits, segmenter.vocabulary)
+            assert segments["segment_logits"].argmax(dim=-1)[[0, 2]].tolist() == [[1, 3], [2, 3]]
+            assert segments["segment_scores"].tolist() == [[1, 1], [0, 0], [1, 1]]
+            points = torch.cat([kw["input_points"] for kw in prompts])
+            masks = torch.cat([kw["input_masks"] for kw in prompts])
+            assert points.shape == (4, 1, 3, 2)
+            for pair, (image, row) in enumerate(((0, 2), (0, 6), (2, 0), (2, 3))):
+                assert (points[pair, ..., 1] == row * 8 + 3.5).all()
+                assert (masks[pair, 0, 4 * row + 1 : 4 * row + 3] > 0).all() and masks[pair].mean() < 0
+                expected, _ = predict_masks(
+                    embeddings[image : image + 1],
+                    input_points=points[pair : pair + 1],
+                    input_masks=masks[pair : pair + 1],
+                    multimask_output=False,
+                )
+                assert_same(segments["segment_masks"][image, pair % 2], expected[0, 0, 0])
+            nothing = segmenter.compose_heads_by_class(embeddings[1:2], logits[1:2], segmenter.vocabulary)
+            assert not nothing["segment_scores"].any()
+
+    def test_composition_by_class_runs(self, segmenter):
+        segmenter.config.composition = "classes"
+        segmenter.set_vocabulary(["cat", "sofa", "tree"], tokenizer=WordTokenizer())
+        segmenter.logit_scale.data.fill_(9.0)  # without background, a class is everywhere
+        with torch.no_grad():
+            outputs = segmenter(random_images(2, 48, 64), reshaped_input_sizes=[[48, 32], [20, 64]])
+        assert outputs.segment_scores.any()
+        assert outputs.segment_masks.shape[2:] == (24, 32)
+
+    def test_stability_is_the_iou_at_two_thresholds(self):
+        masks = torch.tensor([[[5.0, 0.5], [-0.5, -5.0]], [[5.0, 5.0], [-5.0, -5.0]], [[-5.0] * 2] * 2])
+        assert _stability(masks).tolist() == pytest.approx([1 / 3, 1, 0])
+
+    def test_patches_go_to_the_best_mask(self):
+        masks = torch.full((4, 8, 8), -1.0)
+        masks[0, :4, :4] = 1  # the best mask
+        masks[1, :4, :8] = 1  # keeps the half that is not in the best mask
+        masks[2, :2, :2] = 1  # inside the best mask: no patches
+        masks[3, 7, 7] = 1  # a quarter of a patch, its largest part
+        expected = torch.zeros(4, 4, 4, dtype=torch.bool)
+        expected[0, :2, :2] = expected[1, :2, 2:] = expected[3, 3, 3] = True
+        assert torch.equal(_segments(masks, (4, 4)), expected)
+
+    def test_distinct_masks_drop_empty_and_duplicate_masks(self):
+        masks = torch.full((5, 10, 10), -1.0)
+        masks[0, :, :5] = 1
+        masks[1, :, :6] = 1  # IoU 5 / 6 with the first, and better
+        masks[2, :, 5:] = 1  # IoU 1 / 10 with the second
+        masks[4, :, :2] = 1  # IoU 1 / 3
+        assert _distinct_masks(masks, torch.tensor([0.7, 0.9, 0.8, 1.0, 0.1]), max_overlap=0.6) == [1, 2, 4]
+
+    def test_points_are_spread_over_marked_cells(self):
+        cells = torch.rand(6, 5, 7, generator=torch.Generator().manual_seed(0)) > 0.5
+        cells[0] = False
+        cells[0, 2, 3] = True
+        points = _spread_points(cells, 8)
+        for image, (x, y) in zip(cells, points.transpose(1, 2), strict=True):
+            assert image[y, x].all()
+            assert len(set(zip(x.tolist(), y.tolist(), strict=True))) == min(8, int(image.sum()))
+
+    @pytest.fixture
+    def tokenizer(self):
+        return WordTokenizer()
+
+    @pytest.fixture
+    def detector(self, segmenter, tokenizer, tmp_path, monkeypatch):
+        """Detects in two segments, the left and the right half of every image."""
+        left = torch.full((32, 32), -20.0)
+        left[:, :16] = 20.0
+        masks = torch.stack([left, -left])[None, :, None]
+        monkeypatch.setattr(
+            SamClipModel,
+            "predict_masks",
+            lambda _, embeddings, **__: (
+                masks.expand(len(embeddings), -1, -1, -1, -1),
+                torch.full((len(embeddings), 2, 1), 0.9),
+            ),
+        )
+        segmenter.config.composition_points = 2
+        segmenter.set_vocabulary(["cat", "sofa", "tree"], templates=["{}"], tokenizer=tokenizer)
+        segmenter.save_pretrained(tmp_path)
+        return AutoModelForZeroShotObjectDetection.from_pretrained(tmp_path).eval()
+
+    @pytest.mark.parametrize("background", [(), ["a wall"], 0.5])
+    def test_detection_score_of_a_vocabulary_name_is_its_probability(self, detector, tokenizer, background):
+        vocabulary = detector.embed_vocabulary(["cat", "sofa", "tree"], background, ["a {}"], tokenizer)
+        first_label = int(bool(background))
+        with torch.no_grad():
+            outputs = detector(random_images(2), **tokenizer(["tree", "cat"]), vocabulary=vocabulary)
+        expected = outputs.segment_logits.softmax(dim=-1)
+        assert outputs.segment_logits.shape == (2, 2, 3 + first_label)
+        labels = (first_label + 2, first_label)
+        expected = torch.stack([expected[n, :, label] for n, label in enumerate(labels)])
+        torch.testing.assert_close(outputs.object_scores, expected)
+
+    def test_detection_score_of_another_text_is_its_term_of_the_softmax(self, detector, tokenizer):
+        inputs = tokenizer(["a tree"])
+        with torch.no_grad():
+            outputs = detector(random_images(1), **inputs)
+            text_embeds = F.normalize(detector.get_text_features(**inputs).pooler_output, dim=-1)
+        similarity = outputs.segment_embeds[0] @ text_embeds[0] * detector.logit_scale.exp()
+        expected = (similarity - outputs.segment_logits[0].logsumexp(dim=-1)).exp().clamp_max(1)
+        assert_same(outputs.object_scores[0], expected)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_detection_finds_names_in_half_precision(self, detector, tokenizer, dtype):
+        detector.to(dtype)
+        inputs = tokenizer(["tree", "cat and some words that make the batch longer"])  # another padding
+        with torch.no_grad():
+            outputs = detector(random_images(2), **inputs)
+        assert_same(outputs.object_scores[0], outputs.segment_logits[0].softmax(dim=-1)[:, 2])
+
+    def test_checkpoint_without_label_embeds_scores_all_texts_alike(
+        self, detector, tokenizer, tmp_path, transformers_log
+    ):
+        detector.save_pretrained(tmp_path)
+        weights = load_file(tmp_path / "model.safetensors")
+        expected_embeds = weights.pop("label_embeds")
+        assert torch.equal(detector.label_embeds, expected_embeds)
+        save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        config = json.loads((tmp_path / "config.json").read_text()) | {"label_tokens": [[48, 1, 49]]}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        old = type(detector).from_pretrained(tmp_path).eval()
+        assert not transformers_log.records and "label_tokens" not in old.config.to_dict()
+        with torch.no_grad():
+            outputs = old(random_images(1), **tokenizer(["tree"]))
+        # With the template "{}", the name's term in the softmax is the label's probability.
+        assert_same(outputs.object_scores[0], outputs.segment_logits[0].softmax(dim=-1)[:, 2])
+
+    def test_wrong_input_of_object_detection_raises(self, detector, tokenizer):
+        with pytest.raises(ValueError, match="one text for each image; got 1 for 2"):
+            detector(random_images(2), **tokenizer(["tree"]))
+        detector.config.composition = "classes"
+        with pytest.raises(ValueError, match=r"composition = .segments"):
+            detector(random_images(1), **tokenizer(["tree"]))
+
+    def test_invalid_vocabularies_raise(self, segmenter, model, tmp_path):
+        tokenizer = WordTokenizer()
+        for labels, message in (
+            ([], "at least one name"),
+            ("cat", "at least one name"),
+            (["cat", " "], "no name empty"),
+            ([[]], "no name empty"),
+            (["cat", ["dog", "cat"]], "more than once"),
+            (["cat " * 20], "16 tokens at most"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                segmenter.set_vocabulary(labels, tokenizer=tokenizer)
+        with pytest.raises(ValueError, match="background must be a list"):
+            segmenter.set_vocabulary(["cat"], background="a wall", tokenizer=tokenizer)
+        with pytest.raises(ValueError, match="a probability between 0 and 1, got"):
+            segmenter.set_vocabulary(["cat"], background=1.5, tokenizer=tokenizer)
+        with pytest.raises(ValueError, match="synonyms must be"):
+            segmenter.set_vocabulary(["cat"], synonyms="min", tokenizer=tokenizer)
+        with pytest.raises(ValueError, match=r"give the class .background. another name"):
+            segmenter.set_vocabulary(["cat", "background"], background=["a wall"], tokenizer=tokenizer)
+        with pytest.raises(ValueError, match="takes no labels"):
+            segmenter(random_images(), labels=torch.zeros(2, 64, 64))
+        with pytest.raises(ValueError, match="takes no input_ids, input_points"):
+            segmenter(random_images(), input_points=random_points(), input_ids=INPUT_IDS)
+        with pytest.raises(ValueError, match=r"contain \{\}"):
+            segmenter.set_vocabulary(["cat"], templates=["a photo"], tokenizer=tokenizer)
+        model.save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=r"call model\.set_vocabulary"):
+            SamClipForImageSegmentation.from_pretrained(tmp_path)(random_images())
+        with pytest.raises(ValueError, match="pass its tokenizer"):
+            SamClipForImageSegmentation(model.config).set_vocabulary(["cat"])
