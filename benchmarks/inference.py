@@ -25,7 +25,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, SamConfig, SamModel
 
 from samclip_hf import SamClipConfig, SamClipForImageSegmentation, SamClipModel
 from samclip_hf.evaluation.cost import peak_memory, reset_peak_memory
-from samclip_hf.vision_encoder_samclip import SamClipVisionLayer
+from samclip_hf.vision_encoder_samclip import SamClipVisionLayer, _join_windows, _split_into_windows
 
 NUM_CLASSES = 20
 
@@ -67,14 +67,16 @@ def sam_operations(config: SamConfig, size: int) -> float:
 
 
 def project_padding_too(layer: SamClipVisionLayer, hidden_states: torch.Tensor, groups=None) -> torch.Tensor:
-    """The layer with windows around the projections, as in SAM."""
-    window_size = layer.attn.window_size
+    """`SamClipVisionLayer.forward` with SAM's order: padding and windows first, then the projections."""
+    attention, window_size = layer.attn, layer.attn.window_size
     attended = layer.layer_norm1(hidden_states)
     if window_size > 0:
-        attended, padded_size = layer.window_partition(attended, window_size)
-    attended = layer.attn(attended)[0]
+        padding = attended.new_zeros(1, 1, 1, attended.shape[-1])
+        attended, num_windows = _split_into_windows(attended, window_size, padding)
+    attended = attention.proj(attention._attend_on_grid(attention.qkv(attended))[0])
     if window_size > 0:
-        attended = layer.window_unpartition(attended, window_size, padded_size, hidden_states.shape[1:3])
+        height, width = hidden_states.shape[1:3]
+        attended = _join_windows(attended, num_windows)[:, :height, :width]
     hidden_states = hidden_states + attended
     return hidden_states + layer.mlp(layer.layer_norm2(hidden_states))
 

@@ -18,7 +18,7 @@ from torch.export import Dim
 
 from ..images import normalize
 from ..modeling_samclip import SamClipModel
-from ..vision_encoder_samclip import SamClipVisionAttention, SamClipVisionLayer
+from ..vision_encoder_samclip import SamClipPatchGroups
 
 PART_NAMES = ("image_encoder", "mask_decoder", "segment_encoder", "text_encoder")
 
@@ -178,35 +178,11 @@ class SegmentEncoder(nn.Module):
             window = torch.stack([rows // height, columns // width])
             same_window = (window[:, :, None] == window[:, None, :]).all(dim=0)
             rows, columns = rows % height, columns % width
+        groups = SamClipPatchGroups(rows, columns, (height, width), mask=same_window)
         for layer in head.layers:
-            assert isinstance(layer, SamClipVisionLayer)
-            attended = _attend(layer.attn, layer.layer_norm1(tokens), rows, columns, (height, width), same_window)
-            tokens = tokens + attended
-            tokens = tokens + layer.mlp(layer.layer_norm2(tokens))
+            tokens = layer(tokens, groups)
         pooled = tokens.amax(dim=0, keepdim=True) if head.pooling == "max" else tokens.mean(dim=0, keepdim=True)
         return F.normalize(head.mlp(head.layer_norm(pooled)), dim=-1)
-
-
-def _attend(
-    attention: SamClipVisionAttention,
-    tokens: Tensor,
-    rows: Tensor,
-    columns: Tensor,
-    grid_size: tuple[int, int],
-    mask: Tensor | None,
-) -> Tensor:
-    """Of one group `(num_patches, hidden_size)` what the attention gives, with the bias inside the dot product."""
-    qkv = attention.qkv(tokens).unflatten(-1, (3, attention.num_attention_heads, -1))
-    query, key, value = qkv.permute(1, 2, 0, 3).unbind(0)
-    queries, keys = [query * attention.scale], [key]
-    for table, position in zip(attention._position_tables(*grid_size), (rows, columns), strict=True):
-        queries.append(torch.einsum("nqc,qkc->nqk", query, table[position]))
-        one_hot = (position[:, None] == torch.arange(table.shape[0])).to(key.dtype)
-        keys.append(one_hot.expand(len(key), -1, -1))
-    scores = torch.cat(queries, dim=-1) @ torch.cat(keys, dim=-1).transpose(-2, -1)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    return attention.proj((scores.softmax(dim=-1) @ value).transpose(0, 1).flatten(1))
 
 
 def create_parts(model: SamClipModel, processor, images: Sequence[Image.Image] | None = None) -> dict[str, Part]:
