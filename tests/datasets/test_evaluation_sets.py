@@ -1,4 +1,4 @@
-"""Readers of data sets, each on its layout with two or three small images."""
+"""Evaluation sets: each reader opens its layout with two or three small images."""
 
 import io
 import json
@@ -37,7 +37,7 @@ def write(path: Path, content: bytes | str | list | dict) -> Path:
 
 
 def write_image(path: Path, seed: int = 0) -> Path:
-    """Of `SIZE`."""
+    """Writes an image of `SIZE`."""
     if path.suffix != ".png":
         return write(path, jpeg(seed, SIZE))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,7 +46,7 @@ def write_image(path: Path, seed: int = 0) -> Path:
 
 
 def write_label_map(path: Path, values: list[int]) -> Path:
-    """Of `SIZE`: `values` from the first pixel on, then the last of them."""
+    """Writes a label map of `SIZE`: the first pixels have `values`, the others the last of them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.full(SIZE[0] * SIZE[1], values[-1], dtype=np.uint8)
     pixels[: len(values)] = values
@@ -61,7 +61,7 @@ def first_values(sample, count: int) -> list[int]:
 
 
 def assert_samples(data, keys: list[str]):
-    """Come in this order, with RGB images, after pickling too."""
+    """Checks keys and images, also after pickling."""
     copy = pickle.loads(pickle.dumps(data))
     for samples in (data.samples, copy.samples):
         assert [sample.key for sample in samples] == keys
@@ -91,16 +91,16 @@ class TestVocabularies:
         labels = [names[0] for names in load_vocabulary(name).names]
         assert len(set(labels)) == len(labels)
 
-    def test_known_places(self):
+    def test_known_indices(self):
         imagenet = load_vocabulary("imagenet")
-        places = {identifier: place for place, identifier in enumerate(imagenet.ids)}
-        assert imagenet.names[places["n01440764"]] == ["tench"]
-        assert imagenet.names[places["n02123045"]] == ["tabby cat"]
-        assert imagenet.names[places["n15075141"]] == ["toilet paper"]
+        indices = {class_id: index for index, class_id in enumerate(imagenet.ids)}
+        assert imagenet.names[indices["n01440764"]] == ["tench"]
+        assert imagenet.names[indices["n02123045"]] == ["tabby cat"]
+        assert imagenet.names[indices["n15075141"]] == ["toilet paper"]
         ade = load_vocabulary("ade150").names
-        assert [ade[place] for place in (0, 12, 76, 149)] == [["wall"], ["person"], ["boat"], ["flag"]]
+        assert [ade[index] for index in (0, 12, 76, 149)] == [["wall"], ["person"], ["boat"], ["flag"]]
         voc = load_vocabulary("voc21")
-        assert [voc.names[place] for place in (0, 1, 15, 20)] == [
+        assert [voc.names[index] for index in (0, 1, 15, 20)] == [
             ["background"],
             ["aeroplane"],
             ["person"],
@@ -123,16 +123,16 @@ class TestClassification:
         assert [sample.label for sample in data.samples] == [0, 1, 1]
         assert data.names == [["a"], ["b"]]
 
-    def test_names_in_a_file(self, folder, tmp_path):
+    def test_classes_json_names_the_classes(self, folder, tmp_path):
         write(folder / "classes.json", ["ant", ["bee", "honey bee"]])
         assert open_classification(str(folder), tmp_path).names == [["ant"], ["bee", "honey bee"]]
 
-    def test_names_of_other_number_than_folders(self, folder, tmp_path):
+    def test_another_number_of_names_than_of_folders_raises(self, folder, tmp_path):
         write(folder / "classes.json", ["ant"])
         with pytest.raises(ValueError, match=r"2 folders, but 1 classes in classes\.json"):
             open_classification(str(folder), tmp_path)
 
-    def test_numbered_folders_are_in_the_order_of_numbers(self, tmp_path):
+    def test_numbered_folders_are_sorted_by_number(self, tmp_path):
         for number in range(12):
             write_image(tmp_path / f"photos/{number}/1.jpg")
         write(tmp_path / "photos/classes.json", [f"class {number}" for number in range(12)])
@@ -140,8 +140,8 @@ class TestClassification:
         assert all(data.names[sample.label] == [f"class {sample.key[:-6]}"] for sample in data.samples)
 
     def test_training_images(self, tmp_path):
-        for of_class in load_vocabulary("imagenet").ids:
-            write_image(tmp_path / f"imagenet/train/{of_class}/{of_class}_1.JPEG")
+        for class_id in load_vocabulary("imagenet").ids:
+            write_image(tmp_path / f"imagenet/train/{class_id}/{class_id}_1.JPEG")
         data = open_classification("imagenet", tmp_path, split="train")
         assert data.samples[10].key.startswith("n01530575/n01530575") and data.description["split"] == "train"
         with pytest.raises(FileNotFoundError, match="imagenet/val does not exist"):
@@ -155,17 +155,17 @@ class TestClassification:
         write_image(tmp_path / "places365/data_256/a/airfield/00000001.jpg")
         assert_samples(open_classification("places365", tmp_path, split="train"), ["/a/airfield/00000001.jpg"])
 
-    def test_file_that_is_no_picture(self, folder, tmp_path):
+    def test_a_file_that_is_not_an_image_raises(self, folder, tmp_path):
         write(folder / "a/notes.txt", "")
         with pytest.raises(ValueError, match=r"notes\.txt is not an image"):
             open_classification(str(folder), tmp_path)
 
-    def test_class_without_pictures(self, folder, tmp_path):
+    def test_a_class_without_images_raises(self, folder, tmp_path):
         (folder / "c").mkdir()
         with pytest.raises(FileNotFoundError, match=r"photos/c/\*"):
             open_classification(str(folder), tmp_path)
 
-    def test_nothing_there(self, tmp_path):
+    def test_missing_data_raise_with_the_expected_layout(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"elsewhere does not exist.*one folder of images per class.*tars"):
             open_classification(str(tmp_path / "elsewhere"), tmp_path)
 
@@ -195,12 +195,12 @@ class TestClassification:
             ({"y.jpg": b"", "y.json": b"{"}, r"y\.json is not valid JSON"),
         ],
     )
-    def test_tars_that_lack_something(self, tars, files, message):
+    def test_incomplete_tars_raise(self, tars, files, message):
         write_tar(tars / "2.tar", files)
         with pytest.raises(ValueError, match=rf"2\.tar: .*{message}"):
             open_classification(str(tars), "")
 
-    def test_tar_that_is_cut_off(self, tars):
+    def test_a_truncated_tar_raises(self, tars):
         content = (tars / "1.tar").read_bytes()
         (tars / "1.tar").write_bytes(content[:700])
         with pytest.raises(ValueError, match=r"1\.tar is not a readable tar"):
@@ -209,15 +209,15 @@ class TestClassification:
     @pytest.mark.parametrize("name", ["imagenet", "imagenet-v2"])
     def test_imagenet(self, tmp_path, name):
         if name == "imagenet":
-            folder, classes, ending = tmp_path / "imagenet/val", load_vocabulary("imagenet").ids, "JPEG"
+            folder, classes, extension = tmp_path / "imagenet/val", load_vocabulary("imagenet").ids, "JPEG"
         else:
             folder = tmp_path / "imagenetv2-matched-frequency-format-val"
-            classes, ending = [str(number) for number in range(1000)], "jpeg"
-        for of_class in classes:
-            write_image(folder / of_class / f"1.{ending}")
+            classes, extension = [str(number) for number in range(1000)], "jpeg"
+        for class_folder in classes:
+            write_image(folder / class_folder / f"1.{extension}")
         data = open_classification(name, tmp_path)
         assert [sample.label for sample in data.samples] == list(range(1000))
-        assert data.samples[10].key == f"{classes[10]}/1.{ending}"
+        assert data.samples[10].key == f"{classes[10]}/1.{extension}"
         assert data.names[10] == ["brambling"]
         (folder / "extra").mkdir()
         with pytest.raises(ValueError, match="extra"):
@@ -261,7 +261,7 @@ class TestCaptions:
         with pytest.raises(ValueError, match=r"1\.tar: '1/x' has no caption"):
             open_captions(str(tmp_path), "")
 
-    def test_nothing_there(self, tmp_path):
+    def test_missing_data_raise_with_the_expected_layout(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"elsewhere does not exist.*jpg and txt"):
             open_captions(str(tmp_path / "elsewhere"), "")
         with pytest.raises(FileNotFoundError, match=r"dataset_coco\.json does not exist.*https://"):
@@ -314,7 +314,7 @@ class TestObjects:
         with pytest.raises(FileNotFoundError, match=r"other\.json"):
             open_objects(name, root, root / "other.json")
 
-    def test_annotation_of_no_image(self, known):
+    def test_an_annotation_of_an_unknown_image_raises(self, known):
         name, root, file, content = known
         content["annotations"][1]["image_id"] = 5
         write(root / file, content)
@@ -426,7 +426,7 @@ class TestSegmentation:
         write_label_map(tmp_path / "coco/stuffthingmaps/val2017/a.png", [0, 89, 11, 91, 181, 255])
         data = open_segmentation(name, tmp_path)
         assert first_values(data.samples[0], 6) == expected
-        assert [data.names[place] for place in expected[:2]] == [["person"], ["toothbrush"]]
+        assert [data.names[index] for index in expected[:2]] == [["person"], ["toothbrush"]]
         assert (data.background is None) == (name == "stuff171")
 
     def test_coco_panoptic(self, tmp_path):
@@ -504,23 +504,23 @@ class TestSegmentation:
         assert data.names == [["background"], ["road"]]
         assert data.background == ["sky", "wall"]
 
-    def test_folder_without_names(self, folder):
+    def test_a_folder_without_names_raises(self, folder):
         (folder.parent / "classes.json").unlink()
         with pytest.raises(FileNotFoundError, match=r"set/classes\.json does not exist.*labels/"):
             open_segmentation(str(folder), "")
 
     @pytest.mark.parametrize("file", ["images/a.jpg", "labels/a.png"])
-    def test_one_without_the_other(self, folder, file):
+    def test_images_and_label_maps_need_the_same_stems(self, folder, file):
         (folder / file).unlink()
         with pytest.raises(ValueError, match=r"in one of them only: \['a'\]"):
             open_segmentation(str(folder), "")
 
-    def test_two_images_of_one_stem(self, folder):
+    def test_two_images_with_one_stem_raise(self, folder):
         write_image(folder / "images/a.png")
         with pytest.raises(ValueError, match="two files with one stem"):
             open_segmentation(str(folder), "")
 
-    def test_label_map_that_is_wrong(self, folder):
+    def test_invalid_label_maps_raise(self, folder):
         sample = open_segmentation(str(folder), "").samples[0]
         write_label_map(folder / "labels/a.png", [2])
         with pytest.raises(ValueError, match=r"a\.png has values without a class: \[2\]"):
@@ -532,7 +532,7 @@ class TestSegmentation:
         with pytest.raises(ValueError, match=r"a\.png is not a label map: it has 3 channels"):
             sample.label_map()
 
-    def test_nothing_there(self, tmp_path):
+    def test_missing_data_raise_with_the_expected_layout(self, tmp_path):
         for name in SEGMENTATION_NAMES.split(", "):
             with pytest.raises(FileNotFoundError, match=r"does not exist\. Expected: .*http"):
                 open_segmentation(name, tmp_path)
@@ -560,7 +560,7 @@ class TestPlaces365:
 
 
 class TestHub:
-    """Data sets as the Hub's own, here in a folder of parquet files."""
+    """The Hub's formats, here in a folder of parquet files."""
 
     @pytest.fixture
     def folder(self, tmp_path):
@@ -570,19 +570,19 @@ class TestHub:
         folder.mkdir(exist_ok=True)
         Dataset.from_dict(columns, features=Features(features)).to_parquet(folder / f"{split}-0.parquet")
 
-    def pictures(self, count: int) -> list[Image.Image]:
+    def images(self, count: int) -> list[Image.Image]:
         return [Image.new("RGB", SIZE, (number, 0, 0)) for number in range(count)]
 
     def test_classification(self, folder):
         features = {"image": ImageFeature(), "label": ClassLabel(names=["great_white", "tench"])}
-        self.save(folder, {"image": self.pictures(3), "label": [1, 0, 1]}, features)
+        self.save(folder, {"image": self.images(3), "label": [1, 0, 1]}, features)
         data = open_classification(f"hf://{folder}", "")
         assert data.names == [["great white"], ["tench"]]
-        for _ in range(2):  # streamed anew
+        for _ in range(2):  # streamed again
             assert [sample.label for sample in data.samples] == [1, 0, 1]
         assert [sample.image().getpixel((0, 0))[0] for sample in data.samples] == [0, 1, 2]
         assert not hasattr(data.samples, "__len__")
-        self.save(folder, {"image": self.pictures(1), "label": [0]}, features, "train")
+        self.save(folder, {"image": self.images(1), "label": [0]}, features, "train")
         with pytest.raises(ValueError, match=r"choose a split with \?split=\. Available: train, test"):
             open_classification(f"hf://{folder}", "")
         assert len(list(open_classification(f"hf://{folder}?split=train", "").samples)) == 1
@@ -592,7 +592,7 @@ class TestHub:
             open_classification(f"hf://{folder}?spilt=train", "")
 
     def test_captions(self, folder):
-        columns = {"jpg": self.pictures(2), "captions": [["a dog", "a cat "], ["a bird"]], "url": ["x", "y"]}
+        columns = {"jpg": self.images(2), "captions": [["a dog", "a cat "], ["a bird"]], "url": ["x", "y"]}
         self.save(folder, columns, {"jpg": ImageFeature(), "captions": List(Value("string")), "url": Value("string")})
         data = open_captions(f"hf://{folder}", "")
         assert [sample.captions for sample in data.samples] == [("a dog", "a cat"), ("a bird",)]
@@ -603,7 +603,7 @@ class TestHub:
         label_maps = [Image.fromarray(np.full(SIZE[::-1], value, dtype=np.uint8)) for value in (1, 255, 2)]
         self.save(
             folder,
-            {"image": self.pictures(3), "annotation": label_maps},
+            {"image": self.images(3), "annotation": label_maps},
             {"image": ImageFeature(), "annotation": ImageFeature()},
         )
         classes = write(tmp_path / "classes.json", ["sky", "road"])
@@ -615,6 +615,6 @@ class TestHub:
         with pytest.raises(ValueError, match=r"and \?classes="):
             open_segmentation(f"hf://{folder}", "")
 
-    def test_what_is_not_there(self, tmp_path):
+    def test_a_missing_data_set_raises(self, tmp_path):
         with pytest.raises(ValueError, match="could not be opened"):
             open_classification(f"hf://{tmp_path / 'nowhere'}", "")

@@ -58,7 +58,7 @@ NAMES = [["background"], ["red", "scarlet"], ["green"], ["blue"]]
 SHADES = (0, 60, 120, 180)  # the gray value of each class, which `Oracle` reads
 
 
-def picture(classes) -> Image.Image:
+def gray_image(classes) -> Image.Image:
     return Image.fromarray(np.repeat(np.array(SHADES, dtype=np.uint8)[np.asarray(classes)][..., None], 3, axis=2))
 
 
@@ -125,7 +125,7 @@ def segmentation_data(ignored: bool = False) -> DataSet[SegmentedImage]:
     def truth(classes):
         return np.where((classes == 1) & ignored, IGNORE_INDEX, classes)
 
-    samples = [SegmentedImage(str(n), partial(picture, m), partial(truth, m)) for n, m in enumerate(scenes())]
+    samples = [SegmentedImage(str(n), partial(gray_image, m), partial(truth, m)) for n, m in enumerate(scenes())]
     return DataSet("shades", samples, NAMES, ["nothing"])
 
 
@@ -146,7 +146,7 @@ def object_data() -> DataSet[ImageWithObjects]:
 
     samples = [
         ImageWithObjects(
-            str(n), partial(picture, m), partial(objects, n, m), image_info={"id": n, "height": 12, "width": 16}
+            str(n), partial(gray_image, m), partial(objects, n, m), image_info={"id": n, "height": 12, "width": 16}
         )
         for n, m in enumerate(scenes())
     ]
@@ -154,12 +154,14 @@ def object_data() -> DataSet[ImageWithObjects]:
 
 
 def classification_data() -> DataSet[LabeledImage]:
-    samples = [LabeledImage(str(n), partial(picture, np.full((4, 6), n % 4)), n % 4) for n in range(40)]
+    samples = [LabeledImage(str(n), partial(gray_image, np.full((4, 6), n % 4)), n % 4) for n in range(40)]
     return DataSet("shades", samples, NAMES)
 
 
 def caption_data() -> DataSet[CaptionedImage]:
-    samples = [CaptionedImage(str(n), partial(picture, np.full((4, 6), n)), (f"a {NAMES[n][0]}",)) for n in range(4)]
+    samples = [
+        CaptionedImage(str(n), partial(gray_image, np.full((4, 6), n)), (f"a {NAMES[n][0]}",)) for n in range(4)
+    ]
     return DataSet("shades", samples)
 
 
@@ -211,7 +213,7 @@ def test_background_is_decided_by_texts_or_by_a_threshold():
     by_threshold = SemanticSegmentation(segmentation_data(), background_threshold=0.4, **PLAIN)
     by_threshold.prepare(model)
     # Background has a probability of 1/3 for each class. The right class has e / (e + 2) = 0.58.
-    assert by_threshold.predict(model, picture(scenes()[0])).tolist() == scenes()[0].tolist()
+    assert by_threshold.predict(model, gray_image(scenes()[0])).tolist() == scenes()[0].tolist()
     without = DataSet("shades", [], NAMES[1:])
     with pytest.raises(ValueError, match="has no background"):
         SemanticSegmentation(without, background_threshold=0.4)
