@@ -210,10 +210,11 @@ def test_the_cascade_classifies_every_mask():
 
 def test_background_is_decided_by_texts_or_by_a_threshold():
     model = Oracle()
-    by_threshold = SemanticSegmentation(segmentation_data(), background_threshold=0.4, **PLAIN)
-    by_threshold.prepare(model)
-    # Background has a probability of 1/3 for each class. The right class has e / (e + 2) = 0.58.
-    assert by_threshold.predict(model, gray_image(scenes()[0])).tolist() == scenes()[0].tolist()
+    for windows in ({}, {"size": 12, "window": 8, "stride": 2}):  # up to four windows overlap
+        evaluator = SemanticSegmentation(segmentation_data(), background_threshold=0.4, **windows, **PLAIN)
+        evaluator.prepare(model)
+        # In the background, each class has a probability of 1/3. Elsewhere, the right class has e / (e + 2) = 0.58.
+        assert evaluator.predict(model, gray_image(scenes()[0])).tolist() == scenes()[0].tolist()
     without = DataSet("shades", [], NAMES[1:])
     with pytest.raises(ValueError, match="has no background"):
         SemanticSegmentation(without, background_threshold=0.4)
@@ -222,11 +223,9 @@ def test_background_is_decided_by_texts_or_by_a_threshold():
 
 @pytest.mark.parametrize("length, window, stride", [(10, 4, 2), (10, 4, 3), (4, 4, 4), (3, 4, 2), (11, 5, 5)])
 def test_windows_cover_the_image(length, window, stride):
-    seen = {
-        place for start in window_starts(length, window, stride) for place in range(start, min(start + window, length))
-    }
-    assert seen == set(range(length))
-    assert all(start + window <= length for start in window_starts(length, window, stride)) or window > length
+    starts = window_starts(length, window, stride)
+    assert {x for start in starts for x in range(start, min(start + window, length))} == set(range(length))
+    assert all(start + window <= length for start in starts) or window > length
 
 
 def test_windows_with_gaps_raise():
