@@ -1,8 +1,11 @@
 """
-SAM-CLIP in the browser: points, a box, words and everything, from one pass of the image encoder for each picture.
+A Gradio app for SAM-CLIP: segmentation from points, a box and text, and automatic mask generation. The image encoder
+runs once per image.
 
     python demo/app.py                # the shipped miniature
-    python demo/app.py runs/stage3    # any SAM-CLIP, a folder or a name on the Hub; so does SAMCLIP_CHECKPOINT
+    python demo/app.py runs/stage3    # a folder or a repository on the Hub
+
+The environment variable SAMCLIP_CHECKPOINT sets the default checkpoint.
 """
 
 import argparse
@@ -17,27 +20,26 @@ from pathlib import Path
 import gradio as gr
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 from transformers import AutoConfig
 
 from samclip_hf import SamClipForImageSegmentation, SamClipProcessor, miniature
+from samclip_hf.images import open_image
+from samclip_hf.mask_generation_samclip import MASK_GENERATION_DEFAULTS
 from samclip_hf.miniature.scenes import BACKGROUND_PROMPTS, CLASS_NAMES, render
 
-SCENES = (42, 3, 50, 54, 57, 8)  # of world 0: of all backgrounds, and such as the miniature does well
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # not all that Pillow opens: some start other programs
-Image.init()  # or `Image.open` would not find the rarer ones by name
-MAX_MEGAPIXELS = 50  # a few kilobytes can unpack to gigabytes; telephones take 48
-SMALLEST_VIEW = 512  # pixels: smaller pictures are enlarged, to be clicked on
-USERS = 200  # whose pictures are remembered: ViT-B's embeddings of one are 17 MB
-POINTS_AT_ONCE = 64  # of everything mode: the mask decoder's memory grows with them
-# Of everything mode: the stock pipeline's, and the miniature's, whose predicted IoUs and edges are less sure.
-GENERATION = {"points_per_side": 32, "pred_iou_thresh": 0.88, "stability_score_thresh": 0.95, "crops_nms_thresh": 0.7}
-MINIATURE = {"points_per_side": 16, "pred_iou_thresh": 0.6, "stability_score_thresh": 0.3, "crops_nms_thresh": 0.5}
+EXAMPLE_SCENES = (42, 3, 50, 54, 57, 8)  # indices of scenes with seed 0, which cover all backgrounds
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # some of Pillow's other formats start external programs
+Image.init()  # loads the plugins of all formats; `Image.open(formats=...)` does not
+MAX_MEGAPIXELS = 50  # a small file can contain a very large image
+MIN_DISPLAY_SIZE = 512  # pixels: smaller images are enlarged
+MAX_SESSIONS = 200  # each stores the image embeddings of one image: 17 MB with ViT-B
+POINTS_PER_BATCH = 64  # in automatic mask generation
 
-INSIDE, OUTSIDE, BOX = "point inside", "point outside", "box: two corners"
-NO_PICTURE = "Choose a scene or drop a photograph first."
+FOREGROUND, BACKGROUND, BOX = "Foreground point", "Background point", "Box (two corners)"
+NO_IMAGE = "Choose an example or upload an image first."
 
-# Gradio draws masks at an opacity of its own; `active` and `inactive` ones are those of a legend that is pointed at.
+# Gradio's default opacity of masks is fixed. It sets `active` and `inactive` while the pointer is on the legend.
 CSS = """
 .masks .mask:not(.active):not(.inactive) { opacity: var(--mask-opacity, 0.6) !important; }
 .timers p { font-variant-numeric: tabular-nums; font-size: 0.9em; }
@@ -53,31 +55,37 @@ SET_OPACITY = "value => document.documentElement.style.setProperty('--mask-opaci
 
 
 @dataclass(frozen=True)
-class Picture:
+class EncodedImage:
     """
-    A picture and all that the image encoder has to say about it.
+    An image and the outputs of the image encoder.
 
-    image (`PIL.Image.Image`):
-        As it is shown.
-    inputs (`dict[str, torch.Tensor]`):
-        `original_sizes` and `reshaped_input_sizes`, as the processor gives them.
-    vision_embeds (`SamClipVisionEncoderOutput`):
-        On the model's device.
+    Attributes:
+        image (`PIL.Image.Image`): The displayed image.
+        sizes (`dict[str, torch.Tensor]`): `original_sizes` and `reshaped_input_sizes`, from the processor.
+        vision_embeds (`SamClipVisionEncoderOutput`): Outputs of the image encoder, on the model's device.
     """
 
     image: Image.Image
-    inputs: dict
+    sizes: dict
     vision_embeds: object
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width."""
+        """Height and width of the image."""
         return self.image.height, self.image.width
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """What was clicked, in pixels of the picture: points with their labels, a box, the first corner of the next."""
+    """
+    Prompts in pixels of the displayed image.
+
+    Attributes:
+        points (`tuple`): x and y of each point.
+        labels (`tuple`): The label of each point: 1 for foreground, 0 for background.
+        box (`tuple`, *optional*): x1, y1, x2, y2.
+        corner (`tuple`, *optional*): First corner of a box whose second corner is not set yet.
+    """
 
     points: tuple[tuple[float, float], ...] = ()
     labels: tuple[int, ...] = ()
@@ -85,8 +93,9 @@ class Prompts:
     corner: tuple[float, float] | None = None
 
     def click(self, mode: str, x: float, y: float) -> "Prompts":
+        """Returns the prompts after a click. `mode` is `FOREGROUND`, `BACKGROUND` or `BOX`."""
         if mode != BOX:
-            return replace(self, points=(*self.points, (x, y)), labels=(*self.labels, int(mode == INSIDE)))
+            return replace(self, points=(*self.points, (x, y)), labels=(*self.labels, int(mode == FOREGROUND)))
         if self.corner is None:
             return replace(self, corner=(x, y))
         left, right = sorted((self.corner[0], x))
@@ -94,12 +103,12 @@ class Prompts:
         return replace(self, box=(left, top, right, bottom), corner=None)
 
     def draw(self, image: Image.Image) -> Image.Image:
-        """A copy of the image that shows them: green inside, red outside, a yellow box."""
+        """Returns a copy of the image with foreground points in green, background points in red and a yellow box."""
         image = image.copy()
         draw, radius = ImageDraw.Draw(image), max(image.size) / 80
         for (x, y), label in zip(self.points, self.labels, strict=True):
-            colour = "lime" if label else "red"
-            draw.circle((x, y), radius, fill=colour, outline="white", width=max(1, round(radius / 3)))
+            color = "lime" if label else "red"
+            draw.circle((x, y), radius, fill=color, outline="white", width=max(1, round(radius / 3)))
         if self.box is not None:
             draw.rectangle(self.box, outline="yellow", width=max(2, round(radius / 2)))
         if self.corner is not None:
@@ -107,38 +116,42 @@ class Prompts:
         return image
 
 
-def read_picture(path: str | None, edge: int) -> Image.Image:
-    """A file as an RGB picture whose longer side is `edge` pixels. Raises `ValueError` with what is wrong with it."""
+def read_image(path: str | None, longest_edge: int) -> Image.Image:
+    """
+    Reads an image in RGB and resizes its longer side to `longest_edge` pixels. Raises `ValueError` with a message for
+    the user if that fails.
+    """
     if path is None or not os.path.getsize(path):
-        raise ValueError("This file is empty.")
+        raise ValueError("The file is empty.")
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            megapixels = image.width * image.height / 1e6
-            if megapixels > MAX_MEGAPIXELS:  # before any of it is unpacked
-                raise Image.DecompressionBombError(f"{megapixels:.0f} megapixels")
-            if image.mode.startswith("I"):  # 16 bits, of which Pillow would cut off all above 255
-                image = image.point(lambda value: value * (1 / 257)).convert("L")
-            image = ImageOps.exif_transpose(image).convert("RGB")
+        image = open_image(path, max_pixels=MAX_MEGAPIXELS * 10**6, formats=FORMATS)
     except Image.DecompressionBombError:
-        raise ValueError(f"This picture is too large: at most {MAX_MEGAPIXELS} megapixels, please.") from None
-    except Exception as error:  # decoders of broken files raise anything
+        raise ValueError(f"The image is too large. The maximum is {MAX_MEGAPIXELS} megapixels.") from None
+    except Exception as error:  # Pillow's decoders raise many types for invalid files
         raise ValueError(
-            f"This file is no picture, or a broken one. What can be read: {', '.join(FORMATS)}."
+            f"The file is not an image or is damaged. Supported formats: {', '.join(FORMATS)}."
         ) from error
-    scale = edge / max(image.size)
+    scale = longest_edge / max(image.size)
     return image.resize(tuple(max(1, round(side * scale)) for side in image.size), Image.Resampling.BICUBIC)
 
 
 def overlay(image: Image.Image, masks: list[tuple[torch.Tensor, str, int]]) -> gr.AnnotatedImage:
-    """Masks `(height, width)` with their text in the legend and a number that gives the colour."""
+    """
+    Returns an image with masks and a legend.
+
+    Args:
+        image (`PIL.Image.Image`): The image.
+        masks (`list[tuple[torch.Tensor, str, int]]`): Each mask `(height, width)`, its legend, and a number that
+            determines its color.
+    """
     hues = {text: colorsys.hsv_to_rgb(number * 0.618 % 1, 0.85, 1) for _, text, number in masks}
-    colours = {text: "#" + "".join(f"{round(255 * part):02x}" for part in hue) for text, hue in hues.items()}
+    colors = {text: "#" + "".join(f"{round(255 * part):02x}" for part in hue) for text, hue in hues.items()}
     annotations = [(mask.float().cpu().numpy(), text) for mask, text, _ in masks]
-    return gr.AnnotatedImage((image, annotations), color_map=colours)
+    return gr.AnnotatedImage((image, annotations), color_map=colors)
 
 
 class Timer:
-    """Milliseconds of a `with` block."""
+    """Context manager that measures the duration of its block. Its string is the duration in milliseconds."""
 
     def __enter__(self):
         self.start = time.perf_counter()
@@ -155,82 +168,85 @@ class Timer:
 
 class App:
     """
-    The page's callbacks. What they return goes to the components that `build` names; the picture and the prompts are
-    each user's own.
+    The callbacks of the page. They return the values of the components that `build` connects them to. The encoded
+    image and the prompts are part of the user's session.
 
-    checkpoint (`str`):
-        A folder or a name on the Hub.
+    Args:
+        checkpoint (`str`): A folder or a repository on the Hub.
+
+    Raises:
+        ValueError: If the checkpoint is not a SAM-CLIP.
     """
 
     def __init__(self, checkpoint: str):
         self.checkpoint = checkpoint
         self.is_miniature = checkpoint == miniature.checkpoint()
-        self.generation = MINIATURE if self.is_miniature else GENERATION
-        kind = AutoConfig.from_pretrained(checkpoint).model_type
-        if kind != "samclip":
-            raise ValueError(f'{checkpoint} is a model of type "{kind}", not a SAM-CLIP.')
+        self.mask_generation = miniature.MASK_GENERATION if self.is_miniature else MASK_GENERATION_DEFAULTS
+        model_type = AutoConfig.from_pretrained(checkpoint).model_type
+        if model_type != "samclip":
+            raise ValueError(f'{checkpoint} is a model of type "{model_type}", not a SAM-CLIP.')
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = SamClipForImageSegmentation.from_pretrained(checkpoint).to(device).eval()
         self.processor = SamClipProcessor.from_pretrained(checkpoint)
-        self.tokenizing = threading.Lock()  # one call's padding is another's, and callbacks run in threads
-        self.edge = max(SMALLEST_VIEW, self.processor.image_processor.size["longest_edge"])
+        self.tokenizer_lock = threading.Lock()  # callbacks run in threads, and tokenizers are not thread-safe
+        self.longest_edge = max(MIN_DISPLAY_SIZE, self.processor.image_processor.size["longest_edge"])
 
         folder = Path(tempfile.mkdtemp(prefix="samclip-scenes-"))
-        self.scenes: list[tuple[str, str]] = []  # path, words
-        for index in SCENES:
+        self.scenes: list[tuple[str, str]] = []  # path and labels
+        for index in EXAMPLE_SCENES:
             scene = render(seed=0, index=index)
             path = str(folder / f"scene{index}.png")
             image = Image.fromarray(scene.image)
-            image.resize((SMALLEST_VIEW, SMALLEST_VIEW), Image.Resampling.BICUBIC).save(path)
+            image.resize((MIN_DISPLAY_SIZE, MIN_DISPLAY_SIZE), Image.Resampling.BICUBIC).save(path)
             self.scenes.append((path, ", ".join(CLASS_NAMES[number] for number in dict.fromkeys(scene.class_ids))))
 
     # Callbacks.
 
     @torch.inference_mode()
-    def load(self, path: str | None, picture: Picture | None, prompts: Prompts):
-        """A new picture: the only pass of the image encoder. One that cannot be read leaves everything as it was."""
+    def load(self, path: str | None, encoded: EncodedImage | None, prompts: Prompts):
+        """Reads and encodes an image. If it cannot be read, shows a warning and keeps the previous one."""
         try:
-            image = read_picture(path, self.edge)
+            image = read_image(path, self.longest_edge)
         except ValueError as error:
-            gr.Warning(f"{error} The picture before it stays.", title="Not loaded")
-            return prompts.draw(picture.image) if picture else None, *[gr.skip()] * 7
+            gr.Warning(str(error), title="The image was not loaded")
+            return prompts.draw(encoded.image) if encoded else None, *[gr.skip()] * 7
         inputs = self.processor(images=image)
         with Timer() as timer:
             vision_embeds = self.model.vision_encoder(inputs.pop("pixel_values").to(self.model.device))
         return (
             image,
-            Picture(image, dict(inputs), vision_embeds),
+            EncodedImage(image, dict(inputs), vision_embeds),
             Prompts(),
             overlay(image, []),
             overlay(image, []),
-            f"Image encoder {timer}, once for this picture",
+            f"Image encoder {timer}, once per image",
             "",
             "",
         )
 
-    def upload(self, file: dict | None, picture: Picture | None, prompts: Prompts):
-        return self.load(file and file["path"], picture, prompts)
+    def upload(self, file: dict | None, encoded: EncodedImage | None, prompts: Prompts):
+        return self.load(file and file["path"], encoded, prompts)
 
-    def choose(self, index: int, picture: Picture | None, prompts: Prompts):
-        path, words = self.scenes[index]
-        return *self.load(path, picture, prompts), words
+    def choose(self, index: int, encoded: EncodedImage | None, prompts: Prompts):
+        path, labels = self.scenes[index]
+        return *self.load(path, encoded, prompts), labels
 
-    def click(self, picture: Picture | None, prompts: Prompts, mode: str, event: gr.SelectData):
-        if picture is None:
-            gr.Warning(NO_PICTURE)
+    def click(self, encoded: EncodedImage | None, prompts: Prompts, mode: str, event: gr.SelectData):
+        if encoded is None:
+            gr.Warning(NO_IMAGE)
             return gr.skip()
-        return self.prompt(picture, prompts.click(mode, *event.index))
+        return self.predict_mask(encoded, prompts.click(mode, *event.index))
 
-    def clear(self, picture: Picture | None):
-        return gr.skip() if picture is None else self.prompt(picture, Prompts())
+    def clear(self, encoded: EncodedImage | None):
+        return gr.skip() if encoded is None else self.predict_mask(encoded, Prompts())
 
     @torch.inference_mode()
-    def prompt(self, picture: Picture, prompts: Prompts):
-        """The mask of the points and the box together: of three for a single point, the best."""
-        shown, masks, line = prompts.draw(picture.image), [], ""
+    def predict_mask(self, encoded: EncodedImage, prompts: Prompts):
+        """Predicts one mask from all points and the box. For a single point, it is the best of three masks."""
+        masks, duration = [], ""
         if prompts.points or prompts.box:
             inputs = self.processor(
-                images=picture.image,
+                images=encoded.image,
                 input_points=[[prompts.points]] if prompts.points else None,
                 input_labels=[[prompts.labels]] if prompts.points else None,
                 input_boxes=[[prompts.box]] if prompts.box else None,
@@ -238,186 +254,197 @@ class App:
             names = [name for name in ("input_points", "input_labels", "input_boxes") if name in inputs]
             with Timer() as timer:
                 logits, iou_scores = self.model.predict_masks(
-                    picture.vision_embeds.last_hidden_state,
+                    encoded.vision_embeds.last_hidden_state,
                     **{name: inputs[name].to(self.model.device) for name in names},
                     multimask_output=len(prompts.points) == 1 and prompts.box is None,
                 )
-            mask = self.processor.post_process_masks(logits.cpu(), **picture.inputs)[0][0, iou_scores[0, 0].argmax()]
+            mask = self.processor.post_process_masks(logits.cpu(), **encoded.sizes)[0][0, iou_scores[0, 0].argmax()]
             masks = [(mask, f"predicted IoU {iou_scores.max():.2f}", 1)]
-            line = f"Points and box {timer}"
-        return shown, prompts, overlay(picture.image, masks), line
+            duration = f"Points and box {timer}"
+        return prompts.draw(encoded.image), prompts, overlay(encoded.image, masks), duration
 
     @torch.inference_mode()
-    def segment(self, picture: Picture | None, words: str, background: str, sentence: str, least_score: float):
-        """By words: the CLIP head alone, both heads, and the picture as a whole."""
-        if picture is None:
-            gr.Warning(NO_PICTURE)
+    def segment(self, encoded: EncodedImage | None, labels: str, background: str, template: str, threshold: float):
+        """Segments by text with the CLIP head and with both heads, and classifies the whole image."""
+        if encoded is None:
+            gr.Warning(NO_IMAGE)
             return gr.skip()
-        labels, others = ([text.strip() for text in field.split(",") if text.strip()] for field in (words, background))
+        names, background_prompts = (
+            [text.strip() for text in field.split(",") if text.strip()] for field in (labels, background)
+        )
         try:
-            with self.tokenizing, Timer() as text:
-                vocabulary = self.model.embed_vocabulary(labels, others, [sentence], self.processor.tokenizer)
-        except ValueError as error:  # what is wrong with the words
-            gr.Warning(str(error), title="Words")
+            with self.tokenizer_lock, Timer() as text_tower:
+                vocabulary = self.model.embed_vocabulary(
+                    names, background_prompts, [template], self.processor.tokenizer
+                )
+        except ValueError as error:
+            gr.Warning(str(error), title="Labels")
             return gr.skip()
-        names, nothing = vocabulary.id2label, vocabulary.background_label_id
+        id2label = vocabulary.id2label
         inputs = {
-            "vision_embeds": picture.vision_embeds,
-            "reshaped_input_sizes": picture.inputs["reshaped_input_sizes"],
+            "vision_embeds": encoded.vision_embeds,
+            "reshaped_input_sizes": encoded.sizes["reshaped_input_sizes"],
         }
 
         with Timer() as clip_head:
             outputs = self.model(**inputs, vocabulary=vocabulary, both_heads=False)
-        labels = self.processor.post_process_semantic_segmentation(outputs, [picture.size])[0]
-        found = [number for number in labels.unique().tolist() if number != nothing]
-        by_clip_head = [(labels == number, names[number], number) for number in found]
+        label_map = self.processor.post_process_semantic_segmentation(outputs, [encoded.size])[0]
+        by_clip_head = [
+            (label_map == label_id, id2label[label_id], label_id)
+            for label_id in label_map.unique().tolist()
+            if label_id != vocabulary.background_label_id
+        ]
 
         with Timer() as both_heads:
             outputs = self.model(**inputs, vocabulary=vocabulary)
         segments = self.processor.post_process_panoptic_segmentation(
             outputs,
-            threshold=least_score,
-            overlap_mask_area_threshold=0,  # all that is seen of a mask behind others
-            label_ids_to_fuse=set(names),
-            target_sizes=[picture.size],
+            threshold=threshold,
+            overlap_mask_area_threshold=0,  # keep masks that are mostly hidden by others
+            label_ids_to_fuse=set(id2label),
+            target_sizes=[encoded.size],
         )[0]
         by_both_heads = [
             (
                 segments["segmentation"] == segment["id"],
-                f"{names[segment['label_id']]} {segment['score']:.2f}",
+                f"{id2label[segment['label_id']]} {segment['score']:.2f}",
                 segment["label_id"],
             )
             for segment in segments["segments_info"]
         ]
 
-        with Timer() as whole:
+        with Timer() as classification:
             image_embeds = F.normalize(self.model.get_image_features(**inputs).pooler_output, dim=-1)
             scores = self.model.classify(image_embeds, vocabulary)[0].softmax(dim=-1)
         return (
-            overlay(picture.image, by_clip_head),
-            overlay(picture.image, by_both_heads),
-            {names[number]: score for number, score in enumerate(scores.tolist())},
-            f"Text tower {text}, CLIP head {clip_head}, both heads {both_heads}, whole picture {whole}",
+            overlay(encoded.image, by_clip_head),
+            overlay(encoded.image, by_both_heads),
+            {id2label[label_id]: score for label_id, score in enumerate(scores.tolist())},
+            f"Text tower {text_tower}, CLIP head {clip_head}, both heads {both_heads}, "
+            f"classification {classification}",
         )
 
     @torch.inference_mode()
-    def draw_everything(self, picture: Picture | None):
-        """What the stock mask-generation pipeline does, but from the embedding that is there."""
-        if picture is None:
-            gr.Warning(NO_PICTURE)
+    def segment_everything(self, encoded: EncodedImage | None):
+        """Generates masks as `pipeline("mask-generation")` does, from the image embeddings of the session."""
+        if encoded is None:
+            gr.Warning(NO_IMAGE)
             return gr.skip()
-        image_processor, device, options = self.processor.image_processor, self.model.device, self.generation
+        image_processor, device, options = self.processor.image_processor, self.model.device, self.mask_generation
         thresholds = {name: options[name] for name in ("pred_iou_thresh", "stability_score_thresh")}
         with Timer() as timer:
             crop_boxes, points, _, labels = image_processor.generate_crop_boxes(
-                picture.image,
+                encoded.image,
                 image_processor.size["longest_edge"],
-                points_per_crop=options["points_per_side"],
+                points_per_crop=options["points_per_crop"],
             )
-            kept = []
-            for start in range(0, points.shape[1], POINTS_AT_ONCE):
-                chunk = slice(start, start + POINTS_AT_ONCE)
+            filtered = []
+            for start in range(0, points.shape[1], POINTS_PER_BATCH):
+                batch = slice(start, start + POINTS_PER_BATCH)
                 logits, iou_scores = self.model.predict_masks(
-                    picture.vision_embeds.last_hidden_state,
-                    points[:, chunk].to(device, self.model.dtype),
-                    labels[:, chunk].to(device),
+                    encoded.vision_embeds.last_hidden_state,
+                    points[:, batch].to(device, self.model.dtype),
+                    labels[:, batch].to(device),
                 )
-                masks = image_processor.post_process_masks(logits, **picture.inputs, binarize=False)
-                kept.append(
-                    image_processor.filter_masks(masks[0], iou_scores[0], picture.size, crop_boxes[0], **thresholds)
+                masks = image_processor.post_process_masks(logits, **encoded.sizes, binarize=False)
+                filtered.append(
+                    image_processor.filter_masks(masks[0], iou_scores[0], encoded.size, crop_boxes[0], **thresholds)
                 )
-            all_masks, all_scores, all_boxes = zip(*kept, strict=True)
+            all_masks, all_scores, all_boxes = zip(*filtered, strict=True)
             masks, iou_scores, _, _ = image_processor.post_process_for_mask_generation(
-                [mask for chunk in all_masks for mask in chunk],
+                [mask for batch_masks in all_masks for mask in batch_masks],
                 torch.cat(all_scores),
                 torch.cat(all_boxes),
                 options["crops_nms_thresh"],
             )
         scored = zip(masks, iou_scores.tolist(), strict=True)
         numbered = [(torch.as_tensor(mask), f"{n}: {score:.2f}", n) for n, (mask, score) in enumerate(scored, start=1)]
-        return overlay(picture.image, numbered), f"Everything {timer}, {len(numbered)} masks"
+        return overlay(encoded.image, numbered), f"Everything {timer}, {len(numbered)} masks"
 
     # The page.
 
     def describe(self) -> str:
+        """Returns a line about the checkpoint."""
         size = sum(parameter.numel() for parameter in self.model.parameters()) / 1e6
         if not self.is_miniature:
             return f"Checkpoint: **{self.checkpoint}**, {size:.0f} million parameters."
         return (
-            f"Checkpoint: **the shipped miniature**, {size:.0f} million parameters, trained on drawn scenes; it knows "
-            "nothing of photographs. Another one: `python demo/app.py FOLDER_OR_NAME`."
+            f"Checkpoint: **the shipped miniature**, {size:.0f} million parameters. It is trained on procedural "
+            "scenes and does not work on photographs. For another checkpoint: `python demo/app.py FOLDER_OR_NAME`."
         )
 
     def build(self) -> gr.Blocks:
-        looks = {"height": 290, "format": "jpeg"}  # Gradio's WebP takes ten times as long to write
-        masks = looks | {"elem_classes": "masks"}
+        """Returns the page."""
+        image_options = {"height": 290, "format": "jpeg"}  # WebP, Gradio's default, takes ten times as long to write
+        mask_options = image_options | {"elem_classes": "masks"}
         with gr.Blocks(title="SAM-CLIP", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
-            gr.Markdown(f"### SAM-CLIP: points, a box and words, from one pass of the encoder\n{self.describe()}")
-            picture = gr.State(None, time_to_live=3600)
+            gr.Markdown(f"### SAM-CLIP: segmentation from points, a box and text\n{self.describe()}")
+            encoded = gr.State(None, time_to_live=3600)
             prompts = gr.State(Prompts())
             with gr.Row():
-                photograph = gr.Image(
-                    label="Drop a photograph here, then click on it",
+                input_image = gr.Image(
+                    label="Image: click to add points or a box",
                     sources=["upload", "clipboard"],
                     buttons=[],
-                    elem_id="photograph",
-                    **looks,
+                    elem_id="input_image",
+                    **image_options,
                 )
-                by_prompts = gr.AnnotatedImage(label="Points and box", elem_id="by_prompts", **masks)
-                everything = gr.AnnotatedImage(label="Everything", elem_id="everything", **masks)
+                by_prompts = gr.AnnotatedImage(label="Points and box", elem_id="by_prompts", **mask_options)
+                everything = gr.AnnotatedImage(label="Everything", elem_id="everything", **mask_options)
             with gr.Row():
-                mode = gr.Radio([INSIDE, OUTSIDE, BOX], value=INSIDE, show_label=False, elem_id="mode", scale=3)
+                mode = gr.Radio(
+                    [FOREGROUND, BACKGROUND, BOX], value=FOREGROUND, show_label=False, elem_id="mode", scale=3
+                )
                 with gr.Column(min_width=150, scale=1):
                     clear = gr.Button("Clear points and box", size="sm", elem_id="clear")
-                    draw_everything = gr.Button("Draw everything", size="sm", elem_id="draw_everything")
+                    segment_everything = gr.Button("Segment everything", size="sm", elem_id="segment_everything")
                 scenes = gr.Dataset(
                     components=[gr.Image(visible=False)],
                     samples=[[path] for path, _ in self.scenes],
                     type="index",
-                    label="Scenes drawn by samclip_hf.miniature",
+                    label="Examples",
                     elem_id="scenes",
                     scale=3,
                 )
             with gr.Row():
                 one_line = {"lines": 1, "max_lines": 1}
-                words = gr.Textbox(label="Words, with commas between", elem_id="words", scale=3, **one_line)
+                labels = gr.Textbox(label="Labels, separated by commas", elem_id="labels", scale=3, **one_line)
                 background = gr.Textbox(
-                    ", ".join(BACKGROUND_PROMPTS), label="What is none of them", elem_id="background", **one_line
+                    ", ".join(BACKGROUND_PROMPTS), label="Background", elem_id="background", **one_line
                 )
-                sentence = gr.Textbox(
-                    "a {}" if self.is_miniature else "a photo of a {}", label="Sentence around a word", **one_line
+                template = gr.Textbox(
+                    "a {}" if self.is_miniature else "a photo of a {}", label="Prompt template", **one_line
                 )
             with gr.Row():
-                by_clip_head = gr.AnnotatedImage(label="Words: CLIP head alone", elem_id="by_clip_head", **masks)
-                by_both_heads = gr.AnnotatedImage(label="Words: both heads", elem_id="by_both_heads", **masks)
+                by_clip_head = gr.AnnotatedImage(label="Text: CLIP head", elem_id="by_clip_head", **mask_options)
+                by_both_heads = gr.AnnotatedImage(label="Text: both heads", elem_id="by_both_heads", **mask_options)
                 with gr.Column():
                     classes = gr.Label(
-                        label="Words: the picture as a whole", num_top_classes=5, show_heading=False, elem_id="classes"
+                        label="Text: whole image", num_top_classes=5, show_heading=False, elem_id="classes"
                     )
                     with gr.Row():
                         slider = {"min_width": 100, "buttons": []}
-                        least_score = gr.Slider(0, 1, 0.3, label="Least score", elem_id="least_score", **slider)
-                        opacity = gr.Slider(0, 1, 0.6, label="Opacity", elem_id="opacity", **slider)
+                        threshold = gr.Slider(0, 1, 0.3, label="Score threshold", elem_id="threshold", **slider)
+                        opacity = gr.Slider(0, 1, 0.6, label="Mask opacity", elem_id="opacity", **slider)
             with gr.Row(elem_classes="timers", elem_id="timers"):
-                encoder_time, prompt_time, words_time, everything_time = (gr.Markdown() for _ in range(4))
+                encoder_time, prompt_time, text_time, everything_time = (gr.Markdown() for _ in range(4))
 
-            state = [picture, prompts]
-            loaded = [photograph, *state, by_prompts, everything, encoder_time, prompt_time, everything_time]
-            asked = [picture, words, background, sentence, least_score]
-            answered = [by_clip_head, by_both_heads, classes, words_time]
-            prompted = [photograph, prompts, by_prompts, prompt_time]
-            gr.on(
-                [words.submit, background.submit, sentence.submit, least_score.release], self.segment, asked, answered
+            state = [encoded, prompts]
+            load_outputs = [input_image, *state, by_prompts, everything, encoder_time, prompt_time, everything_time]
+            text_inputs = [encoded, labels, background, template, threshold]
+            text_outputs = [by_clip_head, by_both_heads, classes, text_time]
+            prompt_outputs = [input_image, prompts, by_prompts, prompt_time]
+            segment = {"fn": self.segment, "inputs": text_inputs, "outputs": text_outputs}
+            gr.on([labels.submit, background.submit, template.submit, threshold.release], **segment)
+            page.load(lambda *state: self.choose(0, *state), state, [*load_outputs, labels]).then(**segment)
+            scenes.click(self.choose, [scenes, *state], [*load_outputs, labels]).then(**segment)
+            # Without preprocessing, because Gradio would open the file and report a less specific error.
+            input_image.upload(self.upload, [input_image, *state], load_outputs, preprocess=False).then(**segment)
+            input_image.select(
+                self.click, [*state, mode], prompt_outputs, trigger_mode="multiple", show_progress="hidden"
             )
-            page.load(lambda *own: self.choose(0, *own), state, [*loaded, words]).then(self.segment, asked, answered)
-            scenes.click(self.choose, [scenes, *state], [*loaded, words]).then(self.segment, asked, answered)
-            # Not preprocessed: Gradio would open the file itself, and fail where `read_picture` can say why.
-            photograph.upload(self.upload, [photograph, *state], loaded, preprocess=False).then(
-                self.segment, asked, answered
-            )
-            photograph.select(self.click, [*state, mode], prompted, trigger_mode="multiple", show_progress="hidden")
-            clear.click(self.clear, picture, prompted, show_progress="hidden")
-            draw_everything.click(self.draw_everything, picture, [everything, everything_time])
+            clear.click(self.clear, encoded, prompt_outputs, show_progress="hidden")
+            segment_everything.click(self.segment_everything, encoded, [everything, everything_time])
             opacity.change(None, opacity, js=SET_OPACITY)
         return page
 
@@ -425,15 +452,20 @@ class App:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "checkpoint", nargs="?", default=os.environ.get("SAMCLIP_CHECKPOINT") or miniature.checkpoint()
+        "checkpoint",
+        nargs="?",
+        default=os.environ.get("SAMCLIP_CHECKPOINT") or miniature.checkpoint(),
+        help="a folder or a repository on the Hub (default: SAMCLIP_CHECKPOINT, or the shipped miniature)",
     )
     try:
         app = App(parser.parse_args().checkpoint)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    # Fonts of the system: Gradio's own would come from elsewhere.
+    # System fonts: Gradio's default fonts are downloaded.
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    app.build().launch(theme=theme, css=CSS, max_file_size="64mb", state_session_capacity=USERS, footer_links=[])
+    app.build().launch(
+        theme=theme, css=CSS, max_file_size="64mb", state_session_capacity=MAX_SESSIONS, footer_links=[]
+    )
 
 
 if __name__ == "__main__":

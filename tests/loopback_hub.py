@@ -1,6 +1,6 @@
 """
-A stand-in for the Hub, on this machine alone: as much of its HTTP API as the real client needs to make repositories,
-upload by LFS, commit, and download again.
+A local server with the part of the Hub's HTTP API that `huggingface_hub` uses to create repositories, upload with LFS,
+commit and download.
 """
 
 import base64
@@ -20,7 +20,7 @@ class Repository:
     private: bool
     branches: dict[str, str] = field(default_factory=dict)  # name -> commit
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)  # commit -> files
-    titles: list[str] = field(default_factory=list)  # of commits that were uploaded, oldest first
+    titles: list[str] = field(default_factory=list)  # titles of the uploaded commits, oldest first
 
     def commit(self, branch: str, files: dict[str, bytes]) -> str:
         summary = repr((len(self.commits), sorted((n, hashlib.sha1(c).hexdigest()) for n, c in files.items())))
@@ -32,19 +32,19 @@ class Repository:
 
 class Hub:
     """
-    Serves on `address` while it is entered.
+    Context manager that serves at `address`.
 
-    tokens (`dict[str, str]`):
-        Role, "write" or "read", by token. All belong to the user "me", a member of "lab", and of "library" to read.
-    break_after (`int`, *optional*):
-        So many bytes of LFS content are taken, then connections break off, until it is set back to `None`.
+    Attributes:
+        tokens (`dict[str, str]`): Role of each token: "write", "read" or "fineGrained". All tokens belong to the user
+            "me", who has write access in the organization "lab" and read access in "library".
+        break_after (`int`, *optional*): Closes the connection after this number of bytes of an LFS upload.
     """
 
     def __init__(self):
         self.tokens = {"hf_write": "write", "hf_read": "read"}
         self.repositories: dict[str, Repository] = {}
         self.lfs: dict[str, bytes] = {}
-        self.uploads: Counter[str] = Counter()  # LFS objects received, by their hashes
+        self.uploads: Counter[str] = Counter()  # number of uploads of each LFS object, by its hash
         self.break_after: int | None = None
         self.pull_requests = 0
         hub = self
@@ -57,7 +57,7 @@ class Hub:
 
             def __getattr__(self, name):
                 if name.startswith("do_"):
-                    return lambda: hub.answer(self)
+                    return lambda: hub.respond(self)
                 raise AttributeError(name)
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -73,7 +73,7 @@ class Hub:
 
     # ---- one request ----
 
-    def answer(self, request: BaseHTTPRequestHandler) -> None:
+    def respond(self, request: BaseHTTPRequestHandler) -> None:
         url = urlsplit(request.path)
         parts = [unquote(part) for part in url.path.strip("/").split("/")]
         query = {name: values[0] for name, values in parse_qs(url.query).items()}
@@ -93,9 +93,9 @@ class Hub:
         role = self.tokens.get(request.headers.get("Authorization", "").removeprefix("Bearer "))
         try:
             status, headers, content = self.route(request.command, parts, query, body, role)
-        except Refused as refusal:
-            status, content = refusal.status, json.dumps({"error": refusal.message}).encode()
-            headers = {"X-Error-Code": refusal.code} if refusal.code else {}
+        except HubError as error:
+            status, content = error.status, json.dumps({"error": error.message}).encode()
+            headers = {"X-Error-Code": error.code} if error.code else {}
         if not isinstance(content, bytes):
             content, headers = json.dumps(content).encode(), {"Content-Type": "application/json"} | headers
         request.send_response(status)
@@ -110,18 +110,18 @@ class Hub:
         match method, parts:
             case "GET", ["api", "whoami-v2"]:
                 if role is None:
-                    raise Refused(401, "Invalid username or password.")
+                    raise HubError(401, "Invalid username or password.")
                 orgs = [{"name": "lab", "roleInOrg": "write"}, {"name": "library", "roleInOrg": "read"}]
                 access = {"accessToken": {"role": role, "displayName": "token"}}
                 return 200, {}, {"type": "user", "name": "me", "orgs": orgs, "auth": access}
             case "POST", ["api", "repos", "create"]:
-                self.must_write(role)
-                wanted = json.loads(body)
-                name = f"{wanted.get('organization') or 'me'}/{wanted['name']}"
+                self.check_write_access(role)
+                request = json.loads(body)
+                name = f"{request.get('organization') or 'me'}/{request['name']}"
                 if name in self.repositories:
                     return 409, {}, {"error": "You already created this model repo", "url": f"{self.address}/{name}"}
                 repository = self.repositories[name] = Repository(
-                    wanted.get("visibility") == "private" or wanted.get("private", False)
+                    request.get("visibility") == "private" or request.get("private", False)
                 )
                 repository.commit("main", {".gitattributes": b"*.safetensors filter=lfs\n"})
                 return 200, {}, {"url": f"{self.address}/{name}", "name": name}
@@ -129,14 +129,14 @@ class Hub:
                 return 200, {}, {"errors": [], "warnings": []}
             case "PUT", ["lfs", oid]:
                 if hashlib.sha256(body).hexdigest() != oid:
-                    raise Refused(400, "The content is not what its hash says.")
+                    raise HubError(400, "The content does not match its hash.")
                 self.lfs[oid] = body
                 self.uploads[oid] += 1
                 return 200, {}, b""
             case _, ["api", "models", owner, name, *rest]:
                 return self.models(method, f"{owner}/{name}", rest, query, body, role)
             case "POST", [owner, name, "info", "lfs", "objects", "batch"]:
-                self.must_write(role)
+                self.check_write_access(role)
                 objects = []
                 for entry in json.loads(body)["objects"]:
                     href = {"href": f"{self.address}/lfs/{entry['oid']}"}
@@ -147,9 +147,9 @@ class Hub:
                 content = files.get("/".join(path))
                 headers = {"X-Repo-Commit": sha}
                 if content is None:
-                    raise Refused(404, "Entry not found", "EntryNotFound")
+                    raise HubError(404, "Entry not found", "EntryNotFound")
                 return 200, headers | {"ETag": f'"{hashlib.sha1(content).hexdigest()}"'}, content
-        raise Refused(404, f"Not part of this stand-in: {method} /{'/'.join(parts)}")
+        raise HubError(404, f"Not implemented: {method} /{'/'.join(parts)}")
 
     def models(self, method: str, name: str, rest: list[str], query: dict, body: bytes, role: str | None):
         repository = self.repository(name, role)
@@ -163,25 +163,25 @@ class Hub:
                 return 200, {}, [self.entry(path, content) for path, content in sorted(files.items())]
             case "POST", ["paths-info", revision]:
                 files, _ = self.files(name, revision, role)
-                wanted = json.loads(body)["paths"] if body.startswith(b"{") else parse_qs(body.decode())["paths"]
-                return 200, {}, [self.entry(path, files[path]) for path in wanted if path in files]
+                request = json.loads(body)["paths"] if body.startswith(b"{") else parse_qs(body.decode())["paths"]
+                return 200, {}, [self.entry(path, files[path]) for path in request if path in files]
             case "POST", ["branch", branch]:
-                self.must_write(role)
+                self.check_write_access(role)
                 if branch in repository.branches:
-                    raise Refused(409, "Reference already exists")
+                    raise HubError(409, "Reference already exists")
                 repository.branches[branch] = repository.branches["main"]
                 return 200, {}, {}
             case "POST", ["preupload", revision]:
-                self.must_write(role)
+                self.check_write_access(role)
                 files, _ = self.files(name, revision, role)
-                answers = []
+                uploads = []
                 for entry in json.loads(body)["files"]:
                     mode = "lfs" if entry["path"].endswith(LFS_ENDINGS) else "regular"
                     old = self.entry(entry["path"], files[entry["path"]])["oid"] if entry["path"] in files else None
-                    answers.append({"path": entry["path"], "uploadMode": mode, "shouldIgnore": False, "oid": old})
-                return 200, {}, {"files": answers}
+                    uploads.append({"path": entry["path"], "uploadMode": mode, "shouldIgnore": False, "oid": old})
+                return 200, {}, {"files": uploads}
             case "POST", ["commit", revision]:
-                self.must_write(role)
+                self.check_write_access(role)
                 files = dict(self.files(name, revision, role)[0])
                 for line in body.splitlines():
                     entry = json.loads(line)
@@ -192,31 +192,31 @@ class Hub:
                         files[value["path"]] = base64.b64decode(value["content"])
                     elif entry["key"] == "lfsFile":
                         if value["oid"] not in self.lfs:
-                            raise Refused(400, f"{value['path']} was never uploaded.")
+                            raise HubError(400, f"{value['path']} was not uploaded.")
                         files[value["path"]] = self.lfs[value["oid"]]
                     elif entry["key"] == "deletedFile":
                         files.pop(value["path"], None)
-                answer = {"hookOutput": ""}
+                response = {"hookOutput": ""}
                 if query.get("create_pr") == "1":
                     self.pull_requests += 1
-                    answer["pullRequestUrl"] = f"{self.address}/{name}/discussions/{self.pull_requests}"
+                    response["pullRequestUrl"] = f"{self.address}/{name}/discussions/{self.pull_requests}"
                     revision = f"refs/pr/{self.pull_requests}"
                 sha = repository.commit(revision, files)
-                answer |= {"commitOid": sha, "commitUrl": f"{self.address}/{name}/commit/{sha}", "success": True}
-                return 200, {}, answer
-        raise Refused(404, f"Not part of this stand-in: {method} models {rest}")
+                response |= {"commitOid": sha, "commitUrl": f"{self.address}/{name}/commit/{sha}", "success": True}
+                return 200, {}, response
+        raise HubError(404, f"Not implemented: {method} models {rest}")
 
     def repository(self, name: str, role: str | None) -> Repository:
         repository = self.repositories.get(name)
         if repository is None or (repository.private and role is None):
-            raise Refused(404, "Repository not found", "RepoNotFound")
+            raise HubError(404, "Repository not found", "RepoNotFound")
         return repository
 
     def files(self, name: str, revision: str, role: str | None) -> tuple[dict[str, bytes], str]:
         repository = self.repository(name, role)
         sha = repository.branches.get(revision, revision)
         if sha not in repository.commits:
-            raise Refused(404, "Invalid rev id", "RevisionNotFound")
+            raise HubError(404, "Invalid rev id", "RevisionNotFound")
         return repository.commits[sha], sha
 
     def entry(self, path: str, content: bytes) -> dict:
@@ -226,14 +226,14 @@ class Hub:
             entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
         return entry
 
-    def must_write(self, role: str | None) -> None:
+    def check_write_access(self, role: str | None) -> None:
         if role is None:
-            raise Refused(401, "Invalid username or password.")
+            raise HubError(401, "Invalid username or password.")
         if role != "write":
-            raise Refused(403, "Forbidden: this token may only read.")
+            raise HubError(403, "Forbidden: the token is read-only.")
 
 
-class Refused(Exception):
+class HubError(Exception):
     def __init__(self, status: int, message: str, code: str | None = None):
         super().__init__(message)
         self.status, self.message, self.code = status, message, code

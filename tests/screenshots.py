@@ -1,6 +1,4 @@
-"""
-The pictures of the app in `docs/pictures/`: `make screenshots`.
-"""
+"""Screenshots of the app in `docs/images/`: `make screenshots`."""
 
 import io
 import tempfile
@@ -10,18 +8,18 @@ from PIL import Image
 
 from .test_app import Page, Server, demo
 
-PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
+IMAGES = Path(__file__).parents[1] / "docs" / "images"
 
 
 def save(page: Page, name: str) -> None:
-    for panel in ("photograph", "by_prompts", "everything", "by_clip_head", "by_both_heads"):
-        page.pixels(panel)  # when all of them are there
+    for panel in ("input_image", "by_prompts", "everything", "by_clip_head", "by_both_heads"):
+        page.pixels(panel)  # waits until all images are loaded
     screenshot = Image.open(io.BytesIO(page.driver.get_screenshot_as_png())).convert("RGB")
-    lowest = page.find("#timers").rect
-    screenshot = screenshot.crop((0, 0, screenshot.width, round(lowest["y"] + lowest["height"] + 16)))
-    screenshot = screenshot.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=1)  # a fifth of the bytes, no colour off
-    PICTURES.mkdir(parents=True, exist_ok=True)
-    screenshot.save(PICTURES / f"app-{name}.png", optimize=True)
+    last_row = page.find("#timers").rect
+    screenshot = screenshot.crop((0, 0, screenshot.width, round(last_row["y"] + last_row["height"] + 16)))
+    screenshot = screenshot.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=1)  # a fifth of the file size
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    screenshot.save(IMAGES / f"app-{name}.png", optimize=True)
 
 
 def main() -> None:
@@ -30,17 +28,17 @@ def main() -> None:
         try:
             page = Page(server.url(), Path(folder))
             try:
-                page.click_picture(0.17, 0.7)
-                page.find("#draw_everything").click()
+                page.click_image(0.17, 0.7)
+                page.find("#segment_everything").click()
                 page.until(lambda: page.legend("everything"))
                 save(page, "point")
                 page.choose_scene(1)
                 page.choose_mode(demo.BOX)
-                page.click_picture(0.42, 0.4)
-                page.click_picture(0.98, 0.98)
-                page.choose_mode(demo.OUTSIDE)
-                page.click_picture(0.25, 0.78)
-                page.find("#draw_everything").click()
+                page.click_image(0.42, 0.4)
+                page.click_image(0.98, 0.98)
+                page.choose_mode(demo.BACKGROUND)
+                page.click_image(0.25, 0.78)
+                page.find("#segment_everything").click()
                 page.until(lambda: page.legend("everything"))
                 save(page, "box")
             finally:

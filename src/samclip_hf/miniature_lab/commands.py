@@ -6,8 +6,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-RECIPES = Path(__file__).parents[1] / "recipes"
-
 
 def train(
     title: str,
@@ -28,7 +26,7 @@ def train(
         model (`Path`, *optional*): The checkpoint to start from. Default: the teachers.
         options (`Sequence[str]`): Further options of the command.
     """
-    command = ["train", RECIPES / f"miniature_stage{stage}.yaml", "--output_dir", output_dir]
+    command: list[object] = ["train", f"miniature_stage{stage}", "--output_dir", output_dir]
     command += ["--seed", seed, "--max_steps", max_steps, *options]
     if model is not None:
         command += ["--model", model]
@@ -36,10 +34,9 @@ def train(
 
 
 def run(title: str, command: Sequence[object]) -> None:
-    """Runs a `samclip` command. Exits with a message if it fails."""
-    name, *arguments = map(str, command)
-    line = [sys.executable, "-m", f"samclip_cli.{name}", *arguments]
-    print(f"\n== {title} ==\n{shlex.join(line)}", flush=True)
-    returncode = subprocess.run(line).returncode
+    """Prints and runs a `samclip` command. Exits with a message if it fails."""
+    arguments = list(map(str, command))
+    print(f"\n== {title} ==\nsamclip {shlex.join(arguments)}", flush=True)
+    returncode = subprocess.run([sys.executable, "-m", "samclip_cli", *arguments]).returncode
     if returncode:
         sys.exit(f"{title} failed with exit code {returncode}.")
