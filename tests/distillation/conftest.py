@@ -25,12 +25,12 @@ def teacher_folders(tmp_path_factory, sam, clip) -> dict[str, Path]:
     return folders
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def sam_teacher(teacher_folders) -> SamTeacher:
     return SamTeacher(str(teacher_folders["sam"]))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def clip_teacher(teacher_folders) -> ClipTeacher:
     return ClipTeacher(str(teacher_folders["clip"]))
 

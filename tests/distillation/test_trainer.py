@@ -46,7 +46,7 @@ TRAINED = {
 def test_a_stage_changes_all_parameters_that_it_trains_and_no_others(make_trainer, model, stage):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     # The SAM loss is zero in the first step, in which student and teacher are equal.
-    make_trainer(stage, max_steps=4, seed=1).train()
+    make_trainer(stage, max_steps=4 if stage == 2 else 1, seed=1).train()
     for name, value in model.state_dict().items():
         changed = not torch.equal(value, before[name])
         if name.startswith(TRAINED[stage]) and name.endswith("k_proj.bias"):
@@ -117,7 +117,7 @@ def test_encoder_and_mask_decoder_have_a_tenth_of_the_learning_rate(make_trainer
 
 
 def test_the_log_has_all_losses_metrics_and_gradient_norms(make_trainer):
-    trainer = make_trainer(max_steps=8, logging_steps=8)
+    trainer = make_trainer(max_steps=2, logging_steps=2, seed=16)  # both resolutions, points and boxes
     metrics = trainer.train().metrics
     logged = trainer.state.log_history[0]
     assert logged.keys() >= {
@@ -127,7 +127,7 @@ def test_the_log_has_all_losses_metrics_and_gradient_norms(make_trainer):
         *("grad_norm", "grad_norm_clip_head", "grad_norm_vision_encoder", "grad_norm_mask_decoder"),
     }
     assert logged["loss"] == pytest.approx(logged["clip_loss"] + 10 * logged["sam_loss"], rel=1e-4)
-    assert metrics["train_images_seen"] > 8 * 2
+    assert metrics["train_images_seen"] > 2 * 2
     one_step = make_trainer(max_steps=1)
     one_step.train()
     logged = one_step.state.log_history[0]
@@ -144,7 +144,7 @@ def test_the_clip_loss_decreases(make_trainer):
 
 def test_teachers_are_frozen_and_not_saved(make_trainer, model, sam_teacher, tmp_path):
     before = {name: value.clone() for name, value in sam_teacher.state_dict().items()}
-    trainer = make_trainer()
+    trainer = make_trainer(max_steps=1)
     trainer.train()
     trainer.save_model()
     assert not sam_teacher.training
@@ -157,11 +157,11 @@ def test_teachers_are_frozen_and_not_saved(make_trainer, model, sam_teacher, tmp
     assert AutoProcessor.from_pretrained(tmp_path / "run").image_processor.size["longest_edge"] == 64
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(make_trainer, model, tmp_path, num_workers):
     start = {name: value.clone() for name, value in model.state_dict().items()}
-    settings = {"max_steps": 7, "save_strategy": "steps", "save_steps": 2, "save_total_limit": None}
-    settings |= {"logging_steps": 3, "dataloader_num_workers": num_workers, "gradient_accumulation_steps": 2}
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "save_total_limit": None}
+    settings |= {"logging_steps": 2, "dataloader_num_workers": num_workers, "gradient_accumulation_steps": 2}
 
     def curve(trainer):
         return {
@@ -176,31 +176,50 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(make_trainer, mod
     metrics = trainer.train().metrics
     whole = {name: value.clone() for name, value in model.state_dict().items()}
     assert metrics["train_images_seen"] > 0
-    for step in (2, 4, 6):
+    for step in (1, 3):  # between two logs
         model.load_state_dict(start)
         resumed = make_trainer(**settings)
-        checkpoint = str(tmp_path / "run" / f"checkpoint-{step}")
-        assert (
-            resumed.train(resume_from_checkpoint=checkpoint).metrics["train_images_seen"]
-            == metrics["train_images_seen"]
-        )
+        resumed_metrics = resumed.train(resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{step}")).metrics
+        assert resumed_metrics["train_images_seen"] == metrics["train_images_seen"]
         assert curve(resumed) == curve(trainer) and len(curve(resumed)) == 2
         for name, value in model.state_dict().items():
             assert torch.equal(value, whole[name]), name
 
 
 def test_a_checkpoint_of_other_data_raises(make_trainer, tmp_path):
-    make_trainer(max_steps=1, save_strategy="steps", save_steps=1).train()
+    make_trainer(1, max_steps=1, save_strategy="steps", save_steps=1).train()
     checkpoint = str(tmp_path / "run" / "checkpoint-1")
     with pytest.raises(
         DataError, match=r"with other settings: seed from 42 to 1; num_readers from 16 to 8\. Start a new run"
     ):
-        make_trainer(max_steps=2, seed=1, num_readers=8).train(resume_from_checkpoint=checkpoint)
+        make_trainer(1, max_steps=2, seed=1, num_readers=8).train(resume_from_checkpoint=checkpoint)
+
+
+def test_a_checkpoint_of_an_earlier_release_is_resumed(make_trainer, tmp_path):
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "save_total_limit": None}
+    trainer = make_trainer(1, **settings)
+    trainer.train()
+    path = tmp_path / "run" / "checkpoint-1" / "stream_state.json"
+    text = path.read_text()
+    for current, former in {
+        "micro_batches": "item",
+        "readers": "lanes",
+        "num_readers": "data_lanes",
+        "eval_fraction": "held_out_share",
+        "clip_data_weights": "clip_data_shares",
+    }.items():
+        assert f'"{current}": ' in text
+        text = text.replace(f'"{current}": ', f'"{former}": ')
+    path.write_text(text)
+    resumed = make_trainer(1, **settings)
+    resumed.train(resume_from_checkpoint=str(path.parent))
+    losses = [[entry["loss"] for entry in t.state.log_history if "loss" in entry] for t in (trainer, resumed)]
+    assert len(losses[0]) == 2 and losses[1] == losses[0]
 
 
 def test_incomplete_checkpoints_are_skipped(make_trainer, tmp_path, caplog):
     assert last_checkpoint(tmp_path / "nowhere") is None
-    make_trainer(max_steps=3, save_strategy="steps", save_steps=1, save_total_limit=3).train()
+    make_trainer(1, max_steps=3, save_strategy="steps", save_steps=1, save_total_limit=3).train()
     run = tmp_path / "run"
     assert last_checkpoint(run) == run / "checkpoint-3"
     whole = (run / "checkpoint-3" / "trainer_state.json").read_text()
@@ -210,9 +229,17 @@ def test_incomplete_checkpoints_are_skipped(make_trainer, tmp_path, caplog):
     assert "checkpoint-10, which is incomplete" in caplog.text and "checkpoint-3, which is incomplete" in caplog.text
 
 
+def test_compiled_training_uses_static_shapes(make_trainer, monkeypatch):
+    assert make_trainer(1).accelerator.state.dynamo_plugin.dynamic is None
+    for dynamic in (False, True):
+        trainer = make_trainer(1, torch_compile=True, torch_compile_backend="aot_eager")
+        assert trainer.accelerator.state.dynamo_plugin.dynamic is dynamic
+        monkeypatch.setenv("ACCELERATE_DYNAMO_USE_DYNAMIC", "true")  # the user's choice
+
+
 @pytest.mark.parametrize("part", ["model", "optimizer.pt", "trainer_state.json"])
 def test_a_full_disk_raises_and_keeps_the_earlier_checkpoint(make_trainer, tmp_path, monkeypatch, part):
-    trainer = make_trainer(max_steps=2, save_strategy="steps", save_steps=1, save_total_limit=1)
+    trainer = make_trainer(1, max_steps=2, save_strategy="steps", save_steps=1, save_total_limit=1)
     no_space = OSError(28, "No space left on device")
 
     def full(original):
@@ -237,7 +264,7 @@ def test_a_full_disk_raises_and_keeps_the_earlier_checkpoint(make_trainer, tmp_p
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_training_with_a_checkpoint(make_trainer, tmp_path, number):
-    trainer = make_trainer(max_steps=50, save_strategy="no")
+    trainer = make_trainer(1, max_steps=50, save_strategy="no")
     handler = signal.getsignal(number)
 
     class Kill(TrainerCallback):
@@ -395,13 +422,13 @@ def test_adapters_are_supported_in_stage_2_only(make_trainer):
 
 
 def test_an_evaluation_uses_held_out_samples_and_does_not_change_the_training(make_trainer, model, tmp_path):
-    settings = {"max_steps": 4, "eval_fraction": 0.4, "logging_steps": 4}
+    settings = {"max_steps": 2, "eval_fraction": 0.4, "logging_steps": 2}
     start = {name: value.clone() for name, value in model.state_dict().items()}
     plain = make_trainer(**settings)
     plain.train()
     whole = {name: value.clone() for name, value in model.state_dict().items()}
     model.load_state_dict(start)
-    texts = {"eval_prompts": ["ab", "cd"], "eval_strategy": "steps", "eval_steps": 2, "eval_batches": 3}
+    texts = {"eval_prompts": ["ab", "cd"], "eval_strategy": "steps", "eval_steps": 1, "eval_batches": 2}
     trainer = make_trainer(**settings, **texts)
     trainer.train()
     for name, value in model.state_dict().items():
@@ -410,7 +437,7 @@ def test_an_evaluation_uses_held_out_samples_and_does_not_change_the_training(ma
     assert logs[0][0]["clip_loss"] == logs[1][0]["clip_loss"]
 
     evaluations = [entry for entry in trainer.state.log_history if "eval_clip_loss" in entry]
-    assert [entry["step"] for entry in evaluations] == [2, 4]
+    assert [entry["step"] for entry in evaluations] == [1, 2]
     assert evaluations[0].keys() >= {"eval_sam_loss", "eval_clip_loss"}
     again = trainer.evaluate()
     assert again["eval_clip_loss"] == evaluations[1]["eval_clip_loss"]
@@ -421,7 +448,7 @@ def test_an_evaluation_uses_held_out_samples_and_does_not_change_the_training(ma
     )
     assert held_out and not train & held_out
     panels = sorted(path.name for path in (tmp_path / "run" / "panels").iterdir())
-    assert panels == ["step_000002.png", "step_000004.png"]
+    assert panels == ["step_000001.png", "step_000002.png"]
     with Image.open(tmp_path / "run" / "panels" / panels[0]) as panel:
         assert min(panel.size) > 200
 
