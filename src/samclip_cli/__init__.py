@@ -87,7 +87,8 @@ def build_parser() -> argparse.ArgumentParser:
     version = f"samclip {metadata.version('samclip-hf')}"
     parser.add_argument("--version", action="version", version=version, help="print the version and exit")
     parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help=argparse.SUPPRESS)
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    rest = parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    rest.required = False  # otherwise "samclip --unknown" reports it as missing
     return parser
 
 

@@ -67,8 +67,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     def predict(image: "Image.Image") -> Prediction:
         scores = classifier(image, candidate_labels=labels, hypothesis_template=template)
-        legend = [(None, f"{score['label']} {score['score']:.2f}") for score in scores[:LEGEND_LENGTH]]
-        return Prediction({"labels": scores}, legend)
+        lines = [f"{score['label']} {score['score']:.2f}" for score in scores[:LEGEND_LENGTH]]
+        return Prediction({"labels": scores}, [(None, line) for line in lines])
 
     return process_images(images, outputs, predict)
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import CommandError
 from . import main as samclip
@@ -45,7 +45,8 @@ tasks:
   head-probe                   as semantic
   cost                         HEIGHTxWIDTH in pixels instead of a data set
 
-  docs/evaluate.md describes the protocols, and where to get each data set.
+  linear-probe and head-probe require --train_data and --size. docs/evaluate.md in the repository
+  describes the protocols, and where to get each data set.
 
 models:
   SAM-CLIP, SAM, CLIP and SigLIP checkpoints, and cascades of a SAM and a CLIP, written SAM+CLIP.
@@ -133,10 +134,17 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", type=int, default=101, help="seed of the miniature's scenes (default: %(default)s)")
     parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="default: %(default)s"
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        default="float32",
+        help="data type of the models (default: %(default)s)",
     )
     parser.add_argument(
-        "--output_dir", type=Path, metavar="FOLDER", default=Path("runs/evaluation"), help="default: %(default)s"
+        "--output_dir",
+        type=Path,
+        metavar="FOLDER",
+        default=Path("runs/evaluation"),
+        help="folder of the results (default: %(default)s)",
     )
     return parser
 
@@ -183,7 +191,8 @@ def build_evaluators(arguments: argparse.Namespace) -> dict[str, "Evaluator"]:
                 raise CommandError(f"unknown task {name!r}. Tasks on the miniature's scenes: {', '.join(available)}.")
         else:
             try:
-                found = evaluators_on(*name.split(":", 1), arguments=arguments)
+                protocol, _, data = name.partition(":")
+                found = evaluators_on(protocol, data, arguments)
             except (ValueError, OSError) as error:
                 raise CommandError(f"{name}: {error}") from error
         evaluators |= found
@@ -217,8 +226,8 @@ def build_evaluator(protocol: str, data: str, size: int | None, arguments: argpa
     )
 
     root, limit = arguments.data, arguments.limit
-    sized = {} if size is None else {"size": size}
-    threshold = {"background_threshold": arguments.background_threshold}
+    sized: dict[str, Any] = {} if size is None else {"size": size}
+    threshold: dict[str, Any] = {"background_threshold": arguments.background_threshold}
     match protocol:
         case "classification":
             return ZeroShotClassification(first(open_classification(data, root), limit), size)
@@ -240,11 +249,11 @@ def build_evaluator(protocol: str, data: str, size: int | None, arguments: argpa
             if not arguments.train_data or size is None:
                 raise ValueError(f"{protocol} requires --train_data and --size.")
             if protocol == "linear-probe":
-                train = open_classification(arguments.train_data, root, split="train")
-                return LinearProbing(train, first(open_classification(data, root), limit), size)
-            train = open_segmentation(arguments.train_data, root, split="train")
+                labeled = open_classification(arguments.train_data, root, split="train")
+                return LinearProbing(labeled, first(open_classification(data, root), limit), size)
+            segmented = open_segmentation(arguments.train_data, root, split="train")
             steps = {"steps": arguments.steps} if arguments.steps else {}
-            return HeadProbing(train, first(open_segmentation(data, root), limit), size, **steps)
+            return HeadProbing(segmented, first(open_segmentation(data, root), limit), size, **steps)
         case "cost":
             sides = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", data)
             if sides is None:

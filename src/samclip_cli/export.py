@@ -21,7 +21,8 @@ examples:
 Writes PART.onnx for every part and the files that are needed to run them without PyTorch:
 samclip.json (preprocessing, image sizes, constants), tokenizer.json and, for a checkpoint with a
 vocabulary, class_embeds.npy. Every part is checked with onnx, run with onnxruntime at several image
-sizes, and compared with PyTorch. docs/export.md shows how to combine the parts."""
+sizes, and compared with PyTorch. docs/export.md in the repository shows
+how to combine the parts."""
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -121,7 +121,7 @@ def run(arguments: argparse.Namespace) -> int:
             model_card = create_model_card(
                 folder, repo_id, stages, results, results_name, licenses, True, arguments.license
             )
-            if model_card.data.license == UNKNOWN_LICENSE:
+            if model_card.data.get("license") == UNKNOWN_LICENSE:
                 print(
                     "The licenses of the teachers are unknown or not all permissive: the model card has the license "
                     "'other'. Set it with --license."
