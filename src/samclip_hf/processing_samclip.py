@@ -1,9 +1,13 @@
 """SAM-CLIP's processor: images, prompts in the images' own pixels, and text."""
 
+from .versions_samclip import MINIMUM_TRANSFORMERS_VERSION  # noqa: F401  # isort: skip  # raises on older versions
+
+from typing import Unpack
+
 import numpy as np
 import torch
 from transformers import BatchFeature, ProcessorMixin
-from transformers.processing_utils import ProcessingKwargs, Unpack
+from transformers.processing_utils import ProcessingKwargs
 
 # The label by which SAM's prompt encoder skips a point that only fills up a batch.
 POINT_PADDING = -10

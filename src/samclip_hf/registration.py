@@ -1,5 +1,5 @@
 """
-Registers SAM-CLIP with transformers: Auto classes, pipelines, and the tables of names that stock pipelines consult.
+Registers SAM-CLIP with transformers: Auto classes, pipelines, and the tables of names that stock pipelines read.
 
 Everything in this package that changes a registry of transformers is in `register`. Importing `samclip_hf` calls it.
 """
@@ -7,7 +7,6 @@ Everything in this package that changes a registry of transformers is in `regist
 from transformers import (
     AutoBackbone,
     AutoConfig,
-    AutoImageProcessor,
     AutoModel,
     AutoModelForImageSegmentation,
     AutoModelForMaskGeneration,
@@ -16,6 +15,11 @@ from transformers import (
     AutoModelForZeroShotObjectDetection,
     AutoProcessor,
 )
+
+# Not from `transformers`: without torchvision, transformers 5.17 exports a stand-in that raises on use.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+# Not exported by `transformers`. Checked on 5.17.0 and 5.24.0.
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES,
     MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING_NAMES,
@@ -62,7 +66,7 @@ def register() -> None:
             pt_model=AutoModelForImageSegmentation,
             type="image",
         )
-    # Stock pipelines look for names in these tables, not for registered classes. Without an entry, they log an error
-    # that the model is not supported, and then run it.
+    # Stock pipelines look up the model's class name in these tables, not in the registered classes. Without an entry,
+    # they log an error that the model is not supported, and then run it.
     MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES["samclip"] = "SamClipForImageSegmentation"
     MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING_NAMES["samclip"] = "SamClipForObjectDetection"

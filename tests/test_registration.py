@@ -1,0 +1,123 @@
+"""Registration with transformers, and the check of its version."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import transformers
+from transformers import (
+    AutoBackbone,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForZeroShotObjectDetection,
+    AutoProcessor,
+)
+from transformers.pipelines import PIPELINE_REGISTRY
+
+import samclip_hf
+from samclip_hf import SamClipConfig, SamClipVisionConfig, miniature
+from samclip_hf.configuration_samclip import MINIMUM_TRANSFORMERS_VERSION
+from samclip_hf.registration import MODELS, TASK, register
+
+HUB_FILES = sorted(Path(samclip_hf.__file__).parent.glob("*_samclip.py"))
+
+
+def test_registering_again_changes_and_logs_nothing(transformers_log, capfd):
+    before = {auto: auto._model_mapping[SamClipConfig] for auto in MODELS}
+    for _ in range(2):
+        register()
+    assert {auto: auto._model_mapping[SamClipConfig] for auto in MODELS} == before == MODELS
+    assert not transformers_log.records and capfd.readouterr() == ("", "")
+
+
+def test_auto_classes_know_both_configurations():
+    assert AutoModel._model_mapping[SamClipVisionConfig] is samclip_hf.SamClipVisionModel
+    assert AutoBackbone._model_mapping[SamClipVisionConfig] is samclip_hf.SamClipBackbone
+    assert type(AutoConfig.for_model("samclip_vision_model")) is SamClipVisionConfig
+    assert type(AutoModelForZeroShotObjectDetection.from_pretrained(miniature.checkpoint())) is (
+        samclip_hf.SamClipForObjectDetection
+    )
+    assert type(AutoProcessor.from_pretrained(miniature.checkpoint())) is samclip_hf.SamClipProcessor
+    assert type(AutoImageProcessor.from_pretrained(miniature.checkpoint())).__name__.startswith(
+        "SamClipImageProcessor"
+    )
+    assert PIPELINE_REGISTRY.check_task(TASK)[1]["impl"] is samclip_hf.SamClipImageSegmentationPipeline
+
+
+def run(code: str, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+
+
+def test_package_imports_without_torchvision():
+    code = """
+import importlib.metadata, importlib.util, sys
+sys.modules["torchvision"] = None
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *args: None if name.startswith("torchvision") else find_spec(name, *args)
+import transformers
+from transformers.utils import is_torchvision_available
+assert not is_torchvision_available()
+from samclip_hf import SamClipProcessor, miniature
+print(type(SamClipProcessor.from_pretrained(miniature.checkpoint()).image_processor).__name__)
+"""
+    finished = run(code)
+    assert finished.stdout.strip() == "SamClipImageProcessorPil", finished.stderr
+
+
+# Names that the Hub files import and transformers 4 does not have; the version check has to come first.
+OLDER_VERSION = """
+import sys
+from transformers import AutoConfig, AutoModel, AutoProcessor
+transformers = sys.modules["transformers"]  # importing the Auto classes replaces the module
+transformers.__version__ = "4.57.1"
+for name in ("PreTrainedConfig", "SamImageProcessorPil", "initialization"):
+    vars(transformers).pop(name, None)
+    transformers._class_to_module.pop(name, None)
+"""
+MESSAGE = (
+    f"ImportError: SAM-CLIP needs transformers>={MINIMUM_TRANSFORMERS_VERSION}; version 4.57.1 is installed. "
+    "pip install -U transformers"
+)
+
+
+def test_package_states_the_minimum_version():
+    finished = run(OLDER_VERSION + "import samclip_hf")
+    assert finished.stderr.strip().splitlines()[-1] == MESSAGE
+
+
+@pytest.mark.parametrize("auto_class", ["AutoConfig", "AutoModel", "AutoProcessor"])
+def test_published_code_states_the_minimum_version(auto_class, tmp_path):
+    shutil.copytree(miniature.checkpoint(), tmp_path, dirs_exist_ok=True)
+    for file in HUB_FILES:
+        shutil.copy(file, tmp_path)
+    model_map = {"AutoConfig": "configuration_samclip.SamClipConfig", "AutoModel": "modeling_samclip.SamClipModel"}
+    processor_map = {"AutoProcessor": "processing_samclip.SamClipProcessor"}
+    for name, auto_map in (("config.json", model_map), ("processor_config.json", processor_map)):
+        content = json.loads((tmp_path / name).read_text()) | {"auto_map": auto_map}
+        (tmp_path / name).write_text(json.dumps(content))
+    code = f"""
+sys.modules["samclip_hf"] = None  # not installed
+{auto_class}.from_pretrained(sys.argv[1], trust_remote_code=True)
+"""
+    finished = run(OLDER_VERSION + code, str(tmp_path))
+    assert finished.stderr.strip().splitlines()[-1] == MESSAGE
+
+
+def test_installed_version_is_supported():
+    installed = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    assert installed >= tuple(int(part) for part in MINIMUM_TRANSFORMERS_VERSION.split(".")[:2])
+
+
+def test_private_names_of_transformers_are_imported_in_one_file():
+    public = {"configuration_utils", "modeling_outputs", "activations", "utils", "processing_utils"}
+    for file in HUB_FILES:
+        if file.stem == "transformers_internals_samclip":
+            continue
+        for line in file.read_text().splitlines():
+            if line.startswith("from transformers."):
+                module = line.split()[1].removeprefix("transformers.")
+                assert module in public, f"{file.name}: {line}"
