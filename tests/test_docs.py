@@ -328,6 +328,12 @@ def test_all_recipes_are_listed():
     assert listed == {path.stem for path in (ROOT / "src/samclip_hf/recipes").glob("*.yaml")}
 
 
+def test_miniature_page_has_the_tables_that_make_tables_writes():
+    page = (DOCS / "miniature.md").read_text()
+    for table in re.findall(r"(?:^\|.*\n)+", (DOCS / "tables/tables.md").read_text(), re.MULTILINE):
+        assert table in page
+
+
 def test_versions_of_changelog_and_citation_are_the_package_version():
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
