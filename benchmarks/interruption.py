@@ -25,13 +25,13 @@ from samclip_hf import miniature
 def command(output_dir: Path, arguments: argparse.Namespace) -> list[str]:
     """Returns the training command of a run."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={arguments.processes}"]
-    words = [sys.executable, *(launcher if arguments.processes > 1 else [])]
-    words += ["-m", "samclip_cli.train", "miniature_stage2", "--output_dir", output_dir]
-    words += ["--use_cpu", "--model", miniature.checkpoint(), "--max_steps", arguments.steps]
-    words += ["--save_steps", arguments.save_steps, "--logging_steps", 1, "--disable_tqdm", "true"]
-    words += ["--clip_batch_size", 8, "--sam_batch_size", 1, "--masks_per_image", 4]
-    words += ["--dataloader_num_workers", arguments.workers, "--resume_from_checkpoint", "true"]
-    return [str(word) for word in words]
+    parts = [sys.executable, *(launcher if arguments.processes > 1 else [])]
+    parts += ["-m", "samclip_cli.train", "miniature_stage2", "--output_dir", output_dir]
+    parts += ["--use_cpu", "--model", miniature.checkpoint(), "--max_steps", arguments.steps]
+    parts += ["--save_steps", arguments.save_steps, "--logging_steps", 1, "--disable_tqdm", "true"]
+    parts += ["--clip_batch_size", 8, "--sam_batch_size", 1, "--masks_per_image", 4]
+    parts += ["--dataloader_num_workers", arguments.workers, "--resume_from_checkpoint", "true"]
+    return [str(part) for part in parts]
 
 
 def main() -> None:

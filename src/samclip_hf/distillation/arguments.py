@@ -225,7 +225,10 @@ class SamClipTrainingArguments(TrainingArguments):
     )
     sam_shuffle_buffer: int = field(
         default=200,
-        metadata={"help": "The same for sam_data, whose samples have about one megabyte each."},
+        metadata={
+            "help": "Number of samples of sam_data that are shuffled together, in all processes. Samples of SA-1B have "
+            "about one megabyte each."
+        },
     )
     sam_loss_weight: float = field(
         default=10.0, metadata={"help": "Lambda in L_CLIP + lambda * L_SAM (paper, section 3: 10)."}

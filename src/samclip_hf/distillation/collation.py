@@ -33,7 +33,10 @@ logger = logging.get_logger(__name__)
 
 
 class TaskBatches(Protocol):
-    """The batches of one task, which is one loss of the trainer. [`ClipBatches`] and [`SamBatches`] implement it."""
+    """
+    Protocol for the batches of a task, for which the trainer has a loss. [`ClipBatches`] and [`SamBatches`] implement
+    it. An implementation is a dataclass: the evaluation replaces its `streams` and its `shuffle_buffer`.
+    """
 
     streams: list[Stream]
     weights: list[float]
@@ -43,11 +46,11 @@ class TaskBatches(Protocol):
         """Draws the settings of an optimizer step: `num_samples`, the number of samples of a process, and the settings
         that all samples of the step have in common, which are arguments of `sample` and `placeholder`."""
 
-    def sample(self, raw: dict[str, Any], seed: int, epoch: int, **settings) -> dict[str, np.ndarray]:
-        """Makes the arrays of a sample from the content of the stream. The names of images end in `images`; their
-        channels are last. Raises [`SkippedSampleError`] if the sample cannot be used."""
+    def sample(self, raw: dict[str, Any], seed: int, epoch: int, *args: Any, **settings: Any) -> dict[str, np.ndarray]:
+        """Makes the arrays of a sample from the content of the stream. One of them is `images`. Arrays whose names end
+        in `images` have their channels last. Raises [`SkippedSampleError`] if the sample cannot be used."""
 
-    def placeholder(self, **settings) -> dict[str, np.ndarray]:
+    def placeholder(self, *args: Any, **settings: Any) -> dict[str, np.ndarray]:
         """Makes arrays of the same names and shapes for a batch without usable samples. Their loss is multiplied by
         zero."""
 

@@ -1,5 +1,6 @@
 """The panel of an evaluation: the masks of teacher and student and the text similarity of a few held-out images."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -101,6 +102,6 @@ def most_similar_text(
     return similarity[0].argmax(dim=0).cpu().numpy()
 
 
-def _resize_mask(logits: Tensor, size: tuple[int, int]) -> np.ndarray:
-    resized = F.interpolate(logits[None, None].float(), size=size, mode="bilinear", align_corners=False)
+def _resize_mask(logits: Tensor, size: Sequence[int]) -> np.ndarray:
+    resized = F.interpolate(logits[None, None].float(), size=tuple(size), mode="bilinear", align_corners=False)
     return (resized[0, 0] > 0).cpu().numpy()

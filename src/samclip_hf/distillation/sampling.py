@@ -156,7 +156,7 @@ class Mixture:
         self._turns_by_stream = counts.tolist()
         if counts.min() == 0:
             raise DataError(
-                f"Weight {weights[counts.argmin()]} of {list(weights)} is so small that its data would never be "
+                f"Weight {weights[int(counts.argmin())]} of {list(weights)} is so small that its data would never be "
                 "drawn. Raise the weight, or remove these data."
             )
         self._readers: dict[str, ShardReader] = {}
