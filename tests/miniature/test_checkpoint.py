@@ -57,12 +57,12 @@ def test_auto_classes_load_it():
     ].shape == (1, 3, 128, 128)
 
 
-def test_the_image_segmentation_pipeline_returns_labeled_masks_without_warnings(student, complaints):
+def test_the_image_segmentation_pipeline_returns_labeled_masks_without_warnings(student, transformers_log):
     image = Image.fromarray(evaluation_scene(seed=5, index=13).image).resize((200, 150))
     segmenter = pipeline("image-segmentation", model=miniature.checkpoint())
     by_subtask = {task: segmenter(image, subtask=task) for task in ("semantic", "instance", "panoptic")}
     by_subtask[None] = segmenter(image)
-    assert not complaints.records
+    assert not transformers_log.records
     for segments in by_subtask.values():
         assert {segment["label"] for segment in segments} <= {"background", *CLASS_NAMES}
         assert all(segment["mask"].size == (200, 150) for segment in segments)
@@ -84,13 +84,13 @@ def test_the_zero_shot_classification_pipeline_agrees_with_the_model(student):
     torch.testing.assert_close(torch.tensor([by_label[name] for name in CLASS_NAMES[:5]]), expected)
 
 
-def test_the_zero_shot_detection_pipeline_returns_the_boxes_of_segments(complaints):
+def test_the_zero_shot_detection_pipeline_returns_the_boxes_of_segments(transformers_log):
     image = Image.fromarray(evaluation_scene(seed=5, index=13).image).resize((200, 150))
     detect = pipeline("zero-shot-object-detection", model=miniature.checkpoint())
     boxes = detect(image, candidate_labels=[CLASS_NAMES[13], CLASS_NAMES[20]])
     sentences = detect(image, candidate_labels=[f"a {CLASS_NAMES[13]}", f"a {CLASS_NAMES[20]}"])
     segments = pipeline("image-segmentation", model=miniature.checkpoint())(image, overlap_mask_area_threshold=0)
-    assert not complaints.records
+    assert not transformers_log.records
     # Labels of the vocabulary, with or without the template, have the same score as in segmentation.
     assert [box["label"] for box in boxes] == [CLASS_NAMES[13]]
     assert [box["label"] for box in sentences] == [f"a {CLASS_NAMES[13]}"]
@@ -102,7 +102,7 @@ def test_the_zero_shot_detection_pipeline_returns_the_boxes_of_segments(complain
 
 
 @pytest.mark.parametrize("auto_class", [AutoModel, SamClipVisionModel])
-def test_the_feature_extraction_pipeline_agrees_with_the_model(student, complaints, auto_class):
+def test_the_feature_extraction_pipeline_agrees_with_the_model(student, transformers_log, auto_class):
     image = Image.fromarray(evaluation_scene(seed=5, index=13).image).resize((200, 150))
     model = auto_class.from_pretrained(miniature.checkpoint())
     extract = pipeline("image-feature-extraction", model=model, image_processor=miniature.checkpoint())
@@ -113,7 +113,7 @@ def test_the_feature_extraction_pipeline_agrees_with_the_model(student, complain
     else:
         assert torch.equal(extract(image, return_tensors=True), outputs.last_hidden_state)
         assert torch.equal(extract(image, return_tensors=True, pool=True), outputs.pooler_output)
-    assert not complaints.records
+    assert not transformers_log.records
 
 
 def test_masks_from_prompts_are_as_good_as_those_of_the_sam_teacher(metrics):

@@ -8,6 +8,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from samclip_hf import miniature
+from samclip_hf.configuration_samclip import MINIMUM_TRANSFORMERS_VERSION
 from samclip_hf.distillation import provenance
 from samclip_hf.publishing import (
     PublishingError,
@@ -24,6 +25,7 @@ def test_the_card_contains_everything_that_is_recorded(folder, tmp_path):
     licenses = {"facebook/sam-vit-base": "apache-2.0"}
     card = create_model_card(folder, "lab/merged", STAGES, RESULTS, "stage3", licenses, True)
     for expected in (
+        f"Requires transformers {MINIMUM_TRANSFORMERS_VERSION} or newer",
         "SAM `facebook/sam-vit-base` at commit `abc`, license apache-2.0",
         "CLIP `openai/clip-vit-base-patch16`, license not recorded",
         "**Stage 2:** 1000 steps, 2,048,000 images, 2.00 hours on 8 x A100",

@@ -57,10 +57,15 @@ class TestPush:
         assert hub.repositories["me/merged"].private
         code = """
 import sys; sys.modules["samclip_hf"] = None
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoBackbone, AutoModel, AutoProcessor
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 model = AutoModel.from_pretrained("me/merged", trust_remote_code=True)
 processor = AutoProcessor.from_pretrained("me/merged", trust_remote_code=True)
-print(type(model).__name__, type(processor).__name__, model.clip_head.mlp.fc1.weight.double().sum().item())
+config_class = get_class_from_dynamic_module(model.config.auto_map["SamClipVisionConfig"], "me/merged")
+config = config_class.from_pretrained("me/merged")
+backbone = AutoBackbone.from_pretrained("me/merged", config=config, trust_remote_code=True)
+weight = model.clip_head.mlp.fc1.weight.double().sum().item()
+print(type(model).__name__, type(processor).__name__, type(backbone).__name__, weight)
 """
         environment = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "elsewhere"), "HF_TOKEN": "hf_read"}
         run = subprocess.run(
@@ -68,7 +73,7 @@ print(type(model).__name__, type(processor).__name__, model.clip_head.mlp.fc1.we
         )
         assert run.returncode == 0, run.stderr
         own = SamClipModel.from_pretrained(miniature.checkpoint()).clip_head.mlp.fc1.weight.double().sum().item()
-        assert run.stdout.split() == ["SamClipModel", "SamClipProcessor", str(own)]
+        assert run.stdout.split() == ["SamClipModel", "SamClipProcessor", "SamClipBackbone", str(own)]
 
     def test_an_update_uploads_only_changed_files(self, hub, copy):
         push(copy, "lab/merged")

@@ -14,10 +14,19 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
 
 from .. import modeling_samclip, registration
+from ..configuration_samclip import MINIMUM_TRANSFORMERS_VERSION
 from ..processing_samclip import SamClipProcessor
 from ..segmentation_samclip import SamClipForImageSegmentation
 
 HUB_FILES = "*_samclip.py"
+AUTO_MAP = {
+    "AutoConfig": "configuration_samclip.SamClipConfig",
+    "SamClipVisionConfig": "configuration_samclip.SamClipVisionConfig",  # for `get_class_from_dynamic_module`
+    **{
+        auto_class.__name__: f"{model_class.__module__.rpartition('.')[2]}.{model_class.__name__}"
+        for auto_class, model_class in registration.MODELS.items()
+    },
+}
 PROCESSOR_AUTO_MAP = {
     "AutoImageProcessor": "image_processing_samclip.SamClipImageProcessor",
     "AutoProcessor": "processing_samclip.SamClipProcessor",
@@ -66,7 +75,8 @@ def build_repository(source: str | Path, folder: Path, dtype: str | None = None,
 
 def add_code(folder: Path) -> None:
     """
-    Copies the model code into a checkpoint's folder and writes `auto_map` and `custom_pipelines` to its configuration.
+    Copies the model code into a checkpoint's folder, and writes `auto_map`, `custom_pipelines` and
+    `minimum_transformers_version` to its configuration.
 
     `register_for_auto_class` is not used: it supports one Auto class per class, and it changes every later
     `save_pretrained` of the process.
@@ -76,13 +86,9 @@ def add_code(folder: Path) -> None:
     """
     for file in Path(modeling_samclip.__file__).parent.glob(HUB_FILES):
         shutil.copy(file, folder)
-    model_auto_map = {
-        auto_class.__name__: f"{model_class.__module__.rpartition('.')[2]}.{model_class.__name__}"
-        for auto_class, model_class in registration.MODELS.items()
-    }
     _update_json(
         folder / "config.json",
-        auto_map={"AutoConfig": "configuration_samclip.SamClipConfig"} | model_auto_map,
+        auto_map=AUTO_MAP,
         custom_pipelines={
             registration.TASK: {
                 "impl": "pipeline_samclip.SamClipImageSegmentationPipeline",
@@ -90,6 +96,7 @@ def add_code(folder: Path) -> None:
                 "type": "image",
             }
         },
+        minimum_transformers_version=MINIMUM_TRANSFORMERS_VERSION,
     )
     image_processor = json.loads((folder / "processor_config.json").read_text())["image_processor"]
     _update_json(
