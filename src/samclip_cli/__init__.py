@@ -25,7 +25,7 @@ COMMANDS = {
     "cost": "estimate the operations and GPU hours of training recipes",
 }
 # Commands that need an optional dependency group of the package.
-EXTRAS = {"train": "train", "evaluate": "train", "embed": "train", "cost": "train", "export": "export"}
+EXTRAS = dict.fromkeys(("train", "evaluate", "publish", "embed", "cost"), "train") | {"export": "export"}
 
 INTERRUPTED, BROKEN_PIPE = 130, 141  # exit status: 128 + signal number, as in shells
 

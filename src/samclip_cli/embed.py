@@ -41,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         metavar="DATA",
         default=["miniature"],
-        help="images: folders, patterns, hf:// paths, data sets on the Hub, or 'miniature' (default: miniature)",
+        help="images: folders, patterns, hf:// paths, datasets on the Hub, or 'miniature' (default: miniature)",
     )
     parser.add_argument("--output_dir", type=Path, metavar="FOLDER", required=True, help="folder of the embeddings")
     parser.add_argument(

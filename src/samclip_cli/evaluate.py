@@ -31,11 +31,11 @@ examples:
       --task classification:imagenet semantic:voc21 composed:voc21 cascade:voc21
 
 tasks:
-  A task is PROTOCOL:DATA. DATA is the name of a data set below the folder --data, a path, or
+  A task is PROTOCOL:DATA. DATA is the name of a dataset below the folder --data, a path, or
   "hf://owner/name" for the Hub. A task without ":DATA" runs on the synthetic scenes of the
   miniature and needs no files.
 
-  protocol                     names of data sets
+  protocol                     names of datasets
   classification               imagenet, imagenet-v2, places365
   retrieval                    flickr30k, coco-captions
   instances, prompts           coco, lvis
@@ -43,10 +43,10 @@ tasks:
                                panoptic133, cityscapes
   linear-probe                 as classification
   head-probe                   as semantic
-  cost                         HEIGHTxWIDTH in pixels instead of a data set
+  cost                         HEIGHTxWIDTH in pixels instead of a dataset
 
   linear-probe and head-probe require --train_data and --size. docs/evaluate.md in the repository
-  describes the protocols, and where to get each data set.
+  describes the protocols, and where to get each dataset.
 
 models:
   SAM-CLIP, SAM, CLIP and SigLIP checkpoints, and cascades of a SAM and a CLIP, written SAM+CLIP.
@@ -96,12 +96,12 @@ def build_parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="FOLDER",
         default=Path("data"),
-        help="folder of the data sets that are known by name (default: %(default)s)",
+        help="folder of the datasets that are known by name (default: %(default)s)",
     )
     parser.add_argument(
         "--train_data",
         metavar="DATA",
-        help="training data of linear-probe and head-probe; for a data set known by name, its training split is used",
+        help="training data of linear-probe and head-probe; for a dataset known by name, its training split is used",
     )
     parser.add_argument(
         "--steps", type=positive_int, metavar="N", help="training steps of each head of head-probe (default: 20000)"
@@ -200,7 +200,7 @@ def build_evaluators(arguments: argparse.Namespace) -> dict[str, "Evaluator"]:
 
 
 def evaluators_on(protocol: str, data: str, arguments: argparse.Namespace) -> dict[str, "Evaluator"]:
-    """The evaluators of one protocol on one data set, by name: one for each image size."""
+    """The evaluators of one protocol on one dataset, by name: one for each image size."""
     evaluators = {}
     for size in arguments.size:
         suffix = f"@{size}" if size and protocol not in NATIVE_SIZE else ""
@@ -209,7 +209,7 @@ def evaluators_on(protocol: str, data: str, arguments: argparse.Namespace) -> di
 
 
 def build_evaluator(protocol: str, data: str, size: int | None, arguments: argparse.Namespace) -> "Evaluator":
-    """The evaluator of one protocol on one data set at one image size. Raises `ValueError` or `OSError` if the data
+    """The evaluator of one protocol on one dataset at one image size. Raises `ValueError` or `OSError` if the data
     cannot be read or an argument is missing."""
     from samclip_hf.datasets import open_captions, open_classification, open_objects, open_segmentation
     from samclip_hf.evaluation import (
@@ -263,7 +263,7 @@ def build_evaluator(protocol: str, data: str, size: int | None, arguments: argpa
 
 
 def first(data: "DataSet", limit: int | None) -> "DataSet":
-    """The first `limit` samples, which the data set's description then states."""
+    """The first `limit` samples, which the dataset's description then states."""
     if limit is None:
         return data
     description = data.description | {"only": f"the first {limit} samples"}
