@@ -226,8 +226,8 @@ class SamClipTrainingArguments(TrainingArguments):
     sam_shuffle_buffer: int = field(
         default=200,
         metadata={
-            "help": "Number of samples of sam_data that are shuffled together, in all processes. Samples of SA-1B have "
-            "about one megabyte each."
+            "help": "Number of samples of sam_data that are shuffled together, in all processes. Samples of SA-1B "
+            "have about one megabyte each."
         },
     )
     sam_loss_weight: float = field(
