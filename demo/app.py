@@ -36,7 +36,7 @@ MIN_DISPLAY_SIZE = 512  # pixels: smaller images are enlarged
 MAX_SESSIONS = 200  # each stores the image embeddings of one image: 17 MB with ViT-B
 POINTS_PER_BATCH = 64  # in automatic mask generation
 
-FOREGROUND, BACKGROUND, BOX = "Foreground point", "Background point", "Box (two corners)"
+FOREGROUND, BACKGROUND, BOX = "Foreground point", "Background point", "Box"
 NO_IMAGE = "Choose an example or upload an image first."
 
 # Gradio's default opacity of masks is fixed. It sets `active` and `inactive` while the pointer is on the legend.
@@ -369,8 +369,8 @@ class App:
         if not self.is_miniature:
             return f"Checkpoint: **{self.checkpoint}**, {size:.0f} million parameters."
         return (
-            f"Checkpoint: **the shipped miniature**, {size:.0f} million parameters. It is trained on procedural "
-            "scenes and does not work on photographs. For another checkpoint: `python demo/app.py FOLDER_OR_NAME`."
+            f"Checkpoint: **the shipped miniature**, {size:.0f} million parameters, trained on procedural scenes, "
+            "not on photographs. For another one: `python demo/app.py FOLDER_OR_NAME`."
         )
 
     def build(self) -> gr.Blocks:
@@ -425,7 +425,7 @@ class App:
                     with gr.Row():
                         slider = {"min_width": 100, "buttons": []}
                         threshold = gr.Slider(0, 1, 0.3, label="Score threshold", elem_id="threshold", **slider)
-                        opacity = gr.Slider(0, 1, 0.6, label="Mask opacity", elem_id="opacity", **slider)
+                        opacity = gr.Slider(0, 1, 0.6, label="Opacity", elem_id="opacity", **slider)
             with gr.Row(elem_classes="timers", elem_id="timers"):
                 encoder_time, prompt_time, text_time, everything_time = (gr.Markdown() for _ in range(4))
 

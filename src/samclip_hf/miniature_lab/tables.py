@@ -11,6 +11,7 @@ different `--seeds` to each with the same `--output_dir`, then run the command o
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -133,7 +134,7 @@ def scale_steps(steps: int, fraction: float) -> int:
     return max(1, round(steps * fraction))
 
 
-def evaluate(models: list[Path | str], tasks: tuple[str, ...], output_dir: Path, fraction: float) -> None:
+def evaluate(models: Sequence[Path | str], tasks: tuple[str, ...], output_dir: Path, fraction: float) -> None:
     """Evaluates models. `samclip evaluate` skips results that `output_dir` contains already."""
     command = ["evaluate", "--model", *models, "--task", *tasks, "--share", fraction, "--output_dir", output_dir]
     commands.run(f"Evaluation: {', '.join(tasks)}", command)
@@ -199,7 +200,7 @@ def collect(output_dir: Path, fraction: float = 1.0) -> dict:
 
 def is_complete(content: dict) -> bool:
     """Whether the results of a seed contain all runs with the fast tasks, and the three stages with the slow tasks."""
-    required = {task: STAGES for _, task, _, _ in ROWS if task != "cascade:miniature"}
+    required: dict[str, tuple[str, ...]] = {task: STAGES for _, task, _, _ in ROWS if task != "cascade:miniature"}
     required |= {task: tuple(RUNS) for task, _, _ in COLUMNS}
     return all(
         set(models) <= content["tasks"].get(task, {"models": {}})["models"].keys() for task, models in required.items()
