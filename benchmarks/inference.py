@@ -5,9 +5,9 @@ Speed and memory of SAM-CLIP against transformers' own models of the same size, 
     python benchmarks/inference.py text_to_masks   # one SAM-CLIP against a SamModel and a CLIPVisionModel
     python benchmarks/inference.py encoder --device cuda --dtype bfloat16 --batch_sizes 1 8 32 --compile
 
-What is compared runs in turns in one process, so that what else the machine does hits all of it, and a ratio is that
-of two runs next to each other. Rates are in terms of the operations that SAM's encoder needs, counted by torch (972
-GFLOP an image at 1024 px), whatever a variant really does; the matrix product's rate is measured between them.
+The variants run in turns in one process, so that other load on the machine affects all of them, and ratios are taken
+between consecutive runs. Rates use the operations of SAM's encoder, counted by torch (972 GFLOP per image at 1024 px),
+for every variant. The rate of a matrix product is measured between the runs.
 """
 
 import argparse
@@ -31,7 +31,7 @@ NUM_CLASSES = 20
 
 
 def compare(functions: dict[str, Callable], repeats: int, device: torch.device) -> tuple[dict, dict]:
-    """Seconds of every run, and the most memory that a run takes above what was there before it, in GB."""
+    """Seconds of every run, and the peak memory of each function above the memory before it, in GB."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     memory: dict[str, float] = {}
     for repeat in range(repeats + 1):
@@ -42,7 +42,7 @@ def compare(functions: dict[str, Callable], repeats: int, device: torch.device) 
             result = function()
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            if repeat > 0:  # the first one warms up, and compiles
+            if repeat > 0:  # the first one is warm-up and compilation
                 seconds[name].append(time.perf_counter() - start)
             memory[name] = (peak_memory(device) - before) / 1e9
             del result
@@ -50,7 +50,7 @@ def compare(functions: dict[str, Callable], repeats: int, device: torch.device) 
 
 
 def matrix_product(device: torch.device, dtype: torch.dtype) -> tuple[Callable, float]:
-    """A product as in the encoder's MLP, several times, and its operations."""
+    """Ten matrix products of the size of the encoder's MLP, and their number of operations."""
     rows, inner, columns = (4096, 768, 3072) if device.type == "cpu" else (8192, 8192, 8192)
     a = torch.randn(rows, inner, device=device, dtype=dtype)
     b = torch.randn(inner, columns, device=device, dtype=dtype)
@@ -58,7 +58,7 @@ def matrix_product(device: torch.device, dtype: torch.dtype) -> tuple[Callable, 
 
 
 def sam_operations(config: SamConfig, size: int) -> float:
-    """Of one image's pass through SAM's encoder."""
+    """Number of operations of SAM's encoder for one image."""
     with torch.device("meta"):
         sam = SamModel(config)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -111,7 +111,7 @@ def encoder(arguments, config: SamConfig, clip_config: CLIPVisionConfig) -> None
         encoders["SAM-CLIP, compiled"] = torch.compile(samclip.vision_encoder)
     if device.type == "cuda":
         encoders["SAM-CLIP, flex_attention"] = flex
-    else:  # what each step bought
+    else:  # the effect of each optimization
         encoders["SAM-CLIP, bias in the dot product"] = in_dot_product
         encoders["SAM-CLIP, padding projected too"] = with_padding
 
@@ -150,7 +150,7 @@ def text_to_masks(arguments, config: SamConfig, clip_config: CLIPVisionConfig) -
     samclip = samclip.to(device, dtype).eval()
     pixel_values = torch.randn(1, 3, size, size, device=device, dtype=dtype)
     with torch.no_grad():
-        # A vocabulary of which every class is found: what patches of this very image embed to.
+        # Classes from the embeddings of patches of the image, so that every class is found.
         patches = samclip(pixel_values, both_heads=False).dense_embeds.flatten(2)[0].T
         samclip.class_embeds = patches[:: len(patches) // NUM_CLASSES][:NUM_CLASSES].contiguous()
     segments = {}
@@ -199,13 +199,13 @@ def main(argv: list[str] | None = None, config: SamConfig | None = None, clip_co
     parser.add_argument("what", choices=["encoder", "text_to_masks"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1], help="of the encoder")
-    parser.add_argument("--compile", action="store_true", help="the compiled encoders too")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1], help="batch sizes of the image encoder")
+    parser.add_argument("--compile", action="store_true", help="also run compiled encoders")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args(argv)
     if arguments.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.exit(2, "There is no GPU that torch can use: nothing was measured.\n")
+        parser.exit(2, "torch finds no GPU.\n")
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     machine = torch.cuda.get_device_name() if arguments.device.startswith("cuda") else f"{arguments.threads} threads"
@@ -214,7 +214,7 @@ def main(argv: list[str] | None = None, config: SamConfig | None = None, clip_co
         f"{transformers.__version__}"
     )
     if config is None:
-        config = SamConfig(vision_config={"initializer_range": 0.02})  # its default, 1e-10, is for loading weights
+        config = SamConfig(vision_config={"initializer_range": 0.02})  # its default is 1e-10
     if clip_config is None:  # ViT-B/16
         clip_config = CLIPVisionConfig(patch_size=16)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The pipeline whose vocabulary comes with the call, on the shipped miniature, against the model called directly."""
+"""The pipeline `zero-shot-image-segmentation` on the shipped miniature, against direct calls of the model."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def images():
     ]
 
 
-WORDS = {
+ARGUMENTS = {
     "candidate_labels": list(CLASS_NAMES),
     "hypothesis_template": "a {}",
     "background": list(BACKGROUND_PROMPTS),
@@ -39,12 +39,12 @@ def assert_same_segments(actual, expected):
         assert differs.mean() < 1e-3  # rounding, at a mask's edge
 
 
-def test_it_is_found_by_its_task(segmenter):
+def test_task_gives_the_class(segmenter):
     assert type(segmenter) is SamClipImageSegmentationPipeline
 
 
 @pytest.mark.parametrize("subtask", ["semantic", "panoptic"])
-def test_equals_the_model_called_directly(segmenter, images, subtask):
+def test_matches_direct_calls(segmenter, images, subtask):
     model, image_processor = segmenter.model, segmenter.image_processor
     vocabulary = model.embed_vocabulary(CLASS_NAMES, BACKGROUND_PROMPTS, ["a {}"], segmenter.tokenizer)
     found = 0
@@ -52,7 +52,7 @@ def test_equals_the_model_called_directly(segmenter, images, subtask):
         size = [(image.height, image.width)]
         with torch.inference_mode():
             outputs = model(**image_processor(image, return_tensors="pt"), vocabulary=vocabulary)
-        segments = segmenter(image, subtask=subtask, **WORDS)
+        segments = segmenter(image, subtask=subtask, **ARGUMENTS)
         if subtask == "semantic":
             label_map = image_processor.post_process_semantic_segmentation(outputs, size)[0]
             expected = [(vocabulary.id2label[n], label_map == n) for n in label_map.unique().tolist()]
@@ -69,10 +69,10 @@ def test_equals_the_model_called_directly(segmenter, images, subtask):
     assert found >= 3
 
 
-def test_batches_and_streams_give_the_same(segmenter, images):
-    one_by_one = [segmenter(image, **WORDS) for image in images]
-    batched = segmenter(images, batch_size=2, **WORDS)
-    streamed = list(segmenter((image for image in images), batch_size=3, **WORDS))
+def test_batches_and_generators_give_equal_results(segmenter, images):
+    one_by_one = [segmenter(image, **ARGUMENTS) for image in images]
+    batched = segmenter(images, batch_size=2, **ARGUMENTS)
+    streamed = list(segmenter((image for image in images), batch_size=3, **ARGUMENTS))
     for results in (batched, streamed):
         for actual, expected in zip(results, one_by_one, strict=True):
             assert_same_segments(actual, expected)
@@ -84,38 +84,38 @@ def test_a_vocabulary_is_embedded_once(segmenter, images, monkeypatch):
     labels = ["red dotted shape", ["green zigzag shape", "green shape"]]
     for _ in range(2):
         segmenter(images, candidate_labels=labels, hypothesis_template=["a {}", "the {}"])
-    assert len(embedded) == 1 and len(embedded[0]) == 6
+    assert [len(texts) for texts in embedded] == [6, 2]  # texts from templates, names
     segmenter(images, candidate_labels=labels)
-    assert len(embedded) == 2
+    assert len(embedded) == 4
 
 
-def test_what_a_pipeline_was_made_with_holds_until_a_call_says_otherwise(segmenter, images):
-    words = {"candidate_labels": ["red dotted shape", "blue solid shape"], "hypothesis_template": "a {}"}
-    made = pipeline("zero-shot-image-segmentation", model=miniature.checkpoint(), **words)
+def test_arguments_of_the_constructor_are_defaults_of_the_calls(segmenter, images):
+    arguments = {"candidate_labels": ["red dotted shape", "blue solid shape"], "hypothesis_template": "a {}"}
+    made = pipeline("zero-shot-image-segmentation", model=miniature.checkpoint(), **arguments)
     for other in ({}, {"hypothesis_template": "the {}"}, {"candidate_labels": ["dog"]}, {"background": 0.5}):
         actual = made(images[0], subtask="semantic", **other)
-        assert_same_segments(actual, segmenter(images[0], subtask="semantic", **words | other))
+        assert_same_segments(actual, segmenter(images[0], subtask="semantic", **arguments | other))
 
 
-def test_a_threshold_for_background_takes_nothing_from_the_names(segmenter, images):
-    words = WORDS | {"threshold": 0.9}
-    sure = segmenter(images[0], **words)
-    assert sure
-    by_threshold = segmenter(images[0], **words | {"background": 0.5})
-    assert {segment["label"] for segment in sure} <= {segment["label"] for segment in by_threshold}
+def test_background_threshold_keeps_confident_segments(segmenter, images):
+    arguments = ARGUMENTS | {"threshold": 0.9}
+    confident = segmenter(images[0], **arguments)
+    assert confident
+    by_threshold = segmenter(images[0], **arguments | {"background": 0.5})
+    assert {segment["label"] for segment in confident} <= {segment["label"] for segment in by_threshold}
     assert all(segment["score"] > 0.9 for segment in by_threshold)
 
 
-def test_without_labels_it_has_the_checkpoints_own(segmenter, images):
+def test_default_vocabulary_is_the_checkpoints(segmenter, images):
     stock = pipeline("image-segmentation", model=miniature.checkpoint())
-    segmenter(images[0], candidate_labels=["dog"])  # forgotten after the call
+    segmenter(images[0], candidate_labels=["dog"])  # does not change the default
     own = segmenter(images[0], subtask="semantic")
     assert_same_segments(own, stock(images[0], subtask="semantic"))
 
 
-def test_bad_input_is_refused(segmenter, images):
+def test_wrong_input_raises(segmenter, images):
     for arguments, message in (
-        ({"background": 0.5}, "background belong to candidate_labels"),
+        ({"background": 0.5}, "background need candidate_labels"),
         ({"candidate_labels": []}, "at least one name"),
         ({"candidate_labels": ["a"], "hypothesis_template": "a photo"}, "contain {}"),
         ({"subtask": "panoptical"}, "subtask must be"),

@@ -1,3 +1,5 @@
+"""The processor against SAM's."""
+
 import numpy as np
 import pytest
 import torch
@@ -26,7 +28,7 @@ def image():
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 100, 3), dtype=np.uint8))
 
 
-def test_prompts_are_sams(processor, image):
+def test_prompts_match_sams_processor(processor, image):
     prompts = {
         "input_points": [[[[10, 20], [99, 49]], [[0, 0], [50, 25]]]],
         "input_labels": [[[1, 0], [1, 1]]],
@@ -38,7 +40,7 @@ def test_prompts_are_sams(processor, image):
         torch.testing.assert_close(actual[name], value, check_dtype=False)
 
 
-def test_images_may_have_different_numbers_of_prompts_and_points(processor, image):
+def test_pads_prompts_and_points(processor, image):
     points = [[[[10, 20]]], [[[10, 20], [30, 40]], [[50, 25]]]]
     inputs = processor([image, image], input_points=points)
     assert inputs["input_points"].shape == (2, 2, 2, 2)
@@ -47,7 +49,7 @@ def test_images_may_have_different_numbers_of_prompts_and_points(processor, imag
     torch.testing.assert_close(inputs["input_points"][1, 0, 1], torch.tensor([30 * scale, 40 * scale]))
 
 
-def test_a_batch_of_different_images_and_numbers_of_prompts_gives_the_masks_of_one_at_a_time(processor, model, image):
+def test_padded_prompts_give_the_masks_of_single_images(processor, model, image):
     images = [image, image.resize((40, 90))]
     boxes = [[[10, 20, 30, 40]], [[1, 2, 30, 40], [5, 5, 20, 80], [0, 0, 40, 90]]]
     points = [[[[15, 25]]], [[[3, 4]], [[9, 70]], [[20, 20]]]]
@@ -68,7 +70,7 @@ def test_a_batch_of_different_images_and_numbers_of_prompts_gives_the_masks_of_o
             torch.testing.assert_close(own + 0, alone + 0, rtol=0, atol=1e-4 * float(alone.abs().max()))
 
 
-def test_points_without_the_level_of_prompts_are_one_prompt_as_in_sams_processor(processor, image):
+def test_three_levels_of_points_match_sams_processor(processor, image):
     sams = SamProcessor(SamImageProcessor.from_dict(processor.image_processor.to_dict()))
     for points, labels in (([[[30, 40], [9, 5]]], [[1, 0]]), (np.array([[[30, 40]]]), None)):
         actual = processor(image, input_points=points, input_labels=labels)
@@ -80,19 +82,19 @@ def test_points_without_the_level_of_prompts_are_one_prompt_as_in_sams_processor
             assert torch.equal(actual["input_labels"], expected["input_labels"])
 
 
-def test_prompts_follow_a_size_for_one_call(processor, image):
+def test_prompts_are_scaled_to_the_size_of_the_call(processor, image):
     inputs = processor(image, input_points=[[[[100, 50]]]], size={"longest_edge": 32})
     assert inputs["input_points"].flatten().tolist() == [32.0, 16.0]
 
 
-def test_points_are_scaled_in_each_direction_by_itself(processor):
+def test_points_are_scaled_separately_in_x_and_y(processor):
     image = Image.new("RGB", (20, 33))  # resized to 39 x 64: 1.95 and 1.94 times
     inputs = processor(image, input_points=[[[[20, 33]]]], input_boxes=[[[0, 0, 20, 33]]])
     torch.testing.assert_close(inputs["input_points"][0, 0, 0], torch.tensor([39.0, 64.0]))
     torch.testing.assert_close(inputs["input_boxes"][0, 0], torch.tensor([0.0, 0.0, 39.0, 64.0]))
 
 
-def test_prompts_come_in_the_type_of_everything_else(processor, image):
+def test_prompts_have_the_return_type(processor, image):
     inputs = processor(
         [image, image],
         "a",
@@ -104,7 +106,7 @@ def test_prompts_come_in_the_type_of_everything_else(processor, image):
     assert inputs["num_prompts"].tolist() == [2, 1]
 
 
-def test_text_is_tokenised_and_padded(processor, tokenizer, image):
+def test_text_is_tokenized_and_padded(processor, tokenizer, image):
     inputs = processor(image, text=["a cat", "dog"])
     expected = tokenizer(["a cat", "dog"], padding=True, return_tensors="pt")
     assert inputs["input_ids"].equal(expected["input_ids"])
@@ -124,12 +126,12 @@ def test_saves_and_loads(processor, image, tmp_path, model):
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        ({}, "Give images, text or both"),
-        ({"text": "a", "input_points": [[[[1, 1]]]]}, "need the images"),
-        ({"images": 1, "input_points": [[[[1, 51]]]]}, "leave the image, which is 100 wide and 50 high"),
-        ({"images": 1, "input_points": [[[[-1, 1]]]]}, "leave the image"),
-        ({"images": 1, "input_points": [[[[float("nan"), 1]]]]}, "leave the image"),
-        ({"images": 1, "input_boxes": [[[0, 0, 200, 10]]]}, "leave the image"),
+        ({}, "Pass images, text or both"),
+        ({"text": "a", "input_points": [[[[1, 1]]]]}, "Prompts need images"),
+        ({"images": 1, "input_points": [[[[1, 51]]]]}, "outside the image, which is 100 wide and 50 high"),
+        ({"images": 1, "input_points": [[[[-1, 1]]]]}, "outside the image"),
+        ({"images": 1, "input_points": [[[[float("nan"), 1]]]]}, "outside the image"),
+        ({"images": 1, "input_boxes": [[[0, 0, 200, 10]]]}, "outside the image"),
         ({"images": 1, "input_boxes": [[[30, 0, 20, 10]]]}, "x1 <= x2"),
         ({"images": 2, "input_points": [[[[1, 1]]]]}, "are for 1 images, but there are 2"),
         (
@@ -138,7 +140,7 @@ def test_saves_and_loads(processor, image, tmp_path, model):
                 "input_boxes": [[[0, 0, 1, 1]], [[0, 0, 1, 1]] * 2],
                 "input_points": [[[[1, 1]]] * 2, [[[1, 1]]]],
             },
-            "as many of each",
+            "must be equal in number",
         ),
         (
             {
@@ -146,26 +148,29 @@ def test_saves_and_loads(processor, image, tmp_path, model):
                 "input_boxes": [[[0, 0, 1, 1]] * 2, [[0, 0, 1, 1]]],
                 "input_points": [[[[1, 1]]] * 2] * 2,
             },
-            "as many of each",
+            "must be equal in number",
         ),
-        ({"images": 1, "input_points": [[[[1, 1]]]], "input_boxes": [[[0, 0, 1, 1]] * 2]}, "as many of each"),
+        ({"images": 1, "input_points": [[[[1, 1]]]], "input_boxes": [[[0, 0, 1, 1]] * 2]}, "must be equal in number"),
         ({"images": 1, "input_points": [[[[1, 1]]]], "input_labels": [[[7]]]}, "are 1, 0 or -1"),
         ({"images": 1, "input_points": [[[[1, 1]]]], "input_labels": [[[0.7]]]}, r"are 1, 0 or -1, got \[0.7\]"),
         ({"images": 1, "input_points": [[[[60, 10, 50, 3]]]]}, "need x and y, 2 numbers each, got \\[4\\]"),
         ({"images": 1, "input_boxes": [[[10, 10, 50, 50] * 2]]}, "need x1, y1, x2 and y2, 4 numbers each"),
         ({"images": 1, "input_boxes": [[[60, 10, 50]]]}, "4 numbers each"),
-        ({"images": 1, "input_boxes": [[["a", 10, 50, 50]]]}, "are numbers, got 'a'"),
+        ({"images": 1, "input_boxes": [[["a", 10, 50, 50]]]}, "must be numbers, got 'a'"),
         ({"images": 1, "input_points": [[]]}, "at least one prompt"),
         ({"images": 1, "input_points": [[[[1, 1], 5]]]}, "input_points are nested unevenly"),
         ({"images": 1, "input_boxes": [[[0, 0, 1, 1], 7]]}, "input_boxes are nested unevenly"),
         ({"images": 1, "input_points": [[[[1, 1], [2, 2]]]], "input_labels": [[[1, None]]]}, r"got \[nan\]"),
         ({"images": 1, "input_points": [[[[1, 1]]]], "input_labels": [[[1, 0]]]}, "exactly one label"),
-        ({"images": 1, "input_labels": [[[1]]]}, "give input_points too"),
-        ({"images": 1, "input_points": [[10, 20]]}, r"4 levels, or one less for a single prompt an image; got 2"),
+        ({"images": 1, "input_labels": [[[1]]]}, "need input_points"),
+        (
+            {"images": 1, "input_points": [[10, 20]]},
+            r"4 levels, or one less for .*; got 2",
+        ),
         ({"images": 1, "input_boxes": [[0, 0, 1, 1]]}, r"three levels.*got 2"),
     ],
 )
-def test_wrong_input_is_refused_with_a_sentence(processor, image, inputs, message):
+def test_wrong_input_raises(processor, image, inputs, message):
     if "images" in inputs:
         inputs = inputs | {"images": [image] * inputs["images"]}
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""SigLIP as the teacher of texts: its text tower reads texts of one length, and its logits have a bias."""
+"""SigLIP as the CLIP teacher: its text tower reads texts of a fixed length, and its logits have a bias."""
 
 import importlib
 import io
@@ -52,13 +52,13 @@ from .conftest import randomize
 from .datasets.tars import write_tar
 
 TRAINING = Path(__file__).parents[1] / "training"
-FILTERS = {"SigLIP": 3, "SigLIP 2": 2}  # bicubic and bilinear, as their checkpoints have it
+FILTERS = {"SigLIP": 3, "SigLIP 2": 2}  # bicubic and bilinear, as in their checkpoints
 TEXTS = ["a red solid shape", "a green dotted shape on a striped background"]
 
 
 def tiny_tokenizer(generation: str, folder: Path) -> SiglipTokenizer | GemmaTokenizer:
-    """Of the class, and with the settings, of the checkpoints on the Hub: SigLIP's is a sentencepiece model that pads
-    with what ends a text, SigLIP 2's Gemma's, without a mask."""
+    """A tokenizer with the class and the settings of the checkpoints on the Hub. SigLIP's is a sentencepiece model that
+    pads with the end token; SigLIP 2's is Gemma's, which returns no mask."""
     if generation == "SigLIP":
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(TEXTS),
@@ -72,11 +72,11 @@ def tiny_tokenizer(generation: str, folder: Path) -> SiglipTokenizer | GemmaToke
             minloglevel=2,
         )
         return SiglipTokenizer(str(folder / "spiece.model"))
-    learnt = tokenizers.Tokenizer(tokenizers.models.BPE())
-    learnt.normalizer = tokenizers.normalizers.Replace(" ", "\u2581")
+    trained = tokenizers.Tokenizer(tokenizers.models.BPE())
+    trained.normalizer = tokenizers.normalizers.Replace(" ", "\u2581")
     special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
-    learnt.train_from_iterator(TEXTS, tokenizers.trainers.BpeTrainer(vocab_size=60, special_tokens=special))
-    model = json.loads(learnt.to_str())["model"]
+    trained.train_from_iterator(TEXTS, tokenizers.trainers.BpeTrainer(vocab_size=60, special_tokens=special))
+    model = json.loads(trained.to_str())["model"]
     return GemmaTokenizer(
         vocab=model["vocab"],
         merges=[tuple(pair) for pair in model["merges"]],
@@ -89,7 +89,7 @@ def tiny_tokenizer(generation: str, folder: Path) -> SiglipTokenizer | GemmaToke
 
 @pytest.fixture(scope="module", params=["SigLIP", "SigLIP 2"])
 def siglip_folder(request, tmp_path_factory) -> Path:
-    """A tiny SigLIP whose configuration, like SigLIP 2's, does not know what its tokenizer pads with."""
+    """A tiny SigLIP whose configuration has another `pad_token_id` than its tokenizer, as in SigLIP 2."""
     folder = tmp_path_factory.mktemp("siglip")
     tokenizer = tiny_tokenizer(request.param, folder)
     tower = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -135,7 +135,7 @@ def processor(siglip_folder) -> SamClipProcessor:
 
 
 def png(pixels: np.ndarray) -> bytes:
-    """A picture, to the bit."""
+    """An image as PNG, which is lossless."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG")
     return buffer.getvalue()
@@ -146,16 +146,16 @@ def script(name: str):
     return importlib.import_module(f"samclip_cli.{name}").main
 
 
-def as_siglip_reads(folder: Path) -> dict[str, torch.Tensor]:
-    """The texts, padded as transformers says that they must be."""
+def siglip_inputs(folder: Path) -> dict[str, torch.Tensor]:
+    """The texts with the padding that transformers documents for SigLIP."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     return {"input_ids": tokenizer(TEXTS, padding="max_length", max_length=64, return_tensors="pt")["input_ids"]}
 
 
-def test_texts_are_embedded_as_by_siglip_however_they_are_padded(student, siglip, siglip_folder, processor):
+def test_text_features_match_siglip_with_any_padding(student, siglip, siglip_folder, processor):
     left = {"padding": "max_length", "max_length": 50, "padding_side": "left"}
     with torch.inference_mode():
-        expected = siglip.get_text_features(**as_siglip_reads(siglip_folder)).pooler_output
+        expected = siglip.get_text_features(**siglip_inputs(siglip_folder)).pooler_output
         together = student.get_text_features(**processor(text=TEXTS)).pooler_output
         alone = torch.cat([student.get_text_features(**processor(text=text)).pooler_output for text in TEXTS])
         full = student.get_text_features(**processor(text=TEXTS, padding="max_length", max_length=64)).pooler_output
@@ -165,21 +165,21 @@ def test_texts_are_embedded_as_by_siglip_however_they_are_padded(student, siglip
         torch.testing.assert_close(features, expected)
 
 
-def test_logits_and_loss_are_siglips_for_the_same_embeddings(student, siglip, siglip_folder, processor):
+def test_logits_and_loss_match_siglip(student, siglip, siglip_folder, processor):
     images = [Image.fromarray(np.full((40, 40, 3), shade, dtype=np.uint8)) for shade in (50, 200)]
     with torch.inference_mode():
         inputs = processor(images, text=TEXTS)
         outputs = student(**inputs, return_loss=True)
         features = student.get_image_features(inputs["pixel_values"], inputs["reshaped_input_sizes"])
-        siglip.vision_model.forward = lambda **_: features  # SigLIP with our eyes
-        expected = siglip(**as_siglip_reads(siglip_folder), pixel_values=torch.zeros(2, 3, 32, 32), return_loss=True)
+        siglip.vision_model.forward = lambda **_: features  # SigLIP with SAM-CLIP's image features
+        expected = siglip(**siglip_inputs(siglip_folder), pixel_values=torch.zeros(2, 3, 32, 32), return_loss=True)
     for name in ("logits_per_image", "logits_per_text", "text_embeds", "image_embeds", "loss"):
         torch.testing.assert_close(outputs[name], expected[name])
     with pytest.raises(ValueError, match="return_loss needs one text per image"):
         student(**processor(images, text=TEXTS[:1]), return_loss=True)
 
 
-def test_it_is_saved_and_loaded_whole(student, processor, tmp_path):
+def test_saves_and_loads(student, processor, tmp_path):
     student.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     loaded, info = SamClipModel.from_pretrained(tmp_path, output_loading_info=True)
@@ -192,13 +192,11 @@ def test_it_is_saved_and_loaded_whole(student, processor, tmp_path):
     assert torch.equal(first, second)
 
 
-def test_vocabularies_and_stock_pipelines_read_texts_as_siglip_does(
-    student, processor, siglip, siglip_folder, tmp_path
-):
+def test_vocabularies_and_pipelines_embed_texts_like_siglip(student, processor, siglip, siglip_folder, tmp_path):
     student.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     with torch.inference_mode():
-        expected = F.normalize(siglip.get_text_features(**as_siglip_reads(siglip_folder)).pooler_output, dim=-1)
+        expected = F.normalize(siglip.get_text_features(**siglip_inputs(siglip_folder)).pooler_output, dim=-1)
     segmenter = SamClipForImageSegmentation.from_pretrained(tmp_path).set_vocabulary(TEXTS, templates=["{}"])
     torch.testing.assert_close(segmenter.class_embeds, expected)
     with pytest.raises(ValueError, match="The text tower reads 64 tokens at most"):
@@ -213,8 +211,8 @@ def test_vocabularies_and_stock_pipelines_read_texts_as_siglip_does(
     assert [scores[text] for text in TEXTS] == pytest.approx(probabilities.tolist(), abs=1e-5)
 
 
-def test_object_detection_knows_the_names_of_its_vocabulary_without_a_mask(siglip_folder, processor, tmp_path):
-    student = SamClipModel.from_teachers(miniature.sam_teacher(), siglip_folder)  # whose masks are not empty
+def test_object_detection_recognizes_names_without_a_mask(siglip_folder, processor, tmp_path):
+    student = SamClipModel.from_teachers(miniature.sam_teacher(), siglip_folder)  # masks that are not empty
     randomize(student.clip_head)
     student.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
@@ -222,7 +220,7 @@ def test_object_detection_knows_the_names_of_its_vocabulary_without_a_mask(sigli
     SamClipForImageSegmentation.from_pretrained(tmp_path).set_vocabulary(names).save_pretrained(tmp_path)
     detector = SamClipForObjectDetection.from_pretrained(tmp_path).eval()
     inputs = processor([Image.fromarray(render(seed=0, index=n).image) for n in range(2)], text=names)
-    inputs.pop("attention_mask", None)  # what is not there for SigLIP 2
+    inputs.pop("attention_mask", None)  # SigLIP 2 has none
     assert (inputs["input_ids"][0, -1] == processor.tokenizer.pad_token_id).all()
     with torch.inference_mode():
         outputs = detector(**inputs)
@@ -235,7 +233,7 @@ def test_object_detection_knows_the_names_of_its_vocabulary_without_a_mask(sigli
 
 
 @pytest.mark.parametrize("siglip_folder", ["SigLIP 2"], indirect=True)  # seconds each
-def test_a_published_folder_reads_texts_without_the_package(student, processor, tmp_path):
+def test_published_folder_embeds_texts_without_the_package(student, processor, tmp_path):
     student.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     for source in Path(modeling_samclip.__file__).parent.glob("*_samclip.py"):
@@ -246,9 +244,9 @@ def test_a_published_folder_reads_texts_without_the_package(student, processor, 
         "AutoModel": "modeling_samclip.SamClipModel",
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
-    stranger = """
+    code = """
 import sys
-sys.modules["samclip_hf"] = None  # as if it were not installed
+sys.modules["samclip_hf"] = None  # not installed
 import torch
 from transformers import AutoModel, AutoTokenizer
 folder, texts = sys.argv[1], sys.argv[2:]
@@ -258,7 +256,7 @@ with torch.inference_mode():
     torch.save(model.get_text_features(**inputs).pooler_output, folder + "/features")
 """
     environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PATH": ""}
-    command = [sys.executable, "-c", stranger, str(tmp_path), *TEXTS]
+    command = [sys.executable, "-c", code, str(tmp_path), *TEXTS]
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
     with torch.inference_mode():
@@ -266,7 +264,7 @@ with torch.inference_mode():
     torch.testing.assert_close(torch.load(tmp_path / "features"), expected)
 
 
-def test_the_eye_and_a_model_without_text_tower_load_from_it(student, processor, tmp_path):
+def test_vision_tower_and_model_without_text_tower_load(student, processor, tmp_path):
     student.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     _, info = SamClipVisionModel.from_pretrained(tmp_path, output_loading_info=True)
@@ -281,7 +279,7 @@ def test_the_eye_and_a_model_without_text_tower_load_from_it(student, processor,
 
 
 @pytest.mark.parametrize("siglip_folder", ["SigLIP 2"], indirect=True)  # seconds each
-def test_the_miniature_is_trained_under_it(siglip_folder, tmp_path):
+def test_miniature_trains_with_siglip(siglip_folder, tmp_path):
     train = script("train")
     common = ["--clip_teacher", str(siglip_folder), "--clip_batch_size", "4", "--use_cpu", "true"]
     common += [
@@ -304,7 +302,7 @@ def test_the_miniature_is_trained_under_it(siglip_folder, tmp_path):
     assert student.config.text_config.pad_token_id == AutoTokenizer.from_pretrained(siglip_folder).pad_token_id
 
 
-def test_its_embeddings_are_stored_and_known_again(siglip, siglip_folder, student, sam, clip, tmp_path):
+def test_embeddings_are_cached(siglip, siglip_folder, student, sam, clip, tmp_path):
     # Of squares, crops of everything are the images themselves.
     images = [np.random.default_rng(n).integers(0, 256, (90, 90, 3), dtype=np.uint8) for n in range(3)]
     write_tar(tmp_path / "photos-0.tar", {f"{n}.png": png(image) for n, image in enumerate(images)})
@@ -325,8 +323,10 @@ def test_its_embeddings_are_stored_and_known_again(siglip, siglip_folder, studen
         store.check(SamClipModel.from_teachers(sam, clip), streams, 1, str(siglip_folder))
 
 
-def test_another_text_space_is_refused_by_name(student, siglip_folder, sam, clip, tmp_path):
-    with pytest.raises(SystemExit, match=r"Training did not start\. The student's text embedding space has 64 dimensions"):
+def test_another_text_space_raises(student, siglip_folder, sam, clip, tmp_path):
+    with pytest.raises(
+        SystemExit, match=r"Training did not start\. The student's text embedding space has 64 dimensions"
+    ):
         arguments = ["--clip_teacher", str(siglip_folder), "--model", str(miniature.checkpoint()), "--use_cpu", "true"]
         recipe = str(TRAINING / "configs/miniature_stage2.yaml")
         script("train")([recipe, *arguments, "--output_dir", str(tmp_path)])
@@ -338,7 +338,7 @@ def test_another_text_space_is_refused_by_name(student, siglip_folder, sam, clip
         ClipTeacher(str(siglip_folder)).check(student)
 
 
-def test_naflex_checkpoints_are_refused_with_the_alternative(sam, tmp_path):
+def test_naflex_checkpoints_raise(sam, tmp_path):
     Siglip2Config().save_pretrained(tmp_path)
     with pytest.raises(
         TypeError, match=r"'siglip2'\. Of SigLIP 2, name a checkpoint of a fixed size rather than NaFlex"
@@ -346,13 +346,13 @@ def test_naflex_checkpoints_are_refused_with_the_alternative(sam, tmp_path):
         SamClipModel.from_teachers(sam, tmp_path)
 
 
-def test_a_teacher_without_its_tokenizer_is_refused(siglip, sam, tmp_path):
+def test_teacher_without_tokenizer_raises(siglip, sam, tmp_path):
     siglip.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="There is no tokenizer beside the model"):
+    with pytest.raises(ValueError, match="There is no tokenizer in"):
         SamClipModel.from_teachers(sam, tmp_path)
 
 
-def test_a_tokenizer_that_cannot_be_used_is_refused(siglip, siglip_folder, sam, monkeypatch):
+def test_tokenizer_without_its_package_raises(siglip, siglip_folder, sam, monkeypatch):
     def stop(_):
         raise ImportError("SiglipTokenizer requires the SentencePiece library")
 
@@ -366,11 +366,11 @@ def test_a_tokenizer_that_cannot_be_used_is_refused(siglip, siglip_folder, sam, 
         SamClipModel.from_teachers(sam, siglip)
 
 
-def test_it_is_judged_as_a_parent(siglip, siglip_folder):
+def test_evaluates_siglip(siglip, siglip_folder):
     parent = load_adapter(str(siglip_folder))
     assert type(parent) is SiglipAdapter
     with torch.inference_mode():
-        expected = F.normalize(siglip.get_text_features(**as_siglip_reads(siglip_folder)).pooler_output, dim=-1)
+        expected = F.normalize(siglip.get_text_features(**siglip_inputs(siglip_folder)).pooler_output, dim=-1)
         torch.testing.assert_close(parent.embed_texts(TEXTS), expected)
         pixel_values = parent._squares([Image.new("RGB", (32, 32), "red")], 32)
         tokens = siglip.vision_model(pixel_values).last_hidden_state
@@ -383,7 +383,7 @@ def test_it_is_judged_as_a_parent(siglip, siglip_folder):
         assert parent.pooled_features([image], 64)["image encoder"].shape == (1, 24)
 
 
-def test_it_names_the_masks_of_a_cascade(siglip_folder):
+def test_cascade_classifies_masks(siglip_folder):
     cascade = load_adapter(f"{miniature.sam_teacher()}+{siglip_folder}")
     assert type(cascade) is CascadeAdapter
     masks = np.zeros((2, 40, 50), dtype=bool)
@@ -392,7 +392,7 @@ def test_it_names_the_masks_of_a_cascade(siglip_folder):
     assert cascade.name_masks(Image.new("RGB", (50, 40), "red"), masks, names).shape == (2, 2)
 
 
-def test_its_cost_is_counted(siglip, siglip_folder, tmp_path, monkeypatch, capsys):
+def test_cost_includes_siglip(siglip, siglip_folder, tmp_path, monkeypatch, capsys):
     recipe = (TRAINING / "configs/miniature_stage1.yaml").read_text()
     recipe = recipe.replace("clip_teacher: miniature", f"clip_teacher: {siglip_folder}")
     (tmp_path / "online.yaml").write_text(recipe.replace("clip_resolutions: [64, 96]", "clip_resolutions: [64]"))
@@ -406,7 +406,7 @@ def test_its_cost_is_counted(siglip, siglip_folder, tmp_path, monkeypatch, capsy
     assert online - stored == pytest.approx(counter.get_total_flops() / 1e9, abs=2e-3)  # three digits are printed
 
 
-def test_configurations_know_whose_text_tower_it_is():
+def test_configuration_has_the_kind_of_text_tower():
     assert not SamClipConfig().has_siglip_text
     config = SamClipConfig(text_config={"model_type": "siglip_text_model"})
     assert config.has_siglip_text and SamClipConfig.from_dict(config.to_dict()).has_siglip_text

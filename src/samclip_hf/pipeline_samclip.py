@@ -1,4 +1,4 @@
-"""A pipeline that segments by any text: the vocabulary comes with the call."""
+"""The pipeline `zero-shot-image-segmentation`: segmentation by texts that are passed with the call."""
 
 from collections.abc import Sequence
 
@@ -9,8 +9,8 @@ from transformers import ImageSegmentationPipeline
 
 class SamClipImageSegmentationPipeline(ImageSegmentationPipeline):
     """
-    Segmentation by text. As the stock `pipeline("image-segmentation")`, with a vocabulary for the call or the pipeline
-    in place of the checkpoint's own.
+    Segmentation by text. Differs from `pipeline("image-segmentation")` in that a vocabulary can be passed to the call
+    or to the pipeline, in place of the checkpoint's.
 
     Example:
 
@@ -26,27 +26,27 @@ class SamClipImageSegmentationPipeline(ImageSegmentationPipeline):
 
     def __call__(self, inputs, **kwargs):
         r"""
-        inputs (`str`, `PIL.Image.Image`, a list, generator or data set of them):
-            Paths, URLs or pictures.
+        inputs (`str`, `PIL.Image.Image`, or a list, generator or dataset of them):
+            Paths, URLs or images.
         candidate_labels (`list`, *optional*):
-            Names, or lists of synonyms, as in [`SamClipForImageSegmentation.embed_vocabulary`]. Embedded once for as
-            long as they stay the same. By default the checkpoint's own vocabulary.
+            Names, or lists of synonyms, as in [`SamClipForImageSegmentation.embed_vocabulary`]. They are embedded
+            again only when they change. By default the checkpoint's vocabulary.
         hypothesis_template (`str` or `list[str]`, defaults to `"a photo of a {}"`):
-            Sentences for the names.
+            Sentences with a `{}` for the name.
         background (`list[str]` or `float`, *optional*):
-            Texts of what belongs to no class, or the probability below which nothing does.
+            Texts for what belongs to no class, or the probability below which no class wins.
         synonyms (`"max"` or `"mean"`, *optional*):
-            How synonyms count together.
+            How the synonyms of a label are combined.
         subtask (`"panoptic"`, `"instance"` or `"semantic"`, defaults to `"panoptic"`):
             Segments that do not overlap, or a label for every pixel.
-        threshold, mask_threshold, overlap_mask_area_threshold (`float`, default to 0.5, 0.5 and 0.8):
-            Of panoptic and instance segmentation; see
+        threshold, mask_threshold, overlap_mask_area_threshold (`float`, defaults to 0.5, 0.5 and 0.8):
+            Thresholds of panoptic and instance segmentation, see
             [`SamClipImageProcessor.post_process_panoptic_segmentation`].
         batch_size (`int`, defaults to 1):
-            Images that pass through the model together.
+            Number of images in one pass of the model.
 
-        Returns, per image, a list of `label`, `mask` (a black and white picture of the image's size) and `score`, the
-        probability of the label among all labels, `None` in semantic segmentation.
+        Returns, for each image, a list of segments with `label`, `mask` (a black and white `PIL.Image.Image` of the
+        image's size) and `score`, the probability of the label. `score` is `None` in semantic segmentation.
         """
         return super().__call__(inputs, **kwargs)
 
@@ -55,25 +55,25 @@ class SamClipImageSegmentationPipeline(ImageSegmentationPipeline):
     ):
         preprocess_params, forward_params, postprocess_params = super()._sanitize_parameters(**kwargs)
         names = ("candidate_labels", "hypothesis_template", "background", "synonyms")
-        asked = dict(zip(names, (candidate_labels, hypothesis_template, background, synonyms), strict=True))
-        asked = {name: value for name, value in asked.items() if value is not None}
-        if asked:
-            # What was said when the pipeline was made holds for a call that says nothing of it.
-            asked = getattr(self, "_defaults", {}) | asked
-            if "candidate_labels" not in asked:
-                raise ValueError(f"{', '.join(sorted(asked))} belong to candidate_labels, and there are none.")
-            if not hasattr(self, "_forward_params"):  # the pipeline is being made
-                self._defaults = asked
-            vocabulary = self._embed_vocabulary(**asked)
+        values = dict(zip(names, (candidate_labels, hypothesis_template, background, synonyms), strict=True))
+        given = {name: value for name, value in values.items() if value is not None}
+        if given:
+            # Arguments of the constructor are defaults for the calls.
+            given = getattr(self, "_defaults", {}) | given
+            if "candidate_labels" not in given:
+                raise ValueError(f"{', '.join(sorted(given))} need candidate_labels, which are missing.")
+            if not hasattr(self, "_forward_params"):  # called by the constructor
+                self._defaults = given
+            vocabulary = self._embed_vocabulary(**given)
             forward_params["vocabulary"] = vocabulary
             postprocess_params["id2label"] = vocabulary.id2label
         return preprocess_params, forward_params, postprocess_params
 
     def _embed_vocabulary(self, candidate_labels: Sequence, hypothesis_template=None, **options):
-        """The same vocabulary as last time, if it is asked for again."""
+        """Embeds a vocabulary, or returns the last one if the arguments are the same."""
         if hypothesis_template is not None:
-            is_one = isinstance(hypothesis_template, str)
-            options["templates"] = [hypothesis_template] if is_one else hypothesis_template
+            is_single = isinstance(hypothesis_template, str)
+            options["templates"] = [hypothesis_template] if is_single else hypothesis_template
         key = (repr(candidate_labels), repr(options))
         if getattr(self, "_vocabulary", (None, None))[0] != key:
             self._vocabulary = key, self.model.embed_vocabulary(candidate_labels, tokenizer=self.tokenizer, **options)
@@ -99,7 +99,7 @@ class SamClipImageSegmentationPipeline(ImageSegmentationPipeline):
         if subtask == "semantic":
             label_map = self.image_processor.post_process_semantic_segmentation(model_outputs, target_sizes)[0]
             return [
-                {"score": None, "label": id2label[label_id], "mask": _picture(label_map == label_id)}
+                {"score": None, "label": id2label[label_id], "mask": _to_image(label_map == label_id)}
                 for label_id in label_map.unique().tolist()
             ]
         if subtask not in ("panoptic", "instance", None):
@@ -116,14 +116,14 @@ class SamClipImageSegmentationPipeline(ImageSegmentationPipeline):
             {
                 "score": segment["score"],
                 "label": id2label[segment["label_id"]],
-                "mask": _picture(result["segmentation"] == segment["id"]),
+                "mask": _to_image(result["segmentation"] == segment["id"]),
             }
             for segment in result["segments_info"]
         ]
 
 
-def _picture(mask) -> Image.Image:
-    """A mask `(height, width)` in black and white."""
+def _to_image(mask) -> Image.Image:
+    """A boolean mask `(height, width)` as a black and white image."""
     return Image.fromarray(mask.numpy().astype(np.uint8) * 255)
 
 

@@ -9,8 +9,7 @@ import torch
 from transformers import BatchFeature, ProcessorMixin
 from transformers.processing_utils import ProcessingKwargs
 
-# The label by which SAM's prompt encoder skips a point that only fills up a batch.
-POINT_PADDING = -10
+POINT_PADDING = -10  # label of a point that SAM's prompt encoder ignores
 
 
 class SamClipProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]  # mypy sees no TypedDict
@@ -22,10 +21,12 @@ class SamClipProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[cal
 
 class SamClipProcessor(ProcessorMixin):
     r"""
+    Image processor and tokenizer of SAM-CLIP, and prompts in the pixels of the original images.
+
     image_processor ([`SamClipImageProcessor`]):
         SAM's preprocessing.
     tokenizer ([`PreTrainedTokenizerBase`]):
-        The CLIP or SigLIP teacher's.
+        The tokenizer of the CLIP or SigLIP teacher.
     """
 
     valid_processor_kwargs = SamClipProcessorKwargs
@@ -47,28 +48,28 @@ class SamClipProcessor(ProcessorMixin):
         images (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of them, *optional*):
             Passed to the image processor.
         text (`str` or `list[str]`, *optional*):
-            Passed to the tokenizer, padded to the longest by default; SigLIP's text tower pads further by itself.
+            Passed to the tokenizer, by default with padding to the longest. SigLIP's text tower pads further.
         segmentation_maps (*optional*):
-            Label maps, passed to the image processor; returned as `labels`.
+            Label maps, passed to the image processor and returned as `labels`.
         input_points (nested lists or array of shape `(num_images, num_prompts, num_points, 2)`, *optional*):
-            x and y in pixels of the original image. Images may have different numbers of prompts and prompts different
-            numbers of points; they are padded. Padding prompts changes no other; padding points are seen by the mask
-            decoder, as in transformers' SAM, and shift a prompt's mask a little. One level less means one prompt an
-            image, as in SAM's processor.
+            x and y in pixels of the original image. Images with fewer prompts, and prompts with fewer points, are
+            padded. Padding prompts do not change other masks. Padding points reach the mask decoder, as in
+            transformers' SAM, and change the mask of their prompt slightly. With one level less, every image has one
+            prompt, as in SAM's processor.
         input_labels (nested lists or array of shape `(num_images, num_prompts, num_points)`, *optional*):
-            1 inside the object, 0 outside, -1 none; all 1 by default. Nested like the points.
+            1 inside the object, 0 outside, -1 no point; 1 by default. Nested like the points.
         input_boxes (nested lists or array of shape `(num_images, num_boxes, 4)`, *optional*):
-            x1, y1, x2, y2 in pixels of the original image. Images may have different numbers of them; they are padded.
+            x1, y1, x2, y2 in pixels of the original image. Images with fewer boxes are padded.
 
-        Returns, by default as torch tensors, what the image processor gives (`pixel_values`, `original_sizes`,
-        `reshaped_input_sizes`), `input_ids` and `attention_mask`, and the prompts in pixels of `pixel_values`; where
-        prompts were padded, also how many there really are, `num_prompts` `(num_images,)`, which `post_process_masks`
-        takes. Raises `ValueError` where prompts and images do not match or a prompt lies outside its image.
+        Returns, by default as torch tensors, the output of the image processor (`pixel_values`, `original_sizes`,
+        `reshaped_input_sizes`), `input_ids`, `attention_mask`, and the prompts in pixels of `pixel_values`. If prompts
+        were padded, also their number without padding, `num_prompts` `(num_images,)`, for `post_process_masks`. Raises
+        `ValueError` if prompts and images do not match or a prompt is outside its image.
         """
         if images is None and text is None:
-            raise ValueError("Give images, text or both.")
+            raise ValueError("Pass images, text or both.")
         if images is None and any(p is not None for p in (input_points, input_labels, input_boxes)):
-            raise ValueError("Prompts need the images that they point into.")
+            raise ValueError("Prompts need images.")
         merged = self._merge_kwargs(SamClipProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         inputs = BatchFeature()
         if images is not None:
@@ -78,13 +79,13 @@ class SamClipProcessor(ProcessorMixin):
         if input_points is not None:
             inputs.update(self._prepare_points(input_points, input_labels, inputs))
         elif input_labels is not None:
-            raise ValueError("input_labels say which of the input_points are inside: give input_points too.")
+            raise ValueError("input_labels need input_points.")
         if input_boxes is not None:
             inputs.update(self._prepare_boxes(input_boxes, inputs))
         counts = inputs.pop("num_prompts", None)
-        if counts is not None and len(counts.unique()) > 1:  # where some were padded
+        if counts is not None and len(counts.unique()) > 1:  # some images are padded
             inputs["num_prompts"] = counts
-        if merged["images_kwargs"]["return_tensors"] != "pt":  # as everything else
+        if merged["images_kwargs"]["return_tensors"] != "pt":  # the type of the other outputs
             arrays = {name: value.numpy() for name, value in inputs.items() if isinstance(value, torch.Tensor)}
             inputs.update(arrays)
         return inputs
@@ -135,33 +136,33 @@ class SamClipProcessor(ProcessorMixin):
         return {"input_boxes": torch.from_numpy(padded), **counts}
 
     def _count_prompts(self, name: str, prompts, inputs) -> dict[str, torch.Tensor]:
-        """`num_prompts` `(num_images,)`. Raises `ValueError` where images and prompts, or the
-        two kinds of prompts, do not match."""
+        """`num_prompts` `(num_images,)`. Raises `ValueError` if the numbers of images and prompts, or of points and
+        boxes, differ."""
         num_images = len(inputs["original_sizes"])
         if len(prompts) != num_images:
             raise ValueError(f"{name} are for {len(prompts)} images, but there are {num_images}.")
         counts = torch.tensor([len(own) for own in prompts])
         if "num_prompts" in inputs and not torch.equal(counts, inputs["num_prompts"]):
             raise ValueError(
-                "Points and boxes given together describe the same objects, so every image must have as many of "
-                f"each: got {inputs['num_prompts'].tolist()} prompts of points and {counts.tolist()} boxes."
+                "Points and boxes given together describe the same objects and must be equal in number for every "
+                f"image: got {inputs['num_prompts'].tolist()} prompts of points and {counts.tolist()} boxes."
             )
         return {"num_prompts": counts}
 
     def _rescale(self, name: str, points: np.ndarray, image_index: int, inputs) -> np.ndarray:
-        """Points `(num_points, 2)` from pixels of the original image to pixels of the model's input."""
+        """Points `(num_points, 2)` in pixels of the original image -> in pixels of `pixel_values`."""
         height, width = (int(side) for side in inputs["original_sizes"][image_index])
         if not np.isfinite(points).all() or (points < 0).any() or (points > (width, height)).any():
             raise ValueError(
-                f"{name} of image {image_index} leave the image, which is {width} wide and {height} high: "
+                f"{name} of image {image_index} are outside the image, which is {width} wide and {height} high: "
                 f"{points.tolist()} (x first, then y, in pixels of the original image)."
             )
         new_height, new_width = (int(side) for side in inputs["reshaped_input_sizes"][image_index])
         return points * np.array([new_width / width, new_height / height], dtype=np.float32)
 
     def post_process_masks(self, masks, original_sizes, reshaped_input_sizes, num_prompts=None, **kwargs):
-        """Mask logits to binary masks of the original images' sizes; see [`SamImageProcessor.post_process_masks`].
-        With `num_prompts` from the processor, of an image's own prompts only."""
+        """Mask logits -> binary masks of the sizes of the original images, see
+        [`SamImageProcessor.post_process_masks`]. With `num_prompts`, masks of padding prompts are removed."""
         masks = self.image_processor.post_process_masks(masks, original_sizes, reshaped_input_sizes, **kwargs)
         return masks if num_prompts is None else [m[:n] for m, n in zip(masks, num_prompts, strict=True)]
 
@@ -179,21 +180,21 @@ class SamClipProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        """Without prompts, as SAM's: what an image and a text always give."""
+        """The outputs for an image and a text, without prompts, as in SAM's processor."""
         return [*super().model_input_names, "original_sizes", "reshaped_input_sizes"]
 
 
 def _coordinates(name: str, nested, meaning: str, size: int) -> np.ndarray:
-    """Of shape `(number, size)`."""
+    """Nested lists -> array `(number, size)`."""
     if any(len(own) != size for own in nested):
         raise ValueError(f"{name} need {meaning}, {size} numbers each, got {[len(own) for own in nested]}.")
     return np.asarray(nested, dtype=np.float32).reshape(-1, size)
 
 
 def _depth(name: str, nested) -> int:
-    """How many levels of lists or array axes there are, down to the numbers."""
+    """Number of levels of lists or array axes above the numbers."""
     if isinstance(nested, str):
-        raise ValueError(f"{name} are numbers, got {nested!r}.")
+        raise ValueError(f"{name} must be numbers, got {nested!r}.")
     if not hasattr(nested, "__len__") or (hasattr(nested, "ndim") and nested.ndim == 0):
         return 0
     if len(nested) == 0:
@@ -205,15 +206,15 @@ def _depth(name: str, nested) -> int:
 
 
 def _by_prompt(name: str, nested, levels: tuple[str, ...]) -> list:
-    """`nested` with all its levels; without the level of prompts, every image has one."""
+    """Adds the level of prompts to `nested` if it is missing: one prompt for each image."""
     depth = _depth(name, nested)
     if depth == len(levels):
         return nested
     if depth == len(levels) - 1:
         return [[prompt] for prompt in nested]
     raise ValueError(
-        f"{name} are nested by {', '.join(levels)}: {len(levels)} levels, or one less for a single prompt an image; "
-        f"got {depth}."
+        f"{name} are nested by {', '.join(levels)}: {len(levels)} levels, or one less for a single prompt for each "
+        f"image; got {depth}."
     )
 
 

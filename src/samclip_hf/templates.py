@@ -1,10 +1,9 @@
 """
-Sentences for the names of a vocabulary: plain data for [`SamClipForImageSegmentation.set_vocabulary`] and for
-zero-shot classification.
+Sentences with a `{}` for a name, for [`SamClipForImageSegmentation.set_vocabulary`] and zero-shot classification.
 """
 
-# CLIP's ensemble for ImageNet (Radford et al. 2021, section 3.1.4; published with OpenAI's CLIP, MIT licence), by
-# which the paper classifies (section 5).
+# CLIP's ensemble for ImageNet (Radford et al. 2021, section 3.1.4; from OpenAI's CLIP, MIT license). The paper uses it
+# for zero-shot classification (section 5).
 IMAGENET_TEMPLATES = (
     "a bad photo of a {}.",
     "a photo of many {}.",
@@ -88,7 +87,7 @@ IMAGENET_TEMPLATES = (
     "a tattoo of the {}.",
 )
 
-# CLIP's plainest and what open-vocabulary detection adds for things in a scene (after Gu et al. 2022, ViLD).
+# Templates of open-vocabulary detection, for objects in a scene (after Gu et al. 2022, ViLD).
 SEGMENTATION_TEMPLATES = (
     "a photo of a {}.",
     "a photo of the {}.",

@@ -1,4 +1,4 @@
-"""Makes the fetched tests the package `transformers_tests`, and stands in for what they import and the sdist lacks."""
+"""Makes the downloaded tests the package `transformers_tests`, with replacements for modules that the sdist lacks."""
 
 import sys
 from types import ModuleType
@@ -8,17 +8,17 @@ from PIL import Image
 from .sdist import FOLDER
 
 
-def stand_in(name: str, **contents) -> None:
+def replace_module(name: str, **contents) -> None:
     sys.modules[name] = module = ModuleType(name)
     vars(module).update(contents)
 
 
-stand_in("transformers_tests", __path__=[str(FOLDER)])
-# Two folders of tests, of export and of generation, each of which gives the model mixin a base class.
-stand_in("transformers_tests.exporters", __path__=[])
-stand_in("transformers_tests.exporters.test_export", ExportTesterMixin=type("ExportTesterMixin", (), {}))
-stand_in("transformers_tests.generation", __path__=[])
-stand_in("transformers_tests.generation.test_utils", GenerationTesterMixin=type("GenerationTesterMixin", (), {}))
-# Pictures of the Hub; any will do.
-picture = Image.effect_mandelbrot((640, 480), (-2, -1.25, 1, 1.25), 100)
-stand_in("fetch_hub_objects_for_ci", url_to_local_path=lambda url: picture)
+replace_module("transformers_tests", __path__=[str(FOLDER)])
+# The sdist lacks the folders exporters and generation, from which the model mixin takes base classes.
+replace_module("transformers_tests.exporters", __path__=[])
+replace_module("transformers_tests.exporters.test_export", ExportTesterMixin=type("ExportTesterMixin", (), {}))
+replace_module("transformers_tests.generation", __path__=[])
+replace_module("transformers_tests.generation.test_utils", GenerationTesterMixin=type("GenerationTesterMixin", (), {}))
+# Any image will do in place of those on the Hub.
+image = Image.effect_mandelbrot((640, 480), (-2, -1.25, 1, 1.25), 100)
+replace_module("fetch_hub_objects_for_ci", url_to_local_path=lambda url: image)

@@ -1,4 +1,4 @@
-"""transformers' `ImageProcessingTestMixin` over both image processors: `make test-transformers`."""
+"""Runs transformers' `ImageProcessingTestMixin` on both image processors: `make test-transformers`."""
 
 import unittest
 
@@ -12,7 +12,7 @@ class SamClipImageProcessingTester(ImageProcessingTester):
     batch_size, num_channels, min_resolution, max_resolution = 7, 3, 30, 400
 
     def __init__(self):
-        """Nothing of the mixin's, which looks for a model of transformers."""
+        """Does not call the mixin's constructor, which looks up a model of transformers."""
 
     def prepare_image_processor_dict(self):
         return {
@@ -35,9 +35,9 @@ class SamClipImageProcessingTest(ImageProcessingTestMixin, unittest.TestCase):
         self.image_processor_tester = SamClipImageProcessingTester()
 
     def test_valid_kwargs_set(self):
-        """The arguments are SAM's, under SAM's name."""
+        """Both classes take SAM's arguments."""
         self.assertIs(SamClipImageProcessor.valid_kwargs, SamImageProcessor.valid_kwargs)
         self.assertIs(SamClipImageProcessorPil.valid_kwargs, SamImageProcessorPil.valid_kwargs)
 
     def test_post_process_test_mixin_inheritance(self):
-        """Demands the mixin that post-processes `SemanticSegmenterOutput`. Ours is another, with segments."""
+        """Skipped: it requires the post-processing of `SemanticSegmenterOutput`; SAM-CLIP's output has segments."""

@@ -1,8 +1,8 @@
 """
-transformers' `ModelTesterMixin` over every model of this package: `make test-transformers`.
+Runs transformers' `ModelTesterMixin` on every model of this package: `make test-transformers`.
 
-Named without `test_`, so that `make test` passes it by: it needs a download. Where a test is replaced, transformers'
-own tests of SAM replace or skip it too.
+The file name has no `test_`, so that `make test` does not collect it: it needs a download. The tests that are replaced
+here are also replaced or skipped in transformers' tests of SAM.
 """
 
 import tempfile
@@ -23,7 +23,7 @@ GRID, PATCH = 12, 2
 
 
 def tiny_config(**kwargs) -> SamClipConfig:
-    """Of the sizes of transformers' own tests of SAM and CLIP."""
+    """Sizes as in transformers' tests of SAM and CLIP."""
     size = {"image_size": GRID * PATCH, "patch_size": PATCH}
     return SamClipConfig(
         vision_config=size
@@ -56,14 +56,14 @@ def tiny_config(**kwargs) -> SamClipConfig:
             "eos_token_id": 98,
         },
         clip_head_config={"num_hidden_layers": 1, "projection_dim": 24},
-        # Cosines, not 14 times as much: the mixin compares similarities in float16 to within 5e-3.
+        # Logits are cosines: the mixin compares float16 with a tolerance of 5e-3.
         logit_scale_init_value=0.0,
         **kwargs,
     )
 
 
 class ModelTester:
-    """What the mixin asks about a model."""
+    """Configuration and inputs for the mixin."""
 
     batch_size = 2
     num_hidden_layers = 2
@@ -83,37 +83,37 @@ class SamClipModelTest(ModelTesterMixin, unittest.TestCase):
     all_model_classes = (SamClipModel,)
     additional_model_inputs = ("input_points", "input_ids")
     _is_composite = True
-    test_resize_embeddings = False  # as for SAM and CLIP: which of the two towers'?
-    test_all_params_have_gradient = False  # CLIP's loss, the only one of forward, is none of the masks
-    test_can_init_all_missing_weights_before_2023 = True  # the mixin goes by a date that our files do not bear
-    recorded = "vision_{}"  # as in SAM's output
+    test_resize_embeddings = False  # as for SAM and CLIP
+    test_all_params_have_gradient = False  # the only loss, CLIP's, does not depend on the masks
+    test_can_init_all_missing_weights_before_2023 = True  # the mixin reads the year from a copyright line
+    recorded = "vision_{}"  # field names of SAM's output
     tester_class = ModelTester
 
     def setUp(self):
         self.model_tester = self.tester_class()
 
     def test_model_get_set_embeddings(self):
-        """As SAM's: what is embedded is pixels."""
+        """As in SAM: the input embeddings are a convolution."""
         for model_class in self.all_model_classes:
             model = model_class(self.model_tester.prepare_config_and_inputs_for_common()[0])
             self.assertIsInstance(model.get_input_embeddings(), torch.nn.Conv2d)
             self.assertIsNone(model.get_output_embeddings())
 
     def test_attention_outputs(self):
-        """As SAM's: of all heads of all windows, in one dimension."""
-        for asked_by_config in (False, True):
-            attentions = self.record("attentions", asked_by_config)[1]
+        """As in SAM: the first dimension has all windows and heads."""
+        for through_config in (False, True):
+            attentions = self.record("attentions", through_config)[1]
             windows = 4  # of 7 x 7 patches, to cover 12 x 12
             self.assertEqual([a.shape for a in attentions], [(2 * windows * 4, 49, 49), (2 * 4, GRID**2, GRID**2)])
 
     def test_hidden_states_output(self):
-        """As SAM's: of the image encoder, laid out in space."""
-        for asked_by_config in (False, True):
-            hidden_states = self.record("hidden_states", asked_by_config)[1]
+        """As in SAM: hidden states of the image encoder on the grid."""
+        for through_config in (False, True):
+            hidden_states = self.record("hidden_states", through_config)[1]
             self.assertEqual([h.shape for h in hidden_states], [(2, GRID, GRID, 36)] * 3)
 
     def test_retain_grad_hidden_states_attentions(self):
-        """What is recorded lies on the way to the result."""
+        """Captured tensors have gradients."""
         for name in ("hidden_states", "attentions"):
             outputs, recorded = self.record(name)
             for tensor in recorded:
@@ -122,10 +122,10 @@ class SamClipModelTest(ModelTesterMixin, unittest.TestCase):
             for tensor in recorded:
                 self.assertIsNotNone(tensor.grad)
 
-    def record(self, name: str, asked_by_config: bool = False):
-        """Outputs, and those among them that were asked for by `output_{name}`."""
+    def record(self, name: str, through_config: bool = False):
+        """The outputs, and the tensors captured with `output_{name}`."""
         config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
-        if asked_by_config:
+        if through_config:
             setattr(config, f"output_{name}", True)
             self._set_subconfig_attributes(config, f"output_{name}", True)
         else:
@@ -135,7 +135,7 @@ class SamClipModelTest(ModelTesterMixin, unittest.TestCase):
         return outputs, outputs[self.recorded.format(name)]
 
     def test_sdpa_can_dispatch_composite_models(self):
-        """As SAM's and CLIP's: every part attends as the whole was told to."""
+        """As in SAM and CLIP: every part has the requested attention implementation."""
         for model_class in self.all_model_classes:
             model = model_class(self.model_tester.prepare_config_and_inputs_for_common()[0])
             with tempfile.TemporaryDirectory() as folder:
@@ -147,7 +147,7 @@ class SamClipModelTest(ModelTesterMixin, unittest.TestCase):
 
 
 class SegmentationTester(ModelTester):
-    is_training = False  # as SAM's: forward has no loss; SamClipModel is what is trained
+    is_training = False  # as in SAM: forward has no loss
 
     def prepare_config_and_inputs_for_common(self):
         config = tiny_config(vocabulary_label_ids=[0, 1, 2, 2], id2label={0: "background", 1: "cat", 2: "sofa"})
@@ -162,25 +162,25 @@ class SamClipForImageSegmentationTest(SamClipModelTest):
     tester_class = SegmentationTester
 
     def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
-        """Without labels, which a model without a loss refuses."""
+        """Without labels, for which the model raises."""
         return super()._prepare_for_class(inputs_dict, model_class)
 
     def _text_features_prepare_config_and_inputs(self):
-        """Texts, which `forward` does not take, but `get_text_features` does."""
+        """Texts for `get_text_features`; `forward` takes none."""
         _, inputs = ModelTester().prepare_config_and_inputs_for_common()
         return tiny_config(), {name: inputs[name] for name in ("input_ids", "attention_mask")}
 
 
 class VisionTester(ModelTester):
-    is_training = False  # as CLIP's vision tower: forward has no loss
+    is_training = False  # as in CLIP's vision model: forward has no loss
 
     def prepare_config_and_inputs_for_common(self):
         config = tiny_config()
-        eye = SamClipVisionConfig(
+        vision_config = SamClipVisionConfig(
             vision_config=config.vision_config.to_dict(), clip_head_config=config.clip_head_config.to_dict()
         )
         inputs = super().prepare_config_and_inputs_for_common()[1]
-        return eye, {"pixel_values": inputs["pixel_values"]}
+        return vision_config, {"pixel_values": inputs["pixel_values"]}
 
 
 class SamClipVisionModelTest(SamClipModelTest):
@@ -190,20 +190,20 @@ class SamClipVisionModelTest(SamClipModelTest):
     tester_class = VisionTester
 
     def test_attention_outputs(self):
-        """Of the image encoder and of the CLIP head, whose layer attends everywhere, as the encoder's last does."""
+        """The image encoder's attentions and the CLIP head's, which is global like the encoder's last layer."""
         attentions = self.record("attentions")[1]
         everywhere = (2 * 4, GRID**2, GRID**2)
         self.assertEqual([a.shape for a in attentions], [(2 * 4 * 4, 49, 49), everywhere, everywhere])
 
     def test_hidden_states_output(self):
-        """In a sequence, as vision-language models want them."""
-        for asked_by_config in (False, True):
-            hidden_states = self.record("hidden_states", asked_by_config)[1]
+        """The patches are in a sequence."""
+        for through_config in (False, True):
+            hidden_states = self.record("hidden_states", through_config)[1]
             self.assertEqual([h.shape for h in hidden_states], [(2, GRID**2, 36)] * 4)
 
     def test_retain_grad_hidden_states_attentions(self):
-        """Attentions lie on the way to the result. Hidden states, brought into a sequence, lie beside it, and are
-        themselves what is trained by: gradients reach the pixels from each."""
+        """Attentions have gradients. Hidden states are reshaped after their capture: they are not on the path to the
+        output, but gradients flow through them to the weights."""
         outputs, attentions = self.record("attentions")
         for tensor in attentions:
             tensor.retain_grad()

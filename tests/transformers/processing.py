@@ -1,4 +1,4 @@
-"""transformers' `ProcessorTesterMixin` over the processor: `make test-transformers`."""
+"""Runs transformers' `ProcessorTesterMixin` on the processor: `make test-transformers`."""
 
 import unittest
 
