@@ -57,7 +57,7 @@ TEXTS = ["a red solid shape", "a green dotted shape on a striped background"]
 
 
 def tiny_tokenizer(generation: str, folder: Path) -> SiglipTokenizer | GemmaTokenizer:
-    """A tokenizer with the class and the settings of the checkpoints on the Hub. SigLIP's is a sentencepiece model that
+    """A tokenizer with the class and the settings of the checkpoints on the Hub. SigLIP's is a sentencepiece model and
     pads with the end token; SigLIP 2's is Gemma's, which returns no mask."""
     if generation == "SigLIP":
         sentencepiece.SentencePieceTrainer.train(
@@ -340,9 +340,7 @@ def test_another_text_space_raises(student, siglip_folder, sam, clip, tmp_path):
 
 def test_naflex_checkpoints_raise(sam, tmp_path):
     Siglip2Config().save_pretrained(tmp_path)
-    with pytest.raises(
-        TypeError, match=r"'siglip2'\. Of SigLIP 2, name a checkpoint of a fixed size rather than NaFlex"
-    ):
+    with pytest.raises(TypeError, match=r"'siglip2'\. Use a SigLIP 2 checkpoint with a fixed image size, not NaFlex"):
         SamClipModel.from_teachers(sam, tmp_path)
 
 
