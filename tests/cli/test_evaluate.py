@@ -29,7 +29,7 @@ def launch(output_dir: Path, *arguments: str, processes: int = 1) -> subprocess.
     launcher += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     launcher += ["--main_process_port", "29571"] if processes > 1 else []
     command = [sys.executable, *launcher, str(script), "--output_dir", str(output_dir), "--share", "0.1", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
 
 
 @pytest.mark.slow
