@@ -5,6 +5,8 @@ Image processors for SAM-CLIP: SAM's preprocessing at any size, and post-process
 torchvision. Post-processing for mask generation is in `mask_generation_samclip.py`.
 """
 
+from .versions_samclip import MINIMUM_TRANSFORMERS_VERSION  # noqa: F401  # isort: skip  # first: raises on older versions
+
 import os
 
 import numpy as np

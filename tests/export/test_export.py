@@ -22,6 +22,7 @@ from samclip_hf import (
     SamClipImageProcessorPil,
     SamClipModel,
     SamClipProcessor,
+    SamClipVisionModel,
     miniature,
 )
 from samclip_hf.export import PART_NAMES, Part, create_parts, export, writer
@@ -242,6 +243,18 @@ class TestParts:
             torch.testing.assert_close(traced.module()(inputs["input_ids"]), expected)
 
 
+def test_example_inputs_contain_the_given_images(model, checkpoint):
+    processor = SamClipProcessor.from_pretrained(checkpoint)
+    image = Image.fromarray(render(0, 8).image)
+    parts = create_parts(model, processor, images=[image])
+    pixel_values, sizes = parts["image_encoder"].make_inputs(2, 16, 16, 0)
+    expected = processor(image)["pixel_values"][0]
+    assert sizes.tolist() == [[119, 128], [128, 128]]
+    torch.testing.assert_close(pixel_values[1], expected)
+    torch.testing.assert_close(pixel_values[0, :, :119], expected[:, :119])
+    assert not pixel_values[0, :, 119:].any()
+
+
 @pytest.mark.slow
 class TestTextToMasks:
     def test_segments_equal_those_of_pytorch(self, exported, checkpoint, model, image_folder, tmp_path):
@@ -367,6 +380,30 @@ class TestErrors:
         monkeypatch.setitem(sys.modules, "onnxscript", None)
         with pytest.raises(SystemExit, match=r"pip install 'samclip-hf\[export\]'"):
             main(["--model", str(checkpoint), "--output_dir", str(tmp_path / "onnx")])
+
+
+@pytest.mark.slow
+def test_plain_torch_onnx_export_of_the_vision_model_runs_at_another_size(tmp_path):
+    sam = tiny_sam(num_hidden_layers=2, global_attn_indexes=[1])
+    SamClipModel.from_teachers(sam, tiny_clip(), {"num_hidden_layers": 1}).save_pretrained(tmp_path)
+    model = SamClipVisionModel.from_pretrained(tmp_path).eval()
+    rows, columns = (torch.export.Dim(name, min=2, max=64) for name in ("rows", "columns"))
+    program = torch.onnx.export(
+        model,
+        kwargs={"pixel_values": random_pixels(2, 64, 88)},
+        dynamo=True,
+        input_names=["pixel_values"],
+        dynamic_shapes={"pixel_values": {0: torch.export.Dim("images"), 2: 8 * rows, 3: 8 * columns}},
+        verbose=False,
+    )
+    program.save(tmp_path / "vision_model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "vision_model.onnx")
+    pixel_values = random_pixels(1, 40, 128)
+    actual = session.run(None, {"pixel_values": pixel_values.numpy()})
+    with torch.no_grad():
+        expected = model(pixel_values).to_tuple()
+    for onnx_output, output in zip(actual, expected, strict=True):
+        assert_same(torch.from_numpy(onnx_output), output)
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.export import Dim
 
-from ..images import normalize
+from ..images import convert_to_rgb, normalize
 from ..modeling_samclip import SamClipModel
 from ..vision_encoder_samclip import SamClipPatchGroups
 
@@ -288,7 +288,7 @@ class ExampleInputs:
         height, width = rows * patch_size, columns * patch_size
         if self.images:
             resized = [
-                np.asarray(self.images[index % len(self.images)].convert("RGB").resize((width, height)))
+                np.asarray(convert_to_rgb(self.images[index % len(self.images)]).resize((width, height)))
                 for index in range(num_images)
             ]
             pixels = torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2)

@@ -58,7 +58,7 @@ def export(
         opset (`int`, *optional*, defaults to 18):
             ONNX operator set, 18 to 23.
         images (`Sequence[PIL.Image.Image]`, *optional*):
-            Images for the comparison with PyTorch, in RGB, resized to several sizes. Random pixels by default.
+            Images for the comparison with PyTorch, resized to several sizes. Random pixels by default.
 
     Returns:
         `dict[str, float]`: for each part, the largest difference from PyTorch, relative to the largest value of the
@@ -156,21 +156,6 @@ def _load(model_name_or_path: str | os.PathLike) -> tuple[SamClipForImageSegment
     return model.eval(), processor
 
 
-def _repeat_interleave(tensor, repeats, dim: int, output_size=None):
-    """
-    `aten::repeat_interleave`. onnxscript's own (0.7.2) repeats along the wrong axis where the number of repeats is a
-    length of an input; to be deleted once `aten_repeat_interleave_self_int` there has `pos_dim + 1` ones before it.
-    """
-    from onnxscript import opset18
-
-    op: Any = opset18  # which takes lists for constants, and has types that know nothing of it
-    repeats = op.Constant(value_ints=[repeats]) if isinstance(repeats, int) else op.Reshape(repeats, [-1])
-    after = op.Shape(tensor, start=dim + 1)
-    expanded = op.Concat(op.Shape(tensor, start=0, end=dim + 1), repeats, after, axis=0)
-    flat = op.Concat(op.Shape(tensor, start=0, end=dim), op.Constant(value_ints=[-1]), after, axis=0)
-    return op.Reshape(op.Expand(op.Unsqueeze(tensor, [dim + 1]), expanded), flat)
-
-
 def _write(part: Part, path: Path, opset: int) -> None:
     """Traces a part, writes it to `path` and checks the file."""
     import onnx
@@ -192,7 +177,6 @@ def _write(part: Part, path: Path, opset: int) -> None:
             opset_version=opset,
             input_names=list(part.inputs),
             output_names=list(part.outputs),
-            custom_translation_table={torch.ops.aten.repeat_interleave.self_int: _repeat_interleave},
             external_data=False,
             verbose=False,
         )
