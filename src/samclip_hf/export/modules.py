@@ -126,7 +126,8 @@ class MaskDecoder(nn.Module):
             others are those of `multimask_output=True` (three by default, see `num_multimask_outputs`).
         """
         model, encoder = self.model, self.model.prompt_encoder
-        batch_size, _, grid_height, grid_width = image_embeddings.shape
+        batch_size, num_prompts = input_points.shape[:2]
+        grid_height, grid_width = image_embeddings.shape[2:]
         image_size = torch.tensor([grid_width, grid_height]) * model.config.vision_config.patch_size
         positions = encoder.shared_embedding((input_points + 0.5) / image_size)
         labels = torch.cat([embedding.weight for embedding in (encoder.not_a_point_embed, *encoder.point_embed)])
@@ -134,22 +135,30 @@ class MaskDecoder(nn.Module):
         sparse_embeddings = positions * has_position + labels[input_labels - NO_POINT]
         no_mask = encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
         grid_positions = model.get_image_wide_positional_embeddings((grid_height, grid_width))
+        # Each prompt is decoded as a separate image. For several prompts per image, SAM's mask decoder calls
+        # repeat_interleave, which onnxscript (0.7.2) translates wrongly if the number of repeats is dynamic.
+        image_embeddings = image_embeddings[:, None].expand(-1, num_prompts, -1, -1, -1).flatten(0, 1)
+        sparse_embeddings = sparse_embeddings.flatten(0, 1)[:, None]
         # SAM's mask decoder returns one mask or the other masks, so it runs twice. Both runs compute all masks:
         # eliminating common subexpressions merges them into one when the graph is written.
         masks, iou_scores = zip(
             *(
                 model.mask_decoder(
                     image_embeddings=image_embeddings,
-                    image_positional_embeddings=grid_positions.expand(batch_size, -1, -1, -1),
+                    image_positional_embeddings=grid_positions.expand(batch_size * num_prompts, -1, -1, -1),
                     sparse_prompt_embeddings=sparse_embeddings,
-                    dense_prompt_embeddings=no_mask.expand(batch_size, -1, grid_height, grid_width),
+                    dense_prompt_embeddings=no_mask.expand(batch_size * num_prompts, -1, grid_height, grid_width),
                     multimask_output=multimask_output,
                 )
                 for multimask_output in (False, True)
             ),
             strict=True,
         )
-        return torch.cat(masks, dim=2), torch.cat(iou_scores, dim=2)
+        pred_masks, scores = (
+            torch.cat(outputs, dim=2).unflatten(0, (batch_size, num_prompts)).squeeze(2)
+            for outputs in (masks, iou_scores)
+        )
+        return pred_masks, scores
 
 
 class SegmentEncoder(nn.Module):
