@@ -108,13 +108,13 @@ def test_invalid_images_raise_an_error(processor_class, image, message):
         processor_class(**SIZES)(image)
 
 
-def test_float_images_that_seem_rescaled_log_a_warning(complaints):
+def test_float_images_that_seem_rescaled_log_a_warning(transformers_log):
     processor, image = SamClipImageProcessor(**SIZES), np.asarray(smooth_image(60, 40)) / 255
     processor(image)
-    assert "do_rescale=False" in complaints.text
-    complaints.clear()
+    assert "do_rescale=False" in transformers_log.text
+    transformers_log.clear()
     processor(image, do_rescale=False)
-    assert not complaints.text
+    assert not transformers_log.text
 
 
 class TestSemanticSegmentation:

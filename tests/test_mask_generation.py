@@ -115,10 +115,10 @@ def test_no_mask_passes_the_thresholds(samclip, image):
     assert output["scores"].shape == (0,) and output["bounding_boxes"].shape == (0, 4)
 
 
-def test_pipeline_loads_the_shipped_checkpoint_without_warnings(image, complaints):
+def test_pipeline_loads_the_shipped_checkpoint_without_warnings(image, transformers_log):
     generator = pipeline("mask-generation", model=miniature.checkpoint())
     output = generator(image, **OPTIONS)
-    assert not complaints.records
+    assert not transformers_log.records
     assert type(generator.model) is SamClipModel
     direct = generate(SamClipModel.from_pretrained(miniature.checkpoint()).eval(), SamClipImageProcessor, image)
     assert_same(output, direct)

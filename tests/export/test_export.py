@@ -29,7 +29,7 @@ from samclip_hf.export import PART_NAMES, Part, create_parts, export, writer
 from samclip_hf.export.modules import SegmentEncoder, SiglipTextEncoder
 from samclip_hf.miniature.scenes import CLASS_NAMES, render
 
-from ..conftest import tiny_clip, tiny_sam
+from ..conftest import assert_same, random_images, randomize, tiny_clip, tiny_sam
 from ..scripts import load_script
 from ..test_siglip import siglip_folder, student  # noqa: F401  # fixtures
 
@@ -128,15 +128,6 @@ def image_folder(tmp_path_factory) -> Path:
     return folder
 
 
-def assert_same(actual, expected):
-    """Compares with the tolerance of `docs/export.md`."""
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
-
-
-def random_pixels(batch_size, height, width):
-    return torch.randn(batch_size, 3, height, width, generator=torch.Generator().manual_seed(1))
-
-
 class TestParts:
     @pytest.mark.slow
     def test_dynamic_axes_have_names(self, exported):
@@ -157,7 +148,7 @@ class TestParts:
 
     @pytest.mark.parametrize("size", [(1, 128, 128), (3, 16, 40), (2, 72, 56), (1, 200, 328)])
     def test_images_of_any_size(self, run, model, size):
-        pixel_values = random_pixels(*size)
+        pixel_values = random_images(*size)
         sizes = torch.tensor([[size[1] - 9, size[2]]] * size[0])
         actual = run("image_encoder", pixel_values=pixel_values, reshaped_input_sizes=sizes)
         with torch.no_grad():
@@ -166,7 +157,7 @@ class TestParts:
             assert_same(actual[name], expected[name])
 
     def test_padding_changes_the_image_embedding(self, run):
-        pixel_values = random_pixels(1, 64, 64)
+        pixel_values = random_images(1, 64, 64)
         with_content, with_padding = (
             run("image_encoder", pixel_values=pixel_values, reshaped_input_sizes=torch.tensor([[64, width]]))
             for width in (64, 24)
@@ -386,11 +377,11 @@ class TestErrors:
 def test_plain_torch_onnx_export_of_the_vision_model_runs_at_another_size(tmp_path):
     sam = tiny_sam(num_hidden_layers=2, global_attn_indexes=[1])
     SamClipModel.from_teachers(sam, tiny_clip(), {"num_hidden_layers": 1}).save_pretrained(tmp_path)
-    model = SamClipVisionModel.from_pretrained(tmp_path).eval()
+    model = randomize(SamClipVisionModel.from_pretrained(tmp_path))
     rows, columns = (torch.export.Dim(name, min=2, max=64) for name in ("rows", "columns"))
     program = torch.onnx.export(
         model,
-        kwargs={"pixel_values": random_pixels(2, 64, 88)},
+        kwargs={"pixel_values": random_images(2, 64, 88)},
         dynamo=True,
         input_names=["pixel_values"],
         dynamic_shapes={"pixel_values": {0: torch.export.Dim("images"), 2: 8 * rows, 3: 8 * columns}},
@@ -398,7 +389,7 @@ def test_plain_torch_onnx_export_of_the_vision_model_runs_at_another_size(tmp_pa
     )
     program.save(tmp_path / "vision_model.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "vision_model.onnx")
-    pixel_values = random_pixels(1, 40, 128)
+    pixel_values = random_images(1, 40, 128)
     actual = session.run(None, {"pixel_values": pixel_values.numpy()})
     with torch.no_grad():
         expected = model(pixel_values).to_tuple()
