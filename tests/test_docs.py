@@ -223,6 +223,12 @@ def test_links_and_anchors_exist(page):
             assert anchor in anchors(path), link
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_paths_in_the_repository_exist(page):
+    for path in re.findall(r"`((?:src|tests|docs|benchmarks|training|demo|examples)/[\w./-]*)`", page.read_text()):
+        assert (ROOT / path).exists() or "example21" in path, path
+
+
 def test_site_lists_every_page():
     def pages(entry) -> list[str]:
         if isinstance(entry, str):
