@@ -297,11 +297,12 @@ class SamClipVisionAttention(nn.Module):
         query = torch.cat([query * self.scale, terms], dim=-1)
         key = torch.cat([key, positions.expand(*key.shape[:2], -1, -1)], dim=-1)
         if implementation == "eager":
-            scores = query @ key.transpose(-2, -1)
+            scores = (query @ key.transpose(-2, -1)).flatten(0, 1)
             if mask is not None:
                 scores = scores.masked_fill(~mask, -torch.inf)
             weights = scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype)
-            return F.dropout(weights, p=dropout) @ value, weights.flatten(0, 1)
+            attended = F.dropout(weights, p=dropout) @ value.flatten(0, 1)
+            return attended.unflatten(0, value.shape[:2]), weights
         value = F.pad(value, (0, key.shape[-1] - self.head_dim))
         if implementation == "sdpa":
             attended = F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=1.0)
@@ -459,10 +460,11 @@ class SamClipVisionPreTrainedModel(PreTrainedModel):
         """As in [`PreTrainedModel`]. Raises `ValueError` for an unknown implementation and for paged attention."""
         known = {None, "eager", *ALL_ATTENTION_FUNCTIONS}
         if requested_attention not in known or str(requested_attention).startswith("paged|"):
-            reason = "is unknown" if requested_attention not in known else "needs a key-value cache"
+            reason = "it is unknown" if requested_attention not in known else "it needs a key-value cache"
             raise ValueError(
-                f'attn_implementation="{requested_attention}" {reason}. {type(self).__name__} supports "eager", '
-                '"sdpa", "flex_attention" and functions added by AttentionInterface.register.'
+                f'Specified `attn_implementation="{requested_attention}"` is not supported: {reason}. '
+                f'{type(self).__name__} supports "eager", "sdpa", "flex_attention" and functions added by '
+                "AttentionInterface.register."
             )
         return super().get_correct_attn_implementation(requested_attention, is_init_check)
 
