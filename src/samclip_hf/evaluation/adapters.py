@@ -384,6 +384,12 @@ class CascadeAdapter(ModelAdapter):
         return torch.cat(embeds) @ text_embeds.T
 
 
+def describe_crop(size: int | None) -> dict[str, Any]:
+    """Describes how [`ImageTextAdapter.embed_images`] prepares images, for [`Evaluator.describe`]."""
+    by_model = "each model's own image processor"
+    return {"size": size or by_model, "crop": "middle square" if size else by_model}
+
+
 def center_square(image: Image.Image) -> Image.Image:
     """Returns the largest square at the center of an image."""
     side = min(image.size)

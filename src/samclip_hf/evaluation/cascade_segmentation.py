@@ -9,7 +9,7 @@ from PIL import Image
 
 from ..datasets.samples import DataSet, SegmentedImage
 from ..templates import IMAGENET_TEMPLATES
-from .adapters import CascadeAdapter, ModelAdapter
+from .adapters import CascadeAdapter
 from .semantic_segmentation import LabelMapEvaluator
 
 
@@ -25,6 +25,7 @@ class CascadeSegmentation(LabelMapEvaluator):
     """
 
     name = "cascade"
+    adapter_class = CascadeAdapter
     batch_size = 1
 
     def __init__(
@@ -36,9 +37,6 @@ class CascadeSegmentation(LabelMapEvaluator):
     ):
         super().__init__(data, templates, background_threshold)
         self.generation = generation or {}
-
-    def applies_to(self, model: ModelAdapter) -> bool:
-        return isinstance(model, CascadeAdapter)
 
     def describe(self) -> dict[str, Any]:
         return {

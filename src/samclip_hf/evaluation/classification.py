@@ -8,7 +8,7 @@ import numpy as np
 from ..datasets.samples import DataSet, LabeledImage
 from ..templates import IMAGENET_TEMPLATES
 from ..visualization import draw_text
-from .adapters import ImageTextAdapter, ModelAdapter
+from .adapters import ImageTextAdapter, describe_crop
 from .evaluator import SampleEvaluator
 from .metrics import AccumulatingMetric, TopK
 
@@ -26,6 +26,7 @@ class ZeroShotClassification(SampleEvaluator[LabeledImage]):
     """
 
     name = "classification"
+    adapter_class = ImageTextAdapter
 
     def __init__(
         self,
@@ -39,14 +40,10 @@ class ZeroShotClassification(SampleEvaluator[LabeledImage]):
         self.size, self.templates = size, templates
         self.class_names = [synonyms[0] for synonyms in data.names]
 
-    def applies_to(self, model: ModelAdapter) -> bool:
-        return isinstance(model, ImageTextAdapter)
-
     def describe(self) -> dict[str, Any]:
         return {
             **self.data.description,
-            "size": self.size or "each model's own image processor",
-            "crop": "middle square" if self.size else "each model's own image processor",
+            **describe_crop(self.size),
             "templates": len(self.templates),
             "classes": len(self.class_names),
         }

@@ -10,7 +10,7 @@ from PIL import Image
 from ..datasets.samples import DataSet, SegmentedImage
 from ..segmentation_samclip import SamClipVocabulary
 from ..templates import IMAGENET_TEMPLATES
-from .adapters import ModelAdapter, SamClipAdapter
+from .adapters import SamClipAdapter
 from .semantic_segmentation import LabelMapEvaluator
 
 
@@ -26,6 +26,7 @@ class ComposedSegmentation(LabelMapEvaluator):
     """
 
     name = "composed"
+    adapter_class = SamClipAdapter
 
     def __init__(
         self,
@@ -36,9 +37,6 @@ class ComposedSegmentation(LabelMapEvaluator):
     ):
         super().__init__(data, templates, background_threshold)
         self.size = size
-
-    def applies_to(self, model: ModelAdapter) -> bool:
-        return isinstance(model, SamClipAdapter)
 
     def describe(self) -> dict[str, Any]:
         size = f"{self.size} px" if self.size else "the model's own"

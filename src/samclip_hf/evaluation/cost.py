@@ -63,9 +63,6 @@ class Cost(Evaluator):
         self.size = min(height, width) if size is None else size
         self.generation = generation
 
-    def applies_to(self, model: ModelAdapter) -> bool:
-        return True
-
     def describe(self) -> dict[str, Any]:
         return {
             "image": f"noise, {self.width} x {self.height} px",

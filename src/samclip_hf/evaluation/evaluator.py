@@ -40,13 +40,21 @@ class EvaluationResult:
 
 
 class Evaluator(ABC):
-    """A protocol that computes the metrics of a model. `name` is the protocol's name on the command line."""
+    """
+    A protocol that computes the metrics of a model.
+
+    name (`str`):
+        The protocol's name on the command line.
+    adapter_class (`type[ModelAdapter]`):
+        The models that the protocol applies to.
+    """
 
     name: ClassVar[str]
+    adapter_class: ClassVar[type[ModelAdapter]] = ModelAdapter
 
-    @abstractmethod
     def applies_to(self, model: ModelAdapter) -> bool:
         """Returns whether the model has what the protocol needs."""
+        return isinstance(model, self.adapter_class)
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
@@ -76,9 +84,8 @@ class SampleEvaluator(Evaluator, Generic[SampleType]):
     def new_metrics(self) -> dict[str, AccumulatingMetric]:
         """Returns empty metrics, by name."""
 
-    @abstractmethod
-    def prepare(self, model: Any) -> None:
-        """Computes what is the same for all samples, such as embeddings of class names."""
+    def prepare(self, model: Any) -> None:  # optional
+        """Computes what is the same for all samples, such as embeddings of class names. Does nothing by default."""
 
     @abstractmethod
     def update(self, model: Any, samples: list[SampleType], metrics: dict[str, AccumulatingMetric]) -> list[float]:

@@ -8,7 +8,7 @@ import torch
 from ..datasets.samples import DataSet, ImageWithObjects
 from ..images import decode_mask, encode_mask
 from ..visualization import draw_prompts, overlay_masks
-from .adapters import ModelAdapter, PromptableAdapter
+from .adapters import PromptableAdapter
 from .evaluator import SampleEvaluator
 from .metrics import AccumulatingMetric, MaskAveragePrecision
 from .prompted_segmentation import mask_iou
@@ -26,14 +26,12 @@ class ZeroShotInstanceSegmentation(SampleEvaluator[ImageWithObjects]):
     """
 
     name = "instances"
+    adapter_class = PromptableAdapter
     batch_size = 1
 
     def __init__(self, data: DataSet[ImageWithObjects], style: Literal["coco", "lvis"] = "coco"):
         super().__init__(data)
         self.style = style
-
-    def applies_to(self, model: ModelAdapter) -> bool:
-        return isinstance(model, PromptableAdapter)
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -46,9 +44,6 @@ class ZeroShotInstanceSegmentation(SampleEvaluator[ImageWithObjects]):
     def new_metrics(self) -> dict[str, AccumulatingMetric]:
         categories = self.data.description.get("categories")
         return {"average_precision": MaskAveragePrecision(style=self.style, categories=categories)}
-
-    def prepare(self, model: PromptableAdapter) -> None:
-        pass
 
     def update(self, model: PromptableAdapter, samples: list[ImageWithObjects], metrics) -> list[float]:
         scores = []

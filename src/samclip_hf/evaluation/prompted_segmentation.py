@@ -10,7 +10,7 @@ from scipy.ndimage import distance_transform_edt
 from ..datasets.samples import DataSet, ImageWithObjects
 from ..images import decode_mask, mask_to_prompt_box
 from ..visualization import draw_prompts, overlay_masks
-from .adapters import ModelAdapter, PromptableAdapter
+from .adapters import PromptableAdapter
 from .evaluator import SampleEvaluator
 from .metrics import AccumulatingMetric, MaskIoU
 
@@ -30,14 +30,12 @@ class PromptedSegmentation(SampleEvaluator[ImageWithObjects]):
     """
 
     name = "prompts"
+    adapter_class = PromptableAdapter
     batch_size = 1
 
     def __init__(self, data: DataSet[ImageWithObjects], point: Literal["center", "random"] = "center", seed: int = 0):
         super().__init__(data)
         self.point, self.seed = point, seed
-
-    def applies_to(self, model: ModelAdapter) -> bool:
-        return isinstance(model, PromptableAdapter)
 
     def describe(self) -> dict[str, Any]:
         points = {"center": "farthest from the border", "random": f"any of the object's, seed {self.seed}"}
@@ -50,9 +48,6 @@ class PromptedSegmentation(SampleEvaluator[ImageWithObjects]):
 
     def new_metrics(self) -> dict[str, AccumulatingMetric]:
         return {name: MaskIoU() for name in ("point_miou", "point_oracle_miou", "box_miou")}
-
-    def prepare(self, model: PromptableAdapter) -> None:
-        pass
 
     def update(self, model: PromptableAdapter, samples: list[ImageWithObjects], metrics) -> list[float]:
         scores = []

@@ -7,7 +7,7 @@ import torch
 
 from ..datasets.samples import CaptionedImage, DataSet
 from ..visualization import draw_text
-from .adapters import ImageTextAdapter, ModelAdapter
+from .adapters import ImageTextAdapter, describe_crop
 from .evaluator import SampleEvaluator
 from .metrics import AccumulatingMetric, RecallAtK
 
@@ -24,28 +24,22 @@ class Retrieval(SampleEvaluator[CaptionedImage]):
     """
 
     name = "retrieval"
+    adapter_class = ImageTextAdapter
 
     def __init__(self, data: DataSet[CaptionedImage], size: int | None = None):
         super().__init__(data)
         self.size = size
 
-    def applies_to(self, model: ModelAdapter) -> bool:
-        return isinstance(model, ImageTextAdapter)
-
     def describe(self) -> dict[str, Any]:
         return {
             **self.data.description,
-            "size": self.size or "each model's own image processor",
-            "crop": "middle square" if self.size else "each model's own image processor",
+            **describe_crop(self.size),
             "captions": "as they are; cut where longer than the text tower reads",
             "ties": "count against",
         }
 
     def new_metrics(self) -> dict[str, AccumulatingMetric]:
         return {"recall": RecallAtK()}
-
-    def prepare(self, model: ImageTextAdapter) -> None:
-        pass
 
     def update(self, model: ImageTextAdapter, samples: list[CaptionedImage], metrics) -> list[float]:
         image_embeds = model.embed_images([sample.image() for sample in samples], self.size).cpu()

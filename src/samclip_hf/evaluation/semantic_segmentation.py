@@ -18,7 +18,7 @@ from ..datasets.samples import IGNORE_INDEX, DataSet, SegmentedImage
 from ..segmentation_samclip import apply_background_threshold, max_over_synonyms
 from ..templates import IMAGENET_TEMPLATES
 from ..visualization import overlay_labels
-from .adapters import ImageTextAdapter, ModelAdapter
+from .adapters import ImageTextAdapter
 from .evaluator import SampleEvaluator
 from .metrics import AccumulatingMetric, MeanIoU
 
@@ -148,6 +148,7 @@ class SemanticSegmentation(LabelMapEvaluator):
     """
 
     name = "semantic"
+    adapter_class = ImageTextAdapter
 
     def __init__(
         self,
@@ -165,9 +166,6 @@ class SemanticSegmentation(LabelMapEvaluator):
         self.stride = window // 2 if window is not None and stride is None else stride
         if self.window is not None and not 0 < (self.stride or 0) <= self.window:
             raise ValueError(f"Windows of {self.window} px with a stride of {self.stride} px leave gaps.")
-
-    def applies_to(self, model: ModelAdapter) -> bool:
-        return isinstance(model, ImageTextAdapter)
 
     def describe(self) -> dict[str, Any]:
         return {

@@ -7,7 +7,7 @@ The procedural scenes as sharded streams of `datasets`, drawn on the fly in abou
 
 import io
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from datasets import Features, Image, IterableDataset, List, Value
@@ -76,25 +76,23 @@ def _shards(seed: int, num_shards: int, num_images: int) -> list[tuple[int, int,
 
 
 def _images(shards: list[tuple[int, int, int]]) -> Iterator[dict]:
-    for seed, first, end in shards:
-        for index in range(first, end):
-            scene = render(seed, index, num_objects=1 if index % 2 else None)
-            yield {"jpg": _encode_image(scene.image), **_identity(seed, first, index)}
+    for _, scene, row in _rows(shards, lambda index: 1 if index % 2 else None):
+        yield {"jpg": _encode_image(scene.image), **row}
 
 
 def _masks(shards: list[tuple[int, int, int]]) -> Iterator[dict]:
+    for index, scene, row in _rows(shards, lambda index: 1 + index % 4):
+        yield {"jpg": _encode_image(scene.image), "json": annotations(scene, index), **row}
+
+
+def _rows(
+    shards: list[tuple[int, int, int]], num_objects: Callable[[int], int | None]
+) -> Iterator[tuple[int, Scene, dict[str, str]]]:
+    """Yields the index, the scene and the columns `__key__` and `__url__` of every row."""
     for seed, first, end in shards:
         for index in range(first, end):
-            scene = render(seed, index, num_objects=1 + index % 4)
-            yield {
-                "jpg": _encode_image(scene.image),
-                "json": annotations(scene, index),
-                **_identity(seed, first, index),
-            }
-
-
-def _identity(seed: int, first: int, index: int) -> dict[str, str]:
-    return {"__key__": f"sa_{index}", "__url__": f"miniature://{seed}/{first:06d}.tar"}
+            row = {"__key__": f"sa_{index}", "__url__": f"miniature://{seed}/{first:06d}.tar"}
+            yield index, render(seed, index, num_objects=num_objects(index)), row
 
 
 def _encode_image(image: np.ndarray) -> dict[str, bytes | None]:

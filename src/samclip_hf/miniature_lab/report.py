@@ -113,9 +113,6 @@ class NearestColor(LabelMapEvaluator):
 
     name = "nearest color"
 
-    def applies_to(self, model: ModelAdapter) -> bool:
-        return True
-
     def prepare(self, model: ModelAdapter) -> None:
         groups: dict[tuple[int, str], list[np.ndarray]] = {}
         for index in range(NUM_COLOR_SCENES):
