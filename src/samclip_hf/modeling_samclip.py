@@ -9,7 +9,7 @@ or SigLIP's.
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Unpack
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ from transformers import (
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling, ModelOutput
+from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
 from .configuration_samclip import SamClipConfig, SamClipHeadConfig, SamClipVisionConfig

@@ -2,12 +2,10 @@
 
 from .versions_samclip import MINIMUM_TRANSFORMERS_VERSION  # noqa: F401  # isort: skip  # raises on older versions
 
-from typing import Unpack
-
 import numpy as np
 import torch
 from transformers import BatchFeature, ProcessorMixin
-from transformers.processing_utils import ProcessingKwargs
+from transformers.processing_utils import ProcessingKwargs, Unpack
 
 POINT_PADDING = -10  # label of a point that SAM's prompt encoder ignores
 

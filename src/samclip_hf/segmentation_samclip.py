@@ -8,12 +8,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, Literal, Unpack
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase
 from transformers.modeling_outputs import ModelOutput
+from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .modeling_samclip import SamClipModel, load_tokenizer

@@ -8,7 +8,6 @@ import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Unpack
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +17,7 @@ from transformers import AttentionInterface, GradientCheckpointingLayer, PreTrai
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import ModelOutput
+from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from .transformers_internals_samclip import capture_outputs, merge_with_config_defaults
@@ -225,7 +225,9 @@ class SamClipVisionAttention(nn.Module):
         if groups.counts is None:
             return self._attend_at(qkv, groups.rows, groups.columns, tables, groups.mask)
         parts = (part.split(groups.counts) for part in (qkv, groups.rows, groups.columns))
-        return torch.cat([self._attend_at(*group, tables) for group in zip(*parts, strict=True)])
+        return torch.cat(
+            [self._attend_at(own, rows, columns, tables) for own, rows, columns in zip(*parts, strict=True)]
+        )
 
     def _attend_at(
         self,
