@@ -8,8 +8,7 @@ import pytest
 
 SRC = Path(__file__).parents[1] / "src"
 HUB_FILES = {path.stem for path in (SRC / "samclip_hf").glob("*_samclip.py")}
-# From the bottom up. A module imports its own layer and those below. If a layer has several names, none of them imports
-# another.
+# From the bottom up. A module imports its own layer and those below. The names of a layer do not import one another.
 LAYERS = (
     {"hub files"},
     {"registration", "templates"},
