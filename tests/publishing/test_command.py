@@ -83,5 +83,5 @@ print(type(segmenter.model).__name__)
 
 
 def test_a_hub_token_in_the_arguments_raises(tmp_path):
-    with pytest.raises(ValueError, match="hub_token would be published"):
+    with pytest.raises(ValueError, match="hub_token is not supported with push_to_hub"):
         SamClipTrainingArguments(output_dir=str(tmp_path), max_steps=1, push_to_hub=True, hub_token="hf_write")
