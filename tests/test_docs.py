@@ -299,8 +299,8 @@ def test_docstrings_of_transformers_style_become_markdown():
 
     - `ValueError`: There is no image.
     """
-    lines = to_markdown(docstring).splitlines()
-    assert [line.rstrip() for line in lines] == [line.removeprefix("    ").rstrip() for line in expected.splitlines()]
+    lines = to_markdown(docstring).split("\n")
+    assert [line.rstrip() for line in lines] == [line.removeprefix("    ").rstrip() for line in expected.split("\n")]
 
 
 def table_rows(page: Path, first_column: str) -> list[list[str]]:

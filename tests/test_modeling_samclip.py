@@ -162,6 +162,7 @@ class TestTypesAndTransforms:
         for name, gradient in gradients[0].items():
             torch.testing.assert_close(gradients[1][name], gradient, msg=name)
 
+    @pytest.mark.slow
     def test_compiles_twice_for_all_sizes(self, model, inputs):
         counter = CompileCounter()
         compiled = torch.compile(lambda **kwargs: model(**kwargs), fullgraph=True, backend=counter)
@@ -171,6 +172,7 @@ class TestTypesAndTransforms:
                 self.assert_close_outputs(compiled(**inputs), model(**inputs), 1e-4)
         assert counter.frame_count == 2  # for the first size, then for dynamic sizes
 
+    @pytest.mark.slow
     def test_exports_for_any_batch_and_size(self, model):
         class Embeddings(torch.nn.Module):
             def __init__(self):

@@ -370,11 +370,11 @@ def test_evaluates_siglip(siglip, siglip_folder):
     with torch.inference_mode():
         expected = F.normalize(siglip.get_text_features(**siglip_inputs(siglip_folder)).pooler_output, dim=-1)
         torch.testing.assert_close(parent.embed_texts(TEXTS), expected)
-        pixel_values = parent._squares([Image.new("RGB", (32, 32), "red")], 32)
+        pixel_values = parent._preprocess_squares([Image.new("RGB", (32, 32), "red")], 32)
         tokens = siglip.vision_model(pixel_values).last_hidden_state
         # Attention that sees one patch alone gives that patch whole.
         alone = torch.stack([siglip.vision_model.head(tokens[:, [place]]) for place in range(16)], dim=-1)
-        torch.testing.assert_close(parent._dense(pixel_values).flatten(2), alone)
+        torch.testing.assert_close(parent._dense_embeds(pixel_values).flatten(2), alone)
         image = Image.new("RGB", (50, 40), "red")
         assert parent.embed_patches(image, 64).shape == (24, 8, 10)
         assert parent.embed_images([image]).shape == (1, 24)

@@ -68,6 +68,7 @@ class TestAttention:
         else:
             assert actual_weights is None
 
+    @pytest.mark.slow
     def test_flex_attention_matches_explicit_bias(self, attention):
         attention.config._attn_implementation = "flex_attention"
         for grid in [(5, 5), (4, 7)]:  # compiled for each size
@@ -75,6 +76,7 @@ class TestAttention:
             with torch.no_grad():  # the CPU kernel has no gradients
                 assert_same(attention(hidden_states)[0], brute_force(attention, hidden_states)[1])
 
+    @pytest.mark.slow
     def test_checkpoint_loads_with_any_attention(self, model, tmp_path, caplog):
         model.save_pretrained(tmp_path)
         pixel_values = random_images(1)

@@ -386,7 +386,7 @@ def test_a_missing_text_tower_or_vocabulary_is_reported(capsys):
         options = ["--labels", "cat, sofa", "--model", "small"]
         assert "no text tower" in samclip(capsys, command, "photo.png", *options, status=2)[1][0]
     _, messages = samclip(capsys, "segment", "photo.png", "--model", "bare", status=2)
-    assert "No vocabulary" in messages[0] and "--labels" in messages[0]
+    assert "has no vocabulary" in messages[0] and "--labels" in messages[0]
 
 
 @pytest.mark.parametrize("terminal, images, shown", [(True, 2, True), (True, 1, False), (False, 2, False)])

@@ -132,7 +132,9 @@ def test_a_missing_library_is_reported_with_its_extra(capsys, monkeypatch):
 
 def test_a_missing_module_of_the_package_is_not_hidden(monkeypatch):
     def fail(argv):
-        raise ModuleNotFoundError("No module named 'samclip_hf.evaluation.report'", name="samclip_hf.evaluation.report")
+        raise ModuleNotFoundError(
+            "No module named 'samclip_hf.evaluation.report'", name="samclip_hf.evaluation.report"
+        )
 
     monkeypatch.setattr("samclip_cli.evaluate.main", fail)
     with pytest.raises(ModuleNotFoundError, match=r"samclip_hf\.evaluation\.report"):

@@ -73,6 +73,7 @@ def test_every_variant_has_a_baseline_of_the_same_stage():
             assert tables.RUNS[run.baseline].stage == run.stage
 
 
+@pytest.mark.slow
 def test_runs_are_trained_and_evaluated_once(tmp_path, monkeypatch, capfd):
     runs = {name: tables.RUNS[name] for name in ("stage1", "random_head")}
     runs["stage2"] = replace(tables.RUNS["lora"], baseline=None, title="stage 2 with LoRA")
