@@ -208,7 +208,8 @@ def no_network(monkeypatch, tmp_path):
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(evaluate.config, "HF_MODULES_CACHE", tmp_path / "modules")
     monkeypatch.setattr(evaluate.config, "HF_METRICS_CACHE", tmp_path / "metrics")
-    monkeypatch.setattr(sys, "path", sys.path.copy())
+    # Other tests may have put the user's own modules on the search path.
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if not Path(path, "evaluate_modules").exists()])
     for name in [name for name in sys.modules if name.partition(".")[0] == "evaluate_modules"]:
         monkeypatch.delitem(sys.modules, name)
     yield tmp_path
