@@ -154,6 +154,7 @@ class ImageTextAdapter(ModelAdapter):
         return self.model.get_text_features(**inputs).pooler_output
 
     def _image_features(self, **inputs) -> Tensor:
+        """Returns `(num_images, projection_dim)`. Subclasses implement it."""
         raise NotImplementedError
 
     def _dense_embeds(self, pixel_values: Tensor) -> Tensor:
