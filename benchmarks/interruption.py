@@ -26,7 +26,7 @@ def command(output_dir: Path, arguments: argparse.Namespace) -> list[str]:
     """Returns the training command of a run."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={arguments.processes}"]
     parts = [sys.executable, *(launcher if arguments.processes > 1 else [])]
-    parts += ["-m", "samclip_cli.train", "miniature_stage2", "--output_dir", output_dir]
+    parts += ["-m", "samclip_cli", "train", "miniature_stage2", "--output_dir", output_dir]
     parts += ["--use_cpu", "--model", miniature.checkpoint(), "--max_steps", arguments.steps]
     parts += ["--save_steps", arguments.save_steps, "--logging_steps", 1, "--disable_tqdm", "true"]
     parts += ["--clip_batch_size", 8, "--sam_batch_size", 1, "--masks_per_image", 4]

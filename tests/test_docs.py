@@ -140,8 +140,8 @@ def check_command(words: list[str]) -> None:
             if place:
                 check_options(rest[:place], "-m", "accelerate.commands.launch")
             check_command(["python", *rest[place:]])
-        case ["python", "-m", module, *rest] if module.startswith("samclip_cli."):
-            check_command(["samclip", module.removeprefix("samclip_cli."), *rest])
+        case ["python", "-m", "samclip_cli", *rest]:
+            check_command(["samclip", *rest])
         case ["python", script, *rest] if script.startswith("training/"):
             assert (ROOT / script).is_file(), script
             check_command(["samclip", Path(script).stem, *rest])
@@ -194,7 +194,7 @@ def test_scripts_have_a_help_text(script):
     [
         "make nothing",
         "python training/train.py --no_such",
-        "accelerate launch -m samclip_cli.train --no_such",
+        "accelerate launch -m samclip_cli train --no_such",
         "samclip nothing",
         "samclip train no_such_stage1",
         "samclip --no_such",

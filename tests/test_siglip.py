@@ -141,9 +141,9 @@ def png(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def script(name: str):
-    """The main function of one of `training/`."""
-    return importlib.import_module(f"samclip_cli.{name}").main
+def command(name: str):
+    """The function that runs a command."""
+    return importlib.import_module(f"samclip_cli.{name}").run
 
 
 def siglip_inputs(folder: Path) -> dict[str, torch.Tensor]:
@@ -280,7 +280,7 @@ def test_vision_tower_and_model_without_text_tower_load(student, processor, tmp_
 
 @pytest.mark.parametrize("siglip_folder", ["SigLIP 2"], indirect=True)  # seconds each
 def test_miniature_trains_with_siglip(siglip_folder, tmp_path):
-    train = script("train")
+    train = command("train")
     common = ["--clip_teacher", str(siglip_folder), "--clip_batch_size", "4", "--use_cpu", "true"]
     common += [
         "--save_strategy",
@@ -308,7 +308,7 @@ def test_embeddings_are_cached(siglip, siglip_folder, student, sam, clip, tmp_pa
     write_tar(tmp_path / "photos-0.tar", {f"{n}.png": png(image) for n, image in enumerate(images)})
     data = str(tmp_path / "photos-0.tar")
     arguments = ["--clip_teacher", str(siglip_folder), "--clip_data", data, "--output_dir", str(tmp_path / "store")]
-    script("embed")([*arguments, "--use_cpu", "--num_workers", "0", "--min_crop_scale", "1"])
+    command("embed")([*arguments, "--use_cpu", "--num_workers", "0", "--min_crop_scale", "1"])
     store, streams = EmbeddingCache(tmp_path / "store"), [open_stream(data)]
     keys, embeds = CachedEmbeddings(store.folder, 0).read(0)
     assert len(keys) == 3 and embeds.shape == (3, 1, 24)
@@ -329,7 +329,7 @@ def test_another_text_space_raises(student, siglip_folder, sam, clip, tmp_path):
     ):
         arguments = ["--clip_teacher", str(siglip_folder), "--model", str(miniature.checkpoint()), "--use_cpu", "true"]
         recipe = str(TRAINING / "configs/miniature_stage2.yaml")
-        script("train")([recipe, *arguments, "--output_dir", str(tmp_path)])
+        command("train")([recipe, *arguments, "--output_dir", str(tmp_path)])
     ClipTeacher(str(siglip_folder)).check(student)
     with pytest.raises(ValueError, match="Set clip_teacher to the CLIP that the student was built from"):
         ClipTeacher(str(siglip_folder)).check(SamClipModel.from_teachers(sam, clip))
@@ -397,7 +397,7 @@ def test_cost_includes_siglip(siglip, siglip_folder, tmp_path, monkeypatch, caps
     (tmp_path / "stored.yaml").write_text((tmp_path / "online.yaml").read_text() + "clip_embedding_cache: store\n")
     monkeypatch.syspath_prepend(TRAINING)
     monkeypatch.setattr(sys, "argv", ["cost.py", str(tmp_path / "online.yaml"), str(tmp_path / "stored.yaml")])
-    script("cost")()
+    command("cost")()
     online, stored = (float(line.split("64 px: ")[1].split()[0]) for line in capsys.readouterr().out.splitlines()[-2:])
     with FlopCounterMode(display=False) as counter:
         siglip.get_image_features(pixel_values=torch.zeros(1, 3, 32, 32))

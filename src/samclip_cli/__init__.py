@@ -1,7 +1,7 @@
 """
 The `samclip` command.
 
-Every command is a module of this package with `build_parser()` and `run(arguments)`. Modules import torch,
+Every command is a module of this package with a function `run(argv)`. Modules import torch,
 transformers and samclip_hf (which imports both) only inside `run`, because these imports take several seconds:
 `--help` and argument errors must not wait for them.
 """
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     module = import_module(f".{arguments.command}", __name__)
     try:
-        return module.main(arguments.arguments)
+        return module.run(arguments.arguments)
     except CommandError as error:
         print(f"samclip {arguments.command}: {error}", file=sys.stderr)
         return 2

@@ -1,11 +1,9 @@
 """`samclip classify`: classifies images by text."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from . import main as samclip
 from .batch import (
     CommandError,
     Prediction,
@@ -48,7 +46,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(argv: Sequence[str]) -> int:
+    arguments = build_parser().parse_args(argv)
     labels, template = parse_names("--labels", arguments.labels), check_template(arguments.template)
     images = find_images(arguments.images)
     outputs = plan_outputs(arguments.output, images)
@@ -71,11 +70,3 @@ def run(arguments: argparse.Namespace) -> int:
         return Prediction({"labels": scores}, [(None, line) for line in lines])
 
     return process_images(images, outputs, predict)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return run(build_parser().parse_args(argv))
-
-
-if __name__ == "__main__":
-    sys.exit(samclip(["classify", *sys.argv[1:]]))

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import main as samclip
 from .argument_types import positive_int
 from .train import collect_arguments, parse_arguments
 
@@ -171,7 +170,8 @@ def table_row(recipe: str, num_processes: int) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(argv: Sequence[str]) -> int:
+    arguments = build_parser().parse_args(argv)
     for recipe in arguments.recipes:
         collect_arguments([recipe])  # raises for unknown recipes and arguments before torch is imported
     hours = " | ".join(f"{name}: GPU hours" for name in GPUS)
@@ -179,11 +179,3 @@ def run(arguments: argparse.Namespace) -> int:
     for recipe in arguments.recipes:
         print(table_row(recipe, arguments.num_processes), flush=True)
     return 0
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return run(build_parser().parse_args(argv))
-
-
-if __name__ == "__main__":
-    sys.exit(samclip(["cost", *sys.argv[1:]]))

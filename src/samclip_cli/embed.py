@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import main as samclip
 from .argument_types import fraction, positive_int
 
 DESCRIPTION = """\
@@ -22,7 +21,7 @@ passes over the data it then draws the same crops as without the cache; later pa
 crops. An embedding takes 2 bytes per value: 1.5 KB per crop for 768 dimensions.
 
 The embeddings of a shard are written when the shard is complete; running the command again
-continues with the remaining shards. Under accelerate launch -m samclip_cli.embed, the processes
+continues with the remaining shards. Under accelerate launch -m samclip_cli embed, the processes
 divide the shards among them."""
 
 
@@ -69,7 +68,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(argv: Sequence[str]) -> int:
+    arguments = build_parser().parse_args(argv)
     from accelerate import PartialState
     from tqdm import tqdm
 
@@ -121,11 +121,3 @@ def run(arguments: argparse.Namespace) -> int:
             "command to try them again."
         )
     return 0
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return run(build_parser().parse_args(argv))
-
-
-if __name__ == "__main__":
-    sys.exit(samclip(["embed", *sys.argv[1:]]))

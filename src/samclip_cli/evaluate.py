@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import CommandError
-from . import main as samclip
 from .argument_types import fraction, positive_int
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ Evaluates models with the paper's protocols, all models on the same images.
 examples:
   samclip evaluate --model runs/stage3 --output_dir runs/evaluation
   samclip evaluate --model runs/stage3 facebook/sam-vit-base --task prompts:data/sa1b cost:1024x1024
-  accelerate launch -m samclip_cli.evaluate --model SAMCLIP SAM CLIP SAM+CLIP --data data \\
+  accelerate launch -m samclip_cli evaluate --model SAMCLIP SAM CLIP SAM+CLIP --data data \\
       --task classification:imagenet semantic:voc21 composed:voc21 cascade:voc21
 
 tasks:
@@ -282,7 +281,8 @@ def file_name(name: str) -> str:
     return safe if len(safe) <= 200 else f"{safe[:190]}-{zlib.crc32(name.encode()):08x}"
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(argv: Sequence[str]) -> int:
+    arguments = build_parser().parse_args(argv)
     check_tasks(arguments)
 
     import torch
@@ -314,7 +314,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise CommandError(f"{name} cannot be loaded: {error}") from error
     output_dir = arguments.output_dir
     output_dir.mkdir(parents=True, exist_ok=True)
-    results = Results(output_dir, arguments.command_line)
+    results = Results(output_dir, shlex.join(["samclip", "evaluate", *argv]))
     for name, short_name in zip(models, short_names(models), strict=True):
         try:
             model = load_adapter(name, state.device, getattr(torch, arguments.dtype))
@@ -345,13 +345,3 @@ def run(arguments: argparse.Namespace) -> int:
             state.wait_for_everyone()
     state.print(f"\n{results.markdown()}\nMetrics, protocols and images are in {output_dir}.")
     return 0
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    arguments = build_parser().parse_args(argv)
-    arguments.command_line = shlex.join(["samclip", "evaluate", *(sys.argv[1:] if argv is None else argv)])
-    return run(arguments)
-
-
-if __name__ == "__main__":
-    sys.exit(samclip(["evaluate", *sys.argv[1:]]))

@@ -5,8 +5,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import main as samclip
-
 # Equal to samclip_hf.export.PART_NAMES and OPSETS, which cannot be imported without torch. A test compares them.
 PARTS = ("image_encoder", "mask_decoder", "segment_encoder", "text_encoder")
 OPSETS = range(18, 24)
@@ -57,7 +55,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(argv: Sequence[str]) -> int:
+    arguments = build_parser().parse_args(argv)
     from samclip_hf import miniature
     from samclip_hf.export import export
 
@@ -70,11 +69,3 @@ def run(arguments: argparse.Namespace) -> int:
         size = sum(path.stat().st_size for path in arguments.output_dir.glob(f"{name}.onnx*")) / 1e6
         print(f"{name}.onnx: {size:.1f} MB, largest difference from PyTorch {difference:.0e} of the largest value")
     return 0
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return run(build_parser().parse_args(argv))
-
-
-if __name__ == "__main__":
-    sys.exit(samclip(["export", *sys.argv[1:]]))

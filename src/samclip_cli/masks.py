@@ -1,11 +1,9 @@
 """`samclip masks`: segments everything in images, without labels ("everything mode")."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from . import main as samclip
 from .argument_types import positive_int, probability
 from .batch import (
     Prediction,
@@ -57,7 +55,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(argv: Sequence[str]) -> int:
+    arguments = build_parser().parse_args(argv)
     images = find_images(arguments.images)
     outputs = plan_outputs(arguments.output, images)
 
@@ -83,11 +82,3 @@ def run(arguments: argparse.Namespace) -> int:
         return Prediction({"masks": records}, [(None, text)], masks, list(range(len(masks))))
 
     return process_images(images, outputs, predict)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return run(build_parser().parse_args(argv))
-
-
-if __name__ == "__main__":
-    sys.exit(samclip(["masks", *sys.argv[1:]]))

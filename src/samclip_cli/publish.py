@@ -8,8 +8,6 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import main as samclip
-
 DESCRIPTION = """\
 Builds a model repository from a training output, verifies it, and uploads it to the Hub.
 
@@ -69,7 +67,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(argv: Sequence[str]) -> int:
+    arguments = build_parser().parse_args(argv)
     from huggingface_hub import ModelCard
     from huggingface_hub.utils import HFValidationError, validate_repo_id
     from PIL import Image
@@ -140,11 +139,3 @@ def run(arguments: argparse.Namespace) -> int:
             sys.exit(f"Nothing was published. {error}")
     print(f"Published: {url}")
     return 0
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return run(build_parser().parse_args(argv))
-
-
-if __name__ == "__main__":
-    sys.exit(samclip(["publish", *sys.argv[1:]]))

@@ -5,7 +5,6 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from . import main as samclip
 from .argument_types import probability
 from .batch import (
     CommandError,
@@ -60,7 +59,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(argv: Sequence[str]) -> int:
+    arguments = build_parser().parse_args(argv)
     labels = background = None
     if arguments.labels is not None:
         labels = parse_names("--labels", arguments.labels)
@@ -113,11 +113,3 @@ def run(arguments: argparse.Namespace) -> int:
         return Prediction({"segments": records}, legend or [(None, "no segments")], masks, colors)
 
     return process_images(images, outputs, predict)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return run(build_parser().parse_args(argv))
-
-
-if __name__ == "__main__":
-    sys.exit(samclip(["segment", *sys.argv[1:]]))

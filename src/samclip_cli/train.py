@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from . import CommandError
-from . import main as samclip
 
 if TYPE_CHECKING:
     from samclip_hf.distillation import SamClipTrainer, SamClipTrainingArguments
@@ -28,7 +27,7 @@ Trains one stage of SAM-CLIP.
 examples:
   samclip train miniature_stage1 --output_dir runs/stage1
   samclip train my_recipe.yaml --output_dir runs/stage2 --model runs/stage1
-  accelerate launch -m samclip_cli.train vit_b_stage1 --output_dir runs/stage1
+  accelerate launch -m samclip_cli train vit_b_stage1 --output_dir runs/stage1
 
 RECIPE is a YAML file with lines 'argument: value', or one of the recipes in the package:
   {recipes}
@@ -37,13 +36,6 @@ Arguments on the command line override the recipe. All arguments of transformers
 are accepted, such as --learning_rate, --save_steps and --report_to, and these:
 
 {arguments}"""
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    # By default, OpenMP threads spin while they wait. On a CPU whose cores also run data loader workers or other
-    # processes, a training step then takes several times as long. OpenMP reads this when torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    return run(parse_arguments(sys.argv[1:] if argv is None else argv))
 
 
 def parse_arguments(argv: Sequence[str]) -> "SamClipTrainingArguments":
@@ -209,8 +201,12 @@ def build_trainer(args: "SamClipTrainingArguments") -> "SamClipTrainer":
     )
 
 
-def run(args: "SamClipTrainingArguments") -> int:
+def run(argv: Sequence[str]) -> int:
     """Trains and saves the model. Exits with a message if training cannot start or stops early."""
+    # By default, OpenMP threads spin while they wait. On a CPU whose cores also run data loader workers or other
+    # processes, a training step then takes several times as long. OpenMP reads this when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    args = parse_arguments(argv)
     from samclip_hf.distillation import DataError
 
     try:
@@ -313,7 +309,3 @@ def save(trainer: "SamClipTrainer", metrics: dict[str, float]) -> None:
                 f"The model is saved in {trainer.args.output_dir}, but it was not pushed: {error}\n"
                 "Push it with samclip publish."
             )
-
-
-if __name__ == "__main__":
-    sys.exit(samclip(["train", *sys.argv[1:]]))

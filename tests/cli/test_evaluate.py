@@ -56,8 +56,8 @@ def test_an_interrupted_task_is_run_again(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("samclip_hf.evaluation.save_result_panel", interrupt)
-        evaluate.main(arguments)
-    evaluate.main(arguments)
+        evaluate.run(arguments)
+    evaluate.run(arguments)
     assert {path.name for path in tmp_path.iterdir()} == {
         *("results.json", "results.md", "classification-miniature-64-clip.png")
     }
@@ -77,7 +77,7 @@ def test_an_interrupted_task_is_run_again(tmp_path, monkeypatch):
 )
 def test_options_without_effect_are_errors(arguments, message, tmp_path, capsys):
     with pytest.raises((CommandError, SystemExit)) as error:
-        evaluate.main([*arguments, "--output_dir", str(tmp_path / "out")])
+        evaluate.run([*arguments, "--output_dir", str(tmp_path / "out")])
     assert message in f"{error.value} {capsys.readouterr().err}" and not (tmp_path / "out").exists()
 
 
@@ -115,20 +115,20 @@ def test_processes_wait_for_the_slowest(tmp_path, monkeypatch):
 
     monkeypatch.setattr("accelerate.PartialState", stop)
     with pytest.raises(KeyboardInterrupt):
-        evaluate.main(["--output_dir", str(tmp_path)])
+        evaluate.run(["--output_dir", str(tmp_path)])
     assert options["timeout"].days >= 1
 
 
 def test_unknown_tasks_and_models_are_errors_before_any_evaluation(tmp_path):
     with pytest.raises(CommandError, match=r"unknown task 'klassification'.*: classification"):
-        evaluate.main(["--task", "klassification", "--output_dir", str(tmp_path)])
+        evaluate.run(["--task", "klassification", "--output_dir", str(tmp_path)])
     models = [miniature.checkpoint(), str(tmp_path / "nowhere")]
     with pytest.raises(CommandError, match="nowhere cannot be loaded"):
-        evaluate.main(["--model", *models, "--task", "classification:miniature@64", "--output_dir", str(tmp_path)])
+        evaluate.run(["--model", *models, "--task", "classification:miniature@64", "--output_dir", str(tmp_path)])
     assert not (tmp_path / "results.json").exists()
     cascade = f"{miniature.clip_teacher()}+{miniature.sam_teacher()}"
     with pytest.raises(CommandError, match=r"A cascade is SAM\+CLIP"):
-        evaluate.main(["--model", cascade, "--output_dir", str(tmp_path)])
+        evaluate.run(["--model", cascade, "--output_dir", str(tmp_path)])
 
 
 def test_folders_are_evaluated_at_several_sizes(tmp_path):
@@ -143,7 +143,7 @@ def test_folders_are_evaluated_at_several_sizes(tmp_path):
     (tmp_path / "maps" / "classes.json").write_text(json.dumps(NAMES))
     options = ["--model", miniature.checkpoint(), "--data", str(tmp_path), "--size", "64", "96"]
     out = ["--output_dir", str(tmp_path / "out")]
-    evaluate.main([*options, "--task", "classification:classes", "semantic:maps", "composed:maps", *out])
+    evaluate.run([*options, "--task", "classification:classes", "semantic:maps", "composed:maps", *out])
     content = json.loads((tmp_path / "out" / "results.json").read_text())
     expected = {
         f"{task}@{size}" for task in ("classification:classes", "semantic:maps", "composed:maps") for size in (64, 96)
@@ -151,4 +151,4 @@ def test_folders_are_evaluated_at_several_sizes(tmp_path):
     assert set(content["tasks"]) == expected and "--size 64 96" in content["command"]
     assert (tmp_path / "out" / "semantic-maps-96-samclip.png").exists()
     with pytest.raises(CommandError, match=r"classes\.json"):
-        evaluate.main(["--data", str(tmp_path), "--task", "semantic:classes", *out])
+        evaluate.run(["--data", str(tmp_path), "--task", "semantic:classes", *out])

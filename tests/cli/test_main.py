@@ -77,7 +77,7 @@ def test_examples_in_the_help_text_can_be_parsed(capsys, tmp_path, monkeypatch, 
         main([command, "--help"])
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= 100
-    launcher = r"(?:samclip |accelerate launch -m samclip_cli\.)"
+    launcher = r"(?:samclip|accelerate launch -m samclip_cli) "
     examples = re.findall(rf"^  {launcher}{command} (.*)", text.replace("\\\n", ""), re.MULTILINE)
     assert examples
     for example in examples:
@@ -108,10 +108,9 @@ def test_the_installed_command_calls_main():
     assert getattr(importlib.import_module(module), name) is main
 
 
-@pytest.mark.parametrize("module", ["samclip_hf", "samclip_cli", "samclip_cli.evaluate"])
+@pytest.mark.parametrize("module", ["samclip_hf", "samclip_cli"])
 def test_modules_run_as_the_command(module):
-    argv = ["--help"] if module == "samclip_cli.evaluate" else ["evaluate", "--help"]
-    run = subprocess.run([sys.executable, "-m", module, *argv], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-m", module, "evaluate", "--help"], capture_output=True, text=True)
     assert run.returncode == 0 and run.stdout.startswith("usage: samclip evaluate"), run.stderr
 
 
@@ -119,7 +118,7 @@ def test_ctrl_c_is_reported_without_a_traceback(capsys, monkeypatch):
     def interrupt(argv):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("samclip_cli.evaluate.main", interrupt)
+    monkeypatch.setattr("samclip_cli.evaluate.run", interrupt)
     assert main(["evaluate"]) == 130
     assert capsys.readouterr().err == "samclip evaluate: interrupted.\n"
 
@@ -136,7 +135,7 @@ def test_a_missing_module_of_the_package_is_not_hidden(monkeypatch):
             "No module named 'samclip_hf.evaluation.report'", name="samclip_hf.evaluation.report"
         )
 
-    monkeypatch.setattr("samclip_cli.evaluate.main", fail)
+    monkeypatch.setattr("samclip_cli.evaluate.run", fail)
     with pytest.raises(ModuleNotFoundError, match=r"samclip_hf\.evaluation\.report"):
         main(["evaluate"])
 

@@ -124,12 +124,12 @@ def test_a_recipe_that_does_not_exist_is_reported(capsys):
 )
 def test_training_does_not_start_with_wrong_data_or_sizes(train, recipe, text, sentence):
     with pytest.raises(SystemExit, match=f"Training did not start.*{sentence}"):
-        train.main([recipe(f"max_steps: 1\n{text}")])
+        train.run([recipe(f"max_steps: 1\n{text}")])
 
 
 def test_a_stage_runs_and_saves_a_model(train, recipe, tmp_path):
     settings = ["stage: 1", "max_steps: 1", "clip_resolutions: [64]", "clip_batch_size: 2", "shuffle_buffer: 2"]
-    train.main([recipe("\n".join([*settings, "report_to: none"]))])
+    train.run([recipe("\n".join([*settings, "report_to: none"]))])
     saved = {path.name for path in (tmp_path / "run").iterdir()}
     assert {"config.json", "model.safetensors", "processor_config.json", "train_results.json"} <= saved
 
@@ -145,10 +145,10 @@ def test_the_seed_determines_the_weights_of_a_new_student(train, recipe):
 def test_a_complete_run_is_not_resumed(train, recipe, tmp_path):
     settings = ["stage: 1", "max_steps: 1", "clip_resolutions: [64]", "clip_batch_size: 2", "shuffle_buffer: 2"]
     path = recipe("\n".join([*settings, "report_to: none", "save_strategy: steps", "save_steps: 1"]))
-    train.main([path])
+    train.run([path])
     before = (tmp_path / "run" / "train_results.json").read_text()
     with pytest.raises(SystemExit, match="checkpoint-1 has completed all 1 steps"):
-        train.main([path, "--resume_from_checkpoint", "true"])
+        train.run([path, "--resume_from_checkpoint", "true"])
     assert (tmp_path / "run" / "train_results.json").read_text() == before
 
 
@@ -163,11 +163,11 @@ def test_resuming_after_the_last_step_saves_the_model(train, recipe, tmp_path):
     ]
     lines = [*settings, "masks_per_image: 2", "shuffle_buffer: 16", "report_to: none", "save_steps: 1"]
     path = recipe("\n".join(lines))
-    train.main([path])
+    train.run([path])
     whole = load_file(tmp_path / "run" / "model.safetensors")
     for name in ("model.safetensors", "train_results.json"):
         (tmp_path / "run" / name).unlink()
-    train.main([path, "--resume_from_checkpoint", "true"])
+    train.run([path, "--resume_from_checkpoint", "true"])
     for name, value in load_file(tmp_path / "run" / "model.safetensors").items():
         assert torch.equal(value, whole[name]), name
 
@@ -175,28 +175,28 @@ def test_resuming_after_the_last_step_saves_the_model(train, recipe, tmp_path):
 def test_a_folder_with_another_run_is_not_overwritten(train, recipe, tmp_path, capsys):
     settings = ["stage: 1", "clip_resolutions: [64]", "clip_batch_size: 2", "shuffle_buffer: 2", "report_to: none"]
     path = recipe("\n".join([*settings, "save_strategy: steps", "save_steps: 1"]))
-    train.main([path, "--max_steps", "1", "--resume_from_checkpoint", "true"])
+    train.run([path, "--max_steps", "1", "--resume_from_checkpoint", "true"])
     assert "has no checkpoint yet" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="checkpoint-1 belongs to an earlier run"):
-        train.main([path, "--max_steps", "2"])
+        train.run([path, "--max_steps", "2"])
     with pytest.raises(SystemExit, match="cannot be resumed with other settings: stage from 1 to 2"):
-        train.main([path, "--max_steps", "2", "--stage", "2", "--resume_from_checkpoint", "true"])
+        train.run([path, "--max_steps", "2", "--stage", "2", "--resume_from_checkpoint", "true"])
     Image.new("RGB", (40, 40)).save(tmp_path / "1.jpg")  # other data with the same number of shards
     other = ["--clip_data", str(tmp_path / "*.jpg"), "--eval_fraction", "0"]
     with pytest.raises(SystemExit, match=r"clip_data's shards from \['\d+ of checksum"):
-        train.main([path, "--max_steps", "2", *other, "--resume_from_checkpoint", "true"])
+        train.run([path, "--max_steps", "2", *other, "--resume_from_checkpoint", "true"])
 
 
 def test_stage_3_requires_a_model(train, recipe):
     with pytest.raises(SystemExit, match="Stage 3 continues from a merged model"):
-        train.main([recipe("stage: 3\nmax_steps: 1\nclip_resolutions: [64]")])
+        train.run([recipe("stage: 3\nmax_steps: 1\nclip_resolutions: [64]")])
 
 
 @pytest.mark.slow
 def test_a_longer_run_is_not_complete_until_its_model_is_saved(train, recipe, tmp_path, monkeypatch):
     settings = ["stage: 1", "max_steps: 1", "clip_resolutions: [64]", "clip_batch_size: 2", "shuffle_buffer: 2"]
     path = recipe("\n".join([*settings, "report_to: none", "save_steps: 1", "lr_scheduler_type: constant"]))
-    train.main([path])
+    train.run([path])
     shorter = load_file(tmp_path / "run" / "model.safetensors")
     longer = [path, "--max_steps", "2", "--resume_from_checkpoint", "true"]
 
@@ -206,13 +206,13 @@ def test_a_longer_run_is_not_complete_until_its_model_is_saved(train, recipe, tm
     with monkeypatch.context() as patched:
         patched.setattr(SamClipTrainer, "save_model", lambda *args, _internal_call=False: _internal_call or full())
         with pytest.raises(SystemExit, match=r"All steps are done, but the model could not be saved .*No space left"):
-            train.main(longer)
+            train.run(longer)
     shutil.copy(
         tmp_path / "run" / "model.safetensors", tmp_path / "run" / "checkpoint-2"
     )  # save_model was also patched for the checkpoint
     weights = {name: value + 1 for name, value in shorter.items()}
     save_file(weights, tmp_path / "run" / "checkpoint-2" / "model.safetensors", metadata={"format": "pt"})
-    train.main(longer)
+    train.run(longer)
     for name, value in load_file(tmp_path / "run" / "model.safetensors").items():
         assert torch.equal(value, weights[name]), name
 
@@ -222,7 +222,7 @@ def test_an_incomplete_checkpoint_is_an_error(train, recipe, tmp_path):
     (tmp_path / "checkpoint-1" / "trainer_state.json").write_text("{")
     path = recipe("stage: 1\nmax_steps: 2\nclip_resolutions: [64]")
     with pytest.raises(SystemExit, match="checkpoint-1 is incomplete"):
-        train.main([path, "--resume_from_checkpoint", str(tmp_path / "checkpoint-1")])
+        train.run([path, "--resume_from_checkpoint", str(tmp_path / "checkpoint-1")])
 
 
 def test_the_model_is_not_saved_if_all_samples_were_skipped(train, recipe, tmp_path):
@@ -231,7 +231,7 @@ def test_the_model_is_not_saved_if_all_samples_were_skipped(train, recipe, tmp_p
     settings = ["stage: 1", "max_steps: 2", "clip_resolutions: [64]", "clip_batch_size: 2", "save_strategy: 'no'"]
     path = recipe("\n".join([*settings, "report_to: none", f"clip_data: ['{tmp_path}/*.jpg']"]))
     with pytest.raises(SystemExit, match=r"all samples were skipped.*skipped_broken_image': 4"):
-        train.main([path])
+        train.run([path])
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
@@ -302,12 +302,12 @@ def test_the_student_can_be_smaller_than_its_sam_teacher(train, recipe, tmp_path
     lines = ["stage: 2", "max_steps: 2", "clip_resolutions: [64]", "clip_batch_size: 2", "sam_batch_size: 1"]
     lines += ["masks_per_image: 2", "shuffle_buffer: 16", "report_to: none", f"sam_student: {tmp_path / 'small'}"]
     path = recipe("\n".join(lines))
-    train.main([path])
+    train.run([path])
     student = SamClipModel.from_pretrained(tmp_path / "run")
     assert student.config.vision_config.hidden_size == 32
     assert student.config.vision_config.num_hidden_layers == 2
     with pytest.raises(SystemExit, match="only one of model and sam_student"):
-        train.main([path, "--model", str(tmp_path / "run")])
+        train.run([path, "--model", str(tmp_path / "run")])
 
 
 @pytest.mark.slow
@@ -318,7 +318,7 @@ def test_half_precision_and_activation_checkpointing_give_nearly_the_same_loss(t
     checkpointing = "--activation_checkpointing" if newer else "--gradient_checkpointing"
     losses = []
     for options in ([], ["--bf16", "true"], [checkpointing, "true"]):
-        train.main([path, "--output_dir", str(tmp_path / str(len(losses))), *options])
+        train.run([path, "--output_dir", str(tmp_path / str(len(losses))), *options])
         losses.append(json.loads((tmp_path / str(len(losses)) / "train_results.json").read_text())["train_loss"])
     assert losses[1] == pytest.approx(losses[0], abs=0.02) and losses[1] != losses[0]
     assert losses[2] == pytest.approx(losses[0], abs=1e-5)

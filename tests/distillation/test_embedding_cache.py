@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessor
 
-from samclip_cli.embed import main as embed
+from samclip_cli.embed import run as embed
 from samclip_hf.datasets.streams import open_stream
 from samclip_hf.distillation import ClipTeacher, DataError, EmbeddingCache, embedding_cache
 from samclip_hf.distillation.embedding_cache import shard_path

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import AutoTokenizer
 
-from samclip_cli.export import main
+from samclip_cli.export import run as export_command
 from samclip_hf import (
     SamClipConfig,
     SamClipForImageSegmentation,
@@ -86,7 +86,7 @@ def checkpoint(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def exported(checkpoint, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("export") / "onnx"
-    main(["--model", str(checkpoint), "--output_dir", str(folder)])
+    export_command(["--model", str(checkpoint), "--output_dir", str(folder)])
     return folder
 
 
@@ -317,7 +317,7 @@ class TestFolder:
         assert (folder / "text_encoder.onnx.data").stat().st_size > (folder / "text_encoder.onnx").stat().st_size
 
         monkeypatch.undo()
-        main(["--model", str(checkpoint), "--output_dir", str(folder), "--parts", "text_encoder"])
+        export_command(["--model", str(checkpoint), "--output_dir", str(folder), "--parts", "text_encoder"])
         assert "text_encoder.onnx: 2.0 MB, largest difference from PyTorch" in capsys.readouterr().out
         assert {path.name for path in folder.iterdir()} == names - {"text_encoder.onnx.data"}
         assert json.loads((folder / "samclip.json").read_text())["opset"] == 18
@@ -370,7 +370,7 @@ class TestErrors:
     def test_missing_extra_raises_an_error(self, checkpoint, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "onnxscript", None)
         with pytest.raises(SystemExit, match=r"pip install 'samclip-hf\[export\]'"):
-            main(["--model", str(checkpoint), "--output_dir", str(tmp_path / "onnx")])
+            export_command(["--model", str(checkpoint), "--output_dir", str(tmp_path / "onnx")])
 
 
 @pytest.mark.slow

@@ -36,7 +36,7 @@ class TestCommand:
 
     def test_a_dry_run_needs_no_token(self, hub, arguments, monkeypatch, capsys):
         monkeypatch.setenv("HF_TOKEN", "")
-        publish.main([*arguments, "--dry-run"])
+        publish.run([*arguments, "--dry-run"])
         assert "Nothing was uploaded" in capsys.readouterr().out and not hub.repositories
 
     def test_invalid_arguments_raise_before_the_folder_is_built(self, hub, folder, arguments, tmp_path, capsys):
@@ -50,13 +50,13 @@ class TestCommand:
             (["--results_name", "stage2"], "No results for 'stage2'"),
         ):
             with pytest.raises(SystemExit, match=rf"Nothing was published\. .*{re.escape(message)}"):
-                publish.main([*arguments, *options])
+                publish.run([*arguments, *options])
         for options, message in (
             (["miniature", "a/b/c"], "a/b/c"),
             (["miniature", "merged", "--results_name", "stage3"], "--results_name requires --results"),
         ):
             with pytest.raises(SystemExit, match=rf"Nothing was published\. .*{message}"):
-                publish.main([*options, "--dry-run"])
+                publish.run([*options, "--dry-run"])
         assert "Building" not in capsys.readouterr().out
 
 

@@ -1,6 +1,8 @@
 """`python -m samclip_hf.export` is `samclip export`."""
 
-from samclip_cli.export import main
+import sys
+
+from samclip_cli import main
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main(["export", *sys.argv[1:]]))
