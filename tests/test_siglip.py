@@ -390,14 +390,12 @@ def test_cascade_classifies_masks(siglip_folder):
     assert cascade.name_masks(Image.new("RGB", (50, 40), "red"), masks, names).shape == (2, 2)
 
 
-def test_cost_includes_siglip(siglip, siglip_folder, tmp_path, monkeypatch, capsys):
+def test_cost_includes_siglip(siglip, siglip_folder, tmp_path, capsys):
     recipe = (TRAINING / "configs/miniature_stage1.yaml").read_text()
     recipe = recipe.replace("clip_teacher: miniature", f"clip_teacher: {siglip_folder}")
     (tmp_path / "online.yaml").write_text(recipe.replace("clip_resolutions: [64, 96]", "clip_resolutions: [64]"))
     (tmp_path / "stored.yaml").write_text((tmp_path / "online.yaml").read_text() + "clip_embedding_cache: store\n")
-    monkeypatch.syspath_prepend(TRAINING)
-    monkeypatch.setattr(sys, "argv", ["cost.py", str(tmp_path / "online.yaml"), str(tmp_path / "stored.yaml")])
-    command("cost")()
+    command("cost")([str(tmp_path / "online.yaml"), str(tmp_path / "stored.yaml")])
     online, stored = (float(line.split("64 px: ")[1].split()[0]) for line in capsys.readouterr().out.splitlines()[-2:])
     with FlopCounterMode(display=False) as counter:
         siglip.get_image_features(pixel_values=torch.zeros(1, 3, 32, 32))
