@@ -34,6 +34,11 @@ class CommandError(Exception):
     """An error that the user can correct. The message is printed without a traceback; the exit status is 2."""
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's message that is not empty, or the name of its type."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """
     Runs a command line, by default this process's own.

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import INTERRUPTED, CommandError, discard_standard_output
+from . import INTERRUPTED, CommandError, discard_standard_output, first_line
+from .models import check_model
 
 if TYPE_CHECKING:  # importing these takes seconds: see the docstring of the package
     import numpy as np
@@ -231,6 +232,8 @@ def load_pipeline(task: str, model: str | None, device: str | None, **options) -
 
     Raises `CommandError` if the device or the checkpoint cannot be used.
     """
+    if model is not None:
+        check_model(model)
     import torch
     from transformers import AutoConfig, pipeline
     from transformers.utils import logging
@@ -356,10 +359,6 @@ def _describe_error(error: Exception) -> str:
     if isinstance(error, ValueError | OSError):
         return first_line(error)
     return f"{type(error).__name__}: {first_line(error)}"
-
-
-def first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _log(message: str) -> None:

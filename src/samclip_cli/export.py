@@ -5,6 +5,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .models import check_model
+
 # Equal to samclip_hf.export.PART_NAMES and OPSETS, which cannot be imported without torch. A test compares them.
 PARTS = ("image_encoder", "mask_decoder", "segment_encoder", "text_encoder")
 OPSETS = range(18, 24)
@@ -57,6 +59,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(argv: Sequence[str]) -> int:
     arguments = build_parser().parse_args(argv)
+    if arguments.model is not None:
+        check_model(arguments.model)
+
     from samclip_hf import miniature
     from samclip_hf.export import export
 

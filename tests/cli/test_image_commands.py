@@ -287,8 +287,9 @@ WRONG_ARGUMENTS = {
     "template": (["photo.png", "--labels", "cat, sofa", "--template", "a photo"], "must contain {} once"),
     "braces": (["photo.png", "--labels", "cat, sofa", "--template", "{} {0}"], "must contain {} once"),
     "kind of model": (["photo.png", "--model", miniature.sam_teacher()], "not a SAM-CLIP: its model type is 'sam'"),
-    "folder without model": (["photo.png", "--model", "empty"], "--model empty cannot be loaded"),
-    "name without model": (["photo.png", "--model", "no/such"], "--model no/such cannot be loaded"),
+    "folder without model": (["photo.png", "--model", "empty"], "--model empty: the folder contains no model"),
+    "no folder of the model": (["photo.png", "--model", "./no/such"], "--model ./no/such: no such folder."),
+    "name without model": (["photo.png", "--model", "no/such"], "--model no/such: no such folder"),
     "unknown device": (["photo.png", "--device", "toaster"], "--device toaster: "),
     "device without number": (["photo.png", "--device", "cuda:x"], "--device cuda:x: "),
 }

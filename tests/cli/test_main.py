@@ -40,6 +40,7 @@ WRONG_ARGUMENTS = [
     ["publish"],
     ["export"],
     ["export", "--output_dir", "onnx", "--opset", "3"],
+    ["export", "--output_dir", "onnx", "--model", "./nowhere"],
     ["embed", "--output_dir", "embeddings", "--num_crops", "0"],
     ["cost"],
     ["cost", "unknown_recipe"],

@@ -1,0 +1,68 @@
+"""Finds a model before it is loaded, so that a wrong name is reported at once and in the user's terms."""
+
+import os
+from pathlib import Path
+
+from . import CommandError, first_line
+
+WEIGHTS = (".safetensors", ".bin")
+
+
+def check_model(name: str, option: str = "--model") -> None:
+    """
+    Checks that a model exists, without importing torch. transformers calls a missing folder an invalid repository
+    name, and without a connection it repeats every request for half a minute.
+
+    name (`str`):
+        A folder, or a repository that is on the Hub or in the local cache.
+    option (`str`, *optional*, defaults to `"--model"`):
+        The argument that has this value, for the message.
+
+    Raises `CommandError` if there is neither, or if it has no `config.json`.
+    """
+    origin = f"{option} {name or repr(name)}"
+    if os.path.isdir(name):
+        if not os.path.isfile(os.path.join(name, "config.json")):
+            raise CommandError(f"{origin}: the folder contains no model, because it has no config.json.")
+        return
+    if os.path.exists(name):
+        raise CommandError(f"{origin} is a file: pass the folder of the model.")
+
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HFValidationError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        cached = try_to_load_from_cache(name, "config.json")
+        if isinstance(cached, str) and any(path.suffix in WEIGHTS for path in Path(cached).parent.iterdir()):
+            return  # loaded from the cache if the Hub cannot be reached
+        get_hf_file_metadata(hf_hub_url(name, "config.json"))
+    except HFValidationError:
+        raise CommandError(f"{origin}: no such folder.") from None
+    except GatedRepoError:  # a subclass of RepositoryNotFoundError
+        raise CommandError(
+            f"{origin}: access to this repository is restricted. Ask for it on the repository's page on the Hub, and "
+            "log in with 'hf auth login'."
+        ) from None
+    except RepositoryNotFoundError:
+        raise CommandError(
+            f"{origin}: no such folder, and no such repository on the Hub. For a private repository, log in with "
+            "'hf auth login'."
+        ) from None
+    except EntryNotFoundError:
+        raise CommandError(f"{origin}: the repository contains no model, because it has no config.json.") from None
+    except OfflineModeIsEnabled:
+        raise CommandError(
+            f"{origin}: no such folder, and the repository is not in the cache. The Hub is not asked because "
+            "HF_HUB_OFFLINE is set."
+        ) from None
+    except Exception as error:  # HTTP clients raise many types for connection errors
+        raise CommandError(
+            f"{origin}: no such folder, the repository is not in the cache, and the Hub cannot be reached "
+            f"({first_line(error)})."
+        ) from error
