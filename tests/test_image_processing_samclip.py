@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, SamImageProcessor
+from transformers import AutoImageProcessor, SamImageProcessor, SamImageProcessorPil
 
 from samclip_hf import SamClipImageProcessor, SamClipImageProcessorPil
 from samclip_hf.image_processing_samclip import MAPS_PER_CHUNK, resize_content
@@ -48,6 +48,146 @@ def test_size_argument_also_sets_the_padding(processor_class):
     assert inputs["reshaped_input_sizes"].tolist() == [[24, 48]]
     assert not inputs["pixel_values"][0, :, 24:].any()
     assert processor(smooth_image(100, 50), return_tensors="pt")["pixel_values"].shape == (1, 3, 64, 64)
+
+
+class TestSizes:
+    """Everything that takes or assumes a size follows the size of the call."""
+
+    @pytest.mark.parametrize("sizes", [(96, 60), (60, 96), (64, 64), (50, 50)])
+    @pytest.mark.parametrize(
+        ("own", "call"),
+        [
+            ({}, {}),
+            ({}, {"size": 64}),
+            ({}, {"size": 32}),
+            ({}, {"size": {"longest_edge": 128}}),
+            ({}, {"size": np.int64(128)}),
+            ({}, {"size": 128, "pad_size": {"height": 128, "width": 128}}),
+            ({}, {"do_resize": False}),
+            ({"size": {"longest_edge": 32}}, {}),  # padded to 64
+            ({"size": {"longest_edge": 32}}, {"size": 32}),
+            ({"size": {"longest_edge": 32}}, {"size": 128}),
+            ({"size": {"longest_edge": 32}, "mask_pad_size": {"height": 256, "width": 256}}, {}),
+            # A student of 8 px patches with a SAM's image processor, whose patches have 16 px.
+            ({"size": {"longest_edge": 256}, "pad_size": {"height": 256, "width": 256}}, {}),
+            ({"size": {"longest_edge": 256}, "pad_size": {"height": 256, "width": 256}}, {"size": 128}),
+            ({"mask_pad_size": {"height": 256, "width": 256}}, {}),
+            ({"mask_pad_size": {"height": 256, "width": 256}}, {"size": 128}),
+        ],
+    )
+    def test_masks_fit_images_of_any_size(self, own, call, sizes):
+        if call.get("do_resize") is False:
+            sizes = [min(62, side) for side in sizes]
+        processor = SamClipImageProcessor(**(SIZES | own))
+        inputs = processor([smooth_image(*sizes)] * 2, **call, return_tensors="pt")
+        height, width = inputs["pixel_values"].shape[2:]
+        masks = torch.randn(2, 3, 1, height // 2, width // 2)  # four cells per patch of 8 px
+        expected = SamImageProcessor().post_process_masks(
+            masks,
+            inputs["original_sizes"],
+            inputs["reshaped_input_sizes"],
+            binarize=False,
+            pad_size={"height": height, "width": width},
+        )
+        actual = processor.post_process_masks(
+            masks, inputs["original_sizes"], inputs["reshaped_input_sizes"], binarize=False
+        )
+        for own_mask, expected_mask in zip(actual, expected, strict=True):
+            torch.testing.assert_close(own_mask + 0, expected_mask, rtol=0, atol=0)
+
+    def test_masks_fit_images_without_padding(self):
+        inputs = SamClipImageProcessor(**SIZES)(smooth_image(96, 48), do_pad=False, return_tensors="pt")
+        assert inputs["pixel_values"].shape[2:] == (32, 64)
+        masks = torch.randn(1, 1, 1, 16, 32)
+        sizes = inputs["original_sizes"], inputs["reshaped_input_sizes"]
+        expected = SamImageProcessor().post_process_masks(masks, *sizes, pad_size={"height": 32, "width": 64})[0]
+        assert SamClipImageProcessor(**SIZES).post_process_masks(masks, *sizes)[0].equal(expected)
+
+    def test_masks_of_other_images_raise(self):
+        with pytest.raises(ValueError, match="16 x 16 do not match images that were resized to 50 x 99"):
+            SamClipImageProcessor(**SIZES).post_process_masks(torch.randn(1, 1, 1, 16, 16), [[5, 9]], [[50, 99]])
+
+    def test_padding_that_masks_do_not_determine_raises(self):
+        """Images of 32 px that are not resized: padded to 64 px with patches of 8 px, or not padded with patches of 4
+        px."""
+        processor, masks, sizes = SamClipImageProcessor(**SIZES), torch.randn(1, 1, 1, 32, 32), [[32, 32]]
+        with pytest.raises(ValueError, match=r"padded to 32 x 32 or to 64 x 64 pixels. Pass pad_size\."):
+            processor.post_process_masks(masks, sizes, sizes)
+        for edge in (32, 64):
+            mask = processor.post_process_masks(masks, sizes, sizes, pad_size={"height": edge, "width": edge})[0]
+            content = masks[0, :, :, : 32 * 32 // edge, : 32 * 32 // edge]
+            assert (
+                mask == (torch.nn.functional.interpolate(content, (32, 32), mode="bilinear") > 0)
+            ).float().mean() > 0.9
+
+    @BOTH_BACKENDS
+    @pytest.mark.parametrize(
+        ("call", "message"),
+        [
+            ({"size": {"height": 64, "width": 64}}, "size must be the longest edge in pixels"),
+            ({"size": (64, 64)}, "size must be the longest edge in pixels"),
+            ({"size": {"shortest_edge": 64}}, "size must be the longest edge in pixels"),
+            ({"size": 64.5}, "size must be the longest edge in pixels"),
+            ({"size": 0}, "size must be the longest edge in pixels"),
+            ({"size": 32, "pad_size": {"height": 64, "width": 64}}, "Pass size=64 and no pad_size"),
+            ({"pad_size": {"height": 128, "width": 128}}, "Pass size=128 and no pad_size"),
+            ({"pad_size": {"longest_edge": 64}}, "pad_size must be"),
+            ({"size": 32, "do_resize": False}, "no effect with do_resize=False"),
+        ],
+    )
+    def test_other_sizes_raise(self, processor_class, call, message):
+        with pytest.raises(ValueError, match=message):
+            processor_class(**SIZES)(smooth_image(60, 40), **call)
+
+    @BOTH_BACKENDS
+    def test_label_maps_follow_the_size(self, processor_class):
+        label_map = (np.arange(50 * 100).reshape(50, 100) // 13).astype(np.int32)
+        processor = processor_class(**SIZES)
+        for size, edge in ((None, 32), (64, 32), (32, 16), (256, 128)):
+            labels = processor(smooth_image(100, 50), label_map, size=size, return_tensors="pt")["labels"]
+            assert labels.shape == (1, edge, edge) and not labels[0, edge // 2 :].any()
+            content = labels[0, : edge // 2]
+            cell = 100 / edge
+            rows, columns = np.mgrid[: edge // 2, :edge] + 0.5
+            expected = label_map[(rows * cell).astype(int), (columns * cell).astype(int)]
+            assert np.abs(content.numpy() - expected).max() <= (100 * cell + cell) / 13 + 1  # a cell
+        labels = processor(smooth_image(100, 50), label_map, size=32, mask_size=48, return_tensors="pt")["labels"]
+        assert labels.shape == (1, 48, 48)
+
+    @BOTH_BACKENDS
+    def test_label_maps_of_all_types_are_equal_to_sams(self, processor_class):
+        image, label_map = smooth_image(60, 40), np.random.default_rng(0).integers(0, 50, (40, 60)).astype(np.uint8)
+        sam_class = SamImageProcessorPil if processor_class is SamClipImageProcessorPil else SamImageProcessor
+        expected = sam_class(**SIZES)(image, label_map, return_tensors="pt")["labels"]
+        for same in (
+            label_map,
+            label_map[None],
+            label_map[..., None],
+            [label_map],
+            Image.fromarray(label_map),
+            Image.fromarray(label_map, "L").convert("I"),
+            torch.from_numpy(label_map),
+            label_map.astype(np.int64),
+            label_map.astype(np.float64),
+        ):
+            assert processor_class(**SIZES)(image, same, return_tensors="pt")["labels"].equal(expected)
+        large = processor_class(**SIZES)(image, label_map.astype(np.uint16) * 1300, return_tensors="pt")["labels"]
+        assert large.equal(expected * 1300)
+
+    @BOTH_BACKENDS
+    @pytest.mark.parametrize(
+        ("label_map", "message"),
+        [
+            (np.zeros((40, 59 // 2), dtype=np.uint8), "not the aspect ratio of its image, 40 x 60"),
+            (np.zeros((2, 40, 60), dtype=np.uint8), "2 segmentation_maps for 1 images"),
+            ([np.zeros((40, 60, 3), dtype=np.uint8)], r"of shape \(height, width\)"),
+            (np.full((40, 60), 0.5), "must have integers"),
+            (Image.new("RGB", (60, 40)), r"of shape \(height, width\)"),
+        ],
+    )
+    def test_label_maps_that_do_not_match_raise(self, processor_class, label_map, message):
+        with pytest.raises(ValueError, match=message):
+            processor_class(**SIZES)(smooth_image(60, 40), label_map)
 
 
 @BOTH_BACKENDS

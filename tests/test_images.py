@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from samclip_hf import SamClipImageProcessor
 from samclip_hf.images import (
     convert_to_rgb,
     decode_mask,
@@ -14,6 +15,7 @@ from samclip_hf.images import (
     mask_to_box,
     mask_to_coco_box,
     mask_to_prompt_box,
+    mean_and_std,
     normalize,
     open_image,
 )
@@ -151,3 +153,24 @@ class TestNormalize:
         values = normalize(images, [0.5, 0.5, 0.0], [0.5, 0.25, 1.0], torch.tensor([[1, 2]]))
         assert torch.allclose(values[0, :, 0, 0], torch.tensor([1.0, 2.0, 1.0]))
         assert values[0, :, 1].abs().sum() == values[0, :, :, 2].abs().sum() == 0
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {},
+            {"do_normalize": False},
+            {"do_rescale": False},
+            {"do_rescale": False, "do_normalize": False},
+            {"rescale_factor": 1 / 127.5},
+            {"image_mean": 0.25, "image_std": 0.5},
+        ],
+    )
+    def test_values_are_those_of_the_image_processor(self, options):
+        processor = SamClipImageProcessor(size={"longest_edge": 6}, pad_size={"height": 6, "width": 6}, **options)
+        expected = processor(gradient(6, 6), return_tensors="pt")["pixel_values"]
+        pixels = torch.from_numpy(np.array(gradient(6, 6))).permute(2, 0, 1)[None]
+        torch.testing.assert_close(normalize(pixels, *mean_and_std(processor)), expected.float())
+
+    def test_mean_and_std_of_a_default_image_processor_are_its_own(self):
+        processor = SamClipImageProcessor()
+        assert mean_and_std(processor) == (list(processor.image_mean), list(processor.image_std))

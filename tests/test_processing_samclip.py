@@ -87,6 +87,29 @@ def test_prompts_are_scaled_to_the_size_of_the_call(processor, image):
     assert inputs["input_points"].flatten().tolist() == [32.0, 16.0]
 
 
+def test_coordinates_stay_float32_when_inputs_are_cast(processor, image):
+    inputs = processor(image, input_points=[[[[99, 33]]]], input_boxes=[[[3, 5, 97, 49]]])
+    expected = {name: inputs[name].clone() for name in ("input_points", "input_boxes")}
+    for arguments in (("cpu", torch.bfloat16), (torch.bfloat16,), (torch.float64,)):
+        cast = inputs.to(*arguments)
+        assert cast["pixel_values"].dtype == arguments[-1]
+        assert cast["input_points"].dtype == cast["input_boxes"].dtype == torch.float32
+        for name, value in expected.items():
+            assert cast[name].equal(value)
+    assert inputs.to(device="meta", dtype=torch.float16)["input_points"].device.type == "meta"
+
+
+def test_masks_do_not_depend_on_the_type_of_the_other_inputs(processor, image, model):
+    """A box in a bfloat16 model gives the mask of its float32 coordinates."""
+    half = model.to(torch.bfloat16)
+    inputs = processor(image, input_boxes=[[[61.3, 21.4, 97.2, 41.7]]])
+    boxes = inputs["input_boxes"].clone()
+    with torch.no_grad():
+        actual = half(**inputs.to(torch.bfloat16))
+        expected = half(pixel_values=inputs["pixel_values"], input_boxes=boxes)
+    assert actual.pred_masks.equal(expected.pred_masks)
+
+
 def test_points_are_scaled_separately_in_x_and_y(processor):
     image = Image.new("RGB", (20, 33))  # resized to 39 x 64: 1.95 and 1.94 times
     inputs = processor(image, input_points=[[[[20, 33]]]], input_boxes=[[[0, 0, 20, 33]]])

@@ -8,6 +8,7 @@ torchvision. Post-processing for mask generation is in `mask_generation_samclip.
 from .versions_samclip import MINIMUM_TRANSFORMERS_VERSION  # noqa: F401  # isort: skip  # first: raises on older versions
 
 import os
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -40,29 +41,83 @@ class SamClipImageProcessorMixin:
             images (`ImageInput`):
                 One image or a list of images: PIL images, arrays, tensors, paths or URLs.
             segmentation_maps (`ImageInput`, *optional*):
-                Label maps, resized and padded to `mask_size` and `mask_pad_size` as in SAM's image processor.
+                A label map for each image: integers `(height, width)` as PIL images, arrays or tensors, of the aspect
+                ratio of the image. They are resized and padded to `mask_size` and `mask_pad_size` as in SAM's image
+                processor.
             size (`int` or `dict[str, int]`, *optional*):
-                Longest edge in pixels, as a number or as `{"longest_edge": number}`. Defaults to `self.size`.
+                Longest edge in pixels, as a number or as `{"longest_edge": number}`. Defaults to `self.size`. Another
+                value than that also sets `pad_size`, and `mask_size` and `mask_pad_size` in proportion.
             pad_size (`dict[str, int]`, *optional*):
-                Height and width after padding. Defaults to `size` if passed, otherwise to `self.pad_size`.
+                Height and width after padding. Only one of them may differ from the longest edge.
 
         Returns:
             `BatchFeature`: `pixel_values` `(batch_size, 3, height, width)`, and `original_sizes` and
             `reshaped_input_sizes`, heights and widths before and after resizing `(batch_size, 2)`.
 
         Raises:
-            ValueError: The list of images is empty, or an image has no pixels or pixels that are not finite.
+            ValueError: The list of images is empty, an image has no pixels or pixels that are not finite, a size is
+                not one of the above, or label maps do not match the images.
         """
         images = _standardize(images, kwargs.get("do_rescale", self.do_rescale))
-        if size is not None and pad_size is None:
-            edge = size if isinstance(size, int) else size["longest_edge"]
-            pad_size = {"height": edge, "width": edge}
-            size = {"longest_edge": edge}
-        if size is not None:
-            kwargs["size"] = size
+        self._set_sizes(kwargs, size, pad_size, with_maps=segmentation_maps is not None)
+        if segmentation_maps is None:
+            return super().preprocess(images, **kwargs)
+        segmentation_maps = _standardize_maps(segmentation_maps)
+        inputs = super().preprocess(images, segmentation_maps, **kwargs)
+        self._check_maps(segmentation_maps, inputs["original_sizes"], inputs["labels"])
+        return inputs
+
+    def _set_sizes(self, kwargs: dict, size, pad_size, with_maps: bool) -> None:
+        """Adds to the keyword arguments of a call the sizes that follow from its `size`. Images are padded to their
+        longest edge, so that `post_process_masks` can compute the padding. Only with `self.size`, and without
+        resizing, may `self.pad_size` be larger."""
+        own_edge = _longest_edge(self.size, "size")
+        edge = own_edge if size is None else _longest_edge(size, "size")
+        is_resized = kwargs.get("do_resize", self.do_resize)
+        if edge != own_edge:
+            if not is_resized:
+                raise ValueError(f"size={size} has no effect with do_resize=False.")
+            kwargs["size"] = {"longest_edge": edge}
+            pad_size = edge if pad_size is None else pad_size
         if pad_size is not None:
-            kwargs["pad_size"] = pad_size
-        return super().preprocess(images, segmentation_maps, **kwargs)
+            padding = {"height": pad_size, "width": pad_size} if isinstance(pad_size, Integral) else dict(pad_size)
+            if padding.keys() != {"height", "width"}:
+                raise ValueError(f'pad_size must be {{"height": number, "width": number}}, got {pad_size}.')
+            is_own = padding == dict(self.pad_size) and edge == own_edge
+            if not is_own and (not is_resized or max(padding.values()) != edge):
+                raise ValueError(
+                    f"pad_size is {padding['height']} x {padding['width']}, but images are padded to their longest "
+                    f"edge{f', {edge} pixels' if is_resized else ''}. Pass size={max(padding.values())} and no "
+                    "pad_size to resize the longest edge to that many pixels."
+                )
+            kwargs["pad_size"] = padding
+        if with_maps:
+            mask_edge, rest = divmod(edge * _longest_edge(self.mask_size, "mask_size"), own_edge)
+            if "mask_size" in kwargs:
+                mask_edge, rest = _longest_edge(kwargs["mask_size"], "mask_size"), 0
+            elif rest:
+                raise ValueError(
+                    f"With size={edge}, label maps would not have a whole number of pixels: size and mask_size of the "
+                    f"image processor are {own_edge} and {_longest_edge(self.mask_size, 'mask_size')}. Pass mask_size."
+                )
+            if edge != own_edge or "mask_size" in kwargs:
+                kwargs["mask_size"] = {"longest_edge": mask_edge}
+                kwargs.setdefault("mask_pad_size", {"height": mask_edge, "width": mask_edge})
+
+    def _check_maps(self, maps: list[np.ndarray], image_sizes, labels) -> None:
+        """Raises `ValueError` unless there is one label map for each image, and of its aspect ratio."""
+        if len(maps) != len(image_sizes):
+            raise ValueError(f"Got {len(maps)} segmentation_maps for {len(image_sizes)} images.")
+        edge = max(labels[0].shape)
+        for index, (label_map, image_size) in enumerate(zip(maps, image_sizes, strict=True)):
+            own, expected = (
+                self._get_preprocess_shape(tuple(map(int, s)), edge) for s in (label_map.shape, image_size)
+            )
+            if max(abs(a - b) for a, b in zip(own, expected, strict=True)) > 1:
+                raise ValueError(
+                    f"Label map {index} is {label_map.shape[0]} x {label_map.shape[1]} (height x width), which is "
+                    f"not the aspect ratio of its image, {int(image_size[0])} x {int(image_size[1])}."
+                )
 
     def _get_preprocess_shape(self, old_shape, longest_edge):
         """As SAM's, but at least one pixel per side: SAM's rounds the short side of very long images to 0."""
@@ -223,6 +278,47 @@ class SamClipImageProcessorMixin:
         return results
 
 
+def _longest_edge(size, name: str) -> int:
+    """The longest edge that `size` gives. Raises `ValueError` if it gives something else."""
+    edge = size
+    if hasattr(size, "get"):  # dict, or SizeDict of transformers
+        others = [key for key in ("height", "width", "shortest_edge", "max_height", "max_width") if size.get(key)]
+        edge = None if others else size.get("longest_edge")
+    if not isinstance(edge, Integral) or isinstance(edge, bool) or edge < 1:
+        raise ValueError(
+            f'{name} must be the longest edge in pixels, such as 512 or {{"longest_edge": 512}}; images keep their '
+            f"aspect ratio. Got {size!r}."
+        )
+    return int(edge)
+
+
+def _standardize_maps(maps) -> list[np.ndarray]:
+    """Converts a label map, or a list of them, to integer arrays `(height, width)`."""
+    shape = getattr(maps, "shape", ())
+    is_single = isinstance(maps, Image.Image | str | os.PathLike) or len(shape) == 2 or shape[2:] == (1,)
+    return [_standardize_map(label_map) for label_map in ([maps] if is_single else maps)]
+
+
+def _standardize_map(label_map) -> np.ndarray:
+    if isinstance(label_map, str | os.PathLike):
+        with Image.open(label_map) as image:
+            return _standardize_map(image)
+    if isinstance(label_map, torch.Tensor):
+        label_map = label_map.numpy(force=True)
+    array = np.array(label_map)  # a copy: PyTorch warns of arrays that cannot be written
+    if array.ndim == 3 and 1 in (array.shape[0], array.shape[-1]):
+        array = array.reshape(array.shape[:2] if array.shape[-1] == 1 else array.shape[1:])
+    if array.ndim != 2 or array.size == 0:
+        raise ValueError(
+            f"A label map must be of shape (height, width), got {array.shape}: one integer for each pixel."
+        )
+    if array.dtype.kind not in "iub" and not (array.dtype.kind == "f" and (array == array.round()).all()):
+        raise ValueError(f"A label map must have integers, got {array.dtype}.")
+    if array.dtype != np.uint8 and (array.min() < -(2**24) or array.max() > 2**24):
+        raise ValueError("The labels of a label map must not exceed 16,777,216.")
+    return array if array.dtype == np.uint8 else array.astype(np.float32)  # exact up to 2^24 while it is resized
+
+
 def convert_to_rgb(image: Image.Image) -> Image.Image:
     r"""
     Converts a PIL image of any mode to RGB.
@@ -362,6 +458,16 @@ def resize_content(maps: torch.Tensor, content_size, target_size) -> torch.Tenso
 
 class SamClipImageProcessorPil(SamClipImageProcessorMixin, SamClipMaskGenerationMixin, SamImageProcessorPil):
     """Image processor for SAM-CLIP that uses PIL and numpy."""
+
+    def resize(self, image: np.ndarray, size, resample=None, **kwargs) -> np.ndarray:
+        """As SAM's, for labels of any value: `(channels, height, width)`. SAM's converts arrays to PIL images of 8
+        bits."""
+        if resample != Image.Resampling.NEAREST:
+            return super().resize(image, size, resample, **kwargs)
+        height, width = self._get_preprocess_shape(image.shape[1:], size["longest_edge"])
+        channels = [Image.fromarray(channel.astype(np.float32)) for channel in image]
+        resized = [channel.resize((width, height), Image.Resampling.NEAREST) for channel in channels]
+        return np.stack([np.asarray(channel) for channel in resized]).astype(image.dtype)
 
 
 if is_torchvision_available():

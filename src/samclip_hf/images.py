@@ -122,6 +122,26 @@ def decode_mask(segmentation: dict[str, Any] | list, size: tuple[int, int] | Non
     return coco_mask.decode(segmentation).view(bool)
 
 
+def mean_and_std(image_processor: Any) -> tuple[list[float], list[float]]:
+    r"""
+    Returns the `mean` and `std` with which [`normalize`] gives the pixel values of an image processor, also if its
+    `do_normalize` or `do_rescale` is `False` or its `rescale_factor` is not 1/255.
+
+    Args:
+        image_processor ([`BaseImageProcessor`]):
+            An image processor of transformers.
+
+    Returns:
+        `tuple[list[float], list[float]]`: Three values each, for channels in [0, 1].
+    """
+    # pixel_values = (factor * image - mean) / std = (image / 255 - mean * scale) / (std * scale)
+    scale = 1 / (255 * image_processor.rescale_factor) if image_processor.do_rescale else 1 / 255
+    if not image_processor.do_normalize:
+        return [0.0] * 3, [scale] * 3
+    mean, std = (np.broadcast_to(v, 3) for v in (image_processor.image_mean, image_processor.image_std))
+    return (mean * scale).tolist(), (std * scale).tolist()
+
+
 def normalize(
     images: Tensor, mean: Sequence[float], std: Sequence[float], content_sizes: Tensor | None = None
 ) -> Tensor:
@@ -132,7 +152,7 @@ def normalize(
         images (`torch.Tensor` of shape `(batch_size, 3, height, width)` and type uint8):
             Images at the model's size.
         mean, std (`Sequence[float]`):
-            Mean and standard deviation of each channel, for channels in [0, 1].
+            Mean and standard deviation of each channel, for channels in [0, 1], from [`mean_and_std`].
         content_sizes (`torch.Tensor` of shape `(batch_size, 2)`, *optional*):
             Height and width of each image without its padding, which is at the bottom and on the right. Padding
             becomes 0 after normalization, as SAM has it.

@@ -48,11 +48,17 @@ class SamClipMaskGenerationMixin:
             binarize (`bool`, *optional*, defaults to `True`):
                 Whether to return boolean masks instead of logits.
             pad_size (`dict[str, int]`, *optional*):
-                Height and width after padding. Defaults to `self.pad_size`.
+                Height and width after padding. By default computed from the sizes of the masks and of the resized
+                images, so that it is that of the call which prepared the images.
 
         Returns:
             `list[torch.Tensor]`: One tensor `(num_prompts, num_masks, height, width)` per image.
+
+        Raises:
+            ValueError: The sizes of the masks and of the resized images do not match.
         """
+        if pad_size is None:
+            pad_size = self._padded_size(masks, original_sizes, reshaped_input_sizes)
 
         def upsample(masks, original_sizes, reshaped_input_sizes):
             return super(SamClipMaskGenerationMixin, self).post_process_masks(
@@ -61,12 +67,48 @@ class SamClipMaskGenerationMixin:
 
         if binarize or not isinstance(masks, torch.Tensor) or masks.ndim != 5 or masks.requires_grad:
             return upsample(masks, original_sizes, reshaped_input_sizes)
-        padded_size = self.pad_size if pad_size is None else pad_size
-        padded_size = (padded_size["height"], padded_size["width"])
+        padded_size = (pad_size["height"], pad_size["width"])
         return [
             UpsampledMasks(mask, tuple(map(int, original_size)), tuple(map(int, reshaped_size)), padded_size, upsample)
             for mask, original_size, reshaped_size in zip(masks, original_sizes, reshaped_input_sizes, strict=True)
         ]
+
+    def _padded_size(self, masks, original_sizes, reshaped_input_sizes) -> dict[str, int]:
+        """
+        Returns height and width of the padded images that `masks` belong to.
+
+        A mask has four cells per patch. The image processor does not know the patch size, but `preprocess` pads images
+        to their longest edge: the longest edge determines the number of pixels in a cell. Exceptions are images of its
+        own `size`, and images that were not resized: they are padded to its own `pad_size`.
+        """
+        mask_size = np.array(masks[0].shape[-2:])
+        original, content = (
+            np.array([tuple(map(int, size)) for size in sizes]) for sizes in (original_sizes, reshaped_input_sizes)
+        )
+        largest = content.max(axis=0)
+        tight = mask_size * (largest / mask_size).max()
+        own = np.array([self.pad_size["height"], self.pad_size["width"]])
+        own_by_masks = mask_size * own / [self.mask_pad_size["height"], self.mask_pad_size["width"]]
+
+        def is_possible(padded) -> bool:
+            height, width = padded / mask_size  # of a cell
+            return height == width and 4 * height % 1 == 0 and (padded >= largest).all()
+
+        padded = tight if is_possible(tight) else own
+        if is_possible(tight) and is_possible(own) and (tight != own).any():
+            if largest.max() == self.size["longest_edge"]:
+                padded = tight if (own_by_masks == tight).all() else own
+            elif (original == content).all() and (own_by_masks == own).all():
+                raise ValueError(
+                    f"Images of {largest[0]} x {largest[1]} pixels with masks of {mask_size[0]} x {mask_size[1]} were "
+                    f"padded to {tight[0]:.0f} x {tight[1]:.0f} or to {own[0]} x {own[1]} pixels. Pass pad_size."
+                )
+        if (padded < largest).any():
+            raise ValueError(
+                f"Masks of {mask_size[0]} x {mask_size[1]} do not match images that were resized to "
+                f"{largest[0]} x {largest[1]} pixels. Pass the reshaped_input_sizes of the images, or their pad_size."
+            )
+        return {"height": int(padded[0]), "width": int(padded[1])}
 
     def filter_masks(
         self,

@@ -51,6 +51,8 @@ from .vision_encoder_samclip import (
 
 logger = logging.get_logger(__name__)
 
+HALF_PRECISION = (torch.float16, torch.bfloat16)
+
 
 @dataclass
 class SamClipOutput(ModelOutput):
@@ -596,6 +598,11 @@ class SamClipModel(SamClipPreTrainedModel):
         for name, prompt in (("input_points", input_points), ("input_boxes", input_boxes)):
             if prompt is not None and prompt.shape[0] != batch_size:
                 raise ValueError(f"{name} are for {prompt.shape[0]} images, but there are {batch_size}.")
+            if prompt is not None and prompt.dtype in HALF_PRECISION and not torch.compiler.is_compiling():
+                logger.warning_once(
+                    f"{name} are {prompt.dtype}, which rounds coordinates by up to several pixels. Pass float32; the "
+                    "model's own precision does not matter."
+                )
         if input_points is not None and input_boxes is not None and input_points.shape[1] != input_boxes.shape[1]:
             raise ValueError(
                 "Points and boxes given together describe the same objects and must be equal in number: got "

@@ -17,6 +17,20 @@ class SamClipProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[cal
     }
 
 
+class SamClipBatchFeature(BatchFeature):
+    """The outputs of [`SamClipProcessor`]. Coordinates stay float32 when the others are cast to another type: in
+    bfloat16, coordinates between 512 and 1024 have steps of 4 pixels."""
+
+    def to(self, *args, **kwargs) -> "SamClipBatchFeature":
+        """As in [`BatchFeature`], but `input_points` and `input_boxes` change their device only."""
+        coordinates = {name: self[name] for name in ("input_points", "input_boxes") if name in self}
+        super().to(*args, **kwargs)
+        for name, value in coordinates.items():
+            if isinstance(value, torch.Tensor):
+                self[name] = value.to(self[name].device, non_blocking=kwargs.get("non_blocking", False))
+        return self
+
+
 class SamClipProcessor(ProcessorMixin):
     r"""
     Image processor and tokenizer of SAM-CLIP, and prompts in the pixels of the original images.
@@ -41,7 +55,7 @@ class SamClipProcessor(ProcessorMixin):
         input_labels=None,
         input_boxes=None,
         **kwargs: Unpack[SamClipProcessorKwargs],
-    ) -> BatchFeature:
+    ) -> SamClipBatchFeature:
         r"""
         images (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of them, *optional*):
             Passed to the image processor.
@@ -61,15 +75,17 @@ class SamClipProcessor(ProcessorMixin):
 
         Returns, by default as torch tensors, the output of the image processor (`pixel_values`, `original_sizes`,
         `reshaped_input_sizes`), `input_ids`, `attention_mask`, and the prompts in pixels of `pixel_values`. If prompts
-        were padded, also their number without padding, `num_prompts` `(num_images,)`, for `post_process_masks`. Raises
-        `ValueError` if prompts and images do not match or a prompt is outside its image.
+        were padded, also their number without padding, `num_prompts` `(num_images,)`, for `post_process_masks`. Points
+        and boxes stay float32 in `inputs.to(device, torch.bfloat16)`.
+
+        Raises `ValueError` if prompts and images do not match or a prompt is outside its image.
         """
         if images is None and text is None:
             raise ValueError("Pass images, text or both.")
         if images is None and any(p is not None for p in (input_points, input_labels, input_boxes)):
             raise ValueError("Prompts need images.")
         merged = self._merge_kwargs(SamClipProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
-        inputs = BatchFeature()
+        inputs = SamClipBatchFeature()
         if images is not None:
             inputs.update(self.image_processor(images, segmentation_maps, **merged["images_kwargs"]))
         if text is not None:
