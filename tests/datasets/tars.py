@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +24,10 @@ def annotation(mask: np.ndarray) -> dict:
     return {"id": 0, "segmentation": encode_mask(mask, compressed=True), "area": int(mask.sum())}
 
 
-def write_tar(path: Path, files: dict[str, bytes]) -> None:
-    """Writes the files, by name."""
-    with tarfile.open(path, "w") as tar:
-        for name, content in files.items():
+def write_tar(path: Path, files: Mapping[str, bytes] | Iterable[tuple[str, bytes]], **options) -> None:
+    """Writes the files, by name. `options` are those of `tarfile.open`."""
+    with tarfile.open(path, "w", **options) as tar:
+        for name, content in files.items() if isinstance(files, Mapping) else files:
             member = tarfile.TarInfo(name)
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))

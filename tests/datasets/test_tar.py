@@ -1,11 +1,14 @@
 """Webdataset tars: the grouping of files into samples is the same in training and evaluation."""
 
+import itertools
+import os
+import subprocess
 import tarfile
 
 import pytest
 
-from samclip_hf.datasets.streams import TarShards
-from samclip_hf.datasets.tar import index_samples, iterate_files
+from samclip_hf.datasets.streams import TarShards, open_stream
+from samclip_hf.datasets.tar import image_rank, index_samples, iterate_files
 
 from .tars import jpeg, write_tar
 
@@ -47,3 +50,121 @@ def test_skipped_rows_are_not_read(path, monkeypatch):
     rows = list(TarShards([str(path)], with_masks=False).rows(0, 1, lambda key: key != "photos/2"))
     assert [(row, sample["key"]) for row, sample in rows] == [(2, "photos/b/1")]
     assert read == ["b/1.jpg"]
+
+
+def streamed(path) -> dict:
+    """The samples of a tar as training reads them, by name: the content of the image, or the cause without one."""
+    samples = [sample for _, sample in TarShards([str(path)], with_masks=False).rows(0, 0, lambda key: True)]
+    return {
+        sample["key"].removeprefix("photos/"): sample["image"]["bytes"] if sample["image"] else sample.get("cause")
+        for sample in samples
+    }
+
+
+def indexed(path) -> dict:
+    """The content of the images as evaluation reads them, by name."""
+    return {sample.name: sample.read(sample.image_extension()) for sample in index_samples([path])}
+
+
+@pytest.mark.parametrize(
+    "extensions",
+    [
+        ("jpg", "png"),
+        ("jpeg", "png", "json"),
+        ("webp", "png"),
+        ("png", "seg.png"),
+        ("jpg", "jpeg"),
+        ("png", "bmp"),
+        ("rgb.png", "json", "txt", "cls"),
+        ("jpg", "depth.png", "mask.png"),
+    ],
+)
+def test_the_image_of_a_sample_does_not_depend_on_the_order_of_its_files(tmp_path, extensions):
+    for order in itertools.permutations(extensions):
+        write_tar(tmp_path / "photos.tar", {f"a.{extension}": extension.encode() for extension in order})
+        assert streamed(tmp_path / "photos.tar") == {"a": extensions[0].encode()}
+        assert indexed(tmp_path / "photos.tar") == {"a": extensions[0].encode()}
+
+
+def test_photographs_rank_before_formats_of_masks():
+    order = ["jpg", "jpeg", "webp", "png", "tiff", "x.jpg"]
+    assert sorted(order[::-1], key=image_rank) == order
+    assert image_rank("json") is image_rank("npy") is image_rank("jpg.txt") is None
+
+
+@pytest.mark.parametrize(
+    "names", [("a.left.jpg", "a.right.jpg"), ("2026.11.1.jpg", "2026.11.2.jpg"), ("a.jpg", "a.JPG")]
+)
+def test_several_images_of_a_sample_raise(tmp_path, names):
+    path = tmp_path / "photos.tar"
+    write_tar(path, dict.fromkeys(names, b"image"))
+    with pytest.raises(ValueError, match=r"has no usable images.*several images\. Name the one to use KEY\.jpg"):
+        open_stream(str(path))
+    with pytest.raises(ValueError, match=r"several images|has two files"):
+        indexed(path)
+
+
+def test_files_that_are_not_of_a_sample_are_left_out(tmp_path):
+    """Those of macOS's tar, of archive tools, and without an extension."""
+    names = ["._0.jpg", "0.jpg", "./._1.jpg", "./1.jpg", "a/._2.jpg", "a/2.jpg", ".DS_Store", "__MACOSX/a/._2.jpg"]
+    names += ["README", "__meta__/3.jpg", ".cache/4.jpg", "../5.jpg"]
+    write_tar(tmp_path / "photos.tar", {name: name.encode() for name in names})
+    expected = {"0": b"0.jpg", "1": b"./1.jpg", "a/2": b"a/2.jpg", "../5": b"../5.jpg"}
+    assert streamed(tmp_path / "photos.tar") == indexed(tmp_path / "photos.tar") == expected
+
+
+@pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_all_formats_of_tars_are_read(tmp_path, tar_format):
+    names = ["0.jpg", f"{'folder/' * 14}1.JPG", "caf\u00e9.jpeg"]
+    with tarfile.open(tmp_path / "photos.tar", "w", format=tar_format, encoding="utf-8") as tar:
+        for name in names:
+            (tmp_path / "file").write_bytes(name.encode())
+            tar.add(tmp_path / "file", name)
+        tar.add(tmp_path, "empty.jpg", recursive=False)  # a folder
+    expected = {name.rpartition(".")[0]: name.encode() for name in names}
+    assert streamed(tmp_path / "photos.tar") == indexed(tmp_path / "photos.tar") == expected
+
+
+def test_names_that_are_not_utf_8_are_escaped(tmp_path):
+    files = {"caf\u00e9.jpg": b"1", "caf\u00e8.jpg": b"2"}
+    write_tar(tmp_path / "photos.tar", files, format=tarfile.GNU_FORMAT, encoding="latin-1")
+    expected = {r"caf\xe9": b"1", r"caf\xe8": b"2"}
+    assert streamed(tmp_path / "photos.tar") == indexed(tmp_path / "photos.tar") == expected
+    stream = open_stream(str(tmp_path / "photos.tar"), eval_fraction=0.5)  # which hashes the key
+    assert sum(len(list(part.read(0))) for part in (stream, stream.complement())) == 2
+
+
+@pytest.mark.parametrize("kind", ["hard link", "symbolic link"])
+def test_links_are_counted_in_training_and_raise_in_evaluation(tmp_path, kind):
+    (tmp_path / "a.jpg").write_bytes(b"image")
+    (os.link if kind == "hard link" else os.symlink)(tmp_path / "a.jpg", tmp_path / "b.jpg")
+    with tarfile.open(tmp_path / "photos.tar", "w") as tar:
+        for name in ("a.jpg", "b.jpg"):
+            tar.add(tmp_path / name, name)
+    assert streamed(tmp_path / "photos.tar") == {"a": b"image", "b": "link in a tar"}
+    with pytest.raises(ValueError, match=r"photos\.tar: b\.jpg is a link\. Write the tar again with GNU tar's"):
+        indexed(tmp_path / "photos.tar")
+
+
+def test_sparse_files_are_read_in_training_and_raise_in_evaluation(tmp_path):
+    with open(tmp_path / "a.jpg", "wb") as file:
+        file.seek(1 << 20)
+        file.write(b"end")
+    if subprocess.run(["tar", "--sparse", "-cf", "photos.tar", "a.jpg"], cwd=tmp_path, capture_output=True).returncode:
+        pytest.skip("needs GNU tar")
+    assert streamed(tmp_path / "photos.tar") == {"a": bytes(1 << 20) + b"end"}
+    with pytest.raises(ValueError, match=r"a\.jpg is a sparse file"):
+        indexed(tmp_path / "photos.tar")
+
+
+def test_scattered_files_of_a_sample_are_counted_in_training_and_joined_in_evaluation(tmp_path):
+    write_tar(tmp_path / "photos.tar", {name: name.encode() for name in ("0.jpg", "1.jpg", "0.png", "1.png")})
+    path = str(tmp_path / "photos.tar")
+    rows = list(TarShards([path], with_masks=False).rows(0, 0, lambda key: True))
+    assert [sample["image"] and sample["image"]["bytes"] for _, sample in rows] == [b"0.jpg", b"1.jpg", None, None]
+    assert [sample.get("cause") for _, sample in rows] == [None, None, "scattered files", "scattered files"]
+    assert list(TarShards([path], with_masks=False).rows(0, 3, lambda key: True)) == rows[3:]  # after resuming
+    assert indexed(path) == {"0": b"0.jpg", "1": b"1.jpg"}
+    write_tar(tmp_path / "photos.tar", {"0.jpg": jpeg(0), "1.jpg": jpeg(1), "0.json": b"{}", "1.json": b"{}"})
+    with pytest.raises(ValueError, match=r"has no json files.*such as 'photos/0'.*--sort=name"):
+        open_stream(path, with_masks=True)

@@ -6,7 +6,19 @@ import textwrap
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
+from PIL import Image
+
+_PREFERRED_EXTENSIONS = (".jpg", ".jpeg", ".webp", ".png")
+# All that Pillow reads. Of several files with one name, the first of these is the image and the others are left out:
+# photographs before the formats of masks.
+IMAGE_EXTENSIONS = (
+    *_PREFERRED_EXTENSIONS,
+    *sorted(
+        extension
+        for extension, name in Image.registered_extensions().items()
+        if name in Image.OPEN and extension not in _PREFERRED_EXTENSIONS
+    ),
+)
 HUB_PREFIX = "hf://"  # of names of data sets on the Hub: "hf://owner/name?config=...&split=...&classes=..."
 
 Split = Literal["train", "val"]  # of data sets with a name in `LAYOUTS`; a path is a split of its own
@@ -88,7 +100,7 @@ def list_images(folder: Path, layout: str) -> list[Path]:
         raise_missing(folder / "*", layout)
     for path in paths:
         if path.suffix.lower() not in IMAGE_EXTENSIONS or not path.is_file():
-            raise ValueError(f"{path} is not an image ({', '.join(IMAGE_EXTENSIONS)}).")
+            raise ValueError(f"{path} is not an image of a format that Pillow reads. Move it out of this folder.")
     return paths
 
 

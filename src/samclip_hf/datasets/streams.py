@@ -8,12 +8,13 @@ before it again. Nothing is loaded as a whole, and images are decoded one at a t
 
 import glob
 import json
+import math
 import os
 import re
 import tarfile
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby, islice
 from operator import attrgetter
 from pathlib import Path
@@ -27,8 +28,9 @@ from PIL import Image
 from transformers.utils import logging
 
 from ..images import decode_mask
+from .layouts import IMAGE_EXTENSIONS
 from .samples import read_image
-from .tar import iterate_files, sample_key
+from .tar import SampleFile, image_rank, iterate_files, open_tar, sample_key
 
 logger = logging.get_logger(__name__)
 
@@ -37,10 +39,16 @@ IMAGE_COLUMNS = ("jpg", "jpeg", "png", "webp", "image", "images", "img")
 # Builders of `datasets` by extension. Tars are read by `TarShards`.
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}
 SHARD_EXTENSIONS = (".tar", *BUILDERS)
-IMAGE_EXTENSIONS = {extension for extension, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 MAX_MASK_FRACTION = 0.9  # of the image; larger masks of SA-1B are background
 MAX_PIXELS = 89_478_485  # from which on Pillow warns of a decompression bomb; 0.27 GB in RGB
 UNREADABLE_SHARD = "unreadable shard"  # the cause that counts the rest of a shard as one sample
+# Causes for which samples of tars cannot be used, and what to do.
+SEVERAL_IMAGES, SCATTERED_FILES, LINK = "several images", "scattered files", "link in a tar"
+REMEDIES = {
+    SEVERAL_IMAGES: "It has several images. Name the one to use KEY.jpg or KEY.png, with no other dot in the name.",
+    SCATTERED_FILES: "Its files do not follow each other in the tar. Write the tar again with GNU tar's --sort=name.",
+    LINK: "It is a link. Write the tar again with GNU tar's --dereference --hard-dereference.",
+}
 MAX_RETRIES = 5  # of a remote read, after 1, 2, 4, 8 and 16 s
 ACCEPTED_NAMES = (
     "Pass a folder, a glob such as 'photos/*.tar', 'hf://datasets/owner/name/*.tar', the name of a data set on the "
@@ -73,7 +81,7 @@ class Shards(Protocol):
         """
         Yields the row and the sample of each sample from row `start` on whose key is `wanted`. A sample has `key`,
         unique in the shard; `image`, a dict of `bytes` and `path`, or `None`; and `json`, SA-1B's annotations, or
-        `None`.
+        `None`. A sample without an image may have the `cause`.
         """
 
 
@@ -86,8 +94,9 @@ class ShardEmbeddings(Protocol):
 
 class TarShards:
     """
-    Tars in webdataset's layout, such as SA-1B's. Consecutive files with one name up to the first dot are a sample.
-    Skipped rows of a local tar are not read; a remote tar is read from its start.
+    Tars in webdataset's layout, such as SA-1B's. Consecutive files with one name up to the first dot are a sample, and
+    [`image_rank`] says which of them is the image. Skipped rows of a local tar are not read; a remote tar is read from
+    its start.
 
     A tar that is truncated between two files reads as complete, as in Python's `tarfile`.
     """
@@ -98,18 +107,38 @@ class TarShards:
 
     def rows(self, shard: int, start: int, wanted: Callable[[str], bool]) -> Iterator[tuple[int, dict[str, Any]]]:
         path = self.names[shard]
-        with fsspec.open(path, "rb") as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
+        names: set[str] = set()
+        with fsspec.open(path, "rb") as stream, open_tar(stream) as tar:
             for row, (name, files) in enumerate(groupby(iterate_files(tar), key=attrgetter("sample"))):
-                key = sample_key(path, name)
+                key, is_known = sample_key(path, name), name in names
+                names.add(name)
                 if row < start or not wanted(key):
                     continue  # without reading the files
-                sample: dict[str, Any] = {"key": key, "image": None, "json": None}
-                for file in files:
-                    if f".{file.extension}" in IMAGE_EXTENSIONS:
-                        sample["image"] = {"bytes": _read_member(tar, file.member), "path": None}
-                    elif file.extension == "json" and self.with_masks:
-                        sample["json"] = _read_member(tar, file.member)
-                yield row, sample
+                if is_known:
+                    yield row, {"key": key, "image": None, "json": None, "cause": SCATTERED_FILES}
+                else:
+                    yield row, {"key": key, **self._read_files(tar, files)}
+
+    def _read_files(self, tar: tarfile.TarFile, files: Iterable[SampleFile]) -> dict[str, Any]:
+        """Reads the image and the annotations of a sample."""
+        sample: dict[str, Any] = {"image": None, "json": None}
+        lowest_rank = math.inf
+        for _, extension, member in files:
+            rank = image_rank(extension)
+            if rank == lowest_rank:
+                sample |= {"image": None, "cause": SEVERAL_IMAGES}
+            is_image = rank is not None and rank < lowest_rank
+            if not (is_image or (extension == "json" and self.with_masks)):
+                continue
+            if not member.isfile():
+                return {"image": None, "json": None, "cause": LINK}
+            content = _read_member(tar, member)
+            if rank is None:
+                sample["json"] = content
+            else:
+                lowest_rank = rank
+                sample = {"image": {"bytes": content, "path": None}, "json": sample["json"]}
+        return sample
 
 
 def _read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
@@ -282,11 +311,14 @@ def open_stream(
     if first is None:
         raise FileNotFoundError(f"{name!r} has no samples. {ACCEPTED_NAMES}")
     if all(sample["image"] is None for sample in first):
+        remedies = [REMEDIES[sample["cause"]] for sample in first if sample.get("cause") in REMEDIES]
+        if remedies:
+            raise ValueError(f"{name!r} has no usable images, such as {first[0]['key']!r}: {remedies[0]}")
         raise ValueError(f"{name!r} has no images: its first samples, such as {first[0]['key']!r}, are without.")
     if with_masks and all(_has_no_annotations(sample) for sample in first):
         raise ValueError(
             f"{name!r} has no json files with SA-1B's annotations: its first samples, such as {first[0]['key']!r}, "
-            "are without."
+            "are without. The files of a sample must follow each other in a tar, which GNU tar's --sort=name does."
         )
     if shard_fraction < 1:
         if not isinstance(shards, TarShards):

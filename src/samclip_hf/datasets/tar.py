@@ -1,21 +1,28 @@
 """
-Webdataset tars: the files of a sample have one name up to the first dot, such as `000.jpg` and `000.json`.
+Webdataset tars: the files of a sample have one name up to the first dot, such as `000.jpg` and `000.json`, and follow
+each other in the tar.
 
 Training reads tars sequentially ([`iterate_files`]), evaluation reads single files of an index ([`index_samples`]).
+Both read the same files, and [`image_rank`] tells both which of a sample's files is its image.
 """
 
 import posixpath
+import re
 import tarfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from PIL import Image
 
 from .layouts import IMAGE_EXTENSIONS
 from .samples import read_image
+
+# Names that are not part of a sample: hidden files, such as macOS's `._000.jpg`, and folders and files in double
+# underscores, such as `__MACOSX`, which webdataset skips, too.
+IGNORED_NAME = re.compile(r"(^|/)(\.[^./]|__[^/]*__(/|$)|__MACOSX/)")
 
 
 class SampleFile(NamedTuple):
@@ -27,7 +34,7 @@ class SampleFile(NamedTuple):
     extension (`str`):
         The rest of the base name in lower case, without the dot.
     member (`tarfile.TarInfo`):
-        Where the content is.
+        Where the content is. A link has no content: its `isfile()` is false.
     """
 
     sample: str
@@ -35,14 +42,33 @@ class SampleFile(NamedTuple):
     member: tarfile.TarInfo
 
 
+def open_tar(file: IO[bytes]) -> tarfile.TarFile:
+    """Opens an uncompressed tar. Bytes of names that are not UTF-8 are escaped, as in "caf\\xe9"."""
+    return tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="backslashreplace")
+
+
 def iterate_files(tar: tarfile.TarFile) -> Iterator[SampleFile]:
-    """Yields the files of an open tar in their order. The content of one can be read until the next is yielded."""
+    """Yields the files and links of an open tar in their order, without those of `IGNORED_NAME` and those without an
+    extension. The content of one can be read until the next is yielded."""
     while (member := tar.next()) is not None:
         tar.members.clear()  # type: ignore[attr-defined]  # otherwise memory grows with the number of files
-        if member.isfile():
-            folder, _, base_name = posixpath.normpath(member.name).rpartition("/")
-            stem, _, extension = base_name.partition(".")
+        name = posixpath.normpath(member.name)
+        folder, _, base_name = name.rpartition("/")
+        stem, _, extension = base_name.partition(".")
+        if extension and not member.isdir() and not IGNORED_NAME.search(name):
             yield SampleFile(posixpath.join(folder, stem), extension.lower(), member)
+
+
+def image_rank(extension: str) -> int | None:
+    """
+    Returns the rank of a sample's file as its image, or `None` if it is not an image. The file of the lowest rank is
+    the image: a jpg, else a jpeg, a webp, a png, or another format, so that a png beside a jpg is left out as a mask.
+    Extensions with a dot, such as "rgb.png", share the highest rank. Two files of the lowest rank are ambiguous.
+    """
+    first, _, last = extension.rpartition(".")
+    if f".{last}" not in IMAGE_EXTENSIONS:
+        return None
+    return len(IMAGE_EXTENSIONS) if first else IMAGE_EXTENSIONS.index(f".{last}")
 
 
 def sample_key(path: str | Path, sample: str) -> str:
@@ -79,25 +105,48 @@ class TarSample(NamedTuple):
             tar.seek(offset)
             return tar.read(size)
 
+    def image_extension(self) -> str:
+        """Returns the extension of the sample's image, see [`image_rank`]. Raises `ValueError` if the sample has no
+        image, or several."""
+        ranks = {extension: rank for extension in self.files if (rank := image_rank(extension)) is not None}
+        extensions = [extension for extension, rank in ranks.items() if rank == min(ranks.values())]
+        if not extensions:
+            raise ValueError(f"{self.path}: {self.name!r} has no image.")
+        if len(extensions) > 1:
+            raise ValueError(
+                f"{self.path}: {self.name!r} has several images, {', '.join(extensions)}. Rename one of them to "
+                f"{self.name}.jpg or {self.name}.png."
+            )
+        return extensions[0]
+
     def image_reader(self) -> Callable[[], Image.Image]:
-        """Returns a function that reads the sample's image. Raises `ValueError` if the sample has none."""
-        for extension in IMAGE_EXTENSIONS:
-            if extension[1:] in self.files:
-                return partial(self._read_image, extension[1:])
-        raise ValueError(f"{self.path}: {self.name!r} has no image.")
+        """Returns a function that reads the sample's image. Raises `ValueError` as `image_extension` does."""
+        return partial(self._read_image, self.image_extension())
 
     def _read_image(self, extension: str) -> Image.Image:
         return read_image(self.read(extension))
 
 
 def index_samples(paths: list[Path]) -> Iterator[TarSample]:
-    """Yields the samples of tars in the order of their first files. Raises `ValueError` for an unreadable tar."""
+    """
+    Yields the samples of tars in the order of their first files. Their files need not follow each other.
+
+    Raises `ValueError` for an unreadable tar, for two files with one name, and for files whose content is not in one
+    piece in the tar: links and sparse files.
+    """
     for path in paths:
         samples: dict[str, dict[str, tuple[int, int]]] = defaultdict(dict)
         try:
-            with tarfile.open(path, "r:") as tar:
-                for file in iterate_files(tar):
-                    samples[file.sample][file.extension] = (file.member.offset_data, file.member.size)
+            with open(path, "rb") as stream, open_tar(stream) as tar:
+                for sample, extension, member in iterate_files(tar):
+                    if not member.isfile() or member.issparse():
+                        raise ValueError(
+                            f"{path}: {member.name} is a {'sparse file' if member.issparse() else 'link'}. Write the "
+                            "tar again with GNU tar's --dereference --hard-dereference and without --sparse."
+                        )
+                    if extension in samples[sample]:
+                        raise ValueError(f"{path} has two files {sample}.{extension}. Write the tar again with one.")
+                    samples[sample][extension] = (member.offset_data, member.size)
         except tarfile.TarError as error:
             raise ValueError(f"{path} is not a readable tar: {error}.") from error
         for name, files in samples.items():

@@ -23,7 +23,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 from transformers.utils import logging
 
-from ..datasets.streams import UNREADABLE_SHARD, DataError, SkippedSampleError, Stream, decode_image, draw_masks
+from ..datasets.streams import (
+    REMEDIES,
+    UNREADABLE_SHARD,
+    DataError,
+    SkippedSampleError,
+    Stream,
+    decode_image,
+    draw_masks,
+)
 from .crops import STUDENT_FILTER, cut, draw_crop, sample_rng
 from .embedding_cache import CacheDescription, no_collation
 from .prompts import box_from_mask, point_from_mask
@@ -304,7 +312,10 @@ class StepStream(torch.utils.data.IterableDataset):
         except SkippedSampleError as error:
             if str(error) not in self._logged_causes:
                 self._logged_causes.add(str(error))
-                logger.warning(f"Skipped {raw['key']!r}: {error}. Further samples are counted in the training log.")
+                remedy = f" {REMEDIES[str(error)]}" if str(error) in REMEDIES else ""
+                logger.warning(
+                    f"Skipped {raw['key']!r}: {error}.{remedy} Further samples are counted in the training log."
+                )
             skipped[str(error)] += 1
             return None
 
