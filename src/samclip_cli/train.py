@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from . import CommandError
+from .models import check_model
 
 if TYPE_CHECKING:
     from samclip_hf.distillation import SamClipTrainer, SamClipTrainingArguments
@@ -165,12 +166,33 @@ def _format_help(fields: dict[str, ast.AnnAssign]) -> str:
     return HELP.format(usage=USAGE, recipes=recipes, arguments="\n".join(lines))
 
 
+def models_to_load(args: "SamClipTrainingArguments") -> dict[str, str]:
+    """The models that a run loads, by argument. Without the miniature's, which are part of the package."""
+    is_new = args.model is None
+    names = {
+        "model": args.model,
+        "sam_student": args.sam_student,
+        "sam_teacher": args.sam_teacher if args.stage == 2 or (is_new and args.sam_student is None) else None,
+        "clip_teacher": args.clip_teacher if is_new or args.clip_embedding_cache is None else None,
+    }
+    return {argument: name for argument, name in names.items() if name is not None and name != "miniature"}
+
+
 def build_trainer(args: "SamClipTrainingArguments") -> "SamClipTrainer":
-    """Loads teachers and student, or builds a new student from the teachers, and opens the data."""
-    from transformers import AutoImageProcessor, AutoTokenizer, set_seed
+    """
+    Loads teachers and student, or builds a new student from the teachers, and opens the data.
+
+    Raises `CommandError` for a model that does not exist, and `OSError`, `TypeError` or `ValueError` if models, data
+    and arguments do not match.
+    """
+    for argument, name in models_to_load(args).items():
+        check_model(name, f"--{argument}")
+    import torch
+    from transformers import AutoImageProcessor, set_seed
 
     from samclip_hf import SamClipImageProcessor, SamClipModel, SamClipProcessor, miniature
     from samclip_hf.distillation import ClipTeacher, EmbeddingCache, SamClipTrainer, SamTeacher
+    from samclip_hf.modeling_samclip import load_tokenizer
     from samclip_hf.publishing import prepare_push
 
     set_seed(args.seed)  # parts of a new student have random weights; Trainer sets the seed only later
@@ -192,9 +214,10 @@ def build_trainer(args: "SamClipTrainingArguments") -> "SamClipTrainer":
         image_processor = SamClipImageProcessor.from_dict(
             AutoImageProcessor.from_pretrained(args.sam_student or sam).to_dict()
         )
-        processor = SamClipProcessor(image_processor, AutoTokenizer.from_pretrained(clip))
+        processor = SamClipProcessor(image_processor, load_tokenizer(clip))
     else:
-        model = SamClipModel.from_pretrained(args.model, use_safetensors=True)
+        model = SamClipModel.from_pretrained(args.model, use_safetensors=True, dtype=torch.float32)
+        load_tokenizer(args.model)  # raises an error if there is none; the processor would have an empty vocabulary
         processor = SamClipProcessor.from_pretrained(args.model)
     return SamClipTrainer(
         model, args, clip_teacher, sam_teacher, processing_class=processor, prepare_push=prepare_push

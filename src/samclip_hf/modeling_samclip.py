@@ -463,7 +463,7 @@ class SamClipModel(SamClipPreTrainedModel):
         r"""
         Builds a SAM-CLIP to be trained: SAM's weights, CLIP's text tower, and a CLIP head whose layers are copies of
         SAM's last one (appendix A). The head's LayerNorm and MLP are random: the model has to be trained before it can
-        classify.
+        classify. Its weights are float32, because training in half precision loses most updates to rounding.
 
         sam (`str`, `os.PathLike` or [`SamModel`]):
             Name on the Hub, folder or model; of any size (ViT-B, -L, -H, ...).
@@ -512,6 +512,8 @@ class SamClipModel(SamClipPreTrainedModel):
             clip_head_config=head,
             initializer_range=sam.config.initializer_range,
         )
+        for part in (config, *(getattr(config, name) for name in config.sub_configs)):
+            part.dtype = torch.float32  # the teachers' configurations have the types of their weights
         model = cls(config)
         for name in ("shared_image_embedding", "vision_encoder", "prompt_encoder", "mask_decoder"):
             getattr(model, name).load_state_dict(getattr(sam, name).state_dict())
@@ -882,13 +884,20 @@ def load_teacher(classes: tuple[type[PreTrainedModel], ...], teacher, argument: 
 def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     """The tokenizer in a checkpoint's folder or repository. Raises `ValueError` if there is none."""
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     except ImportError as error:
         raise ValueError(f"The tokenizer in {folder!r} needs another package. {error}") from error
     except Exception as error:  # AutoTokenizer guesses the kind of a missing tokenizer and raises many types of errors
         raise ValueError(
             f"There is no tokenizer in {folder!r}: save the processor there too, or pass the tokenizer."
         ) from error
+    # AutoTokenizer may make a tokenizer of special tokens alone if files are missing. All texts are then equal.
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        raise ValueError(
+            f"There is no tokenizer in {folder!r}: its vocabulary is empty. Copy the tokenizer's files there "
+            "(tokenizer.json, or vocab.json and merges.txt)."
+        )
+    return tokenizer
 
 
 __all__ = [

@@ -187,6 +187,35 @@ def test_a_folder_with_another_run_is_not_overwritten(train, recipe, tmp_path, c
         train.run([path, "--max_steps", "2", *other, "--resume_from_checkpoint", "true"])
 
 
+def remove_tokenizer(folder: Path) -> Path:
+    for file in [*folder.glob("tokenizer*"), *folder.glob("vocab*"), *folder.glob("merges*")]:
+        file.unlink()
+    return folder
+
+
+def test_models_without_tokenizer_are_refused(train, recipe, tmp_path):
+    clip = remove_tokenizer(Path(shutil.copytree(miniature.clip_teacher(), tmp_path / "clip")))
+    student = remove_tokenizer(Path(shutil.copytree(miniature.checkpoint(), tmp_path / "student")))
+    text = "stage: 1\nmax_steps: 1\nclip_resolutions: [64]\n"
+    for line, folder in ((f"clip_teacher: {clip}", clip), (f"model: {student}", student)):
+        with pytest.raises(SystemExit, match=f"Training did not start. There is no tokenizer in '{folder}'"):
+            train.run([recipe(text + line)])
+
+
+@pytest.mark.parametrize("argument", ["model", "clip_teacher", "sam_teacher", "sam_student"])
+def test_a_model_that_does_not_exist_is_reported(recipe, capsys, monkeypatch, argument):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    text = "stage: 2\nmax_steps: 1\nclip_resolutions: [64]\n"
+    assert samclip(["train", recipe(text + f"{argument}: runs/no/model")]) == 2
+    assert f"--{argument} runs/no/model: no such folder." in capsys.readouterr().err
+
+
+def test_teachers_that_a_run_does_not_load_need_not_exist(train, recipe):
+    lines = ["max_steps: 1", f"model: {miniature.checkpoint()}", "sam_teacher: runs/no/sam"]
+    args = train.parse_arguments([recipe("\n".join(["stage: 3", *lines]))])
+    assert train.models_to_load(args) == {"model": miniature.checkpoint()}
+
+
 def test_stage_3_requires_a_model(train, recipe):
     with pytest.raises(SystemExit, match="Stage 3 continues from a merged model"):
         train.run([recipe("stage: 3\nmax_steps: 1\nclip_resolutions: [64]")])

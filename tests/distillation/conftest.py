@@ -45,7 +45,14 @@ def processor(teacher_folders) -> SamClipProcessor:
 def make_trainer(model, clip_teacher, sam_teacher, processor, photos, sa1b, tmp_path):  # noqa: F811  (pytest fixtures)
     """Returns a function that makes a trainer on the tiny tars. Its arguments override the training arguments."""
 
-    def make(stage: int = 2, clip_teacher=clip_teacher, trainer_class=SamClipTrainer, **arguments) -> SamClipTrainer:
+    def make(
+        stage: int = 2,
+        model=model,
+        clip_teacher=clip_teacher,
+        sam_teacher=sam_teacher,
+        trainer_class=SamClipTrainer,
+        **arguments,
+    ) -> SamClipTrainer:
         settings = {
             "output_dir": str(tmp_path / "run"),
             "clip_data": [str(photos)],

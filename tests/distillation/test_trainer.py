@@ -10,7 +10,9 @@ import pytest
 import torch
 from peft import PeftModel
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoProcessor,
     CLIPConfig,
@@ -317,6 +319,45 @@ def test_images_are_normalized_as_in_the_teachers_image_processors(sam_teacher, 
     expected = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=size)(square, return_tensors="pt")
     own = normalize(square, clip_teacher.image_mean, clip_teacher.image_std)
     torch.testing.assert_close(own, expected["pixel_values"], atol=1e-5, rtol=1e-5)
+
+
+# ---- half precision ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_teachers_saved_in_half_precision_train_a_float32_student(
+    make_trainer, sam, clip, sam_teacher, teacher_folders, tmp_path, dtype
+):
+    for name, teacher in (("sam", sam), ("clip", clip)):
+        shutil.copytree(teacher_folders[name], tmp_path / name)
+        copy.deepcopy(teacher).to(dtype).save_pretrained(tmp_path / name)
+    half_sam, half_clip = SamTeacher(str(tmp_path / "sam")), ClipTeacher(str(tmp_path / "clip"))
+    assert {p.dtype for teacher in (half_sam, half_clip) for p in teacher.parameters()} == {torch.float32}
+    images, points = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8), torch.tensor([[[[20.0, 30.0]]]])
+    masks, _ = half_sam(images, torch.tensor([[64, 64]]), input_points=points)
+    expected, _ = sam_teacher(images, torch.tensor([[64, 64]]), input_points=points)
+    torch.testing.assert_close(masks, expected, atol=0.05 * expected.abs().max().item(), rtol=0)
+
+    student = SamClipModel.from_teachers(str(tmp_path / "sam"), str(tmp_path / "clip"))
+    assert {p.dtype for p in student.parameters()} == {torch.float32}
+    trainer = make_trainer(model=student, clip_teacher=half_clip, sam_teacher=half_sam, max_steps=1)
+    assert math.isfinite(trainer.train().metrics["train_loss"])
+
+
+def test_a_half_precision_student_is_trained_and_saved_in_float32(make_trainer, model, tmp_path, caplog):
+    trainer = make_trainer(model=copy.deepcopy(model).to(torch.bfloat16), max_steps=2)
+    assert "converted to float32" in caplog.text
+    before = {name: parameter.clone() for name, parameter in trainer.model.named_parameters()}
+    trainer.train()
+    moved = [
+        p.ne(before[name]).float().mean().item() for name, p in trainer.model.named_parameters() if p.requires_grad
+    ]
+    assert sum(moved) / len(moved) > 0.8
+    trainer.save_model()
+    saved = load_file(tmp_path / "run" / "model.safetensors")
+    assert {value.dtype for value in saved.values() if value.is_floating_point()} == {torch.float32}
+    config = AutoConfig.from_pretrained(tmp_path / "run")
+    assert {part.dtype for part in (config, config.vision_config, config.text_config)} == {torch.float32}
 
 
 # ---- errors ----

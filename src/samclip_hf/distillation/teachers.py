@@ -16,7 +16,8 @@ from ..modeling_samclip import SamClipModel, load_teacher
 
 class Teacher(nn.Module):
     """
-    A frozen model with the resolution, resampling filter and normalization of its image processor.
+    A frozen model with the resolution, resampling filter and normalization of its image processor. It computes in
+    float32, or in the precision of autocast, whatever the type of the saved weights.
 
     Args:
         model ([`PreTrainedModel`]):
@@ -25,7 +26,8 @@ class Teacher(nn.Module):
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
-        self.model = model.requires_grad_(False)
+        # Images are float32, and SAM's mask logits overflow float16.
+        self.model = model.float().requires_grad_(False)
         self.eval()
         image_processor = AutoImageProcessor.from_pretrained(model.name_or_path)
         self.image_mean: list[float] = image_processor.image_mean

@@ -75,7 +75,8 @@ class SamClipTrainer(Trainer):
 
     Args:
         model ([`SamClipModel`]):
-            The student. Parts that the stage does not train are frozen.
+            The student. Parts that the stage does not train are frozen. Weights in half precision are converted to
+            float32; `bf16` and `fp16` of the arguments select mixed precision.
         args ([`SamClipTrainingArguments`]):
             The training arguments.
         clip_teacher ([`ClipTeacher`] or [`EmbeddingCache`]):
@@ -133,6 +134,11 @@ class SamClipTrainer(Trainer):
             rank=args.process_index,
             world_size=args.world_size,
         )
+        if any(parameter.dtype != torch.float32 for parameter in model.parameters()):
+            logger.warning("The student's weights are converted to float32: in half precision, updates round to zero.")
+            model.float()
+            for part in (model.config, *(getattr(model.config, name) for name in model.config.sub_configs)):
+                part.dtype = torch.float32
         freeze(model, self.trained_parts())
         student = add_adapters(model, args.lora_r) if args.lora_r else model
         trainable = sum(p.numel() for p in student.parameters() if p.requires_grad)
