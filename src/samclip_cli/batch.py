@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import INTERRUPTED, CommandError, discard_standard_output, first_line
 from .models import check_model
+from .outputs import check_outputs, check_writable
 
 if TYPE_CHECKING:  # importing these takes seconds: see the docstring of the package
     import numpy as np
@@ -32,6 +33,7 @@ images:
   before prediction.
 
 output:
+  Existing files are replaced with --overwrite only, and input images never.
   Without --output, JSON is written to standard output, one line per image:
     {"image": "photo.jpg", "height": 480, "width": 640,
      %s}
@@ -82,8 +84,10 @@ def create_parser(command: str, description: str, record: str, has_masks: bool) 
     parser.add_argument(
         "--output",
         metavar="PATH",
-        help="a .png file (annotated image), a .json file, or an existing folder, which gets both for every image; "
-        "existing outputs are overwritten",
+        help="a .png file (annotated image), a .json file, or an existing folder, which gets both for every image",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace existing output files; input images are never replaced"
     )
     parser.add_argument(
         "--model",
@@ -118,6 +122,16 @@ def check_template(text: str) -> str:
             f'--template must contain {{}} once, in the place of the label, such as "a photo of a {{}}": got {text!r}.'
         )
     return text
+
+
+def prepare(arguments: argparse.Namespace) -> tuple[list[Path], list[list[Path]]]:
+    """Images and their outputs, see [`find_images`] and [`plan_outputs`]. Raises `CommandError` if an image, the
+    output or the model cannot be used. Imports neither torch nor transformers."""
+    images = find_images(arguments.images)
+    outputs = plan_outputs(arguments.output, images, arguments.overwrite)
+    if arguments.model is not None:
+        check_model(arguments.model)
+    return images, outputs
 
 
 def find_images(patterns: Sequence[str]) -> list[Path]:
@@ -161,37 +175,37 @@ def _images_of_folder(folder: str) -> list[str]:
     return images
 
 
-def plan_outputs(output: str | None, images: Sequence[Path]) -> list[list[Path]]:
+def plan_outputs(output: str | None, images: Sequence[Path], overwrite: bool) -> list[list[Path]]:
     """
     Files to write for every image; an empty list stands for standard output.
 
-    Raises `CommandError` for an output that cannot be written or would overwrite an image.
+    Raises `CommandError` for an output that cannot be written, that is an input image, or that exists if `overwrite`
+    is false.
     """
     if output is None:
         if sys.stdout is None:
             raise CommandError("standard output is closed: pass --output.")
         return [[] for _ in images]
     path = Path(output)
-    if path.is_dir():
+    if os.path.isdir(path):
         names = unique_names(images)
         plan = [[path / f"{name}{extension}" for extension in (".json", ".png")] for name in names]
-    elif path.suffix.lower() in (".png", ".json"):
+    elif output == "-":
+        raise CommandError("--output -: without --output, JSON is written to standard output.")
+    elif os.path.lexists(path) and not os.path.isfile(path):  # such as /dev/null, or a broken link
+        raise CommandError(f"--output {output}: neither a file nor a folder.")
+    elif path.suffix.lower() in (".png", ".json") and not output.endswith(os.sep):
         if len(images) > 1:
             raise CommandError(f"--output {output} is one file, but there are {len(images)} images: pass a folder.")
-        if not path.parent.is_dir():
+        if not os.path.isdir(path.parent):
             raise CommandError(f"--output {output}: the folder {path.parent} does not exist.")
         plan = [[path]]
     elif path.suffix and not output.endswith(os.sep):
         raise CommandError(f"--output {output} must end in .png or .json, or be an existing folder.")
     else:
         raise CommandError(f"--output {output}: the folder does not exist. Create it first: mkdir -p {output}")
-    folder = plan[0][0].parent
-    if not os.access(folder, os.W_OK):
-        raise CommandError(f"--output {output}: no permission to write to {folder}.")
-    originals = {os.path.realpath(image) for image in images}
-    for planned in (planned for paths in plan for planned in paths):
-        if os.path.realpath(planned) in originals:
-            raise CommandError(f"--output {output} would overwrite the input image {planned}.")
+    check_outputs([path for paths in plan for path in paths], images, overwrite)
+    check_writable(plan[0][0].parent, "--output")
     return plan
 
 
@@ -232,8 +246,6 @@ def load_pipeline(task: str, model: str | None, device: str | None, **options) -
 
     Raises `CommandError` if the device or the checkpoint cannot be used.
     """
-    if model is not None:
-        check_model(model)
     import torch
     from transformers import AutoConfig, pipeline
     from transformers.utils import logging
@@ -260,12 +272,16 @@ def load_pipeline(task: str, model: str | None, device: str | None, **options) -
 
 
 def process_images(
-    images: Sequence[Path], outputs: Sequence[Sequence[Path]], predict: Callable[["Image.Image"], Prediction]
+    images: Sequence[Path],
+    outputs: Sequence[Sequence[Path]],
+    predict: Callable[["Image.Image"], Prediction],
+    overwrite: bool,
 ) -> int:
     """
     Runs `predict` on every image and writes the results.
 
-    An image that cannot be read or processed is reported and skipped. Returns the exit status.
+    An image is reported and skipped if it cannot be read or processed, or if a file with the name of its output has
+    appeared in the meantime and `overwrite` is false. Returns the exit status.
     """
     from tqdm import tqdm
 
@@ -284,8 +300,13 @@ def process_images(
                 failed += 1
                 _log(f"{image_path}: {_describe_error(error)}")
                 continue
-            for path, content in zip(paths, contents, strict=True):
-                write_atomically(path, content)
+            try:
+                for path, content in zip(paths, contents, strict=True):
+                    write_atomically(path, content, overwrite)
+            except FileExistsError as error:
+                failed += 1
+                _log(f"{image_path}: {error.filename} was created in the meantime and is not replaced.")
+                continue
             if not paths:
                 tqdm.write(json.dumps(record))  # print would break the progress bar on a terminal
                 sys.stdout.flush()

@@ -9,10 +9,9 @@ from .batch import (
     Prediction,
     check_template,
     create_parser,
-    find_images,
     load_pipeline,
     parse_names,
-    plan_outputs,
+    prepare,
     process_images,
 )
 
@@ -49,8 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
 def run(argv: Sequence[str]) -> int:
     arguments = build_parser().parse_args(argv)
     labels, template = parse_names("--labels", arguments.labels), check_template(arguments.template)
-    images = find_images(arguments.images)
-    outputs = plan_outputs(arguments.output, images)
+    images, outputs = prepare(arguments)
     classifier = load_pipeline("zero-shot-image-classification", arguments.model, arguments.device)
     config = classifier.model.config
     if not config.has_text_tower:
@@ -69,4 +67,4 @@ def run(argv: Sequence[str]) -> int:
         lines = [f"{score['label']} {score['score']:.2f}" for score in scores[:LEGEND_LENGTH]]
         return Prediction({"labels": scores}, [(None, line) for line in lines])
 
-    return process_images(images, outputs, predict)
+    return process_images(images, outputs, predict, arguments.overwrite)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .models import check_model
+from .outputs import check_writable
 
 # Equal to samclip_hf.export.PART_NAMES and OPSETS, which cannot be imported without torch. A test compares them.
 PARTS = ("image_encoder", "mask_decoder", "segment_encoder", "text_encoder")
@@ -61,6 +62,7 @@ def run(argv: Sequence[str]) -> int:
     arguments = build_parser().parse_args(argv)
     if arguments.model is not None:
         check_model(arguments.model)
+    check_writable(arguments.output_dir, "--output_dir")
 
     from samclip_hf import miniature
     from samclip_hf.export import export

@@ -9,11 +9,11 @@ from .batch import (
     Prediction,
     coco_annotation,
     create_parser,
-    find_images,
     load_pipeline,
-    plan_outputs,
+    prepare,
     process_images,
 )
+from .models import mask_generation_options
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -57,14 +57,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(argv: Sequence[str]) -> int:
     arguments = build_parser().parse_args(argv)
-    images = find_images(arguments.images)
-    outputs = plan_outputs(arguments.output, images)
+    images, outputs = prepare(arguments)
 
     import numpy as np
 
-    from samclip_hf.miniature import MASK_GENERATION
+    from samclip_hf import miniature
 
-    options = dict(MASK_GENERATION) if arguments.model is None else {}
+    options = mask_generation_options(arguments.model or miniature.checkpoint())
     for name in ("points_per_crop", "pred_iou_thresh", "stability_score_thresh"):
         if getattr(arguments, name) is not None:
             options[name] = getattr(arguments, name)
@@ -81,4 +80,4 @@ def run(argv: Sequence[str]) -> int:
         text = f"{len(masks)} masks, scores from {min(scores):.2f} to {max(scores):.2f}" if masks else "no masks"
         return Prediction({"masks": records}, [(None, text)], masks, list(range(len(masks))))
 
-    return process_images(images, outputs, predict)
+    return process_images(images, outputs, predict, arguments.overwrite)

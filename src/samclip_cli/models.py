@@ -1,7 +1,11 @@
-"""Finds a model before it is loaded, so that a wrong name is reported at once and in the user's terms."""
+"""
+What commands and the app know about a model by its name: whether it exists, before it is loaded, and its thresholds of
+everything mode.
+"""
 
 import os
 from pathlib import Path
+from typing import Any
 
 from . import CommandError, first_line
 
@@ -66,3 +70,18 @@ def check_model(name: str, option: str = "--model") -> None:
             f"{origin}: no such folder, the repository is not in the cache, and the Hub cannot be reached "
             f"({first_line(error)})."
         ) from error
+
+
+def mask_generation_options(name: str) -> dict[str, Any]:
+    """
+    Arguments of the mask generation pipeline for a model: `miniature.MASK_GENERATION` for the shipped miniature,
+    `MASK_GENERATION_DEFAULTS` for any other.
+
+    name (`str`):
+        A folder or a repository on the Hub.
+    """
+    from samclip_hf import miniature
+    from samclip_hf.mask_generation_samclip import MASK_GENERATION_DEFAULTS
+
+    is_miniature = os.path.realpath(name) == os.path.realpath(miniature.checkpoint())
+    return dict(miniature.MASK_GENERATION if is_miniature else MASK_GENERATION_DEFAULTS)

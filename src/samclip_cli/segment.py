@@ -12,11 +12,10 @@ from .batch import (
     check_template,
     coco_annotation,
     create_parser,
-    find_images,
     first_line,
     load_pipeline,
     parse_names,
-    plan_outputs,
+    prepare,
     process_images,
 )
 
@@ -69,8 +68,7 @@ def run(argv: Sequence[str]) -> int:
     if arguments.background is not None:
         background = parse_names("--background", arguments.background)
     templates = ["a photo of a {}" if arguments.template is None else check_template(arguments.template)]
-    images = find_images(arguments.images)
-    outputs = plan_outputs(arguments.output, images)
+    images, outputs = prepare(arguments)
     if labels is not None and len(labels) == 1 and background is None:
         print(
             "samclip: with one label and no --background, every region gets this label. Describe the rest of the "
@@ -112,4 +110,4 @@ def run(argv: Sequence[str]) -> int:
         colors = [names.index(segment["label"]) for segment in segments]
         return Prediction({"segments": records}, legend or [(None, "no segments")], masks, colors)
 
-    return process_images(images, outputs, predict)
+    return process_images(images, outputs, predict, arguments.overwrite)

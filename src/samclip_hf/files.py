@@ -1,17 +1,21 @@
 """Atomic writes: a file has either its old or its new content, whenever the process ends."""
 
 import os
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 
 @contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_path(path: str | os.PathLike[str], overwrite: bool = True) -> Iterator[Path]:
     """
     Context manager that yields the path of a temporary file in the folder of `path`. The block writes the temporary
     file, which replaces `path` when the block ends. If the block raises an error, the temporary file is deleted and
-    `path` stays as it is. Several processes may write the same path: the last one wins.
+    `path` stays as it is. Several processes may write the same path: the last one wins, or with `overwrite=False` the
+    first one.
+
+    With `overwrite=False`, raises `FileExistsError` at the end of the block if `path` exists, also as a broken link.
 
     ```python
     with atomic_path("table.parquet") as temporary:
@@ -19,15 +23,18 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     ```
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # The name is short, so that every name that the file system accepts for `path` can be written.
+    temporary = path.with_name(f".{os.getpid()}-{zlib.crc32(os.fsencode(path.name)):08x}.partial")
     try:
         yield temporary
+        if not overwrite:
+            path.open("xb").close()  # reserves the name: a check and a replacement would not be one step
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> None:
+def write_atomically(path: str | os.PathLike[str], content: bytes | str, overwrite: bool = True) -> None:
     """Writes a whole file, see [`atomic_path`]. Text is encoded as UTF-8."""
-    with atomic_path(path) as temporary:
+    with atomic_path(path, overwrite) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)

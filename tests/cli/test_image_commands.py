@@ -5,9 +5,7 @@ import json
 import os
 import signal
 import struct
-import subprocess
 import sys
-import time
 import zlib
 from pathlib import Path
 
@@ -17,7 +15,7 @@ from PIL import Image
 from pycocotools import mask as coco
 from transformers import pipeline
 
-from samclip_cli import main
+from samclip_cli import batch, main
 from samclip_cli.batch import coco_annotation, unique_names
 from samclip_hf import SamClipForImageSegmentation, SamClipModel, miniature
 from samclip_hf.miniature.scenes import render
@@ -105,13 +103,26 @@ def test_classes_equal_those_of_the_pipeline(capsys, template):
     assert [label["score"] for label in record["labels"]] == pytest.approx(scores, abs=1e-5) and messages == []
 
 
-def test_masks_equal_those_of_the_pipeline(capsys):
+def test_masks_equal_those_of_the_pipeline(capsys, folder, monkeypatch):
     save("photo.png")
     [record], _ = samclip(capsys, "masks", "photo.png", "--points_per_crop", "6", "--pred_iou_thresh", "0.5")
     generator = pipeline("mask-generation", model=miniature.checkpoint())
     options = miniature.MASK_GENERATION | {"points_per_crop": 6, "pred_iou_thresh": 0.5}
     expected = generator(scene(), **options)
     assert len(expected["masks"]) >= 3
+    monkeypatch.chdir(Path(miniature.checkpoint()).parent)  # the miniature under another name is the miniature
+    named, _ = samclip(
+        capsys,
+        "masks",
+        str(folder / "photo.png"),
+        "--model",
+        "samclip",
+        "--points_per_crop",
+        "6",
+        "--pred_iou_thresh",
+        "0.5",
+    )
+    assert named[0]["masks"] == record["masks"]
     for mask, reference, score in zip(record["masks"], expected["masks"], expected["scores"].tolist(), strict=True):
         assert mask["score"] == pytest.approx(score, abs=1e-5)
         assert np.array_equal(decode(mask["segmentation"]), np.asarray(reference))
@@ -208,12 +219,94 @@ def test_output_names_are_unique():
     assert names[0] == "x" and names[3:5] == ["x-2", "x-3"]
 
 
-def test_existing_outputs_are_overwritten(capsys):
-    save("photo.png")
-    Path("out.JSON").write_text("old")
-    samclip(capsys, "classify", "photo.png", "--labels", "a, b", "--output", "out.JSON")
-    assert json.loads(Path("out.JSON").read_text())["image"] == "photo.png"
-    assert sorted(os.listdir()) == ["out.JSON", "photo.png"]
+COMMANDS = {
+    "segment": ["segment", *LABEL_OPTIONS],
+    "classify": ["classify", "--labels", "a, b"],
+    "masks": ["masks", "--points_per_crop", "4"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
+@pytest.mark.parametrize("output", ["out", "out/dog.png", "out/dog.json", "out/link.json", "out/broken.json"])
+def test_existing_files_are_not_replaced(capsys, folder, command, output):
+    save("in/dog.png", "out/dog.png")
+    Path("out/dog.json").write_text("my notes")
+    Path("out/link.json").symlink_to("dog.json")
+    Path("out/broken.json").symlink_to("nowhere.json")
+    before = {path: path.read_bytes() for path in folder.rglob("*.*") if path.exists()}
+    records, [message] = samclip(capsys, *command, "in/dog.png", "--output", output, status=2)
+    assert records == [] and (output in message) and ("--overwrite" in message or "neither a file" in message)
+    assert {path: path.read_bytes() for path in folder.rglob("*.*") if path.exists()} == before
+
+
+def test_existing_files_are_replaced_on_request(capsys):
+    save("dog.png")
+    Path("out").mkdir()
+    command = ["classify", "dog.png", "--labels", "a, b", "--output", "out"]
+    samclip(capsys, *command)
+    results = {path: path.read_bytes() for path in Path("out").iterdir()}
+    assert len(results) == 2
+    _, [message] = samclip(capsys, *command, status=2)
+    assert "out/dog.json and 1 more of the outputs would be overwritten" in message
+    for path in results:
+        path.write_text("old")
+    samclip(capsys, *command, "--overwrite")
+    assert {path: path.read_bytes() for path in Path("out").iterdir()} == results
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_an_input_image_is_not_replaced_under_another_name(capsys, link):
+    """A hard link stands for a file system that ignores case: dog.PNG and dog.png have the same inode there."""
+    save("dog.PNG")
+    link("dog.PNG", "dog.png")
+    before = Path("dog.PNG").read_bytes()
+    for output in (".", "dog.png"):
+        command = ["classify", "dog.PNG", "--labels", "a, b", "--overwrite", "--output", output]
+        _, [message] = samclip(capsys, *command, status=2)
+        assert "would overwrite the input image dog.png" in message
+    assert Path("dog.png").read_bytes() == before and sorted(os.listdir()) == ["dog.PNG", "dog.png"]
+
+
+def test_outputs_may_be_next_to_the_images(capsys):
+    save("dog.png")
+    Path("dog.png").rename("dog.tif.png")
+    scene().save("cat.jpg")
+    samclip(capsys, "classify", "cat.jpg", "--labels", "a, b", "--output", ".")
+    assert sorted(os.listdir()) == ["cat.jpg", "cat.json", "cat.png", "dog.tif.png"]
+
+
+def test_a_file_that_appears_during_the_work_is_not_replaced(capsys, monkeypatch):
+    save("1.png", "2.png")
+    Path("out").mkdir()
+    read_image = batch.read_image
+
+    def create_file(path):
+        Path("out", f"{path.stem}.png").write_text("mine")
+        return read_image(path)
+
+    monkeypatch.setattr(batch, "read_image", create_file)
+    command = ["classify", "1.png", "2.png", "--labels", "a, b", "--output", "out"]
+    _, messages = samclip(capsys, *command, status=1)
+    assert messages == [
+        "samclip: 1.png: out/1.png was created in the meantime and is not replaced.",
+        "samclip: 2.png: out/2.png was created in the meantime and is not replaced.",
+        "samclip: 2 of 2 images failed.",
+    ]
+    assert Path("out/1.png").read_text() == "mine" and not list(Path("out").glob(".*"))
+    samclip(capsys, *command, "--overwrite")
+    assert Image.open("out/1.png").width >= 150
+
+
+def test_names_of_any_length_are_written_or_refused_before_the_work(capsys):
+    save("in/image.png")
+    for length, status in ((250, 0), (251, 2)):
+        name = length * "x"
+        Path("in", os.listdir("in")[0]).rename(f"in/{name}.png")
+        Path(f"out{length}").mkdir()
+        _, messages = samclip(capsys, "classify", "in", "--labels", "a, b", "--output", f"out{length}", status=status)
+        written = [f"{name}.json", f"{name}.png"] if status == 0 else []
+        assert sorted(os.listdir(f"out{length}")) == written
+    assert "File name too long" in messages[0]
 
 
 def test_the_exif_orientation_is_applied(capsys):
@@ -277,6 +370,10 @@ WRONG_ARGUMENTS = {
     "no folder of the output": (["photo.png", "--output", "nosuch/o.png"], "the folder nosuch does not exist"),
     "no output folder": (["photo.png", "--output", "nosuch"], "mkdir -p nosuch"),
     "no output folder, dotted": (["photo.png", "--output", "v1.2/"], "mkdir -p v1.2/"),
+    "folder instead of a file": (["photo.png", "--output", "taken", "--overwrite"], "because it is a folder"),
+    "file instead of a folder": (["photo.png", "--output", "other.png/o.png"], "other.png does not exist"),
+    "device as output": (["photo.png", "--output", "/dev/null"], "neither a file nor a folder"),
+    "standard output by a dash": (["photo.png", "--output", "-"], "without --output"),
     "onto the image": (["photo.png", "--output", "photo.png"], "would overwrite the input image"),
     "onto the images": (["photo.png", "--output", "."], "would overwrite the input image"),
     "no labels": (["photo.png", "--labels", ""], "--labels is empty"),
@@ -300,6 +397,7 @@ WRONG_ARGUMENTS = {
 def test_wrong_arguments_give_one_message_and_no_output(capsys, folder, command, arguments, part):
     save("photo.png", "other.png")
     Path("empty").mkdir()
+    Path("taken/photo.json").mkdir(parents=True)
     if "--labels" not in arguments:
         arguments = [*arguments, "--labels", "cat, sofa"]
     before = sorted(folder.rglob("*"))
@@ -401,46 +499,67 @@ def test_progress_is_shown_on_a_terminal_for_several_images(capsys, monkeypatch,
     assert ("2/2" in capsys.readouterr().err) == shown
 
 
-def test_an_output_that_cannot_be_written_ends_the_command(capsys):
+def test_an_output_that_cannot_be_written_ends_the_command(capsys, monkeypatch):
     save("1.png", "2.png", "3.png")
-    Path("out/2.png").mkdir(parents=True)
-    _, [message] = samclip(capsys, "classify", "[123].png", "--labels", "a, b", "--output", "out", status=1)
-    assert "stopped after 1 of 3 images" in message and "directory" in message
-    assert sorted(path.name for path in Path("out").iterdir()) == ["1.json", "1.png", "2.json", "2.png"]
-
-
-def start(*arguments: str) -> subprocess.Popen:
-    """Starts the command. SIGINT ends it, also if the test process ignores SIGINT (as background jobs do)."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "samclip_hf", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-
-
-def test_ctrl_c_keeps_complete_outputs():
-    save(*(f"photos/{number}.png" for number in range(9)))
     Path("out").mkdir()
-    with start("masks", "photos", "--points_per_crop", "16", "--output", "out") as process:
-        while not Path("out/0.png").exists() and process.poll() is None:
-            time.sleep(0.02)
-        process.send_signal(signal.SIGINT)
-        _, messages = process.communicate(timeout=60)
-    assert process.returncode == 130
-    done = sorted(Path("out").glob("*.png"))
-    assert 1 <= len(done) < 9 and f"interrupted: {len(done)} of 9 images are complete." in messages
-    assert "Traceback" not in messages and not list(Path("out").glob(".*"))
-    for path in Path("out").glob("*.json"):
-        assert json.loads(path.read_text())["masks"]
+    read_image = batch.read_image
+
+    def remove_folder(path):
+        if path.stem == "2":
+            Path("out").rename("moved")
+        return read_image(path)
+
+    monkeypatch.setattr(batch, "read_image", remove_folder)
+    _, [message] = samclip(capsys, "classify", "[123].png", "--labels", "a, b", "--output", "out", status=1)
+    assert "stopped after 1 of 3 images" in message and "No such file or directory: 'out/" in message
+    assert sorted(os.listdir("moved")) == ["1.json", "1.png"]
 
 
-def test_a_closed_pipe_ends_the_command_without_a_traceback():
-    save(*(f"photos/{number}.png" for number in range(9)))
-    with start("masks", "photos", "--points_per_crop", "16") as process:
-        assert json.loads(process.stdout.readline())["image"] == "photos/0.png"
-        process.stdout.close()
-        messages = process.stderr.read()
-        assert process.wait(timeout=60) == 141
-    assert "Traceback" not in messages and "BrokenPipe" not in messages
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_a_full_disk_behind_standard_output_is_reported(capsys, monkeypatch):
+    save("1.png", "2.png")
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert main(["classify", "1.png", "2.png", "--labels", "a, b"]) == 1
+    assert "stopped after 0 of 2 images, the output cannot be written" in capsys.readouterr().err
+
+
+def test_ctrl_c_keeps_complete_outputs(capsys, monkeypatch):
+    save(*(f"photos/{number}.png" for number in range(4)))
+    Path("out").mkdir()
+    read_image = batch.read_image
+
+    def interrupt(path):
+        if path.stem == "2":
+            signal.raise_signal(signal.SIGINT)
+        return read_image(path)
+
+    monkeypatch.setattr(batch, "read_image", interrupt)
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore the signal
+    try:
+        command = ["masks", "photos", "--points_per_crop", "4", "--output", "out"]
+        _, messages = samclip(capsys, *command, status=130)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    assert messages == ["samclip: interrupted: 2 of 4 images are complete."]
+    assert sorted(os.listdir("out")) == ["0.json", "0.png", "1.json", "1.png"]
+
+
+def test_a_closed_pipe_ends_the_command_without_a_traceback(capsys, monkeypatch):
+    save(*(f"photos/{number}.png" for number in range(4)))
+    read, write = os.pipe()
+    read_image, images = batch.read_image, []
+
+    def close_pipe(path):
+        images.append(path.name)
+        if len(images) == 2:
+            assert json.loads(os.read(read, 100_000))["image"] == "photos/0.png"
+            os.close(read)
+        return read_image(path)
+
+    monkeypatch.setattr(batch, "read_image", close_pipe)
+    with open(write, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert main(["masks", "photos", "--points_per_crop", "4"]) == 141
+    assert images == ["0.png", "1.png"]
+    assert capsys.readouterr().err.count("\n") == 1  # only the line about the default model
