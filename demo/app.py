@@ -23,9 +23,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from transformers import AutoConfig
 
+from samclip_cli import CommandError
+from samclip_cli.models import check_model, mask_generation_options
 from samclip_hf import SamClipForImageSegmentation, SamClipProcessor, miniature
 from samclip_hf.images import open_image
-from samclip_hf.mask_generation_samclip import MASK_GENERATION_DEFAULTS
 from samclip_hf.miniature.scenes import BACKGROUND_PROMPTS, CLASS_NAMES, render
 
 EXAMPLE_SCENES = (42, 3, 50, 54, 57, 8)  # indices of scenes with seed 0, which cover all backgrounds
@@ -181,7 +182,7 @@ class App:
     def __init__(self, checkpoint: str):
         self.checkpoint = checkpoint
         self.is_miniature = checkpoint == miniature.checkpoint()
-        self.mask_generation = miniature.MASK_GENERATION if self.is_miniature else MASK_GENERATION_DEFAULTS
+        self.mask_generation = mask_generation_options(checkpoint)
         model_type = AutoConfig.from_pretrained(checkpoint).model_type
         if model_type != "samclip":
             raise ValueError(f'{checkpoint} is a model of type "{model_type}", not a SAM-CLIP.')
@@ -457,9 +458,11 @@ def main() -> None:
         default=os.environ.get("SAMCLIP_CHECKPOINT") or miniature.checkpoint(),
         help="a folder or a repository on the Hub (default: SAMCLIP_CHECKPOINT, or the shipped miniature)",
     )
+    checkpoint = parser.parse_args().checkpoint
     try:
-        app = App(parser.parse_args().checkpoint)
-    except (OSError, ValueError) as error:
+        check_model(checkpoint, "checkpoint")
+        app = App(checkpoint)
+    except (CommandError, OSError, ValueError) as error:
         parser.error(str(error))
     # System fonts: Gradio's default fonts are downloaded.
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])

@@ -56,7 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     module = import_module(f".{arguments.command}", __name__)
     try:
-        return module.run(arguments.arguments)
+        try:
+            return module.run(arguments.arguments)
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # here, because at exit Python prints an error if the pipe is closed
     except CommandError as error:
         print(f"samclip {arguments.command}: {error}", file=sys.stderr)
         return 2

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import tomllib
@@ -19,6 +20,7 @@ from samclip_cli import COMMANDS, main, masks
 from samclip_cli.export import OPSETS, PARTS
 from samclip_cli.train import collect_arguments, recipe_paths
 from samclip_hf import export, miniature
+from samclip_hf.mask_generation_samclip import MASK_GENERATION_DEFAULTS
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,6 +43,8 @@ WRONG_ARGUMENTS = [
     ["export"],
     ["export", "--output_dir", "onnx", "--opset", "3"],
     ["export", "--output_dir", "onnx", "--model", "./nowhere"],
+    ["export", "--output_dir", "/dev/null"],
+    ["classify", __file__, "--labels", "a, b", "--output", __file__],
     ["embed", "--output_dir", "embeddings", "--num_crops", "0"],
     ["cost"],
     ["cost", "unknown_recipe"],
@@ -141,21 +145,44 @@ def test_a_missing_module_of_the_package_is_not_hidden(monkeypatch):
         main(["evaluate"])
 
 
-def test_a_closed_pipe_ends_a_command_quietly():
+def test_a_closed_pipe_ends_a_process_quietly():
     read, write = os.pipe()
     os.close(read)
-    command = [sys.executable, "-m", "samclip_cli", "cost", "miniature_stage1"]
-    run = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "samclip_cli", "train", "--help"]
+    run = subprocess.run(command, stdout=write, stderr=subprocess.PIPE)
     os.close(write)
-    assert run.returncode == samclip_cli.BROKEN_PIPE
-    assert "Traceback" not in run.stderr and "BrokenPipe" not in run.stderr
+    assert run.returncode == samclip_cli.BROKEN_PIPE and run.stderr == b""
+
+
+def test_a_closed_pipe_is_noticed_when_the_last_output_is_flushed(capsys, monkeypatch):
+    read, write = os.pipe()
+    os.close(read)
+    monkeypatch.setattr("samclip_cli.evaluate.run", lambda argv: print("one line") or 0)
+    with open(write, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert main(["evaluate"]) == samclip_cli.BROKEN_PIPE
+    assert capsys.readouterr().err == ""
+
+
+def test_ctrl_c_ends_a_process_quietly(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    os.mkfifo(recipe)
+    command = [sys.executable, "-m", "samclip_cli", "train", str(recipe)]
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
+    ) as process:
+        with recipe.open("w"):  # waits until the command opens it; the command then waits for its end
+            process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == samclip_cli.INTERRUPTED
+        assert process.stderr.read() == b"samclip train: interrupted.\n"
 
 
 def test_numbers_in_help_texts_are_those_of_the_package():
     assert PARTS == export.PART_NAMES and OPSETS == export.writer.OPSETS
     text = " ".join(masks.build_parser().format_help().split())
     for name in ("points_per_crop", "pred_iou_thresh", "stability_score_thresh"):
-        assert f"; {miniature.MASK_GENERATION[name]} for the shipped miniature" in text
+        default, of_miniature = (options[name] for options in (MASK_GENERATION_DEFAULTS, miniature.MASK_GENERATION))
+        assert f"(default: {default}; {of_miniature} for the shipped miniature)" in text
 
 
 def test_recipes_of_the_package_are_found_by_name():
