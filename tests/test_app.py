@@ -291,7 +291,7 @@ def test_masks_below_the_score_threshold_are_left_out(app, encoded):
         ("red dotted shape,red dotted shape", BACKGROUND, "a {}", "more than once"),
         ("red dotted shape", BACKGROUND, "a shape", "contain {}"),
         ("red dotted shape, background", BACKGROUND, "a {}", "another name"),
-        ("shape " * 200, BACKGROUND, "a {}", "tokens at most"),
+        ("shape " * 200, BACKGROUND, "a {}", "at most [0-9]+ tokens"),
     ],
 )
 def test_invalid_labels_show_a_warning_and_change_nothing(app, encoded, labels, background, template, message):

@@ -227,7 +227,7 @@ class TestClipHead:
         first, second, _ = (layer.attn.qkv.weight for layer in model.clip_head.layers)
         assert first.std().item() == pytest.approx(model.config.initializer_range, rel=0.2)
         assert not torch.equal(first, second)
-        with pytest.raises(ValueError, match="`clip_head_initialization` is"):
+        with pytest.raises(ValueError, match="clip_head_initialization must be"):
             SamClipModel.from_teachers(sam, clip, clip_head_initialization="copy")
 
     @pytest.mark.parametrize("pooling", ["max", "mean"])
@@ -337,7 +337,7 @@ class TestOnePass:
         embeddings = torch.zeros(2, 16, 8, 8)
         with pytest.raises(ValueError, match="one of pixel_values, image_embeddings"):
             model()
-        with pytest.raises(ValueError, match="pass pixel_values or vision_embeds for text"):
+        with pytest.raises(ValueError, match="Pass pixel_values or vision_embeds for text"):
             model(image_embeddings=embeddings, input_ids=INPUT_IDS)
         with pytest.raises(ValueError, match="are for 3 images"):
             model(image_embeddings=embeddings, input_points=random_points(3))
@@ -372,7 +372,7 @@ class TestFromTeachers:
         with pytest.raises(TypeError, match="sam must be a name, a folder or a SamModel, got CLIPModel"):
             SamClipModel.from_teachers(clip, sam)
         clip.save_pretrained(tmp_path)
-        with pytest.raises(TypeError, match=r"sam must be a SamModel, but .* holds a model of type 'clip'"):
+        with pytest.raises(TypeError, match=r"sam must be a SamModel, but .* contains a model of type 'clip'"):
             SamClipModel.from_teachers(tmp_path, clip)
         with pytest.raises(ValueError, match="projection_dim 7, but the CLIP teacher's text space has 20"):
             SamClipModel.from_teachers(sam, clip, {"projection_dim": 7})
@@ -408,7 +408,7 @@ class TestSaving:
     def test_checkpoints_of_other_models_raise(self, sam, clip, tmp_path):
         for teacher in (sam, clip):
             teacher.save_pretrained(tmp_path / teacher.config.model_type)
-            with pytest.raises(ValueError, match=r"holds a model of type '(sam|clip)', not a SAM-CLIP.*from_teachers"):
+            with pytest.raises(ValueError, match=r"a model of type '(sam|clip)', not a SAM-CLIP.*from_teachers"):
                 SamClipModel.from_pretrained(tmp_path / teacher.config.model_type)
 
 
@@ -498,7 +498,7 @@ class TestVisionModel:
         with pytest.raises(ValueError, match=r"63 x 64.*multiples of the patch size, 8"):
             tower(random_images(1, 63, 64))
         clip.save_pretrained(tmp_path / "clip")
-        with pytest.raises(ValueError, match="holds a model of type 'clip', not a SAM-CLIP"):
+        with pytest.raises(ValueError, match="contains a model of type 'clip', not a SAM-CLIP"):
             SamClipVisionModel.from_pretrained(tmp_path / "clip")
 
 

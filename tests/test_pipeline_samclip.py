@@ -115,7 +115,7 @@ def test_default_vocabulary_is_the_checkpoints(segmenter, images):
 
 def test_wrong_input_raises(segmenter, images):
     for arguments, message in (
-        ({"background": 0.5}, "background need candidate_labels"),
+        ({"background": 0.5}, "background cannot be used without"),
         ({"candidate_labels": []}, "at least one name"),
         ({"candidate_labels": ["a"], "hypothesis_template": "a photo"}, "contain {}"),
         ({"subtask": "panoptical"}, "subtask must be"),

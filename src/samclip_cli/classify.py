@@ -58,8 +58,8 @@ def run(argv: Sequence[str]) -> int:
         length = len(classifier.tokenizer(template.format(label))["input_ids"])
         if length > max_length:
             raise CommandError(
-                f"--labels: {label!r} in its prompt template has {length} tokens; the text tower reads "
-                f"{max_length} tokens at most."
+                f"--labels: {label!r} in its prompt template has {length} tokens; the text tower accepts "
+                f"at most {max_length} tokens."
             )
 
     def predict(image: "Image.Image") -> Prediction:

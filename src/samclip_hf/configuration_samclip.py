@@ -28,7 +28,7 @@ class SamClipHeadConfig(PreTrainedConfig):
     mlp_hidden_size (`int`, *optional*):
         Width of the two hidden layers of the MLP. Defaults to the image encoder's width; the paper does not state it.
     projection_dim (`int`, *optional*, defaults to 768):
-        Size of the text space, which is the CLIP teacher's (768 for ViT-L/14).
+        Size of the text space, which is that of the CLIP teacher (768 for ViT-L/14).
     """
 
     model_type = "samclip_head"
@@ -51,21 +51,22 @@ class SamClipHeadConfig(PreTrainedConfig):
 class SamClipConfig(SamConfig):
     r"""
     text_config (`dict`, [`CLIPTextConfig`] or [`SiglipTextConfig`], *optional*):
-        CLIP's or SigLIP's text tower. A `dict` with `model_type` `"siglip_text_model"` is SigLIP's. SigLIP's texts are
-        padded with its `pad_token_id` to `max_position_embeddings` tokens.
+        The text tower: CLIP's or, if `model_type` is `"siglip_text_model"`, SigLIP's. Texts for SigLIP are padded with
+        its `pad_token_id` to `max_position_embeddings` tokens.
     clip_head_config (`dict` or [`SamClipHeadConfig`], *optional*):
         The CLIP head.
     logit_scale_init_value (`float`, *optional*, defaults to 2.6592):
         Initial value of `logit_scale`, the logarithm of the factor between cosine similarities and logits (as in
         CLIP). [`SamClipModel.from_teachers`] copies the teacher's.
     vocabulary_label_ids (`list[int]`, *optional*, defaults to `[]`):
-        For each row of the checkpoint's `class_embeds`, its label, a key of `id2label`. Several rows may have the same
+        The label, a key of `id2label`, of each row of the checkpoint's `class_embeds`. Several rows may have the same
         label. Empty if the checkpoint has no vocabulary. Set by
         [`SamClipForImageSegmentation.set_vocabulary`].
     background_label_id (`int`, *optional*):
-        The label for "none of the classes". `None` if every pixel belongs to a class.
+        The label of pixels that belong to no class. `None` if every pixel belongs to a class.
     background_threshold (`float`, *optional*):
-        If background has no texts: it wins where no class has at least this probability.
+        Set if no texts describe the background. A pixel or segment is background if no class has at least this
+        probability.
     has_text_tower (`bool`, *optional*, defaults to `True`):
         `False` in a checkpoint without text tower, which can use its own vocabulary only.
     composition (`"segments"` or `"classes"`, *optional*, defaults to `"segments"`):
@@ -128,11 +129,11 @@ class SamClipConfig(SamConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
-        """As in [`PreTrainedConfig`]. Raises `ValueError` for another model's configuration, SAM's and CLIP's too."""
+        """As in [`PreTrainedConfig`]. Raises `ValueError` for the configuration of another model, such as SAM's."""
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type != cls.model_type:
             raise ValueError(
-                f"This checkpoint holds a model of type {model_type!r}, not a SAM-CLIP. "
+                f"This checkpoint contains a model of type {model_type!r}, not a SAM-CLIP. "
                 "SamClipModel.from_teachers(sam, clip) builds a SAM-CLIP from a SAM and a CLIP."
             )
         return super().from_dict(config_dict, **kwargs)
@@ -164,7 +165,7 @@ def _size_of(part: str, name: str) -> Any:
 
 
 # Sizes of SamVisionConfig and SamClipHeadConfig that SamClipVisionConfig takes without nesting. `num_hidden_layers` is
-# the sum of both. CLIPVisionConfig says `intermediate_size` for `mlp_dim`.
+# the sum of both. `mlp_dim` is called `intermediate_size`, as in CLIPVisionConfig.
 _ENCODER_SIZES = set(SamVisionConfig.__dataclass_fields__) - set(PreTrainedConfig.__dataclass_fields__)
 _ENCODER_SIZES -= {"num_hidden_layers", "initializer_range"}
 _HEAD_SIZES = {"pooling", "mlp_hidden_size", "projection_dim"}
@@ -180,9 +181,10 @@ class SamClipVisionConfig(BackboneConfigMixin, PreTrainedConfig):
     layer_norm_eps, attention_dropout, window_size, global_attn_indexes, ... (*optional*):
         Sizes of the image encoder, as in [`SamVisionConfig`], with its defaults. `intermediate_size` is its `mlp_dim`.
     num_hidden_layers (`int`, *optional*):
-        Number of transformer layers of image encoder and CLIP head together; there is one more of `hidden_states`. By
-        default the sum of both. If given, the CLIP head has the last `clip_head_config.num_hidden_layers` of them; by
-        default 3, but never all.
+        Number of transformer layers of image encoder and CLIP head together, which is one less than the number of
+        `hidden_states`. By default the sum of the layers of both parts. If given, the last
+        `clip_head_config.num_hidden_layers` of them are those of the CLIP head (3 by default, and at least one layer
+        remains for the image encoder).
     projection_dim, pooling, mlp_hidden_size (*optional*):
         Sizes of the CLIP head, as in [`SamClipHeadConfig`].
     vision_config (`dict` or [`SamVisionConfig`], *optional*), clip_head_config (`dict` or [`SamClipHeadConfig`], \
@@ -191,7 +193,8 @@ class SamClipVisionConfig(BackboneConfigMixin, PreTrainedConfig):
     initializer_range (`float`, *optional*, defaults to 0.02):
         Standard deviation of new weights of the CLIP head.
     out_features (`list[str]`, *optional*), out_indices (`list[int]`, *optional*):
-        For [`SamClipBackbone`]: layers whose output it returns, of "stem", "stage1", ...; by default the last.
+        For [`SamClipBackbone`]: the layers whose outputs it returns, as names ("stem", "stage1", ...) or indices. By
+        default the last layer.
 
     Example:
 
@@ -241,7 +244,7 @@ class SamClipVisionConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def num_hidden_layers(self) -> int:
-        """Layers of the image encoder and of the CLIP head: one less than there are `hidden_states`."""
+        """Number of layers of image encoder and CLIP head together, one less than the number of `hidden_states`."""
         return self.vision_config.num_hidden_layers + self.clip_head_config.num_hidden_layers
 
     @num_hidden_layers.setter
@@ -255,7 +258,7 @@ class SamClipVisionConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict, dict]:
-        """As in [`PreTrainedConfig`]. From the configuration of a whole SAM-CLIP, the part of the vision tower."""
+        """As in [`PreTrainedConfig`]. Returns the vision tower's part of the configuration of a whole SAM-CLIP."""
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if config_dict.get("model_type") == SamClipConfig.model_type:
             own = (*cls.sub_configs, "initializer_range", "dtype")
@@ -273,7 +276,7 @@ class SamClipVisionConfig(BackboneConfigMixin, PreTrainedConfig):
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type != cls.model_type:
             raise ValueError(
-                f"This checkpoint holds a model of type {model_type!r}, not a SAM-CLIP or its vision tower."
+                f"This checkpoint contains a model of type {model_type!r}, not a SAM-CLIP or its vision tower."
             )
         return super().from_dict(config_dict, **kwargs)
 

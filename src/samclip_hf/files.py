@@ -1,4 +1,4 @@
-"""Atomic writes: a file has either its old or its new content, whenever the process ends."""
+"""Atomic writes: even if the process is killed, a file has either its old or its new content."""
 
 import os
 import zlib
@@ -12,10 +12,10 @@ def atomic_path(path: str | os.PathLike[str], overwrite: bool = True) -> Iterato
     """
     Context manager that yields the path of a temporary file in the folder of `path`. The block writes the temporary
     file, which replaces `path` when the block ends. If the block raises an error, the temporary file is deleted and
-    `path` stays as it is. Several processes may write the same path: the last one wins, or with `overwrite=False` the
-    first one.
+    `path` is unchanged. If several processes write the same path, the file of the last one remains or, with
+    `overwrite=False`, that of the first one.
 
-    With `overwrite=False`, raises `FileExistsError` at the end of the block if `path` exists, also as a broken link.
+    With `overwrite=False`, raises `FileExistsError` at the end of the block if `path` exists, even as a broken link.
 
     ```python
     with atomic_path("table.parquet") as temporary:

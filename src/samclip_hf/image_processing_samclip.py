@@ -130,9 +130,10 @@ class SamClipImageProcessorMixin:
         r"""
         Converts outputs to label maps.
 
-        With both heads, a pixel has the label of the best segment that covers it. Pixels outside all segments are
-        background or, if the vocabulary has no background, have the most probable label of the CLIP head. With the
-        CLIP head alone, every pixel has its most probable label.
+        With both heads, a pixel has the label of a segment that contains it. If there are several, it is the one with
+        the highest product of mask probability and `segment_scores`. Pixels outside all segments are background or, if
+        the vocabulary has no background, have the most probable label of the CLIP head. With the CLIP head alone,
+        every pixel has the most probable label.
 
         Args:
             outputs ([`SamClipSegmentationOutput`]):
@@ -195,8 +196,9 @@ class SamClipImageProcessorMixin:
             mask_threshold (`float`, *optional*, defaults to 0.5):
                 A mask contains the pixels with a probability above this value.
             overlap_mask_area_threshold (`float`, *optional*, defaults to 0.8):
-                A pixel in several masks belongs to the best one. Segments that keep a smaller fraction of their mask
-                than this value are removed, and their pixels are unassigned.
+                A pixel in several masks is assigned to one of them, as in [`post_process_semantic_segmentation`].
+                Segments to which a smaller fraction of their mask than this value is assigned are removed; their
+                pixels are unassigned.
             label_ids_to_fuse (`set[int]`, *optional*):
                 Labels with at most one segment per image, such as sky. Segments of these labels are merged; the
                 merged segment has the highest score.
@@ -210,7 +212,7 @@ class SamClipImageProcessorMixin:
             `was_fused` and `score`.
 
         Raises:
-            ValueError: The outputs are of the CLIP head alone.
+            ValueError: The outputs contain no segments, because only the CLIP head was used.
         """
         if outputs.get("segment_masks") is None:
             raise ValueError("The outputs contain no segments. Call the model with both_heads=True.")
@@ -330,7 +332,7 @@ def convert_to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _scale_to_8_bits(image: Image.Image) -> Image.Image:
-    """Scales the modes of PIL that hold 16 bits per channel, "I;16" and "I", to 8 bits; returns other modes as they
+    """Scales PIL's modes with 16 bits per channel, "I;16" and "I", to 8 bits. Returns images of other modes as they
     are."""
     if 0 in image.size:
         raise ValueError(f"An image of {image.width} x {image.height} has no pixels.")
@@ -398,9 +400,9 @@ def _segment_map(
     selected: torch.Tensor | None = None,
     mask_threshold: float = 0.5,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns, for one image, the index of the best segment at each pixel `(height, width)`, -1 outside all segments,
-    and the mask area of each segment `(num_segments,)` in pixels. `selected` `(num_segments,)` restricts both to a
-    subset of the segments."""
+    """Returns, for one image, the index of the segment that each pixel belongs to `(height, width)`, -1 outside all
+    segments, and the mask area of each segment `(num_segments,)` in pixels. `selected` `(num_segments,)` restricts
+    both to a subset of the segments."""
     masks, scores = outputs.segment_masks[index], outputs.segment_scores[index]
     indices = (scores > 0 if selected is None else selected & (scores > 0)).nonzero().flatten()
     area = torch.zeros_like(scores, dtype=torch.float32)  # float16 cannot count beyond 65,504

@@ -1,4 +1,4 @@
-"""Functions of images and masks: opening, boxes of masks, run-length encoding and normalization."""
+"""Functions for images and masks: opening, boxes of masks, run-length encoding and normalization."""
 
 import io
 import warnings
@@ -31,7 +31,7 @@ def open_image(
         source (`str`, `PathLike`, `bytes` or a binary file):
             A path, the content of a file, or an open file.
         apply_orientation (`bool`, *optional*, defaults to `True`):
-            Whether to rotate and flip the image as its EXIF orientation says.
+            Whether to rotate and flip the image according to its EXIF orientation.
         max_pixels (`int`, *optional*):
             The largest accepted width times height. It is checked before the image is decoded and replaces Pillow's
             warning about decompression bombs.
@@ -61,8 +61,9 @@ def open_image(
 
 def mask_to_prompt_box(mask: np.ndarray) -> tuple[int, int, int, int]:
     """
-    Returns the bounding box of a mask `(height, width)` of type bool as SAM's prompts have it: x1, y1, x2, y2, the
-    first and the last column and row with a foreground pixel, both inclusive. Raises `ValueError` for an empty mask.
+    Returns the bounding box of a mask `(height, width)` of type bool in the format of SAM's prompts: x1, y1, x2, y2,
+    the first and the last column and row with a foreground pixel, both inclusive. Raises `ValueError` for an empty
+    mask.
     """
     box = mask_to_box(mask)
     if box is None:
@@ -73,8 +74,8 @@ def mask_to_prompt_box(mask: np.ndarray) -> tuple[int, int, int, int]:
 
 def mask_to_coco_box(mask: np.ndarray) -> list[int]:
     """
-    Returns the bounding box of a mask `(height, width)` of type bool as COCO's annotations have it: left, top, width,
-    height in pixels. All are 0 for an empty mask.
+    Returns the bounding box of a mask `(height, width)` of type bool in the format of COCO's annotations: left, top,
+    width, height in pixels. All are 0 for an empty mask.
     """
     left, top, right, bottom = mask_to_box(mask) or (0, 0, 0, 0)
     return [left, top, right - left, bottom - top]
@@ -82,8 +83,8 @@ def mask_to_coco_box(mask: np.ndarray) -> list[int]:
 
 def encode_mask(mask: np.ndarray, compressed: bool = False) -> dict[str, Any]:
     r"""
-    Returns the run-length encoding of a mask as COCO's annotations have it: `"size"` (height, width) and `"counts"`,
-    the lengths of background and foreground runs in turn, column by column.
+    Returns the run-length encoding of a mask in the format of COCO's annotations: `"size"` (height, width) and
+    `"counts"`, the lengths of alternating background and foreground runs, column by column.
 
     Args:
         mask (`numpy.ndarray` of shape `(height, width)` and type bool).
@@ -108,7 +109,7 @@ def decode_mask(segmentation: dict[str, Any] | list, size: tuple[int, int] | Non
             A run-length encoding, compressed or not, or a list of polygons. `pycocotools`, which the extra `train`
             installs, decodes compressed ones and polygons.
         size (`tuple[int, int]`, *optional*):
-            Height and width of the image. Polygons need it.
+            Height and width of the image. Required for polygons.
     """
     if isinstance(segmentation, dict) and isinstance(segmentation["counts"], list):
         return _decode_uncompressed(segmentation)
@@ -154,8 +155,8 @@ def normalize(
         mean, std (`Sequence[float]`):
             Mean and standard deviation of each channel, for channels in [0, 1], from [`mean_and_std`].
         content_sizes (`torch.Tensor` of shape `(batch_size, 2)`, *optional*):
-            Height and width of each image without its padding, which is at the bottom and on the right. Padding
-            becomes 0 after normalization, as SAM has it.
+            Height and width of each image without its padding, which is at the bottom and on the right. After
+            normalization, padding is 0, as in SAM.
 
     Returns:
         `torch.Tensor`: `pixel_values` of the same shape.

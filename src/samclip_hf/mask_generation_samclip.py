@@ -124,8 +124,8 @@ class SamClipMaskGenerationMixin:
         r"""
         Selects the masks of one crop that have a high predicted IoU, are stable, and are not cut off by the crop.
 
-        The result is SAM's. The order of the steps differs: predicted IoUs are compared first, and each remaining mask
-        is resized by itself, inside its bounding box only.
+        The result equals that of SAM's image processor. Only the order of the steps differs: masks with a low
+        predicted IoU are removed first, and each remaining mask is resized separately, inside its bounding box only.
 
         Args:
             masks (`torch.Tensor` of shape `(num_prompts, num_masks, height, width)`):
@@ -239,8 +239,8 @@ class UpsampledMasks(torch.Tensor):
 
     The stock mask-generation pipeline resizes the masks of all points to the image (26 GB for a photograph of two
     megapixels) before `filter_masks` removes most of them by their predicted IoU. `filter_masks` of SAM-CLIP reads
-    `low_resolution` instead and resizes the remaining masks only. Any other operation computes the full tensor once
-    and runs on it.
+    `low_resolution` instead and resizes the remaining masks only. Any other operation first computes the full tensor,
+    which is then stored, and runs on it.
     """
 
     @staticmethod
@@ -356,8 +356,8 @@ def _resize_windows(logits: torch.Tensor, sizes: list[tuple[int, int]], floor: f
 
 
 def _resize_matrix(length: int, padded: int, reshaped: int, original: int) -> torch.Tensor:
-    """Returns SAM's two resizes along one side, `length` to `padded` and, after the cut, `reshaped` to `original`, as
-    one matrix `(original, length)`: both are linear, so applying them to the identity gives the matrix."""
+    """Returns a matrix `(original, length)` for SAM's two resizes along one side: `length` to `padded` and, after
+    padding is removed, `reshaped` to `original`. Both are linear, so their result for the identity is the matrix."""
     resized = F.interpolate(torch.eye(length)[None], padded, mode="linear")
     return F.interpolate(resized[..., :reshaped], original, mode="linear")[0].T
 
@@ -388,8 +388,8 @@ def _encode_window(window: np.ndarray, left: int, top: int, height: int, width: 
 
 
 def _suppress_overlaps(boxes: torch.Tensor, scores: torch.Tensor, max_iou: float) -> list[int]:
-    """Returns indices of the boxes `(num_boxes, 4)` after non-maximum suppression, in descending order of `scores`
-    `(num_boxes,)`: no box overlaps a better one by an IoU above `max_iou`."""
+    """Returns the indices of the boxes `(num_boxes, 4)` that remain after non-maximum suppression, in descending order
+    of `scores` `(num_boxes,)`. The IoU of two remaining boxes is at most `max_iou`."""
     if is_torchvision_available():
         return nms(boxes, scores, max_iou).tolist()
     order = scores.argsort(descending=True, stable=True)

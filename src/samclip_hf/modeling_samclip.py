@@ -1,9 +1,8 @@
 """
 SAM-CLIP: one image encoder with SAM's mask decoder and a CLIP head (Wang et al., arXiv 2310.15308).
 
-The model is SAM with three more parts. The image encoder is SAM's, for any input size; the CLIP head reads its patch
-tokens before SAM's neck and maps them to the text space; the text tower, its projection and the logit scale are CLIP's
-or SigLIP's.
+The image encoder is SAM's, for any input size. The CLIP head takes its patch tokens, before SAM's neck, and maps them
+to the text space. The text tower, its projection and the logit scale are CLIP's or SigLIP's.
 """
 
 import os
@@ -57,20 +56,20 @@ HALF_PRECISION = (torch.float16, torch.bfloat16)
 @dataclass
 class SamClipOutput(ModelOutput):
     r"""
-    Fields are `None` unless the inputs ask for them: prompts give masks; texts give similarities; texts, or an image
-    without prompts, give the CLIP head's embeddings.
+    The inputs determine which fields are set: prompts give masks; texts give similarities; texts, or an image without
+    prompts, give the CLIP head's embeddings. Other fields are `None`.
 
     iou_scores (`torch.Tensor` of shape `(batch_size, num_prompts, num_masks)`):
         The IoU that the mask decoder predicts for each mask.
     pred_masks (`torch.Tensor` of shape `(batch_size, num_prompts, num_masks, 4 * grid_height, 4 * grid_width)`):
-        Mask logits; above 0 is inside. `num_masks` is 3 with `multimask_output`, else 1.
+        Mask logits: above 0, a pixel is inside the mask. `num_masks` is 3 with `multimask_output`, else 1.
     vision_hidden_states, vision_attentions, mask_decoder_attentions (`tuple[torch.Tensor]`):
         As in [`SamModel`], with `output_hidden_states=True` or `output_attentions=True`.
     loss (`torch.Tensor` of shape `()`):
         With `return_loss=True`: CLIP's contrastive loss, or SigLIP's.
     logits_per_image (`torch.Tensor` of shape `(batch_size, num_texts)`):
-        Scaled cosine similarities. With SigLIP's text tower, its bias is added: their sigmoid is the probability that
-        SigLIP gives to each text.
+        Scaled cosine similarities. With SigLIP's text tower, they include its bias, so that their sigmoid is SigLIP's
+        probability of each text.
     logits_per_text (`torch.Tensor` of shape `(num_texts, batch_size)`):
         `logits_per_image`, transposed.
     text_embeds (`torch.Tensor` of shape `(num_texts, projection_dim)`):
@@ -108,7 +107,7 @@ class SamClipVisionModelOutput(BaseModelOutputWithPooling):
         Embeddings of the images in the text space, not normalized.
     hidden_states (`tuple[torch.Tensor]`, `config.num_hidden_layers + 1` of the shape of `last_hidden_state`):
         With `output_hidden_states=True`.
-    attentions (`tuple[torch.Tensor]`, one a layer, of the shape of SAM's):
+    attentions (`tuple[torch.Tensor]`, one for each layer, of the shape of SAM's):
         With `output_attentions=True` and eager attention.
     """
 
@@ -116,8 +115,8 @@ class SamClipVisionModelOutput(BaseModelOutputWithPooling):
 
 
 class SamClipPositionalEmbedding(nn.Module):
-    """SAM's random Fourier features of positions. They are computed in float32 even in a half-precision model: in
-    bfloat16, points of a 1024 px image less than 4 px apart get the same features."""
+    """SAM's random Fourier features of positions. They are computed in float32 even in a half-precision model, because
+    bfloat16 rounds coordinates above 512 px to multiples of 4 px."""
 
     def __init__(self, config):
         super().__init__()
@@ -144,8 +143,8 @@ class SamClipPreTrainedModel(SamClipVisionPreTrainedModel):
     input_modalities: tuple[str, ...] = ("image", "text")
 
     def _set_default_attention(self, name: str) -> None:
-        """Gives the attention implementation of the model to a sub-configuration whose module is no
-        [`PreTrainedModel`], unless it has its own."""
+        """Sets the model's attention implementation in a sub-configuration whose module is not a [`PreTrainedModel`],
+        unless the sub-configuration has its own."""
         config = getattr(self.config, name)
         if config._attn_implementation is None:
             config._attn_implementation = self.config._attn_implementation
@@ -206,7 +205,7 @@ class SamClipHeadMLP(nn.Module):
 class SamClipHead(nn.Module):
     """
     The CLIP head: patch tokens -> transformer layers -> pooling -> LayerNorm -> MLP -> text space. `project_patches`
-    leaves out the pooling and maps every patch to the text space.
+    maps every patch to the text space, without pooling.
     """
 
     def __init__(self, config: SamClipConfig | SamClipVisionConfig):
@@ -241,7 +240,7 @@ class SamClipHead(nn.Module):
         head_tokens (`torch.Tensor` of shape `(batch_size, grid_height, grid_width, hidden_size)`):
             From `forward`.
         content_mask (`torch.Tensor` of shape `(batch_size, grid_height, grid_width)`, `bool`, *optional*):
-            `False` for padding, which is not pooled.
+            `False` for padding, which is excluded from the pooling.
 
         Returns the pooled token of each image after LayerNorm, `(batch_size, hidden_size)`.
         """
@@ -266,8 +265,8 @@ class SamClipHead(nn.Module):
         segments (`torch.Tensor` of shape `(batch_size, num_segments, grid_height, grid_width)`, `bool`):
             The patches of each segment.
 
-        Returns `(batch_size, num_segments, projection_dim)`, not normalized. The values for a segment without patches
-        have no meaning.
+        Returns `(batch_size, num_segments, projection_dim)`, not normalized. Values for segments without patches are
+        undefined.
         """
         batch_size, num_segments, grid_height, grid_width = segments.shape
         image, segment, row, column = segments.nonzero(as_tuple=True)
@@ -303,8 +302,8 @@ class SamClipVisionModel(SamClipPreTrainedModel):
     The vision tower alone: image encoder and CLIP head, with the patches in a sequence and without a class token. It
     loads from the checkpoint of a SAM-CLIP.
 
-    `hidden_states` are the image encoder's, followed by the CLIP head's. The last ones are those that the text space
-    is computed from: a vision-language model with a `vision_feature_layer` of -1 or -2 gets text-aligned patches. Its
+    `hidden_states` are those of the image encoder, followed by those of the CLIP head. The last ones are the closest
+    to the text space: a vision-language model with a `vision_feature_layer` of -1 or -2 gets text-aligned patches. Its
     `vision_feature_select_strategy` must be `"full"`, because the first token is a patch.
 
     Example:
@@ -349,13 +348,14 @@ class SamClipVisionModel(SamClipPreTrainedModel):
         pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`):
             Height and width are multiples of the patch size.
         reshaped_input_sizes (`torch.Tensor` of shape `(batch_size, 2)`, *optional*):
-            From the image processor: height and width of each image without its padding, which is then not pooled.
+            From the image processor: height and width of each image without its padding, which is then excluded from
+            the pooling.
         original_sizes (`torch.Tensor` of shape `(batch_size, 2)`, *optional*):
-            Not used. The image processor returns it, and `model(**inputs)` passes it.
+            Not used. Accepted because the image processor returns it and `model(**inputs)` passes it.
         """
         outputs = self._forward(pixel_values, reshaped_input_sizes, return_dict=True, **kwargs)
         if outputs.hidden_states is not None:
-            # Captured on the grid. Entries are None for layers that were not asked for.
+            # Captured on the grid. Entries are None for layers that were not requested.
             outputs.hidden_states = tuple(h if h is None else h.flatten(1, 2) for h in outputs.hidden_states)
         return outputs
 
@@ -403,8 +403,8 @@ class SamClipBackbone(BackboneMixin, SamClipVisionModel):
 
 class SamClipModel(SamClipPreTrainedModel):
     """
-    SAM-CLIP. `forward` takes the inputs of [`SamModel`] and of [`CLIPModel`] and computes what they ask for, in one
-    pass of the image encoder.
+    SAM-CLIP. `forward` takes the inputs of [`SamModel`] and of [`CLIPModel`] and computes the outputs of the given
+    inputs in one pass of the image encoder.
 
     Example:
 
@@ -415,8 +415,8 @@ class SamClipModel(SamClipPreTrainedModel):
     >>> processor = SamClipProcessor.from_pretrained(miniature.checkpoint())
     ```"""
 
-    # Not a subclass of SamModel, although it has its interface: SamModel's constructor builds and initializes an image
-    # encoder that would have to be replaced, and fails for attention implementations that SAM does not have.
+    # Not a subclass of SamModel, although it has the same interface: SamModel's constructor builds and initializes an
+    # image encoder that would have to be replaced, and fails for attention implementations that SAM does not support.
     _can_record_outputs = {"mask_decoder_attentions": OutputRecorder(SamTwoWayAttentionBlock, index=2)}
     _tied_weights_keys = {
         "prompt_encoder.shared_embedding.positional_embedding": "shared_image_embedding.positional_embedding"
@@ -445,7 +445,7 @@ class SamClipModel(SamClipPreTrainedModel):
             self.text_projection = nn.Linear(config.text_config.hidden_size, projection_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
         self.logit_bias = nn.Parameter(torch.tensor(0.0)) if config.has_siglip_text else None
-        # The vocabulary of SamClipForImageSegmentation. It is here, so that further training keeps it.
+        # The vocabulary of SamClipForImageSegmentation. It is defined here, so that further training keeps it.
         has_vocabulary = len(config.vocabulary_label_ids) > 0
         num_labels = len(config.id2label or {}) - (config.background_label_id is not None)
         for name, size in (("class_embeds", len(config.vocabulary_label_ids)), ("label_embeds", num_labels)):
@@ -461,26 +461,28 @@ class SamClipModel(SamClipPreTrainedModel):
         clip_head_initialization: str = "copied",
     ) -> "SamClipModel":
         r"""
-        Builds a SAM-CLIP to be trained: SAM's weights, CLIP's text tower, and a CLIP head whose layers are copies of
-        SAM's last one (appendix A). The head's LayerNorm and MLP are random: the model has to be trained before it can
-        classify. Its weights are float32, because training in half precision loses most updates to rounding.
+        Builds a new SAM-CLIP for training, with SAM's weights, CLIP's text tower, and a CLIP head whose layers are
+        copies of the last layer of SAM's image encoder (appendix A). The head's LayerNorm and MLP are new, so the
+        model must be trained before it can classify. Its weights are float32, because training in half precision loses
+        most updates to rounding.
 
         sam (`str`, `os.PathLike` or [`SamModel`]):
-            Name on the Hub, folder or model; of any size (ViT-B, -L, -H, ...).
+            A SAM of any size: a repository on the Hub, a folder or a model.
         clip (`str`, `os.PathLike`, [`CLIPModel`] or [`SiglipModel`]):
-            Name on the Hub, folder or model; of any size. SigLIP 2 checkpoints with a fixed image size are
-            [`SiglipModel`]s.
+            A CLIP or SigLIP of any size: a repository on the Hub, a folder or a model. SigLIP 2 checkpoints with a
+            fixed image size are [`SiglipModel`]s.
         clip_head_config (`dict` or [`SamClipHeadConfig`], *optional*):
             Number of layers, pooling and MLP width. The projection size is always the CLIP teacher's.
         clip_head_initialization (`str`, *optional*, defaults to `"copied"`):
-            `"random"` gives the head's layers the initialization of a new model, which is another reading of the
-            paper's main text.
+            `"random"` initializes the head's layers randomly, which is another reading of the paper's main text.
 
-        Raises `TypeError` if a teacher is another kind of model, `ValueError` if sizes do not fit, and for an unknown
-        key of `clip_head_config` or `clip_head_initialization`.
+        Raises `TypeError` if a teacher is another kind of model, and `ValueError` if sizes do not fit, for an unknown
+        key of `clip_head_config` and for an unknown `clip_head_initialization`.
         """
         if clip_head_initialization not in ("copied", "random"):
-            raise ValueError(f'`clip_head_initialization` is "copied" or "random", not {clip_head_initialization!r}.')
+            raise ValueError(
+                f'clip_head_initialization must be "copied" or "random", got {clip_head_initialization!r}.'
+            )
         sam = load_teacher((SamModel,), sam, "sam")
         clip = load_teacher((CLIPModel, SiglipModel), clip, "clip")
         if isinstance(clip_head_config, SamClipHeadConfig):
@@ -497,12 +499,13 @@ class SamClipModel(SamClipPreTrainedModel):
         head = dict(clip_head_config or {})
         if unknown := sorted(head.keys() - SamClipHeadConfig.__dataclass_fields__.keys()):
             raise ValueError(
-                f"clip_head_config has no {', '.join(unknown)}: it has num_hidden_layers, pooling and mlp_hidden_size."
+                f"Unknown keys of clip_head_config: {', '.join(unknown)}. Known keys: num_hidden_layers, pooling and "
+                "mlp_hidden_size."
             )
         if head.setdefault("projection_dim", projection_dim) != projection_dim:
             raise ValueError(
-                f"clip_head_config asks for projection_dim {head['projection_dim']}, but the CLIP teacher's text "
-                f"space has {projection_dim} dimensions. Leave projection_dim out."
+                f"clip_head_config has projection_dim {head['projection_dim']}, but the CLIP teacher's text space has "
+                f"{projection_dim} dimensions. Remove projection_dim."
             )
         config = SamClipConfig(
             vision_config=sam.config.vision_config.to_dict(),
@@ -541,8 +544,8 @@ class SamClipModel(SamClipPreTrainedModel):
         return model
 
     def get_image_wide_positional_embeddings(self, size: Sequence[int] | None = None) -> torch.Tensor:
-        """SAM's position embeddings of a grid `(1, hidden_size, grid_height, grid_width)`; by default of the grid of
-        the trained image size."""
+        """SAM's position embeddings of a grid `(1, hidden_size, grid_height, grid_width)`, by default of the grid of
+        the image size in the configuration."""
         trained_size = self.config.prompt_encoder_config.image_embedding_size
         height, width = size if size is not None else (trained_size, trained_size)
         device = self.shared_image_embedding.positional_embedding.device
@@ -569,8 +572,8 @@ class SamClipModel(SamClipPreTrainedModel):
         input_boxes: torch.Tensor | None = None,
         input_masks: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """As in [`SamModel`], without gradients: sparse and dense embeddings of prompts in an image of the trained
-        size."""
+        """As in [`SamModel`], without gradients: sparse and dense embeddings of prompts in an image of the size in the
+        configuration."""
         return self.prompt_encoder(input_points, input_labels, input_boxes, input_masks)
 
     def predict_masks(
@@ -607,7 +610,7 @@ class SamClipModel(SamClipPreTrainedModel):
                 )
         if input_points is not None and input_boxes is not None and input_points.shape[1] != input_boxes.shape[1]:
             raise ValueError(
-                "Points and boxes given together describe the same objects and must be equal in number: got "
+                "Points and boxes in one call describe the same objects and must be equal in number: got "
                 f"{input_points.shape[1]} and {input_boxes.shape[1]} prompts."
             )
         if input_points is not None and input_labels is not None and input_labels.shape != input_points.shape[:-1]:
@@ -672,7 +675,8 @@ class SamClipModel(SamClipPreTrainedModel):
         pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`):
             From the image processor.
         reshaped_input_sizes (`torch.Tensor` of shape `(batch_size, 2)`, *optional*):
-            From the image processor: height and width of each image without its padding, which is then not pooled.
+            From the image processor: height and width of each image without its padding, which is then excluded from
+            the pooling.
         vision_embeds ([`SamClipVisionEncoderOutput`], *optional*):
             Output of `vision_encoder` for the images, in place of `pixel_values`.
 
@@ -699,8 +703,9 @@ class SamClipModel(SamClipPreTrainedModel):
     ) -> BaseModelOutputWithPooling:
         """
         Embeds texts, as [`CLIPModel.get_text_features`] does: `pooler_output` `(num_texts, projection_dim)`, not
-        normalized. With SigLIP's text tower, as [`SiglipModel.get_text_features`] does for texts padded to the maximal
-        length without a mask, as in its training; texts may have any other padding here.
+        normalized. With SigLIP's text tower, the result is that of [`SiglipModel.get_text_features`] for texts that
+        are padded to the maximum length, without an attention mask. The texts that are passed here may have any
+        padding.
         """
         if self.text_model is None:
             raise ValueError("This checkpoint has no text tower: it can use its own vocabulary only.")
@@ -708,7 +713,7 @@ class SamClipModel(SamClipPreTrainedModel):
             longest, pad = self.config.text_config.max_position_embeddings, self.config.text_config.pad_token_id
             if input_ids.shape[-1] < longest:
                 input_ids = F.pad(input_ids, (0, longest - input_ids.shape[-1]), value=pad)
-            # Move padding from the left, the default of Gemma's tokenizer, to the right, as in SigLIP 2's training.
+            # Gemma's tokenizer pads on the left by default, but SigLIP 2 was trained with padding on the right.
             start = (input_ids != pad).int().argmax(dim=-1, keepdim=True)
             position = torch.arange(input_ids.shape[-1], device=input_ids.device)
             input_ids = input_ids.gather(-1, (start + position) % input_ids.shape[-1])
@@ -762,10 +767,11 @@ class SamClipModel(SamClipPreTrainedModel):
         input_ids, attention_mask, position_ids (`torch.Tensor` of shape `(num_texts, sequence_length)`):
             Texts to compare with every image.
         reshaped_input_sizes (`torch.Tensor` of shape `(batch_size, 2)`, *optional*):
-            From the image processor: height and width of each image without its padding, which is then not pooled
-            into `image_embeds`.
+            From the image processor: height and width of each image without its padding, which `image_embeds` then
+            does not include.
         original_sizes (`torch.Tensor` of shape `(batch_size, 2)`, *optional*), num_prompts (`(batch_size,)`):
-            Not used. The processor returns them for post-processing, and `model(**inputs)` passes them.
+            Not used. Accepted because the processor returns them for post-processing and `model(**inputs)` passes
+            them.
         return_loss (`bool`, *optional*):
             Whether to return CLIP's contrastive loss or, with SigLIP's text tower, SigLIP's.
         vision_embeds ([`SamClipVisionEncoderOutput`], *optional*):
@@ -779,7 +785,7 @@ class SamClipModel(SamClipPreTrainedModel):
         needs_clip_head = input_ids is not None or not has_prompts
         if needs_clip_head and image_embeddings is not None:
             raise ValueError(
-                "image_embeddings are the input of the mask decoder, not of the CLIP head: pass pixel_values or "
+                "image_embeddings are the input of the mask decoder, not of the CLIP head. Pass pixel_values or "
                 "vision_embeds for text, or prompts for masks."
             )
 
@@ -849,12 +855,12 @@ def _check_pairs(logits_per_text: torch.Tensor) -> None:
 
 def load_teacher(classes: tuple[type[PreTrainedModel], ...], teacher, argument: str):
     """
-    Loads a teacher, from safetensors only.
+    Loads a teacher. Weights are read from safetensors files only.
 
     classes (`tuple[type[PreTrainedModel], ...]`):
         Accepted kinds of models.
     teacher (`str`, `os.PathLike` or [`PreTrainedModel`]):
-        Name on the Hub, folder, or a model, which is returned as it is.
+        A repository on the Hub, a folder, or a model, which is returned unchanged.
     argument (`str`):
         Name of the caller's argument, for error messages.
 
@@ -869,7 +875,7 @@ def load_teacher(classes: tuple[type[PreTrainedModel], ...], teacher, argument: 
         config, _ = classes[0].config_class.get_config_dict(teacher)
     except OSError as error:
         raise OSError(
-            f"{argument} {str(teacher)!r} is neither a folder with a model nor a name on the Hub: {error}"
+            f"{argument} {str(teacher)!r} is neither a folder with a model nor a repository on the Hub: {error}"
         ) from error
     model_type = config.get("model_type")
     for cls in classes:
@@ -878,7 +884,9 @@ def load_teacher(classes: tuple[type[PreTrainedModel], ...], teacher, argument: 
     hint = ""
     if model_type == "siglip2":
         hint = " Use a SigLIP 2 checkpoint with a fixed image size, not NaFlex: google/siglip2-base-patch16-224."
-    raise TypeError(f"{argument} must be a {wanted}, but {str(teacher)!r} holds a model of type {model_type!r}.{hint}")
+    raise TypeError(
+        f"{argument} must be a {wanted}, but {str(teacher)!r} contains a model of type {model_type!r}.{hint}"
+    )
 
 
 def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
@@ -887,9 +895,9 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except ImportError as error:
         raise ValueError(f"The tokenizer in {folder!r} needs another package. {error}") from error
-    except Exception as error:  # AutoTokenizer guesses the kind of a missing tokenizer and raises many types of errors
+    except Exception as error:  # AutoTokenizer guesses the type of a missing tokenizer and raises various errors
         raise ValueError(
-            f"There is no tokenizer in {folder!r}: save the processor there too, or pass the tokenizer."
+            f"There is no tokenizer in {folder!r}. Save the processor there, too, or pass the tokenizer."
         ) from error
     # AutoTokenizer may make a tokenizer of special tokens alone if files are missing. All texts are then equal.
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):

@@ -9,8 +9,8 @@ from transformers import ImageSegmentationPipeline
 
 class SamClipImageSegmentationPipeline(ImageSegmentationPipeline):
     """
-    Segmentation by text. Differs from `pipeline("image-segmentation")` in that a vocabulary can be passed to the call
-    or to the pipeline, in place of the checkpoint's.
+    Segmentation by text. In contrast to `pipeline("image-segmentation")`, a vocabulary can be passed to the pipeline
+    or to a call; it replaces the checkpoint's.
 
     Example:
 
@@ -29,21 +29,23 @@ class SamClipImageSegmentationPipeline(ImageSegmentationPipeline):
         inputs (`str`, `PIL.Image.Image`, or a list, generator or dataset of them):
             Paths, URLs or images.
         candidate_labels (`list`, *optional*):
-            Names, or lists of synonyms, as in [`SamClipForImageSegmentation.embed_vocabulary`]. They are embedded
-            again only when they change. By default the checkpoint's vocabulary.
+            Names, or lists of synonyms, as in [`SamClipForImageSegmentation.embed_vocabulary`]. They are embedded only
+            if they differ from those of the last call. By default the checkpoint's vocabulary.
         hypothesis_template (`str` or `list[str]`, defaults to `"a photo of a {}"`):
             Sentences with a `{}` for the name.
         background (`list[str]` or `float`, *optional*):
-            Texts for what belongs to no class, or the probability below which no class wins.
+            Texts that describe the background, or a threshold: a pixel or segment is background if no class has at
+            least this probability.
         synonyms (`"max"` or `"mean"`, *optional*):
             How the synonyms of a label are combined.
         subtask (`"panoptic"`, `"instance"` or `"semantic"`, defaults to `"panoptic"`):
-            Segments that do not overlap, or a label for every pixel.
+            The kind of segmentation. `"panoptic"` and `"instance"` return segments that do not overlap, `"semantic"`
+            one mask for each label.
         threshold, mask_threshold, overlap_mask_area_threshold (`float`, defaults to 0.5, 0.5 and 0.8):
             Thresholds of panoptic and instance segmentation, see
             [`SamClipImageProcessor.post_process_panoptic_segmentation`].
         batch_size (`int`, defaults to 1):
-            Number of images in one pass of the model.
+            Number of images in a forward pass of the model.
 
         Returns, for each image, a list of segments with `label`, `mask` (a black and white `PIL.Image.Image` of the
         image's size) and `score`, the probability of the label. `score` is `None` in semantic segmentation.
@@ -61,7 +63,7 @@ class SamClipImageSegmentationPipeline(ImageSegmentationPipeline):
             # Arguments of the constructor are defaults for the calls.
             given = getattr(self, "_defaults", {}) | given
             if "candidate_labels" not in given:
-                raise ValueError(f"{', '.join(sorted(given))} need candidate_labels, which are missing.")
+                raise ValueError(f"Pass candidate_labels too: {', '.join(sorted(given))} cannot be used without them.")
             if not hasattr(self, "_forward_params"):  # called by the constructor
                 self._defaults = given
             vocabulary = self._embed_vocabulary(**given)

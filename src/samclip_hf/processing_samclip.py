@@ -1,4 +1,4 @@
-"""SAM-CLIP's processor: images, prompts in the images' own pixels, and text."""
+"""SAM-CLIP's processor: images, prompts in pixels of the original images, and text."""
 
 from .versions_samclip import MINIMUM_TRANSFORMERS_VERSION  # noqa: F401  # isort: skip  # raises on older versions
 
@@ -60,23 +60,25 @@ class SamClipProcessor(ProcessorMixin):
         images (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of them, *optional*):
             Passed to the image processor.
         text (`str` or `list[str]`, *optional*):
-            Passed to the tokenizer, by default with padding to the longest. SigLIP's text tower pads further.
+            Passed to the tokenizer, by default with padding to the longest text. SigLIP's text tower adds the padding
+            that it needs.
         segmentation_maps (*optional*):
             Label maps, passed to the image processor and returned as `labels`.
         input_points (nested lists or array of shape `(num_images, num_prompts, num_points, 2)`, *optional*):
             x and y in pixels of the original image. Images with fewer prompts, and prompts with fewer points, are
-            padded. Padding prompts do not change other masks. Padding points reach the mask decoder, as in
-            transformers' SAM, and change the mask of their prompt slightly. With one level less, every image has one
-            prompt, as in SAM's processor.
+            padded. Padding prompts do not change other masks. Padding points are inputs of the mask decoder, as in
+            transformers' SAM, and change the mask of their prompt slightly. If the level of prompts is left out, every
+            image has one prompt, as in SAM's processor.
         input_labels (nested lists or array of shape `(num_images, num_prompts, num_points)`, *optional*):
-            1 inside the object, 0 outside, -1 no point; 1 by default. Nested like the points.
+            1 for a point inside the object, 0 for a point outside, -1 for no point; 1 by default. Nested like the
+            points.
         input_boxes (nested lists or array of shape `(num_images, num_boxes, 4)`, *optional*):
             x1, y1, x2, y2 in pixels of the original image. Images with fewer boxes are padded.
 
         Returns, by default as torch tensors, the output of the image processor (`pixel_values`, `original_sizes`,
         `reshaped_input_sizes`), `input_ids`, `attention_mask`, and the prompts in pixels of `pixel_values`. If prompts
-        were padded, also their number without padding, `num_prompts` `(num_images,)`, for `post_process_masks`. Points
-        and boxes stay float32 in `inputs.to(device, torch.bfloat16)`.
+        were padded, the output also contains `num_prompts` `(num_images,)`, their number without padding, for
+        `post_process_masks`. Points and boxes stay float32 in `inputs.to(device, torch.bfloat16)`.
 
         Raises `ValueError` if prompts and images do not match or a prompt is outside its image.
         """
@@ -114,9 +116,9 @@ class SamClipProcessor(ProcessorMixin):
             nested = _by_prompt("input_labels", input_labels, ("image", "prompt", "point"))
             labels = [[np.asarray(p, dtype=np.float64).reshape(-1) for p in prompts] for prompts in nested]
         if [[len(p) for p in prompts] for prompts in points] != [[len(p) for p in prompts] for prompts in labels]:
-            raise ValueError("input_labels must hold exactly one label for each of the input_points.")
+            raise ValueError("input_labels must have exactly one label for each of the input_points.")
         if unknown := {v.item() for prompts in labels for p in prompts for v in p} - {1, 0, -1, POINT_PADDING}:
-            raise ValueError(f"input_labels are 1, 0 or -1, got {sorted(unknown)}.")
+            raise ValueError(f"input_labels must be 1, 0 or -1, got {sorted(unknown)}.")
         counts = self._count_prompts("input_points", points, inputs)
 
         num_prompts = max(map(len, points))
@@ -137,8 +139,8 @@ class SamClipProcessor(ProcessorMixin):
         """Padded boxes `(num_images, num_boxes, 4)`."""
         if _depth("input_boxes", input_boxes) != 3:
             raise ValueError(
-                "input_boxes are nested by image, box, and x1, y1, x2, y2: three levels, such as [[[10, 20, 60, 90]]] "
-                f"for one image with one box; got {_depth('input_boxes', input_boxes)}."
+                "input_boxes must be nested by image, box, and x1, y1, x2, y2: three levels, such as "
+                f"[[[10, 20, 60, 90]]] for one image with one box; got {_depth('input_boxes', input_boxes)}."
             )
         boxes = [_coordinates("input_boxes", b, "x1, y1, x2 and y2", 4) for b in input_boxes]
         counts = self._count_prompts("input_boxes", boxes, inputs)
@@ -158,7 +160,7 @@ class SamClipProcessor(ProcessorMixin):
         counts = torch.tensor([len(own) for own in prompts])
         if "num_prompts" in inputs and not torch.equal(counts, inputs["num_prompts"]):
             raise ValueError(
-                "Points and boxes given together describe the same objects and must be equal in number for every "
+                "Points and boxes in one call describe the same objects and must be equal in number for every "
                 f"image: got {inputs['num_prompts'].tolist()} prompts of points and {counts.tolist()} boxes."
             )
         return {"num_prompts": counts}
@@ -227,8 +229,8 @@ def _by_prompt(name: str, nested, levels: tuple[str, ...]) -> list:
     if depth == len(levels) - 1:
         return [[prompt] for prompt in nested]
     raise ValueError(
-        f"{name} are nested by {', '.join(levels)}: {len(levels)} levels, or one less for a single prompt for each "
-        f"image; got {depth}."
+        f"{name} must be nested by {', '.join(levels)}: {len(levels)} levels, or one less for a single prompt for "
+        f"each image; got {depth}."
     )
 
 

@@ -16,7 +16,7 @@ from transformers import (
     AutoProcessor,
 )
 
-# Not from `transformers`: without torchvision, transformers 5.17 exports a stand-in that raises on use.
+# Not from `transformers`: without torchvision, transformers 5.17 exports a placeholder that raises an error on use.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 # Not exported by `transformers`. Checked on 5.17.0 and 5.24.0.
@@ -67,6 +67,6 @@ def register() -> None:
             type="image",
         )
     # Stock pipelines look up the model's class name in these tables, not in the registered classes. Without an entry,
-    # they log an error that the model is not supported, and then run it.
+    # they log an error that the model is not supported, although they can run it.
     MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES["samclip"] = "SamClipForImageSegmentation"
     MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING_NAMES["samclip"] = "SamClipForObjectDetection"

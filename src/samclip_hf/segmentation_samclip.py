@@ -1,7 +1,7 @@
 """
 Segmentation and object detection by text: the vocabulary, and the composition of the CLIP head and the SAM head.
 
-`modeling_samclip.py` holds everything that does not depend on a vocabulary.
+`modeling_samclip.py` contains everything that does not depend on a vocabulary.
 """
 
 from collections import Counter
@@ -23,11 +23,12 @@ from .vision_encoder_samclip import SamClipVisionEncoderOutput
 POINTS_PER_CLASS = 3  # paper, section 5: one to three
 TEXTS_PER_BATCH = 256  # texts in one pass of the text tower: 1000 names in 80 templates do not fit at once
 CLASSES_PER_CHUNK = 32  # classes in one pass of the mask decoder
-# Difference in logits between a certain and an impossible label: e^-20. Finite, because maps are resized bilinearly.
+# Difference in logits between background and classes where one of them is certain: the other has a probability of
+# e^-20. Finite, because maps are resized bilinearly.
 BACKGROUND_LOGIT_MARGIN = 20.0
-# Cosine similarity above which object detection takes a text for the name of a label. In the miniature, the same text
-# reaches 1 - 1e-6 in float32, and 0.999 with a bfloat16 text tower against float32 embeddings; different names stay
-# below 0.96.
+# Cosine similarity from which object detection recognizes a text as the name of a label. In the miniature, it is 1 -
+# 1e-6 for equal texts in float32, 0.999 for equal texts with a bfloat16 text tower and float32 embeddings, and below
+# 0.96 for different names.
 SAME_TEXT = 0.995
 
 
@@ -42,19 +43,20 @@ class SamClipSegmentationOutput(ModelOutput):
         The CLIP head's logits of each label at each patch: scaled cosine similarity to the label's text. The softmax
         over the labels is the label's probability.
     segment_masks (`torch.Tensor` of shape `(batch_size, num_segments, 4 * grid_height, 4 * grid_width)`):
-        Mask logits of the segments; above 0 is inside.
+        Mask logits of the segments: above 0, a pixel is inside the mask.
     segment_logits (`torch.Tensor` of shape `(batch_size, num_segments, num_labels)`):
         As `logits`, for the whole segment.
     segment_embeds (`torch.Tensor` of shape `(batch_size, num_segments, projection_dim)`):
         Embeddings of the segments in the text space, of length 1. `None` with `config.composition="classes"`.
     segment_scores (`torch.Tensor` of shape `(batch_size, num_segments)`):
-        Quality of the masks, from 0 to 1. Where masks overlap, the one with the higher score is on top.
+        Quality of the masks, from 0 to 1. Where masks overlap, a pixel belongs to the one with the highest product of
+        mask probability and score.
     content_sizes (`torch.Tensor` of shape `(batch_size, 2)`):
         Height and width of the image without its padding, in patches.
     dense_embeds (`torch.Tensor` of shape `(batch_size, projection_dim, grid_height, grid_width)`):
         Embeddings of the patches in the text space, of length 1.
     background_label_ids (`torch.Tensor` of shape `(batch_size,)`):
-        The label for "none of the classes", -1 if there is none.
+        The label of pixels that belong to no class, -1 if there is none.
     hidden_states (`tuple[torch.Tensor]`, each of shape `(batch_size, grid_height, grid_width, hidden_size)`):
         With `output_hidden_states=True`: the image encoder's.
     attentions (`tuple[torch.Tensor]`):
@@ -85,12 +87,13 @@ class SamClipVocabulary:
     id2label (`dict[int, str]`):
         Names of the labels.
     background_label_id (`int`, *optional*):
-        The label for "none of the classes".
+        The label of pixels that belong to no class.
     background_threshold (`float`, *optional*):
-        If background has no texts: it wins where no class has at least this probability.
+        Set if no texts describe the background. A pixel or segment is background if no class has at least this
+        probability.
     label_embeds (`torch.Tensor` of shape `(num_labels, projection_dim)`, *optional*):
         Embeddings of the names of the labels without a template, of length 1, in the order of the labels and without
-        background. [`SamClipForObjectDetection`] finds a text of the vocabulary by them.
+        background. [`SamClipForObjectDetection`] compares texts with them to recognize labels.
     """
 
     class_embeds: torch.Tensor
@@ -103,7 +106,7 @@ class SamClipVocabulary:
 
 def max_over_synonyms(text_logits: torch.Tensor, label_ids: torch.Tensor, num_labels: int, dim: int) -> torch.Tensor:
     r"""
-    The logit of a label is the highest of its texts.
+    Reduces the logits of texts to logits of labels: the logit of a label is the highest logit of its texts.
 
     text_logits (`torch.Tensor` with `num_texts` entries in dimension `dim`):
         Logits of the texts.
@@ -130,20 +133,20 @@ def apply_background_threshold(
     logits: torch.Tensor, background_label_id: int, threshold: float, dim: int
 ) -> torch.Tensor:
     r"""
-    Background where no class is probable enough.
+    Adds the logits of background, which is the most probable label where no class reaches a threshold.
 
     logits (`torch.Tensor` with `num_labels` entries in dimension `dim`):
         From [`max_over_synonyms`]; background has no texts.
     background_label_id (`int`):
         The label of background.
     threshold (`float`):
-        Background wins where the softmax over the classes is below this everywhere.
+        Background has the highest logit where all probabilities, the softmax over the classes, are below this value.
     dim (`int`):
         The dimension of the labels.
 
-    Returns the logits with a new entry for background, `BACKGROUND_LOGIT_MARGIN` above the highest class where
-    background wins and as much below it elsewhere. The classes' probabilities change by at most e^-20 where a class
-    wins. All values are finite.
+    Returns the logits with a new entry for background. It is `BACKGROUND_LOGIT_MARGIN` above the highest class where
+    all classes are below the threshold, and as much below the highest class elsewhere, so that the probabilities of
+    classes change by at most e^-20 there. All values are finite.
     """
     highest = logits.amax(dim=dim, keepdim=True)
     is_background = (highest - logits.logsumexp(dim=dim, keepdim=True)).exp() < threshold
@@ -155,8 +158,8 @@ def apply_background_threshold(
 class SamClipForImageSegmentation(SamClipModel):
     """
     SAM-CLIP with a vocabulary: labels (`config.id2label`) and their text embeddings (`class_embeds`) are part of the
-    checkpoint, so that the model labels segments without text input. It loads from any SAM-CLIP checkpoint; if that
-    has no vocabulary, call `set_vocabulary`.
+    checkpoint, so that the model labels segments without text input. It loads from any SAM-CLIP checkpoint. If the
+    checkpoint has no vocabulary, call `set_vocabulary`.
     """
 
     @property
@@ -206,26 +209,26 @@ class SamClipForImageSegmentation(SamClipModel):
         synonyms: Literal["max", "mean"] = "max",
     ) -> SamClipVocabulary:
         r"""
-        Embeds a vocabulary, once for any number of images: `model(pixel_values, vocabulary=vocabulary)`.
+        Embeds a vocabulary, which can be used for any number of images: `model(pixel_values, vocabulary=vocabulary)`.
 
         labels (`Sequence`):
-            Names of the classes. A list in place of a name has synonyms; its first name is the label's.
+            Names of the classes. A list of names is a class with synonyms; the first one is the name of the label.
         background (`Sequence[str]` or `float`, *optional*):
-            Texts for what belongs to no class ("a wall", "an empty scene"), used without templates. Or a threshold:
-            background is where the softmax over the classes is below it for every class. The highest of n
-            probabilities is at least 1/n, so that a threshold up to 1/n, or any threshold for a single class, gives no
-            background. With texts or a threshold, label 0 is "background" and the classes follow, and the SAM head is
-            not prompted in the background. Without, every pixel belongs to a class.
+            Texts that describe the background ("a wall", "an empty scene"), used without templates. Or a threshold: a
+            pixel or segment is background if all probabilities, the softmax over the classes, are below it. The
+            highest of n probabilities is at least 1/n, so a threshold up to 1/n, or any threshold for a single class,
+            gives no background. With texts or a threshold, label 0 is "background" and the classes follow, and the SAM
+            head is not prompted in the background. Without `background`, every pixel belongs to a class.
         templates (`Sequence[str]`, *optional*):
-            Sentences with a `{}` for the name, such as those in `samclip_hf.templates`. The embedding of a name is the
-            mean over them.
+            Sentences with a `{}` in the place of the name, such as those in `samclip_hf.templates`. The embedding of a
+            name is the mean over its sentences.
         tokenizer ([`PreTrainedTokenizerBase`], *optional*):
-            By default the one in the folder or repository that the model was loaded from.
+            The tokenizer. By default that of the folder or repository from which the model was loaded.
         synonyms (`"max"` or `"mean"`, *optional*):
             Whether a label's logit is that of its most similar synonym, or that of the mean of their embeddings.
 
-        Raises `ValueError` for no labels, an empty or repeated name, a template without `{}`, a text longer than the
-        text tower reads, or a threshold that is not between 0 and 1.
+        Raises `ValueError` if there are no labels, a name is empty or repeated, a template has no `{}`, a text is
+        longer than the text tower accepts, or a threshold is not between 0 and 1.
         """
         if isinstance(labels, str) or not hasattr(labels, "__len__") or len(labels) == 0:
             raise ValueError(f'labels must be a list of at least one name, such as ["cat", "sofa"]; got {labels!r}.')
@@ -252,7 +255,7 @@ class SamClipForImageSegmentation(SamClipModel):
         has_background = threshold is not None or len(texts_of_background) > 0
         if has_background and "background" in names:
             raise ValueError(
-                'With a background, label 0 is called "background": give the class "background" another name.'
+                'With a background, the name of label 0 is "background". Give the class "background" another name.'
             )
         counts = Counter(names)
         if doubled := sorted(name for name, count in counts.items() if count > 1):
@@ -282,7 +285,7 @@ class SamClipForImageSegmentation(SamClipModel):
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer in the folder or repository that the model was loaded from."""
         if not self.config.name_or_path:
-            raise ValueError("This model was not loaded from a folder or the Hub: pass its tokenizer.")
+            raise ValueError("This model was not loaded from a folder or the Hub. Pass its tokenizer.")
         return load_tokenizer(self.config.name_or_path)
 
     def _embed_texts(self, texts: list[str], tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
@@ -294,7 +297,7 @@ class SamClipForImageSegmentation(SamClipModel):
             longest = self.config.text_config.max_position_embeddings
             if inputs["input_ids"].shape[1] > longest:
                 cut = max(batch, key=lambda text: len(tokenizer(text)["input_ids"]))
-                raise ValueError(f"The text tower reads {longest} tokens at most, but this text has more: {cut!r}.")
+                raise ValueError(f"The text tower accepts at most {longest} tokens, but this text has more: {cut!r}.")
             features.append(self.get_text_features(**inputs.to(self.device)).pooler_output)
         return F.normalize(torch.cat(features), dim=-1)
 
@@ -330,7 +333,7 @@ class SamClipForImageSegmentation(SamClipModel):
         reshaped_input_sizes (`torch.Tensor` of shape `(batch_size, 2)`, *optional*):
             From the image processor: height and width of each image without its padding.
         original_sizes (`torch.Tensor` of shape `(batch_size, 2)`, *optional*):
-            Not used. Post-processing takes them as `target_sizes`.
+            Not used. Accepted because `model(**inputs)` passes it. Post-processing takes it as `target_sizes`.
         both_heads (`bool`, defaults to `True`):
             Whether to use the SAM head after the CLIP head (paper, section 5: "composing both CLIP and SAM heads"), or
             the CLIP head alone.
@@ -342,12 +345,13 @@ class SamClipForImageSegmentation(SamClipModel):
         vocabulary = self.vocabulary if vocabulary is None else vocabulary
         if prompts := sorted(name for name in kwargs if name.startswith("input_")):
             raise ValueError(
-                f"This model segments by its vocabulary and takes no {', '.join(prompts)}: set_vocabulary changes the "
-                "texts, SamClipModel takes points and boxes."
+                f"This model segments by its vocabulary and does not accept {', '.join(prompts)}. set_vocabulary "
+                "changes the texts; SamClipModel accepts points and boxes."
             )
         if "labels" in kwargs:
             raise ValueError(
-                "This model has no loss and takes no labels: SamClipTrainer trains a SamClipModel by distillation."
+                "This model has no loss and does not accept labels. SamClipTrainer trains a SamClipModel by "
+                "distillation."
             )
         vision_outputs = self._encode_once(pixel_values, vision_embeds, **kwargs)
         dense_embeds = self.clip_head.project_patches(self.clip_head(vision_outputs.patch_tokens))
@@ -392,12 +396,12 @@ class SamClipForImageSegmentation(SamClipModel):
         content_mask: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         r"""
-        Combines both heads by segments. Points are placed where the CLIP head finds a class; the SAM head predicts a
-        mask for each; then the CLIP head embeds every mask as if it were an image ([`SamClipHead.pool_segments`]) and
-        classifies it.
+        Combines both heads by segments. Points are placed where the CLIP head finds a class, and the SAM head predicts
+        a mask for each point. The CLIP head then embeds every mask as if it were an image
+        ([`SamClipHead.pool_segments`]) and classifies it.
 
-        This is not the paper's composition, which is [`compose_heads_by_class`]. Here, the surroundings of an object
-        do not influence its label, at the cost of another pass of the CLIP head.
+        This is not the paper's composition, which is [`compose_heads_by_class`]. In this composition, the surroundings
+        of an object do not influence its label, but the CLIP head runs twice.
 
         image_embeddings (`torch.Tensor` of shape `(batch_size, output_channels, grid_height, grid_width)`):
             Input of the mask decoder.
@@ -421,7 +425,8 @@ class SamClipForImageSegmentation(SamClipModel):
         points = _spread_points(is_class, self.config.composition_points)
         points = ((points + 0.5) * self.config.vision_config.patch_size - 0.5)[:, :, None]
         found = []
-        # At 1024 px the mask decoder has several maps of 4 MB for each point: those of two points fit a CPU's cache.
+        # At 1024 px, the mask decoder has several maps of 4 MB for each point. Those of two points fit in a CPU's
+        # cache.
         for chunk in points.split(2 if points.device.type == "cpu" else points.shape[1], dim=1):
             masks, iou_scores = self.predict_masks(image_embeddings, input_points=chunk)
             scores, best = (iou_scores.clamp_min(0) * _stability(masks)).max(dim=-1)  # of three masks for each point
@@ -453,11 +458,11 @@ class SamClipForImageSegmentation(SamClipModel):
         content_mask: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         r"""
-        Combines both heads as in the paper (section 5). For every class that the CLIP head finds, the SAM head gets
-        the class's logits as mask prompt and three of its patches, sampled by probability, as points.
+        Combines both heads as in the paper (section 5). For every class that the CLIP head finds, the prompts of the
+        SAM head are the logits of the class as a mask and three of its patches, sampled by probability, as points.
 
-        Arguments and result are those of [`compose_heads`], but a segment has all pixels of a class, and there are no
-        `segment_embeds`.
+        Arguments and result are those of [`compose_heads`], but a segment contains all pixels of a class, and there
+        are no `segment_embeds`.
         """
         probabilities = logits.softmax(dim=1)
         found = probabilities > 0.5
@@ -522,8 +527,8 @@ class SamClipForObjectDetection(SamClipForImageSegmentation):
     Object detection by text: the segments of [`SamClipForImageSegmentation`], each with the probability of a text.
 
     If the text is the name of a label of the vocabulary, its score is the label's probability. Otherwise, its score is
-    the text's term over the sum of the vocabulary's terms in the softmax, at most 1. Such a text is embedded without a
-    template, so that a sentence like those of the CLIP teacher's training works best.
+    its exponential logit divided by the sum of the exponential logits of the vocabulary, at most 1. Such a text is
+    embedded without a template, so a sentence like the captions in the CLIP teacher's training works best.
     """
 
     @can_return_tuple
@@ -555,7 +560,7 @@ class SamClipForObjectDetection(SamClipForImageSegmentation):
         similarity = (outputs["segment_embeds"] @ text_embeds[:, :, None]).squeeze(-1) * self.logit_scale.exp()
         scores = (similarity - outputs["segment_logits"].logsumexp(dim=-1)).exp().clamp_max(1)
         if vocabulary.label_embeds is not None and len(vocabulary.label_embeds):
-            # Half precision rounds away the unit length.
+            # In half precision, the rounded embeddings do not have unit length.
             names = F.normalize(vocabulary.label_embeds.float(), dim=-1)
             similarity_to_names, name = (F.normalize(text_embeds.float(), dim=-1) @ names.T).max(dim=-1)
             label_id = name + (len(vocabulary.id2label) - len(vocabulary.label_embeds))  # background comes first
@@ -576,8 +581,9 @@ def _stability(masks: torch.Tensor) -> torch.Tensor:
 def _segments(masks: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
     """
     The patches of masks, `(num_masks, grid_height, grid_width)`, from mask logits `(num_masks, height, width)` in
-    descending order of quality. A mask gets the patches of which at least half is inside, or else the patch with the
-    largest part inside. A patch of several masks goes to the first one, so that a mask may have none.
+    descending order of quality. The patches of a mask are those of which at least half is inside or, if there are
+    none, the patch with the largest part inside. A patch of several masks belongs to the first one, so a mask may have
+    no patches.
     """
     fraction = F.adaptive_avg_pool2d((masks > 0).float(), grid_size)
     inside = (fraction >= 0.5) | (fraction >= fraction.amax(dim=(1, 2), keepdim=True))
@@ -586,7 +592,8 @@ def _segments(masks: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
 
 def _spread_points(cells: torch.Tensor, num_points: int) -> torch.Tensor:
     """Column and row `(batch_size, num_points, 2)` of `num_points` of the marked cells `(batch_size, grid_height,
-    grid_width)` of each image, evenly spaced in raster order. Cells repeat if there are fewer."""
+    grid_width)` of each image, evenly spaced in raster order. If there are fewer marked cells, some occur several
+    times."""
     marked = cells.flatten(1)
     position = marked.int().argsort(dim=1, descending=True, stable=True)  # marked cells first, in raster order
     step = torch.arange(num_points, device=cells.device) + 0.5

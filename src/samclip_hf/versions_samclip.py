@@ -1,8 +1,8 @@
 """
 The transformers version that SAM-CLIP needs.
 
-Importing this file raises on an older version. The other files import it before anything that older versions lack, so
-that the error names the version and not a missing class.
+Importing this file raises an `ImportError` with an older version. The other files import it first, so that the error
+states the required version instead of a missing class.
 """
 
 import transformers

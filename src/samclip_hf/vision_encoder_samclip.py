@@ -1,7 +1,7 @@
 """
 SAM-CLIP's image encoder: SAM's vision transformer, with SAM's weight keys, for images of any height and width.
 
-It has its own file because it depends on nothing else of SAM-CLIP: it can be read, tested and exported alone.
+It is in its own file because it does not depend on other parts of SAM-CLIP.
 """
 
 import functools
@@ -22,8 +22,8 @@ from transformers.utils import TransformersKwargs
 
 from .transformers_internals_samclip import capture_outputs, merge_with_config_defaults
 
-ALL_ATTENTION_FUNCTIONS = AttentionInterface()  # sees everything that AttentionInterface.register adds
-BIAS_CHUNK = 2**21  # values of the attention bias that one thread holds at a time: 8 MB in float32
+ALL_ATTENTION_FUNCTIONS = AttentionInterface()  # includes functions that AttentionInterface.register adds
+BIAS_CHUNK = 2**21  # values of the attention bias that a thread stores at a time: 8 MB in float32
 
 
 @dataclass
@@ -48,14 +48,14 @@ class SamClipVisionEncoderOutput(ModelOutput):
 @dataclass
 class SamClipPatchGroups:
     r"""
-    Patches of segments. Attention stays inside a segment.
+    Patches of segments. Each patch attends only to patches of its segment.
 
     rows, columns (`torch.Tensor` of shape `(num_patches,)`, `int64`):
         Position of each patch in its grid.
     grid_size (`tuple[int, int]`):
         Height and width of the grid, in patches.
     counts (`list[int]`, *optional*):
-        Number of patches of each segment, one segment after the other; by default there is one segment.
+        Number of patches of each segment, in the order of the patches. By default there is one segment.
     mask (`torch.Tensor` of shape `(num_patches, num_patches)`, `bool`, *optional*):
         For a single segment: `True` where a patch may attend to another. For export, which cannot loop over segments.
     """
@@ -97,17 +97,18 @@ class SamClipVisionAttention(nn.Module):
     """
     SAM's attention with relative positions, without the `(length, length)` bias tensor.
 
-    SAM's bias between the patches at `(i, j)` and `(k, l)` is a row term `(i, k)` plus a column term `(j, l)`. Only
-    these terms are stored. They enter the scores, equal to SAM's up to rounding, in one of three ways:
+    SAM's bias between the patches at `(i, j)` and `(k, l)` is the sum of a row term for `(i, k)` and a column term for
+    `(j, l)`. Only these terms are stored. They are added to the attention scores in one of three ways, all of which
+    equal SAM's up to rounding:
 
-    - `"sdpa"` for inference on a CPU: the bias is formed for a few queries at a time, so that it stays in the cache.
+    - `"sdpa"` for inference on a CPU: the bias is computed for a few queries at a time, so that it fits in the cache.
     - `"sdpa"` otherwise, `"eager"`, and any function added by `AttentionInterface.register`: the terms are part of the
       dot product. They are appended to the queries, and one-hot rows and columns to the keys. Values are padded to the
-      same width, which fused kernels require. The function gets no mask and a `scaling` of 1.
+      same width, which fused kernels require. The function is called without a mask and with a `scaling` of 1.
     - `"flex_attention"`: the kernel adds the terms (`score_mod`).
 
-    In layers with windows, SAM pads windows with zeros before the projection to queries, keys and values. Here the
-    projection runs on the image's own patches, and the padding gets the projection of zero, which is the bias.
+    In layers with windows, SAM pads windows with zeros before the projection to queries, keys and values. This module
+    projects only the patches of the image; the padding is filled with the projection of zero, which is its bias.
 
     Args:
         config ([`SamVisionConfig`]): Sizes.
@@ -156,7 +157,8 @@ class SamClipVisionAttention(nn.Module):
             padding = self.qkv(hidden_states.new_zeros(1, 1, 1, hidden_states.shape[-1]))
             windows, num_windows = _split_into_windows(qkv, self.window_size, padding)
             attended, weights = self._attend_on_grid(windows)
-            # Indices, not a slice: a slice that removes nothing is no copy, and torch.compile would specialize on it.
+            # Indices instead of a slice: a slice that removes nothing is not a copy, so torch.compile would
+            # specialize.
             rows, columns = (torch.arange(n, device=attended.device) for n in (height, width))
             attended = _join_windows(attended, num_windows)[:, rows[:, None], columns]
         return self.proj(attended), weights
@@ -172,8 +174,8 @@ class SamClipVisionAttention(nn.Module):
     def get_rel_pos(self, size: int, rel_pos: torch.Tensor) -> torch.Tensor:
         """
         Relative position embeddings `(size, size, head_dim)` for a side of `size` patches, interpolated linearly from
-        `rel_pos` `(2 * trained_size - 1, head_dim)`. The trained size takes the same path, where interpolation changes
-        nothing: torch.compile and torch.export see no special case.
+        `rel_pos` `(2 * trained_size - 1, head_dim)`. Tables of the trained size are interpolated, too, which does not
+        change them: a branch would be a special case for torch.compile and torch.export.
         """
         rel_pos = F.interpolate(rel_pos.T[None].float(), size=2 * size - 1, mode="linear")[0].T.to(rel_pos.dtype)
         position = torch.arange(size, device=rel_pos.device)
@@ -276,11 +278,11 @@ class SamClipVisionAttention(nn.Module):
         query, key, value (`torch.Tensor` of shape `(batch_size, num_heads, length, head_dim)`):
             The result has this shape too.
         terms (`torch.Tensor` of shape `(batch_size, num_heads, length, height + width)`):
-            Of each query, the bias for every row and for every column of the grid.
+            The bias of each query for every row and for every column of the grid.
         positions (`torch.Tensor` of shape `(length, height + width)`):
-            Of each key, its row and its column, both one-hot.
+            The row and the column of each key, both one-hot.
         form_bias (`Callable`, *optional*):
-            A faster way to form the bias: slices of batch, heads and queries -> their bias for all keys.
+            A faster computation of the bias: slices of batch, heads and queries -> their bias for all keys.
         mask (`torch.Tensor` of shape `(length, length)`, `bool`, *optional*):
             `True` where a query may attend to a key.
 
@@ -289,7 +291,7 @@ class SamClipVisionAttention(nn.Module):
         """
         implementation = self.config._attn_implementation or "sdpa"  # None: not part of a model
         if implementation == "flex_attention":
-            implementation = "sdpa"  # segments have many lengths, and flex_attention is compiled for each
+            implementation = "sdpa"  # segments have many lengths, and flex_attention is compiled for each of them
         dropout = self.dropout if self.training else 0.0
         is_inference = not (query.requires_grad or torch.compiler.is_compiling())
         if implementation == "sdpa" and query.device.type == "cpu" and is_inference and mask is None:
@@ -317,7 +319,8 @@ class SamClipVisionAttention(nn.Module):
 
 @functools.cache
 def _compiled_flex_attention():
-    """Compiled for every size: with symbolic sizes, its CPU code is wrong or does not compile (torch 2.14)."""
+    """Flex attention, compiled for every size: with symbolic sizes, its CPU code is wrong or fails to compile (torch
+    2.14)."""
     return torch.compile(flex_attention, dynamic=False)
 
 
@@ -361,7 +364,7 @@ def _split_into_windows(
     window -> `(batch_size * num_windows, window_size, window_size, channels)`, and the number of windows in a column
     and in a row."""
     batch_size, height, width, _ = tokens.shape
-    # Pad by a whole window, then cut: torch.compile would specialize on the number of missing patches.
+    # Pads by a whole window and removes the rest: torch.compile would specialize on the number of missing patches.
     right, below = width + -width % window_size, height + -height % window_size
     tokens = torch.cat([tokens, padding.expand(batch_size, height, window_size, -1)], dim=2)[:, :, :right]
     tokens = torch.cat([tokens, padding.expand(batch_size, window_size, right, -1)], dim=1)[:, :below]
@@ -429,7 +432,7 @@ class SamClipVisionNeck(nn.Module):
 
 
 class SamClipVisionPreTrainedModel(PreTrainedModel):
-    """What the image encoder and the models around it share: initialization and attention implementations."""
+    """Base class of the image encoder and the models that contain it: initialization and attention implementations."""
 
     base_model_prefix = "samclip"
     main_input_name = "pixel_values"
@@ -438,14 +441,14 @@ class SamClipVisionPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["SamClipVisionLayer"]
     _supports_sdpa = True
     _supports_flex_attn = True
-    _parts_without_model: tuple[str, ...] = ()  # sub-configurations of modules that are no PreTrainedModel
+    _parts_without_model: tuple[str, ...] = ()  # sub-configurations of modules that are not a PreTrainedModel
 
     @classmethod
     def is_custom_code(cls) -> bool:
         """
-        `False`: `_init_weights` uses `transformers.initialization` only, which leaves loaded weights as they are. For
-        other custom code, transformers (5.23) skips modules without weights of their own, so that a text tower that is
-        missing in a checkpoint would not get CLIP's initialization.
+        `False`, because `_init_weights` uses only `transformers.initialization`, which does not change loaded weights.
+        With `True`, transformers (5.23) would skip modules without direct weights, so a text tower that is missing in
+        a checkpoint would not be initialized as CLIP's.
         """
         return False
 
@@ -472,9 +475,9 @@ class SamClipVisionPreTrainedModel(PreTrainedModel):
 
     def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs) -> None:
         """
-        As in [`PreTrainedModel`]: a name for the whole model, or a `dict` with names of sub-configurations as keys and
-        "" for the model itself. Differs in two ways: prompt encoder, mask decoder and CLIP head, which are no models
-        of their own, cause no warning, and unknown keys raise `ValueError`.
+        As in [`PreTrainedModel`]: takes a name for the whole model, or a `dict` whose keys are names of
+        sub-configurations, or "" for the model itself. There are two differences: prompt encoder, mask decoder and
+        CLIP head, which are not a [`PreTrainedModel`], cause no warning, and unknown keys raise `ValueError`.
         """
         sub_configs = self.config.sub_configs
         requested = attn_implementation
@@ -515,8 +518,9 @@ class SamClipVisionEncoder(SamClipVisionPreTrainedModel):
         self.post_init()
 
     def interpolate_pos_embed(self, grid_height: int, grid_width: int) -> torch.Tensor:
-        """The position embeddings `(1, grid_height, grid_width, hidden_size)`, resized bicubically. The trained size
-        takes the same path, where resizing changes nothing: torch.compile and torch.export see no special case."""
+        """The position embeddings `(1, grid_height, grid_width, hidden_size)`, resized bicubically. Those of the
+        trained size are resized, too, which does not change them: a branch would be a special case for torch.compile
+        and torch.export."""
         assert self.pos_embed is not None
         table = self.pos_embed.permute(0, 3, 1, 2).float()
         table = F.interpolate(table, size=(grid_height, grid_width), mode="bicubic", align_corners=False)
@@ -528,8 +532,8 @@ class SamClipVisionEncoder(SamClipVisionPreTrainedModel):
 
     def encode(self, pixel_values: torch.Tensor | None) -> torch.Tensor:
         """`(batch_size, num_channels, height, width)` -> output of the last layer `(batch_size, grid_height,
-        grid_width, hidden_size)`, before the neck. Captures no outputs, so that a model that calls it captures these
-        layers together with its own."""
+        grid_width, hidden_size)`, before the neck. It does not capture hidden states or attentions, so that a model
+        that calls it captures those of these layers together with its own."""
         if pixel_values is None:
             raise ValueError("You have to specify pixel_values.")
         hidden_states = self.patch_embed(pixel_values)

@@ -45,9 +45,9 @@ def overlay_labels(image: np.ndarray, label_map: np.ndarray, names: Sequence[str
     Args:
         image (`numpy.ndarray` of shape `(height, width, 3)` and type uint8).
         label_map (`numpy.ndarray` of shape `(height, width)` and an integer type):
-            Labels. Those without a name, such as ignored pixels, are dark.
+            Labels. Pixels with a label without a name, such as ignored pixels, are dark.
         names (`Sequence[str]`):
-            The name of each label, at most 255.
+            The names of the labels, at most 255.
         has_background (`bool`):
             Whether label 0 is background, which is dark, too.
 
@@ -131,7 +131,7 @@ def draw_segments(
         color_numbers (`Sequence[int]`):
             The color of each mask, see [`color_of`].
         legend (`Sequence[tuple[int | None, str]]`):
-            Entries of a color number, or `None` for no color, and a text.
+            For each entry, a color number, or `None` for no color, and a text.
     """
     canvas = image.copy()
     thickness = max(1, min(image.size) // 300)
@@ -141,7 +141,7 @@ def draw_segments(
         if box is None:
             continue
         left, top, right, bottom = box
-        # The margin is the radius of the blur below. No outline is drawn along the edges of the image.
+        # The margin is the radius of the blur below, so that no outline is drawn along the edges of the image.
         box = (
             max(0, left - thickness),
             max(0, top - thickness),
@@ -151,7 +151,7 @@ def draw_segments(
         mask, crop = mask.crop(box), canvas.crop(box)
         color = Image.new("RGB", crop.size, color_of(color_numbers[index]))
         crop.paste(Image.blend(crop, color, 0.45), mask=mask)
-        # The outline: pixels of the mask that a blur darkens, because background is near.
+        # The outline: pixels of the mask that the blur darkens, because they are near the background.
         edge = ImageChops.subtract(mask, mask.filter(ImageFilter.BoxBlur(thickness)))
         crop.paste(color, mask=edge.point([0] + [255] * 255))
         canvas.paste(crop, box)

@@ -427,7 +427,7 @@ def test_a_label_that_is_too_long_is_an_error_before_the_first_image(capsys, com
     save("photo.png")
     # It fits the text tower on its own, but not with the prompt template.
     records, messages = samclip(capsys, command, "photo.png", "--labels", "a, " + "x " * 29, status=2)
-    assert records == [] and "32 tokens at most" in messages[-1]
+    assert records == [] and "at most 32 tokens" in messages[-1]
 
 
 @pytest.mark.parametrize("value", ["2", "nan", "-0.1", "much"])

@@ -467,4 +467,4 @@ def test_tables_have_the_papers_results(tmp_path):
     results.content["tasks"]["classification:imagenet@336"] = {"protocol": {}, "models": {"mine": model}}
     assert "| 0.700 | 0.724 (table 1, 6, at 336 px) | -0.024 |" in results.markdown()
     next(iter(results.content["tasks"].values()))["protocol"]["only"] = "the first 3 samples"
-    assert "| 0.700 |  |  |" in results.markdown()  # the paper's results are for the whole data set
+    assert "| 0.700 |  |  |" in results.markdown()  # the paper's results are for the whole dataset

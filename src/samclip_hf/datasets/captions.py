@@ -27,7 +27,7 @@ def open_captions(name: str, root: str | Path) -> DataSet[CaptionedImage]:
             - "hf://owner/name", with one column of images and one of captions;
             - a folder or a glob of webdataset tars with jpg and txt files, one caption per line.
         root (`str` or `Path`):
-            The folder of the data sets with names, and of relative paths.
+            The folder of the datasets with names, and of relative paths.
 
     Raises:
         FileNotFoundError: A file is missing. The message has the expected layout.

@@ -39,7 +39,7 @@ def open_classification(name: str, root: str | Path, split: Split = "val") -> Da
               folders, by number if all their names are numbers. Without it, the folders' names are the classes';
             - a folder or a glob of webdataset tars with jpg and json files, `{"label": int, "name": str}`.
         root (`str` or `Path`):
-            The folder of the data sets with names, and of relative paths.
+            The folder of the datasets with names, and of relative paths.
         split (`"train"` or `"val"`, *optional*, defaults to `"val"`):
             The split of "imagenet" or "places365".
 

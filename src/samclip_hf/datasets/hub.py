@@ -14,7 +14,7 @@ from .samples import Sample, read_image
 
 class HubSplit(NamedTuple):
     """
-    A split of a data set on the Hub.
+    A split of a dataset on the Hub.
 
     name (`str`):
         The name that it was opened with.
@@ -57,7 +57,7 @@ class HubSamples:
 
 def open_hub(name: str) -> HubSplit:
     """
-    Opens a split of a data set on the Hub.
+    Opens a split of a dataset on the Hub.
 
     Args:
         name (`str`):
@@ -65,7 +65,7 @@ def open_hub(name: str) -> HubSplit:
             if there are several; and `classes`, a json file of class names, required for segmentation.
 
     Raises:
-        ValueError: There is no such data set or split, or an option is unknown.
+        ValueError: There is no such dataset or split, or an option is unknown.
     """
     path, _, query = name.removeprefix(HUB_PREFIX).partition("?")
     options = dict(parse_qsl(query))

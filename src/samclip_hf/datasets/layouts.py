@@ -1,4 +1,4 @@
-"""Layouts of common data sets, and functions that find files or raise an error with the expected layout."""
+"""Layouts of common datasets, and functions that find files or raise an error with the expected layout."""
 
 import glob
 import json
@@ -19,11 +19,11 @@ IMAGE_EXTENSIONS = (
         if name in Image.OPEN and extension not in _PREFERRED_EXTENSIONS
     ),
 )
-HUB_PREFIX = "hf://"  # of names of data sets on the Hub: "hf://owner/name?config=...&split=...&classes=..."
+HUB_PREFIX = "hf://"  # of names of datasets on the Hub: "hf://owner/name?config=...&split=...&classes=..."
 
-Split = Literal["train", "val"]  # of data sets with a name in `LAYOUTS`; a path is a split of its own
+Split = Literal["train", "val"]  # of datasets with a name in `LAYOUTS`; a path is a split of its own
 
-# The expected files below `root` of each data set with a name, and where to get them.
+# The expected files below `root` of each dataset with a name, and where to get them.
 LAYOUTS = {
     "imagenet": "imagenet/val/<WordNet id>/*.JPEG, the validation images of ILSVRC2012 from https://image-net.org",
     "imagenet-v2": "imagenetv2-matched-frequency-format-val/<0 to 999>/*.jpeg, from "
@@ -56,7 +56,7 @@ LAYOUTS |= {"voc20": LAYOUTS["voc21"], "context59": LAYOUTS["context60"], "objec
 
 
 def layout_of(name: str, split: Split = "val", default: str = "") -> str:
-    """Returns the expected layout of a data set's split, or `default` for a name that is not in `LAYOUTS`."""
+    """Returns the expected layout of a dataset's split, or `default` for a name that is not in `LAYOUTS`."""
     layout = LAYOUTS.get(name, default)
     return f"the training images in place of these: {layout}" if split == "train" and name in LAYOUTS else layout
 

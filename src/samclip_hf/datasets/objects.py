@@ -23,7 +23,7 @@ def open_objects(name: str, root: str | Path, detections: str | Path | None = No
             - "coco" (val2017) or "lvis" (v1 val), below `root`;
             - a folder or a glob of tars in SA-1B's format, with jpg and json files. All objects get the category 1.
         root (`str` or `Path`):
-            The folder of the data sets with names, and of relative paths.
+            The folder of the datasets with names, and of relative paths.
         detections (`str` or `Path`, *optional*):
             A detector's results in COCO's format: a list of `{"image_id", "category_id", "bbox", "score"}`.
 
@@ -33,7 +33,7 @@ def open_objects(name: str, root: str | Path, detections: str | Path | None = No
 
     Raises:
         FileNotFoundError: A file is missing. The message has the expected layout.
-        ValueError: Annotations or detections are of images or categories that are not in the data set.
+        ValueError: Annotations or detections are of images or categories that are not in the dataset.
     """
     if name in ("coco", "lvis"):
         samples, description = _open_coco(name, Path(root))

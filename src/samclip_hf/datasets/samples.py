@@ -32,7 +32,7 @@ class Sample:
 class LabeledImage(Sample):
     """
     label (`int`):
-        Index of the class in the data set's `names`.
+        Index of the class in the dataset's `names`.
     """
 
     label: int
@@ -52,7 +52,7 @@ class CaptionedImage(Sample):
 class SegmentedImage(Sample):
     """
     label_map (`Callable[[], numpy.ndarray]`):
-        Reads integers of shape `(height, width)`: indices in the data set's `names`, or `IGNORE_INDEX`.
+        Reads integers of shape `(height, width)`: indices in the dataset's `names`, or `IGNORE_INDEX`.
     """
 
     label_map: Callable[[], np.ndarray]
@@ -103,6 +103,6 @@ class DataSet(Generic[SampleType]):
 
 
 def read_image(source, max_pixels: int | None = None) -> Image.Image:
-    """Reads an image of a data set as [`open_image`] does, without its EXIF orientation: annotations are of the pixels
+    """Reads an image of a dataset as [`open_image`] does, without its EXIF orientation: annotations are of the pixels
     as they are stored."""
     return open_image(source, apply_orientation=False, max_pixels=max_pixels)

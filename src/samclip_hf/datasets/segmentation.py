@@ -45,9 +45,9 @@ def open_segmentation(name: str, root: str | Path, split: Split = "val") -> Data
             - a folder with `images/` and `labels/`, png files of the same stems. Their values are indices in the list
               of classes in `classes.json` of the folder or of its parent, or 255, which is ignored.
         root (`str` or `Path`):
-            The folder of the data sets with names, and of relative paths.
+            The folder of the datasets with names, and of relative paths.
         split (`"train"` or `"val"`, *optional*, defaults to `"val"`):
-            The split of a data set with a name.
+            The split of a dataset with a name.
 
     Raises:
         FileNotFoundError: A file is missing. The message has the expected layout.

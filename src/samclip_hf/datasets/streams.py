@@ -51,7 +51,7 @@ REMEDIES = {
 }
 MAX_RETRIES = 5  # of a remote read, after 1, 2, 4, 8 and 16 s
 ACCEPTED_NAMES = (
-    "Pass a folder, a glob such as 'photos/*.tar', 'hf://datasets/owner/name/*.tar', the name of a data set on the "
+    "Pass a folder, a glob such as 'photos/*.tar', 'hf://datasets/owner/name/*.tar', the name of a dataset on the "
     "Hub, or 'miniature'."
 )
 
@@ -148,7 +148,7 @@ def _read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 
 class DatasetShards:
-    """Shards of a streaming data set of `datasets`: parquet and image files, data sets on the Hub, the miniature.
+    """Shards of a streaming dataset of `datasets`: parquet and image files, datasets on the Hub, the miniature.
     Skipped rows are read and discarded."""
 
     def __init__(self, stream: IterableDataset, name: str, with_masks: bool, is_remote: bool = False):
@@ -286,9 +286,9 @@ def open_stream(
     Args:
         name (`str`):
             "miniature"; a folder of `.tar` files (webdataset, such as SA-1B), `.parquet` files or images; a glob of
-            such files, local or on the Hub (`hf://datasets/owner/name/*.tar`); or the name of a data set on the Hub.
+            such files, local or on the Hub (`hf://datasets/owner/name/*.tar`); or the name of a dataset on the Hub.
         split (`str`, *optional*, defaults to `"train"`):
-            The split of a data set on the Hub.
+            The split of a dataset on the Hub.
         with_masks (`bool`, *optional*, defaults to `False`):
             Whether samples need SA-1B's annotations.
         shard_fraction (`float`, *optional*, defaults to 1.0):

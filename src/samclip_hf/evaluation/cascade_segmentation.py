@@ -42,7 +42,7 @@ class CascadeSegmentation(LabelMapEvaluator):
         return {
             **super().describe(),
             "masks": f"everything mode, {self.generation or 'thresholds of the pipeline'}",
-            "crops": "a mask's box, the rest of it in CLIP's mean colour, padded to a square",
+            "crops": "a mask's box, the rest of it in CLIP's mean color, padded to a square",
         }
 
     def prepare(self, model: CascadeAdapter) -> None:

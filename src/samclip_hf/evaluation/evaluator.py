@@ -1,4 +1,4 @@
-"""The base classes of all evaluators, and the loop over a data set, which any number of processes can share."""
+"""The base classes of all evaluators, and the loop over a dataset, which any number of processes can share."""
 
 import itertools
 import time
@@ -68,7 +68,7 @@ class Evaluator(ABC):
 
 class SampleEvaluator(Evaluator, Generic[SampleType]):
     """
-    Base class of evaluators that process a data set sample by sample. A subclass annotates the kind of model that its
+    Base class of evaluators that process a dataset sample by sample. A subclass annotates the kind of model that its
     `applies_to` accepts.
 
     data (`DataSet`):

@@ -24,7 +24,7 @@ class Probing(Evaluator):
     states both.
 
     train, test (`DataSet`):
-        Data sets of known length, with the same classes and different images. `ValueError` otherwise.
+        Datasets of known length, with the same classes and different images. `ValueError` otherwise.
     size (`int`):
         Side in pixels of the squares that images are stretched to. A SAM uses its own size, the only one it accepts.
     seed (`int`, *optional*, defaults to 0):

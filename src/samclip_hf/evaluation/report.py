@@ -84,7 +84,7 @@ class Results:
 
     def markdown(self) -> str:
         """Returns a table with the models in columns, without metrics of single classes. If the paper reports a metric
-        and the whole data set was evaluated, the table has the paper's SAM-CLIP, and the difference for each
+        and the whole dataset was evaluated, the table has the paper's SAM-CLIP, and the difference for each
         SAM-CLIP."""
         tasks = self.content["tasks"]
         names = list(dict.fromkeys(name for task in tasks.values() for name in task["models"]))

@@ -1,4 +1,4 @@
-"""Lists of classes: those of common data sets, and those that users write."""
+"""Lists of classes: those of common datasets, and those that users write."""
 
 import json
 from collections import Counter
