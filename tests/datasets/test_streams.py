@@ -105,7 +105,7 @@ def test_a_stream_with_embeddings_adds_them_to_its_samples(photos):
     with_embeddings = stream.with_embeddings(Embeddings())
     rows = with_embeddings.read(0)
     assert [sample["embeds"] for _, sample in (next(rows), next(rows), next(rows))] == [0, 1, 2]
-    with pytest.raises(DataError, match="its stored embedding is of another sample"):
+    with pytest.raises(DataError, match="its stored embedding is that of another sample"):
         next(rows)
     assert "embeds" not in next(stream.read(0))[1]
     assert with_embeddings.complement().embeddings is with_embeddings.embeddings

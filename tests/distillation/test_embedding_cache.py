@@ -163,7 +163,7 @@ def test_data_that_changed_after_embedding_raise(arguments, tmp_path):
     write_tar(tmp_path / "0.tar", {"0.jpg": jpeg(0), "other.jpg": jpeg(1)})
     stream = open_stream(str(tmp_path / "0.tar"))
     (stream,) = EmbeddingCache(tmp_path / "cache").attach([stream])
-    with pytest.raises(DataError, match=r"Row 1 of .*is '0/other', but its stored embedding is of another sample"):
+    with pytest.raises(DataError, match=r"Row 1 of .*but its stored embedding is that of another sample"):
         list(stream.read(0))
 
 

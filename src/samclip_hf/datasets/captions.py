@@ -27,10 +27,10 @@ def open_captions(name: str, root: str | Path) -> DataSet[CaptionedImage]:
             - "hf://owner/name", with one column of images and one of captions;
             - a folder or a glob of webdataset tars with jpg and txt files, one caption per line.
         root (`str` or `Path`):
-            The folder of the datasets with names, and of relative paths.
+            The folder that contains the named datasets and that relative paths refer to.
 
     Raises:
-        FileNotFoundError: A file is missing. The message has the expected layout.
+        FileNotFoundError: A file is missing. The message states the expected layout.
         ValueError: An image has no caption.
     """
     if name.startswith(HUB_PREFIX):
@@ -86,7 +86,7 @@ def _open_hub(name: str) -> DataSet[CaptionedImage]:
 
 
 def _is_text(feature: Any) -> bool:
-    """Whether a column holds a text or a list of texts."""
+    """Whether a column contains a text or a list of texts."""
     inner = feature.feature if isinstance(feature, List) else feature
     return isinstance(inner, Value) and inner.dtype in ("string", "large_string")
 

@@ -35,16 +35,17 @@ def open_classification(name: str, root: str | Path, split: Split = "val") -> Da
         name (`str`):
             - "imagenet", "imagenet-v2" or "places365", below `root`;
             - "hf://owner/name", with one column of images and one of type `ClassLabel`;
-            - a folder with one folder of images per class. `classes.json` in it names the classes in the order of the
-              folders, by number if all their names are numbers. Without it, the folders' names are the classes';
+            - a folder with a subfolder of images for each class. An optional `classes.json` lists the class names in
+              the order of the subfolders: by number if all names of subfolders are numbers, otherwise alphabetical.
+              Without it, the class names are the names of the subfolders;
             - a folder or a glob of webdataset tars with jpg and json files, `{"label": int, "name": str}`.
         root (`str` or `Path`):
-            The folder of the datasets with names, and of relative paths.
+            The folder that contains the named datasets and that relative paths refer to.
         split (`"train"` or `"val"`, *optional*, defaults to `"val"`):
             The split of "imagenet" or "places365".
 
     Raises:
-        FileNotFoundError: A file is missing. The message has the expected layout.
+        FileNotFoundError: A file is missing. The message states the expected layout.
         ValueError: Folders and classes do not match, or a sample is incomplete.
     """
     if name.startswith(HUB_PREFIX):
@@ -63,7 +64,7 @@ def _open_imagenet(name: str, root: str | Path, split: Split) -> DataSet[Labeled
     assert vocabulary.ids is not None
     is_v2 = name == "imagenet-v2"
     if is_v2 and split == "train":
-        raise ValueError("imagenet-v2 has no training images: use those of imagenet.")
+        raise ValueError("imagenet-v2 has no training images. Use those of imagenet.")
     folder = Path(root, "imagenetv2-matched-frequency-format-val" if is_v2 else f"imagenet/{split}")
     classes = [str(number) for number in range(1000)] if is_v2 else vocabulary.ids
     for path in [folder, *(folder / class_folder for class_folder in classes)]:
@@ -113,7 +114,9 @@ def _open_places365(folder: Path, split: Split) -> DataSet[LabeledImage]:
         classes[label] = " ".join([*attributes, place]).replace("_", " ")
     names = [[classes[label]] for label in sorted(classes)]
     if sorted(classes) != list(range(len(classes))):
-        raise ValueError(f"{folder / 'categories_places365.txt'} does not number its classes from 0.")
+        raise ValueError(
+            f"The class numbers in {folder / 'categories_places365.txt'} must be consecutive and start at 0."
+        )
     samples = []
     for file_name, label in _read_pairs(require(file, layout)):
         if label not in classes:

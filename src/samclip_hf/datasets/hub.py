@@ -21,13 +21,13 @@ class HubSplit(NamedTuple):
     path (`str`):
         The name without prefix and options.
     rows (`IterableDataset`):
-        Its rows, with undecoded images.
+        The rows of the split, with undecoded images.
     image_columns (`list[str]`):
         The columns with images.
     options (`dict[str, str]`):
         The options in the name: `config`, `split` and `classes`.
     description (`dict`):
-        What the results state about the data.
+        Description of the data for the results.
     """
 
     name: str
@@ -45,7 +45,7 @@ class HubSplit(NamedTuple):
 
 
 class HubSamples:
-    """The samples that `build(key, row)` makes of the rows of a split. Each iteration streams the rows again."""
+    """The samples of a split: `build(key, row)` for each row. Each iteration streams the rows again."""
 
     def __init__(self, split: HubSplit, build: Callable[[str, dict[str, Any]], Sample]):
         self.rows, self.path, self.build = split.rows, split.path, build

@@ -21,9 +21,9 @@ IMAGE_EXTENSIONS = (
 )
 HUB_PREFIX = "hf://"  # of names of datasets on the Hub: "hf://owner/name?config=...&split=...&classes=..."
 
-Split = Literal["train", "val"]  # of datasets with a name in `LAYOUTS`; a path is a split of its own
+Split = Literal["train", "val"]  # of datasets in `LAYOUTS`; a path has no splits
 
-# The expected files below `root` of each dataset with a name, and where to get them.
+# The expected files of each named dataset in the folder `root`, and where to get them.
 LAYOUTS = {
     "imagenet": "imagenet/val/<WordNet id>/*.JPEG, the validation images of ILSVRC2012 from https://image-net.org",
     "imagenet-v2": "imagenetv2-matched-frequency-format-val/<0 to 999>/*.jpeg, from "
@@ -58,7 +58,7 @@ LAYOUTS |= {"voc20": LAYOUTS["voc21"], "context59": LAYOUTS["context60"], "objec
 def layout_of(name: str, split: Split = "val", default: str = "") -> str:
     """Returns the expected layout of a dataset's split, or `default` for a name that is not in `LAYOUTS`."""
     layout = LAYOUTS.get(name, default)
-    return f"the training images in place of these: {layout}" if split == "train" and name in LAYOUTS else layout
+    return f"the training images instead of these: {layout}" if split == "train" and name in LAYOUTS else layout
 
 
 def require(path: Path, layout: str) -> Path:
@@ -79,7 +79,8 @@ def find_folder(name: str, root: str | Path, layout: str) -> Path:
 
 
 def find_tars(name: str, root: str | Path) -> list[Path]:
-    """Returns the tars of a folder, a glob or a path, absolute or below `root`. Empty if there are none."""
+    """Returns the tars of a folder, a glob or a path, which are absolute or relative to `root`. Empty if there are
+    none."""
     for place in (name, str(Path(root, name))):
         files = [Path(file) for file in sorted(glob.glob(f"{place}/*.tar" if Path(place).is_dir() else place))]
         if tars := [file for file in files if file.suffix == ".tar" and file.is_file()]:
@@ -109,7 +110,7 @@ def read_json(file: Path) -> Any:
 
 
 def parse_json(content: bytes, source: str) -> Any:
-    """Parses JSON. Raises `ValueError` with the name of its source if it is invalid."""
+    """Parses JSON. Raises a `ValueError` that names the source if it is invalid."""
     try:
         return json.loads(content)
     except ValueError as error:
@@ -117,7 +118,7 @@ def parse_json(content: bytes, source: str) -> Any:
 
 
 def get(content: Any, key: str, source: str | Path) -> Any:
-    """Returns `content[key]`. Raises `ValueError` with the name of its source if the key is missing."""
+    """Returns `content[key]`. Raises a `ValueError` that names the source if the key is missing."""
     if not isinstance(content, dict) or key not in content:
         raise ValueError(f"{source} has no {key!r} in {textwrap.shorten(str(content), 100)}.")
     return content[key]

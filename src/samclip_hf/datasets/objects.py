@@ -23,16 +23,16 @@ def open_objects(name: str, root: str | Path, detections: str | Path | None = No
             - "coco" (val2017) or "lvis" (v1 val), below `root`;
             - a folder or a glob of tars in SA-1B's format, with jpg and json files. All objects get the category 1.
         root (`str` or `Path`):
-            The folder of the datasets with names, and of relative paths.
+            The folder that contains the named datasets and that relative paths refer to.
         detections (`str` or `Path`, *optional*):
             A detector's results in COCO's format: a list of `{"image_id", "category_id", "bbox", "score"}`.
 
     Returns:
-        `DataSet`: Its description has `"categories"`, the list of the annotation file, if there is one, and `"boxes"`,
-        the file name of the detections, if they are given.
+        `DataSet`: The description contains `"categories"`, the list in the annotation file, if there is one, and
+        `"boxes"`, the file name of the detections, if they are given.
 
     Raises:
-        FileNotFoundError: A file is missing. The message has the expected layout.
+        FileNotFoundError: A file is missing. The message states the expected layout.
         ValueError: Annotations or detections are of images or categories that are not in the dataset.
     """
     if name in ("coco", "lvis"):
@@ -102,7 +102,7 @@ def _read_sa1b_objects(sample: TarSample) -> list[dict]:
 
 
 def _read_detections(file: Path, image_ids: Iterable[Any], categories: set[int]) -> dict[Any, list[dict]]:
-    """Returns the detections of each image that has any."""
+    """Returns the detections by image id. Images without detections are left out."""
     known_images = set(image_ids)
     by_image = defaultdict(list)
     for detection in read_json(require(file, "detections in COCO's result format")):

@@ -1,6 +1,6 @@
 """
-Samples of evaluation sets: images and their annotations. Samples decode nothing until their functions are called, so
-that a process can skip the samples of other processes at no cost.
+Samples of evaluation sets: images and their annotations. Files are read and decoded only when the functions of a
+sample are called, so that a process can skip the samples of other processes at no cost.
 """
 
 from collections.abc import Callable, Iterable
@@ -12,7 +12,7 @@ from PIL import Image
 
 from ..images import open_image
 
-IGNORE_INDEX = 255  # in label maps: pixels that do not count
+IGNORE_INDEX = 255  # in label maps: pixels that are not evaluated
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class DataSet(Generic[SampleType]):
     background (`list[str]`, *optional*):
         Texts that describe the background, if label 0 is background. `names[0]` is then `["background"]`.
     description (`dict`):
-        What the results state about the data: path, split, source of the names.
+        Description of the data for the results: path, split, source of the names.
     """
 
     name: str

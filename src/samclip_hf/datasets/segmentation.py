@@ -30,7 +30,7 @@ from .vocabularies import Vocabulary, describe_shared_names, load_vocabulary, re
 SEGMENTATION_NAMES = "voc20, voc21, context59, context60, ade150, stuff171, object81, panoptic133, cityscapes"
 LABEL_MAPS = "a folder with images/, labels/ (png of the same stems) and, in it or in its parent, classes.json"
 COCO_STUFF_VALUES = range(182)  # in stuffthingmaps; some of them are unused
-CITYSCAPES_VALUES = range(35)  # in labelIds files; 19 of them are evaluated. 255 is -1, the license plate
+CITYSCAPES_VALUES = range(35)  # in labelIds files; 19 of them are evaluated. 255 stands for -1, license plates
 
 
 def open_segmentation(name: str, root: str | Path, split: Split = "val") -> DataSet[SegmentedImage]:
@@ -45,13 +45,13 @@ def open_segmentation(name: str, root: str | Path, split: Split = "val") -> Data
             - a folder with `images/` and `labels/`, png files of the same stems. Their values are indices in the list
               of classes in `classes.json` of the folder or of its parent, or 255, which is ignored.
         root (`str` or `Path`):
-            The folder of the datasets with names, and of relative paths.
+            The folder that contains the named datasets and that relative paths refer to.
         split (`"train"` or `"val"`, *optional*, defaults to `"val"`):
-            The split of a dataset with a name.
+            The split of a named dataset.
 
     Raises:
-        FileNotFoundError: A file is missing. The message has the expected layout.
-        ValueError: Images and label maps do not match. Reading a label map raises it if the map has unknown values, or
+        FileNotFoundError: A file is missing. The message states the expected layout.
+        ValueError: Images and label maps do not match. Also raised when a label map is read that has unknown values or
             another size than its image.
     """
     if name.startswith(HUB_PREFIX):
@@ -170,8 +170,8 @@ def _open_panoptic(coco: Path, split: Split) -> DataSet[SegmentedImage]:
 
 
 def _pair(images: Path, label_maps: Path, layout: str) -> list[tuple[Path, Path]]:
-    """Pairs the images and the label maps of two folders by their stems. Raises `ValueError` for stems that one folder
-    lacks, or has twice."""
+    """Pairs the images and the label maps of two folders by their stems. Raises `ValueError` if a stem is missing in
+    one folder or occurs twice."""
     image_paths = sorted(list_images(require(images, layout), layout), key=lambda path: path.stem)
     map_paths = sorted(list_images(require(label_maps, layout), layout), key=lambda path: path.stem)
     if unpaired := {path.stem for path in image_paths} ^ {path.stem for path in map_paths}:

@@ -2,8 +2,8 @@
 Training streams: undecoded images, and masks in SA-1B's format, from tars, parquet files, folders, the Hub or the
 miniature.
 
-A stream has shards, and each shard can be read from any row. Resuming after an interruption does not read the rows
-before it again. Nothing is loaded as a whole, and images are decoded one at a time.
+A stream has shards, and each shard can be read from any row, so that a resumed training does not read earlier rows
+again. No dataset is loaded completely, and images are decoded one at a time.
 """
 
 import glob
@@ -61,7 +61,7 @@ class DataError(ValueError):
 
 
 class SkippedSampleError(ValueError):
-    """A sample cannot be used. The message is the cause that it is counted under."""
+    """A sample cannot be used. The message is the cause under which it is counted."""
 
 
 class Shards(Protocol):
@@ -71,7 +71,7 @@ class Shards(Protocol):
     names (`list[str]`):
         A name for each shard.
     is_remote (`bool`):
-        Whether the shards are read over a network, where a failed read is worth another try.
+        Whether the shards are read over a network. Failed reads are then retried.
     """
 
     names: list[str]
@@ -98,7 +98,7 @@ class TarShards:
     [`image_rank`] says which of them is the image. Skipped rows of a local tar are not read; a remote tar is read from
     its start.
 
-    A tar that is truncated between two files reads as complete, as in Python's `tarfile`.
+    A tar that is truncated between two files cannot be distinguished from a complete one, as in Python's `tarfile`.
     """
 
     def __init__(self, names: list[str], with_masks: bool):
@@ -193,15 +193,15 @@ def _read_url(url: str) -> bytes | None:
 
 class Stream:
     r"""
-    The samples of some shards, either without those held out for evaluation, or only those. Whether a sample is held
-    out depends on its key alone, so that it is the same in every stage and run.
+    The samples of some shards: either those for training or those held out for evaluation. Whether a sample is held
+    out depends on its key alone, so it is the same in every stage and run.
 
     shards ([`Shards`]):
         The source.
     eval_fraction (`float`, *optional*, defaults to 0.0):
         The fraction of the samples that is held out.
     held_out (`bool`, *optional*, defaults to `False`):
-        Whether the stream has the held-out samples instead of the others.
+        Whether the stream contains the held-out samples instead of those for training.
     embeddings ([`ShardEmbeddings`], *optional*):
         Embeddings to add to each sample as `embeds`.
     """
@@ -241,7 +241,7 @@ class Stream:
         cannot be read, it yields one sample without an image, whose `cause` is `UNREADABLE_SHARD`, and logs the error.
 
         Raises:
-            DataError: The stored embeddings are of other samples.
+            DataError: The stored embeddings belong to other samples.
         """
         row, failures = start, 0
         keys, embeds = self.embeddings.read(shard) if self.embeddings is not None else ([], None)
@@ -252,7 +252,7 @@ class Stream:
                         if number >= len(keys) or keys[number] != sample["key"]:
                             raise DataError(
                                 f"Row {number} of {self.shards.names[shard]} is {sample['key']!r}, but its stored "
-                                "embedding is of another sample: the embedding cache was computed for other data. "
+                                "embedding is that of another sample: the cache was computed for other data. "
                                 "Compute it again."
                             )
                         sample["embeds"] = embeds[number]
@@ -295,11 +295,11 @@ def open_stream(
             The fraction of the tars to use, at least one tar. They are chosen at random, but always the same ones. The
             paper uses 5.7 % of SA-1B.
         eval_fraction (`float`, *optional*, defaults to 0.0):
-            The fraction of the samples that is held out, see [`Stream`]. `stream.complement()` has them.
+            The fraction of the samples that is held out, see [`Stream`]. `stream.complement()` contains them.
 
     Raises:
-        FileNotFoundError: There are no data.
-        ValueError: The data cannot be read, or have no images or no annotations.
+        FileNotFoundError: There is no data.
+        ValueError: The data cannot be read, or has no images or no annotations.
     """
     try:
         shards = _find_shards(name, split, with_masks)
@@ -314,11 +314,11 @@ def open_stream(
         remedies = [REMEDIES[sample["cause"]] for sample in first if sample.get("cause") in REMEDIES]
         if remedies:
             raise ValueError(f"{name!r} has no usable images, such as {first[0]['key']!r}: {remedies[0]}")
-        raise ValueError(f"{name!r} has no images: its first samples, such as {first[0]['key']!r}, are without.")
+        raise ValueError(f"{name!r} has no images: its first samples, such as {first[0]['key']!r}, have none.")
     if with_masks and all(_has_no_annotations(sample) for sample in first):
         raise ValueError(
             f"{name!r} has no json files with SA-1B's annotations: its first samples, such as {first[0]['key']!r}, "
-            "are without. The files of a sample must follow each other in a tar, which GNU tar's --sort=name does."
+            "have none. The files of a sample must follow each other in a tar, which GNU tar's --sort=name does."
         )
     if shard_fraction < 1:
         if not isinstance(shards, TarShards):

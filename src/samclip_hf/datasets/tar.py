@@ -34,7 +34,7 @@ class SampleFile(NamedTuple):
     extension (`str`):
         The rest of the base name in lower case, without the dot.
     member (`tarfile.TarInfo`):
-        Where the content is. A link has no content: its `isfile()` is false.
+        The location of the content. A link has no content: its `isfile()` is false.
     """
 
     sample: str

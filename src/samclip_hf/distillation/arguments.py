@@ -114,8 +114,8 @@ class SamClipTrainingArguments(TrainingArguments):
     clip_embedding_cache: str | None = field(
         default=None,
         metadata={
-            "help": "Folder with precomputed embeddings of the CLIP teacher, the output of `samclip embed`. The "
-            "teacher is then not run; a new model still gets its text tower."
+            "help": "Folder with precomputed embeddings of the CLIP teacher, the output of `samclip embed`. They "
+            "replace the teacher's forward pass; a new model still contains its text tower."
         },
     )
     clip_head_layers: int = field(
@@ -194,8 +194,8 @@ class SamClipTrainingArguments(TrainingArguments):
         metadata={
             "help": "Resolutions of the student's images for the SAM loss in pixels. One is drawn for each optimizer "
             "step. By default the teacher's resolution only, as in the paper. If the resolutions of both losses do "
-            "not overlap, the student may learn SAM's features at one resolution and CLIP's at another: other values "
-            "here, or SAM's resolution in clip_resolutions, counteract this."
+            "not overlap, the student may learn SAM's features at one resolution and CLIP's at another. Add "
+            "resolutions of clip_resolutions here, or SAM's resolution to clip_resolutions, to prevent this."
         },
     )
     masks_per_image: int = field(
@@ -219,15 +219,15 @@ class SamClipTrainingArguments(TrainingArguments):
     shuffle_buffer: int = field(
         default=1000,
         metadata={
-            "help": "Number of samples of clip_data that are shuffled together, in all processes. They are held in "
+            "help": "Number of samples of clip_data that are shuffled together, in all processes. They are stored in "
             "memory undecoded."
         },
     )
     sam_shuffle_buffer: int = field(
         default=200,
         metadata={
-            "help": "Number of samples of sam_data that are shuffled together, in all processes. Samples of SA-1B "
-            "have about one megabyte each."
+            "help": "Number of samples of sam_data that are shuffled together, in all processes. A sample of SA-1B "
+            "takes about one megabyte."
         },
     )
     sam_loss_weight: float = field(
@@ -239,8 +239,8 @@ class SamClipTrainingArguments(TrainingArguments):
     encoder_lr_multiplier: float = field(
         default=0.1,
         metadata={
-            "help": "Learning rate of image encoder and mask decoder, relative to learning_rate, which is the CLIP "
-            "head's (paper: 0.1)."
+            "help": "Learning rate of image encoder and mask decoder, relative to that of the CLIP head, which is "
+            "learning_rate (paper: 0.1)."
         },
     )
     skip_step_grad_norm: float = field(
@@ -260,8 +260,8 @@ class SamClipTrainingArguments(TrainingArguments):
     eval_batches: int = field(
         default=8,
         metadata={
-            "help": "Number of held-out micro-batches of an evaluation, the same in every evaluation. eval_strategy "
-            "and eval_steps determine when to evaluate."
+            "help": "Number of held-out micro-batches of an evaluation. Every evaluation uses the same ones. "
+            "eval_strategy and eval_steps set when to evaluate."
         },
     )
     eval_prompts: list[str] = field(
@@ -272,10 +272,12 @@ class SamClipTrainingArguments(TrainingArguments):
         },
     )
     remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Must be false: this package builds batches."}
+        default=False, metadata={"help": "Must be false: this package builds the batches."}
     )
-    dataloader_drop_last: bool = field(default=False, metadata={"help": "No effect: the data are endless streams."})
-    ignore_data_skip: bool = field(default=True, metadata={"help": "Must be true: streams resume by themselves."})
+    dataloader_drop_last: bool = field(default=False, metadata={"help": "No effect: the data is an endless stream."})
+    ignore_data_skip: bool = field(
+        default=True, metadata={"help": "Must be true: streams resume from the positions in the checkpoint."}
+    )
     save_total_limit: int | None = field(default=2, metadata={"help": "Number of checkpoints to keep."})
 
     def __post_init__(self):

@@ -37,7 +37,7 @@ class RunningAverages:
 
     @contextlib.contextmanager
     def isolate(self) -> Iterator[None]:
-        """Inside of the context, averages start from zero. What is recorded there is discarded at its end."""
+        """Context in which averages start from zero. Values that are recorded in it are discarded at its end."""
         sums, counts = self._sums, self._counts
         self._sums, self._counts = defaultdict(float), defaultdict(int)
         try:

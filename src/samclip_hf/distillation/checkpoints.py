@@ -78,6 +78,7 @@ def merge_loader_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def shards_checksum(names: Sequence[str]) -> str:
-    """Returns number and checksum of the file names of shards, without their folder, which may change."""
+    """Returns the number and the checksum of the file names of shards. Folders are excluded, because they may
+    change."""
     checksum = zlib.crc32(repr([Path(name).name for name in names]).encode())
-    return f"{len(names)} of checksum {checksum:08x}"
+    return f"{len(names)} of checksum {checksum:08x}"  # checkpoints contain this text, and resuming compares it

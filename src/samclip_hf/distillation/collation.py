@@ -1,9 +1,9 @@
 """
 Micro-batches from samples: crops, prompts, batches.
 
-The samples of an optimizer step follow from the seed alone, for any number of processes and data loader workers (see
-`sampling.py`). The random decisions about a sample follow from (seed, epoch, key of the sample), those about a step
-from (seed, step).
+The samples of an optimizer step depend on the seed alone, not on the number of processes and data loader workers (see
+`sampling.py`). The random decisions about a sample depend on (seed, epoch, key of the sample), those about a step on
+(seed, step).
 """
 
 import atexit
@@ -42,8 +42,9 @@ logger = logging.get_logger(__name__)
 
 class TaskBatches(Protocol):
     """
-    Protocol for the batches of a task, for which the trainer has a loss. [`ClipBatches`] and [`SamBatches`] implement
-    it. An implementation is a dataclass: the evaluation replaces its `streams` and its `shuffle_buffer`.
+    Interface of the batches of a task. [`ClipBatches`] and [`SamBatches`] implement it. The trainer has a loss for
+    each task. An implementation must be a dataclass, because the evaluation replaces its `streams` and
+    `shuffle_buffer`.
     """
 
     streams: list[Stream]
@@ -51,16 +52,16 @@ class TaskBatches(Protocol):
     shuffle_buffer: int
 
     def step_settings(self, rng: np.random.Generator) -> dict[str, Any]:
-        """Draws the settings of an optimizer step: `num_samples`, the number of samples of a process, and the settings
-        that all samples of the step have in common, which are arguments of `sample` and `placeholder`."""
+        """Draws the settings of an optimizer step: `num_samples`, the number of samples for each process, and the
+        settings that all samples of the step have in common, which are passed to `sample` and `placeholder`."""
 
     def sample(self, raw: dict[str, Any], seed: int, epoch: int, *args: Any, **settings: Any) -> dict[str, np.ndarray]:
-        """Makes the arrays of a sample from the content of the stream. One of them is `images`. Arrays whose names end
-        in `images` have their channels last. Raises [`SkippedSampleError`] if the sample cannot be used."""
+        """Returns the arrays of a sample of the stream by name. One of them is `images`. Arrays whose names end in
+        `images` have the channels last. Raises [`SkippedSampleError`] if the sample cannot be used."""
 
     def placeholder(self, *args: Any, **settings: Any) -> dict[str, np.ndarray]:
-        """Makes arrays of the same names and shapes for a batch without usable samples. Their loss is multiplied by
-        zero."""
+        """Returns arrays with the same names and shapes for a batch without usable samples. Their loss is multiplied
+        by zero."""
 
 
 @dataclass
@@ -76,7 +77,7 @@ class ClipBatches:
         teacher_image_size (`int`):
             Resolution of the teacher in pixels.
         batch_size (`int`):
-            Images of a process and micro-batch at the smallest of `image_sizes`, see [`num_images`].
+            Number of images for each process and micro-batch at the smallest of `image_sizes`, see [`num_images`].
         shuffle_buffer (`int`):
             Number of samples of a stream that are shuffled together, see [`Mixture`].
         min_crop_scale (`float`):
@@ -150,9 +151,9 @@ class SamBatches:
         student_image_sizes (`list[int]`):
             Resolutions of the student in pixels. One is drawn for each optimizer step.
         batch_size (`int`):
-            Images of a process and micro-batch.
+            Number of images for each process and micro-batch.
         masks_per_image (`int`):
-            Prompts of each image. Masks of an image with fewer masks are repeated.
+            Number of prompts for each image. If an image has fewer masks, they are repeated.
         max_box_noise (`float`):
             Largest noise of a box in pixels of the model's input.
         shuffle_buffer (`int`):
@@ -231,8 +232,8 @@ def _pad(image: Image.Image, size: int) -> tuple[np.ndarray, tuple[int, int]]:
 
 class StepStream(torch.utils.data.IterableDataset):
     r"""
-    Endless micro-batches in parts: every data loader worker yields its part of each micro-batch, and [`StepLoader`]
-    joins the parts.
+    An endless stream of micro-batches in parts: every data loader worker yields its part of each micro-batch, and
+    [`StepLoader`] joins the parts.
 
     Args:
         tasks (`dict[str, TaskBatches]`):
@@ -240,7 +241,7 @@ class StepStream(torch.utils.data.IterableDataset):
         seed (`int`), num_readers (`int`):
             See [`Mixture`].
         gradient_accumulation_steps (`int`):
-            Number of micro-batches of an optimizer step. They share the settings of the step.
+            Number of micro-batches of an optimizer step. They have the same settings.
         rank, world_size (`int`):
             Index of this process and number of processes.
     """
@@ -270,7 +271,7 @@ class StepStream(torch.utils.data.IterableDataset):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         info = get_worker_info()
         worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
-        # Samples are dealt in turn to the processes, and those of a process in turn to its workers.
+        # Consecutive samples are assigned to the processes in turn, and those of a process to its workers in turn.
         consumer, num_consumers = self.rank + self.world_size * worker, self.world_size * num_workers
         mixtures = {
             name: Mixture(
@@ -358,8 +359,8 @@ class StepLoader:
         warn_of_shared_readers(stream, num_workers)
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Resumes from the `state` of a loader, also after a round trip through JSON, and also with another number of
-        processes or workers."""
+        """Resumes from the `state` of a loader, which may have been written to JSON. The number of processes or
+        workers may be different."""
         readers = {
             task: {name: Position(*position) for name, position in positions.items()}
             for task, positions in state["readers"].items()
@@ -437,8 +438,8 @@ class StepLoader:
 
 
 def furthest_positions(states: list[dict[str, dict[str, Position]]]) -> dict[str, dict[str, Position]]:
-    """Returns the furthest position of every reader of every task. A worker has old positions of the readers that
-    other workers use."""
+    """Returns the furthest position of every reader of every task. The positions that a worker has of readers of other
+    workers are outdated."""
     merged: dict[str, dict[str, Position]] = {name: {} for name in states[0]}
     for state in states:
         for task, positions in state.items():
@@ -473,7 +474,8 @@ def _stack(samples: dict[int, dict[str, np.ndarray]]) -> dict[str, Tensor]:
 
 
 def warn_of_shared_readers(stream: StepStream, num_workers: int) -> None:
-    """Logs a warning if several workers need samples of the same reader: each of them then reads its shards."""
+    """Logs a warning if several workers need samples of the same reader, because each of them then reads its
+    shards."""
     num_consumers = stream.world_size * max(1, num_workers)
     for name, task in stream.tasks.items():
         for number, source in enumerate(task.streams):

@@ -12,7 +12,8 @@ MAX_ATTEMPTS = 10  # as in torchvision's RandomResizedCrop
 
 
 def sample_rng(seed: int, epoch: int, key: str) -> np.random.Generator:
-    """Returns the random generator of a sample in an epoch. It does not depend on what was read before."""
+    """Returns the random generator of a sample in an epoch. It does not depend on the samples that were read
+    before."""
     return np.random.default_rng((seed, epoch, zlib.crc32(key.encode())))
 
 
@@ -51,7 +52,7 @@ def random_crop_box(
 
     The area is uniform between `min_scale` and 1 times the area of the image, the aspect ratio between 3:4 and 4:3 is
     uniform on a logarithmic scale. If no such box is found in an image with an extreme aspect ratio, the box is the
-    largest square, at a random place.
+    largest square, at a random position.
 
     Returns:
         `tuple[float, float, float, float]`: Left, upper, right and lower edge in pixels.

@@ -4,8 +4,8 @@ Training reads them with the images and does not run the teacher.
 
 A cache is a folder with `embedding_cache.json`, a [`CacheDescription`], and a parquet file for each shard of the data.
 A parquet file has a row for each sample of the shard, in the same order. Its columns are `key` and `embeds`, the
-float16 embeddings of `num_crops` crops of the sample one after the other, or NaN if the sample cannot be used. The
-crops are those of the first `num_crops` epochs of a training with the same seed. Training with a cache repeats them.
+concatenated float16 embeddings of `num_crops` crops of the sample, or NaN if the sample cannot be used. The crops are
+those of the first `num_crops` epochs of a training with the same seed. In later epochs, training repeats them.
 """
 
 import json
@@ -36,7 +36,7 @@ DEPRECATED_DESCRIPTION_NAME = "store.json"  # of version 0.1
 @dataclass
 class CacheDescription:
     """
-    Describes what was embedded. Caches with equal descriptions have equal embeddings.
+    Describes the contents of a cache. Caches with equal descriptions have equal embeddings.
 
     Args:
         teacher (`str`):
@@ -68,7 +68,7 @@ class CacheDescription:
 
 class EmbeddingCache:
     r"""
-    A complete embedding cache, to be used in place of a [`ClipTeacher`].
+    A complete embedding cache, which can replace a [`ClipTeacher`].
 
     Args:
         folder (`str` or `Path`):
@@ -160,7 +160,7 @@ def shard_path(folder: Path, number: int, shard: int) -> Path:
 
 
 def shard_names(stream: Stream) -> list[str]:
-    """Returns the file names of a stream's shards, without their folder, which may change."""
+    """Returns the file names of a stream's shards. Folders are excluded, because they may change."""
     return [Path(name).name for name in stream.shards.names]
 
 
@@ -273,8 +273,8 @@ def embed_shards(
             Number of data loader workers.
 
     Yields:
-        `dict[str, Any]`: After every batch: the number of its `samples`; `causes`, a list of the reasons why some
-        cannot be used; `is_last`, whether the batch completes its shard.
+        `dict[str, Any]`: For every batch: the number of its `samples`; `causes`, the cause for each sample that cannot
+        be used; `is_last`, whether the batch completes its shard.
     """
     missing = [shard for shard in shards if not shard_path(folder, *shard).is_file()]
     crops = ShardCrops(streams, missing, description, max(1, batch_size // description.num_crops))
@@ -302,7 +302,7 @@ def _embed(teacher: ClipTeacher, images: list[np.ndarray], device: torch.device)
     batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         embeds: Tensor = teacher(batch.to(device))
-    # The loss depends on the direction only. Values of unit vectors cannot overflow float16.
+    # The loss depends on the direction only, and values of unit vectors cannot overflow float16.
     return torch.nn.functional.normalize(embeds.float(), dim=-1).cpu().numpy().astype(np.float16)
 
 
@@ -315,5 +315,5 @@ def _write(path: Path, keys: list[str], embeds: np.ndarray) -> None:
 
 
 def no_collation(part: Any) -> Any:
-    """Returns its argument: `collate_fn` of a data loader that leaves numbers and counters as they are."""
+    """Returns its argument. As `collate_fn` of a data loader, it prevents the conversion of numbers to tensors."""
     return part

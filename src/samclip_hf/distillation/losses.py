@@ -16,7 +16,7 @@ def cosine_distillation_loss(student_embeds: Tensor, teacher_embeds: Tensor) -> 
 
     Args:
         student_embeds, teacher_embeds (`torch.Tensor` of shape `(batch_size, projection_dim)`):
-            Embeddings. They need not be normalized.
+            Embeddings, normalized or not.
 
     Returns:
         `dict[str, torch.Tensor]`: `cosine`, between 0 and 2.
@@ -43,13 +43,13 @@ def mask_distillation_loss(
     the ground truth. Here the target is the output of a frozen teacher ("as in SAM, adapted for distillation", section
     3), so three things differ:
 
-    - *Soft targets* t = sigmoid(teacher logit). The focal weight (1 - p_t)^2 of SAM and its dice denominator sum(p) +
-      sum(t) do not have their minimum at p = t for soft t. The weight |t - p|^2 (quality focal loss, Li et al., arXiv
-      2006.04388), which is equal for hard targets, and the denominator sum(p^2) + sum(t^2) (V-Net, arXiv 1606.04797)
-      do.
-    - *All masks* contribute, mask i of the student against mask i of the teacher. The mask tokens of the student start
-      as copies of the teacher's and have the same meaning (whole, part, subpart). With the lowest loss alone, the
-      other masks could drift.
+    - *Soft targets* t = sigmoid(teacher logit). With SAM's focal weight (1 - p_t)^2 and dice denominator sum(p) +
+      sum(t), the losses do not have their minimum at p = t for soft t. They have it with the weight |t - p|^2 (quality
+      focal loss, Li et al., arXiv 2006.04388), which is the same for hard targets, and with the denominator sum(p^2) +
+      sum(t^2) (V-Net, arXiv 1606.04797).
+    - *All masks* contribute: mask i of the student is compared with mask i of the teacher. The mask tokens of the
+      student start as copies of the teacher's and have the same meaning (whole, part, subpart). If only the lowest
+      loss was used, the other masks could drift.
     - The *IoU head* learns the prediction of the teacher, because there is no ground-truth mask.
 
     Args:

@@ -1,4 +1,4 @@
-"""The panel of an evaluation: the masks of teacher and student and the text similarity of a few held-out images."""
+"""The panel of an evaluation: masks of teacher and student, and the most similar texts, for a few held-out images."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,6 +1,6 @@
 """
-The provenance of a checkpoint: `provenance.json` in its folder records every training stage that led to it. The model
-card is written from it.
+The provenance of a checkpoint: `provenance.json` in its folder records all of its training stages. The model card is
+generated from it.
 """
 
 import json
@@ -45,7 +45,7 @@ def read(folder: str | Path) -> list[dict[str, Any]]:
 
 def write(args: SamClipTrainingArguments, metrics: dict[str, float], commits: dict[str, str | None]) -> None:
     """
-    Writes `provenance.json` into `args.output_dir`: the stages that led to `args.model`, and this one.
+    Writes `provenance.json` into `args.output_dir`: the stages of `args.model`, and this one.
 
     Args:
         args ([`SamClipTrainingArguments`]):

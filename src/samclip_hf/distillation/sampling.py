@@ -1,10 +1,10 @@
 """
 The order of training samples, which does not depend on the number of processes and data loader workers.
 
-Samples are numbered. A fixed number of readers takes the numbers in turn, and each reader reads its own shards one
-after the other. Processes and data loader workers divide the numbers among themselves: from a number follow its reader
-and its place in that reader's samples. A global batch therefore holds the same samples for any number of processes and
-workers, and training resumes from the positions of the readers.
+Samples are numbered. Consecutive numbers are assigned to a fixed number of readers in turn, and each reader reads its
+own shards one after the other. A number therefore determines its reader and its position among the samples of this
+reader. Processes and data loader workers divide the numbers among themselves, so a global batch contains the same
+samples for any number of processes and workers. Training resumes from the positions of the readers.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ import numpy as np
 
 from ..datasets.streams import DataError, Stream
 
-MAX_EMPTY_EPOCHS = 10  # in a row, before a reader raises; it reads other shards in every epoch
+MAX_EMPTY_EPOCHS = 10  # in a row, before a reader raises an error; it reads other shards in every epoch
 
 
 class Position(NamedTuple):
@@ -32,7 +32,7 @@ class ShardReader:
     r"""
     Reads one of `num_readers` disjoint parts of a stream, epoch after epoch.
 
-    In every epoch each shard belongs to one reader. The order of the shards follows from `(seed, epoch)`. The samples
+    In every epoch, each shard belongs to one reader. `(seed, epoch)` determines the order of the shards. The samples
     of a shard are shuffled in windows.
 
     Args:
@@ -45,7 +45,7 @@ class ShardReader:
         num_readers (`int`):
             Number of readers of the stream.
         window (`int`):
-            Number of samples that are shuffled together. They are held in memory undecoded.
+            Number of samples that are shuffled together. They are stored in memory undecoded.
         position (`Position`, *optional*):
             Position to resume from.
     """
@@ -120,7 +120,7 @@ class Mixture:
         seed (`int`):
             Seed of the order, see [`ShardReader`].
         num_readers (`int`):
-            Number of readers of each stream. A stream with fewer shards gets fewer, see [`count_readers`].
+            Number of readers of each stream. A stream with fewer shards has fewer readers, see [`count_readers`].
         shuffle_buffer (`int`):
             Number of samples of a stream that are shuffled together, in all of its readers.
         positions (`Mapping[str, Position]`):
@@ -144,8 +144,8 @@ class Mixture:
         self.streams, self.seed, self.num_readers = streams, seed, num_readers
         self.shuffle_buffer, self._start = shuffle_buffer, positions
         self._num_readers = [count_readers(stream, num_readers) for stream in streams]
-        # The stream of each turn, and the number of earlier turns of that stream in the period. A turn goes to the
-        # stream that is furthest behind its weight.
+        # The stream of each turn, and the number of earlier turns of that stream in the period. A turn is assigned to
+        # the stream whose number of turns is furthest below its weight.
         fractions = np.asarray(weights) / sum(weights)
         counts = np.zeros(len(streams), dtype=int)
         self._turns: list[tuple[int, int]] = []
@@ -157,7 +157,7 @@ class Mixture:
         if counts.min() == 0:
             raise DataError(
                 f"Weight {weights[int(counts.argmin())]} of {list(weights)} is so small that its data would never be "
-                "drawn. Raise the weight, or remove these data."
+                "drawn. Raise the weight, or remove this data."
             )
         self._readers: dict[str, ShardReader] = {}
 

@@ -1,8 +1,8 @@
 """
 The frozen teachers.
 
-Teachers are in evaluation mode, have no gradients and are not saved in the student's checkpoint. Each teacher gets
-images at its own resolution and with its own normalization.
+Teachers are in evaluation mode, have no gradients and are not saved in the student's checkpoint. Images for a teacher
+have the teacher's resolution and normalization.
 """
 
 import torch

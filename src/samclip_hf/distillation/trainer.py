@@ -55,7 +55,7 @@ logger = logging.get_logger(__name__)
 MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes
 MAX_SKIPPED_STEPS = 10  # in a row, before training stops
 
-# The modules that get LoRA adapters: all linear layers of the image encoder and of the mask decoder's transformer.
+# The modules with LoRA adapters: all linear layers of the image encoder and of the mask decoder's transformer.
 ADAPTED_MODULES = (
     r"vision_encoder\.layers\.\d+\.(attn\.(qkv|proj)|mlp\.lin[12])"
     r"|mask_decoder\.transformer\..*\.([qkv]_proj|out_proj|mlp\.lin[12])"
@@ -69,9 +69,9 @@ class SamClipTrainer(Trainer):
     r"""
     Distills a SAM and a CLIP teacher into a [`SamClipModel`].
 
-    An item of the data loader is one micro-batch for each task: "clip" for the CLIP loss and, in stage 2, "sam" for
-    the SAM loss. Forward and backward passes of the tasks run one after the other, so that one graph is in memory at a
-    time. The optimizer steps after all of them.
+    An item of the data loader contains one micro-batch for each task: "clip" for the CLIP loss and, in stage 2, "sam"
+    for the SAM loss. The trainer runs forward and backward passes of one task after the other, so that only one graph
+    is in memory, and then the optimizer step.
 
     Args:
         model ([`SamClipModel`]):
@@ -87,8 +87,8 @@ class SamClipTrainer(Trainer):
             The student's processor. It is saved with the student and determines its normalization.
         prepare_push (`Callable[[Path, str], None]`, *optional*):
             Called in the main process with the output folder and the repository id before the folder is pushed to the
-            Hub. [`samclip_hf.publishing.prepare_push`] adds the model code and the model card. By default the card is
-            that of [`Trainer`], without the model code.
+            Hub. [`samclip_hf.publishing.prepare_push`] adds the model code and the model card. By default, the model
+            card of [`Trainer`] and no model code is pushed.
         kwargs:
             Further arguments of [`Trainer`].
 
@@ -155,8 +155,8 @@ class SamClipTrainer(Trainer):
         )
         if self.is_deepspeed_enabled:
             raise ValueError(
-                "DeepSpeed is not supported: it steps the optimizer in every backward pass, but stage 2 has two in a "
-                "step, and steps with too large gradients are skipped. Use DDP or FSDP."
+                "DeepSpeed is not supported: it steps the optimizer after every backward pass, but a step of stage 2 "
+                "has two, and steps with too large gradients are skipped. Use DDP or FSDP."
             )
         if self.is_fsdp_enabled and args.lora_r:
             raise ValueError("lora_r is not supported with FSDP. Use DDP: LoRA needs little memory.")
@@ -201,8 +201,8 @@ class SamClipTrainer(Trainer):
         return ("head", 1.0) if "clip_head." in name else ("encoder", self.args.encoder_lr_multiplier)
 
     def losses(self) -> dict[str, Callable[..., Tensor]]:
-        """Returns the loss of each task. It is called with the model and the tensors of the task's micro-batch, and
-        returns a scalar, which is added to the training loss."""
+        """Returns the loss function of each task. It is called with the model and the tensors of the task's
+        micro-batch, and returns a scalar, which is added to the training loss."""
         return {"clip": self.clip_loss, "sam": self.sam_loss}
 
     def make_tasks(self, student: SamClipModel) -> dict[str, TaskBatches]:
@@ -307,7 +307,7 @@ class SamClipTrainer(Trainer):
     # Methods of `Trainer`.
 
     def get_train_dataloader(self) -> StepLoader:
-        """Returns the loader of this process's micro-batches. Accelerate does not shard it."""
+        """Returns the loader of this process's micro-batches, which accelerate does not shard again."""
         return self._loader
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -347,12 +347,13 @@ class SamClipTrainer(Trainer):
             recording = contextlib.nullcontext() if usable_fraction > 0 else self._averages.isolate()
             with recording, self.compute_loss_context_manager():
                 loss = losses[task](model, **batch)
-            # A skipped sample counts as a sample with zero loss. The weight of a sample then does not depend on the
+            # A skipped sample counts as a sample with zero loss, so that the weight of a sample does not depend on the
             # number of samples that its process skips.
             loss = loss * usable_fraction
             if usable_fraction > 0:
                 self._images += len(batch["images"])
-            # DDP averages the gradients in every backward pass. Averaging the sum again does not change it.
+            # DDP averages the gradients in every backward pass. It averages the sum of earlier gradients again, which
+            # does not change it.
             self.accelerator.backward(loss / self.current_gradient_accumulation_steps)
             total += loss.detach()
         self.record({"loss": total})
@@ -530,8 +531,8 @@ class SamClipTrainer(Trainer):
     # Evaluation.
 
     def _read_held_out(self, training: StepStream, num_batches: int) -> list[dict[str, Any]]:
-        """Reads the micro-batches of the evaluation. They are read once, because held-out samples are few among those
-        that are read."""
+        """Reads the micro-batches of the evaluation. They are read only once, because few of the samples that must be
+        read are held out."""
         tasks: dict[str, Any] = {}
         for name, task in training.tasks.items():
             held_out = [stream.complement() for stream in task.streams]

@@ -1,4 +1,4 @@
-"""Lists of classes: those of common datasets, and those that users write."""
+"""Lists of classes: those of common datasets, and those from files of users."""
 
 import json
 from collections import Counter
@@ -14,7 +14,7 @@ class Vocabulary(NamedTuple):
     A list of classes.
 
     source (`str`):
-        Where the list is from.
+        The origin of the list.
     names (`list[list[str]]`):
         The synonyms of each class; the first one is the label.
     background (`list[str]`, *optional*):
@@ -43,7 +43,7 @@ def read_vocabulary(file: Path) -> Vocabulary:
         content = {"names": content}
     names = [[name] if isinstance(name, str) else list(name) for name in get(content, "names", file)]
     if not names or not all(name and all(isinstance(synonym, str) for synonym in name) for name in names):
-        raise ValueError(f"{file} must hold a list of names or of lists of synonyms.")
+        raise ValueError(f"{file} must contain a list of names or of lists of synonyms.")
     return Vocabulary(content.get("source", str(file)), names, content.get("background"))
 
 
