@@ -7,6 +7,8 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
+from packaging.version import Version
 from torch._dynamo.testing import CompileCounter
 from torch.export import Dim
 from transformers import (
@@ -568,6 +570,8 @@ def test_dual_encoder_has_it_as_vision_model(model, clip, tmp_path, transformers
         outputs = dual(**inputs, return_loss=True)
         pooled = tower.eval()(random_images(3)).pooler_output
     assert_same(outputs.image_embeds, F.normalize(dual.visual_projection(pooled), dim=-1))
+    if Version(transformers.__version__) < Version("5.24"):
+        pytest.skip("transformers 5.17 loads a saved dual encoder with SAM's image encoder; 5.24 loads it correctly")
     dual.save_pretrained(tmp_path / "dual")
     transformers_log.clear()
     loaded, info = VisionTextDualEncoderModel.from_pretrained(tmp_path / "dual", output_loading_info=True)

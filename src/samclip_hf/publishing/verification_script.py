@@ -17,7 +17,10 @@ import torch
 import transformers
 from PIL import Image
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, pipeline
+from transformers import AutoConfig, AutoProcessor, pipeline
+
+# Not from `transformers`: without torchvision, transformers 5.17 exports a placeholder that raises an error on use.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 AUTO_MODELS = (
     "AutoModel",
