@@ -1,11 +1,17 @@
 """Training streams of small tars, parquet files and folders."""
 
+import gzip
+import os
+import zipfile
+
 import numpy as np
 import pytest
-from datasets import Dataset, Features, Image, Value
+from datasets import Dataset, DatasetDict, Features, Image, Value, load_from_disk
 
-from samclip_hf.datasets import streams
+from samclip_hf.datasets import open_captions, streams
+from samclip_hf.datasets.shards import choose_num_shards
 from samclip_hf.datasets.streams import DataError, SkippedSampleError, decode_image, open_stream
+from samclip_hf.distillation.sampling import Mixture
 
 from .tars import jpeg, write_tar
 
@@ -50,7 +56,7 @@ def test_unusable_data_raise(photos, tmp_path):
     with pytest.raises(ValueError, match="no json files with SA-1B's annotations: its first samples, such as '0/000'"):
         open_stream(str(photos), with_masks=True)
     (tmp_path / "notes.txt").write_text("text")
-    with pytest.raises(ValueError, match=r"the unsupported extension '\.txt'"):
+    with pytest.raises(ValueError, match=r"has neither images nor shards of them, but 1 \.txt"):
         open_stream(str(tmp_path / "notes.txt"))
     (tmp_path / "text.tar").write_text("text")
     with pytest.raises(ValueError, match=r"text\.tar' could not be read"):
@@ -109,3 +115,208 @@ def test_a_stream_with_embeddings_adds_them_to_its_samples(photos):
         next(rows)
     assert "embeds" not in next(stream.read(0))[1]
     assert with_embeddings.complement().embeddings is with_embeddings.embeddings
+
+
+def write(folder, *names: str) -> str:
+    """Writes files with their own names as content and returns the folder."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(name.encode())
+    return str(folder)
+
+
+def keys(name, **options) -> list[str]:
+    """The sorted keys of the samples of all shards."""
+    stream = open_stream(str(name), **options)
+    return sorted(sample["key"] for shard in range(stream.num_shards) for _, sample in stream.read(shard))
+
+
+@pytest.mark.parametrize(("num_files", "num_shards"), [(1, 1), (127, 1), (128, 2), (600, 8), (10**6, 256)])
+def test_the_number_of_shards_of_image_files_is_a_power_of_two(num_files, num_shards):
+    assert choose_num_shards(num_files) == num_shards
+
+
+@pytest.fixture(params=["folder", "zip"])
+def two_classes(request, tmp_path) -> str:
+    """600 images of two classes."""
+    names = [f"{name}/{number:03d}.png" for name in ("cat", "dog") for number in range(300)]
+    if request.param == "folder":
+        return write(tmp_path / "photos", *names)
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+        for name in names:
+            archive.writestr(name, name)
+    return str(tmp_path / "photos.zip")
+
+
+class TestImageFiles:
+    def test_the_classes_of_an_image_folder_are_mixed(self, two_classes):
+        mixture = Mixture([open_stream(two_classes)], [1.0], 0, num_readers=16, shuffle_buffer=16, positions={})
+        seen = [mixture.sample(number)[1]["key"] for number in range(600)]
+        assert len(set(seen)) == 600  # an epoch
+        assert 25 < sum(key.startswith("cat/") for key in seen[:100]) < 75
+
+    def test_an_image_folder_resumes_and_is_divided_among_processes(self, two_classes):
+        def mixture(positions):
+            return Mixture([open_stream(two_classes)], [1.0], 0, 4, shuffle_buffer=16, positions=positions)
+
+        whole = mixture({})
+        expected = [whole.sample(number)[1] for number in range(900)]
+        seen = [None] * 900
+        for process in range(2):
+            before = mixture({})
+            for number in range(process, 400, 2):
+                seen[number] = before.sample(number)[1]
+            after = mixture(before.positions)
+            for number in range(400 + process, 900, 2):
+                seen[number] = after.sample(number)[1]
+        assert seen == expected
+        assert not {sample["key"] for sample in expected[0:600:2]} & {sample["key"] for sample in expected[1:600:2]}
+
+    def test_the_names_of_the_shards_change_with_the_files_but_not_with_the_folder(self, tmp_path):
+        write(tmp_path / "a/photos", "1.jpg", "2.jpg")
+        write(tmp_path / "b/photos", "1.jpg", "2.jpg")
+        first, moved = (open_stream(str(tmp_path / name / "photos")).shards.names for name in "ab")
+        assert first == moved
+        (tmp_path / "b/photos/2.jpg").rename(tmp_path / "b/photos/3.jpg")
+        assert open_stream(str(tmp_path / "b/photos")).shards.names != first
+
+    def test_a_png_beside_a_jpg_is_left_out_and_logged(self, tmp_path, transformers_log):
+        name = write(tmp_path, "a/1.jpg", "a/1.png", "a/2.png", "b/1.png", "b/3.JPEG", "b/3.bmp")
+        assert keys(name) == ["a/1.jpg", "a/2.png", "b/1.png", "b/3.JPEG"]
+        assert "2 images are not used, because an image of the same name is, such as" in transformers_log.text
+
+    def test_other_files_are_counted_and_hidden_ones_are_not_read(self, tmp_path, transformers_log):
+        names = "1.jpg", "2.heic", "3.HEIC", "a/b/notes.txt", "._1.jpg", ".cache/4.jpg", "__MACOSX/5.jpg", "6"
+        assert len(keys(write(tmp_path, *names))) == 1
+        expected = "has 1 images. Other files are not used: 2 .heic, 1 without an extension, 1 .txt"
+        assert expected in transformers_log.text
+
+    def test_images_of_a_zip_have_keys_and_a_broken_one_costs_only_itself(self, tmp_path):
+        with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+            for name in ("dog/1.jpg", "cat/1.jpg", "3.jpg", "__MACOSX/._3.jpg", "notes.txt"):
+                archive.writestr(name, name.encode() * 50)
+        content = (tmp_path / "photos.zip").read_bytes()
+        (tmp_path / "photos.zip").write_bytes(content.replace(b"cat/1.jpgcat", b"cat/1.jpgdog", 1))
+        stream = open_stream(str(tmp_path / "photos.zip"))
+        samples = [sample for shard in range(stream.num_shards) for _, sample in stream.read(shard)]
+        found = {sample["key"]: sample.get("cause") for sample in samples}
+        assert found == {"cat/1.jpg": "broken image", "dog/1.jpg": None, "photos.zip/3.jpg": None}
+
+    def test_annotations_are_read_from_the_json_file_beside_an_image(self, tmp_path):
+        for name in ("1.jpg", "2.jpg"):
+            (tmp_path / name).write_bytes(jpeg(0))
+        (tmp_path / "1.json").write_bytes(b'{"annotations": []}')
+        stream = open_stream(str(tmp_path), with_masks=True)
+        samples = [sample for shard in range(stream.num_shards) for _, sample in stream.read(shard)]
+        assert {sample["json"] for sample in samples} == {b'{"annotations": []}', None}
+
+    def test_names_that_are_not_utf_8_are_escaped(self, tmp_path):
+        folder = os.fsencode(tmp_path / "photos")
+        os.mkdir(folder)
+        with open(folder + b"/caf\xe9.jpg", "wb") as file:
+            file.write(jpeg(0))
+        assert keys(tmp_path / "photos", eval_fraction=1e-9) == [r"photos/caf\xe9.jpg"]
+
+    def test_links_to_folders_are_followed_once(self, tmp_path):
+        write(tmp_path / "a", "1.jpg")
+        (tmp_path / "photos").mkdir()
+        (tmp_path / "photos/b").symlink_to(tmp_path / "a")
+        (tmp_path / "a/back").symlink_to(tmp_path / "a")
+        assert keys(tmp_path / "photos") == ["b/1.jpg"]
+
+
+class TestFolders:
+    def test_tars_in_subfolders_are_read(self, tmp_path):
+        for name in ("a/0.tar", "b/c/1.TAR"):
+            (tmp_path / name).parent.mkdir(parents=True)
+            write_tar(tmp_path / name, {"0.jpg": jpeg(0)})
+        assert keys(tmp_path) == ["0/0", "1/0"]
+        with pytest.raises(ValueError, match=r"has tars in its subfolders only, such as .*a/0\.tar\. Pass one of"):
+            open_captions(str(tmp_path), "")
+
+    @pytest.mark.parametrize("name", ["0.tar.gz", "0.TGZ", "a/0.tar.zst", "0.tar.bz2", "0.txz"])
+    def test_compressed_tars_raise(self, tmp_path, name):
+        folder = write(tmp_path, name)
+        for place in (folder, str(tmp_path / name)):
+            with pytest.raises(ValueError, match=r"is a compressed tar.*Decompress it, for example with gunzip"):
+                open_stream(place)
+        with pytest.raises(ValueError, match="is a compressed tar"):
+            open_captions(str((tmp_path / name).parent), "")
+        with pytest.raises(ValueError, match="is a compressed tar"):
+            open_stream("hf://datasets/owner/name/0.tar.gz")
+
+    def test_a_compressed_tar_with_another_name_raises(self, photos, tmp_path):
+        (tmp_path / "0.tar").write_bytes(gzip.compress((photos / "0.tar").read_bytes()))
+        for open_it in (open_stream, lambda place: open_captions(place, "")):
+            with pytest.raises(ValueError, match="it is compressed: decompress it with gunzip"):
+                open_it(str(tmp_path))
+
+    def test_files_of_several_kinds_raise(self, tmp_path):
+        write_tar(tmp_path / "0.tar", {"0.jpg": jpeg(0)})
+        with pytest.raises(ValueError, match=r"several kinds: 1 tars, 1 images\. Choose one with a glob"):
+            open_stream(write(tmp_path, "1.jpg"))
+        assert keys(tmp_path / "*.tar") == ["0/0"]
+
+    def test_a_folder_of_img2dataset_is_read(self, tmp_path):
+        files = {"jpg": jpeg(0), "json": b"{}", "txt": b"a dog"}
+        write_tar(
+            tmp_path / "00000.tar", {f"{n}.{ending}": content for n in range(2) for ending, content in files.items()}
+        )
+        write(tmp_path, "00000.parquet", "00000_stats.json")
+        assert keys(tmp_path) == ["00000/0", "00000/1"]
+        with pytest.raises(ValueError, match="several kinds"):
+            open_stream(write(tmp_path, "others.parquet"))
+
+    @pytest.mark.parametrize(
+        "names",
+        [
+            ("train/cat/1.jpg", "val/cat/2.jpg", "3.jpg"),
+            ("Training/cat/1.jpg", "test/cat/2.jpg"),
+            ("data/train/cat/1.jpg", "data/validation/cat/1.jpg"),
+        ],
+    )
+    def test_only_one_of_several_splits_is_used(self, tmp_path, names, transformers_log):
+        assert keys(write(tmp_path, *names)) == ["cat/1.jpg"]
+        assert f"Only train is used: 1 of {len(names)} files" in transformers_log.text
+        with pytest.raises(ValueError, match=r"has splits .*train.*, but not 'all': pass one of its folders"):
+            open_stream(str(tmp_path), split="all")
+
+    def test_parquet_files_of_several_splits(self, tmp_path):
+        for number, split in enumerate(("train", "test")):
+            rows = {"image": [{"bytes": jpeg(number), "path": f"{split}.jpg"}]}
+            dataset = Dataset.from_dict(rows, features=Features({"image": Image()}))
+            dataset.to_parquet(tmp_path / f"{split}-00000-of-00001.parquet")
+        assert keys(tmp_path) == ["0/0/train.jpg"]
+
+    def test_a_class_named_as_a_split_is_a_class(self, tmp_path):
+        assert keys(write(tmp_path, "train/1.jpg", "bus/2.jpg")) == ["bus/2.jpg", "train/1.jpg"]
+
+    @pytest.mark.parametrize("kind", ["Dataset", "DatasetDict"])
+    def test_saved_data_sets_are_read(self, tmp_path, kind):
+        rows = {"image": [{"bytes": jpeg(n), "path": f"{n}.jpg"} for n in range(9)], "label": list(range(9))}
+        dataset = Dataset.from_dict(rows, features=Features({"image": Image(), "label": Value("int64")}))
+        if kind == "DatasetDict":
+            DatasetDict(train=dataset, test=dataset.select([0])).save_to_disk(tmp_path / "saved")
+        else:
+            dataset.save_to_disk(tmp_path / "saved")
+            load_from_disk(tmp_path / "saved").filter(lambda row: row["label"] < 5)  # caches other rows in the folder
+        before = sorted(tmp_path.rglob("*"))
+        stream = open_stream(str(tmp_path / "saved"))
+        samples = [sample for shard in range(stream.num_shards) for _, sample in stream.read(shard)]
+        found = [sample["key"].rpartition("/")[2] for sample in samples]
+        assert sorted(found) == [f"{number}.jpg" for number in range(9)] != found
+        assert decode_image(samples[0]).size == (60, 40)
+        assert sorted(tmp_path.rglob("*")) == before
+        if kind == "DatasetDict":
+            with pytest.raises(ValueError, match=r"has no split 'val'\. Pass the folder of one of its splits"):
+                open_stream(str(tmp_path / "saved"), split="val")
+
+    def test_a_folder_of_saved_data_sets_raises(self, tmp_path):
+        rows = {"image": [{"bytes": jpeg(0), "path": None}]}
+        Dataset.from_dict(rows, features=Features({"image": Image()})).save_to_disk(tmp_path / "a")
+        with pytest.raises(ValueError, match=r"a is of `save_to_disk`\. Pass each of such folders"):
+            open_stream(str(tmp_path))
+
+    def test_an_empty_folder_raises(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"The folder .* is empty\. Pass a folder"):
+            open_stream(str(tmp_path))

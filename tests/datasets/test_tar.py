@@ -7,7 +7,8 @@ import tarfile
 
 import pytest
 
-from samclip_hf.datasets.streams import TarShards, open_stream
+from samclip_hf.datasets.shards import TarShards
+from samclip_hf.datasets.streams import open_stream
 from samclip_hf.datasets.tar import image_rank, index_samples, iterate_files
 
 from .tars import jpeg, write_tar

@@ -2,7 +2,10 @@
 
 import glob
 import json
+import os
+import re
 import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -20,6 +23,10 @@ IMAGE_EXTENSIONS = (
     ),
 )
 HUB_PREFIX = "hf://"  # of names of datasets on the Hub: "hf://owner/name?config=...&split=...&classes=..."
+# Names of files and folders that are not data: hidden ones, such as macOS's `._000.jpg`, and those in double
+# underscores, such as `__MACOSX`, which webdataset leaves out, too.
+IGNORED_NAME = re.compile(r"(^|/)(\.[^./]|__[^/]*__(/|$)|__MACOSX/)")
+COMPRESSED_TAR = re.compile(r"\.(tar\.(gz|bz2|xz|zst|zstd|lz4|lzma|Z)|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
 
 Split = Literal["train", "val"]  # of datasets in `LAYOUTS`; a path has no splits
 
@@ -79,13 +86,56 @@ def find_folder(name: str, root: str | Path, layout: str) -> Path:
 
 
 def find_tars(name: str, root: str | Path) -> list[Path]:
-    """Returns the tars of a folder, a glob or a path, which are absolute or relative to `root`. Empty if there are
-    none."""
+    """
+    Returns the tars of a folder, a glob or a path, absolute or below `root`. Empty if there are none.
+
+    Raises `ValueError` for compressed tars, and for a folder with tars in its subfolders only, which may be splits.
+    """
     for place in (name, str(Path(root, name))):
-        files = [Path(file) for file in sorted(glob.glob(f"{place}/*.tar" if Path(place).is_dir() else place))]
-        if tars := [file for file in files if file.suffix == ".tar" and file.is_file()]:
+        is_folder = Path(place).is_dir()
+        files = sorted(glob.glob(f"{glob.escape(place)}/*" if is_folder else place, recursive=True))
+        raise_if_compressed(files)
+        if tars := [Path(file) for file in files if file.lower().endswith(".tar") and Path(file).is_file()]:
             return tars
+        if is_folder and (nested := glob.glob(f"{glob.escape(place)}/**/*.tar", recursive=True)):
+            raise ValueError(
+                f"{place} has tars in its subfolders only, such as {min(nested)}. Pass one of its subfolders, or a "
+                f"glob such as '{place}/*/*.tar'."
+            )
     return []
+
+
+def list_files(place: str) -> list[str]:
+    """Returns the sorted files of a folder and its subfolders, or those that a glob matches. Hidden files in folders
+    are left out. Raises `OSError` for a folder that cannot be read."""
+    matches = [place] if os.path.isdir(place) else sorted(glob.glob(place, recursive=True))
+    return [file for match in matches for file in (_walk(match) if os.path.isdir(match) else [match])]
+
+
+def _walk(root: str) -> list[str]:
+    files = []
+    for folder, subfolders, names in os.walk(root, onerror=_raise, followlinks=True):
+        files += [os.path.join(folder, name) for name in names if not IGNORED_NAME.search(name)]
+        subfolders[:] = [name for name in subfolders if not IGNORED_NAME.search(f"{name}/")]
+        for name in list(subfolders):
+            path = os.path.join(folder, name)
+            if os.path.islink(path) and Path(folder).resolve().is_relative_to(Path(path).resolve()):
+                subfolders.remove(name)  # a link to a parent folder
+    return sorted(files)
+
+
+def _raise(error: OSError) -> NoReturn:
+    raise error
+
+
+def raise_if_compressed(paths: Iterable[str]) -> None:
+    """Raises `ValueError` if one of the paths is a compressed tar."""
+    for path in paths:
+        if COMPRESSED_TAR.search(path):
+            raise ValueError(
+                f"{path} is a compressed tar, which cannot be read from a given position. Decompress it, for example "
+                "with gunzip, unxz or zstd -d: images hardly get smaller by compression."
+            )
 
 
 def list_paths(folder: Path) -> list[Path]:

@@ -7,7 +7,6 @@ Both read the same files, and [`image_rank`] tells both which of a sample's file
 """
 
 import posixpath
-import re
 import tarfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -17,12 +16,11 @@ from typing import IO, NamedTuple
 
 from PIL import Image
 
-from .layouts import IMAGE_EXTENSIONS
+from .layouts import IGNORED_NAME, IMAGE_EXTENSIONS
 from .samples import read_image
 
-# Names that are not part of a sample: hidden files, such as macOS's `._000.jpg`, and folders and files in double
-# underscores, such as `__MACOSX`, which webdataset skips, too.
-IGNORED_NAME = re.compile(r"(^|/)(\.[^./]|__[^/]*__(/|$)|__MACOSX/)")
+# The first bytes of compressed files.
+MAGIC_NUMBERS = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "zstd -d"}
 
 
 class SampleFile(NamedTuple):
@@ -43,7 +41,13 @@ class SampleFile(NamedTuple):
 
 
 def open_tar(file: IO[bytes]) -> tarfile.TarFile:
-    """Opens an uncompressed tar. Bytes of names that are not UTF-8 are escaped, as in "caf\\xe9"."""
+    """Opens an uncompressed tar. Bytes of names that are not UTF-8 are escaped, as in "caf\\xe9". Raises
+    `tarfile.ReadError` if it is compressed, or not a tar."""
+    start = file.read(6)
+    file.seek(0)
+    for magic_number, command in MAGIC_NUMBERS.items():
+        if start.startswith(magic_number):
+            raise tarfile.ReadError(f"it is compressed: decompress it with {command}")
     return tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="backslashreplace")
 
 

@@ -23,15 +23,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 from transformers.utils import logging
 
-from ..datasets.streams import (
-    REMEDIES,
-    UNREADABLE_SHARD,
-    DataError,
-    SkippedSampleError,
-    Stream,
-    decode_image,
-    draw_masks,
-)
+from ..datasets.shards import REMEDIES
+from ..datasets.streams import UNREADABLE_SHARD, DataError, SkippedSampleError, Stream, decode_image, draw_masks
 from .crops import STUDENT_FILTER, cut, draw_crop, sample_rng
 from .embedding_cache import CacheDescription, no_collation
 from .prompts import box_from_mask, point_from_mask
