@@ -89,6 +89,62 @@ def test_a_vocabulary_is_embedded_once(segmenter, images, monkeypatch):
     assert len(embedded) == 4
 
 
+def test_vocabularies_that_print_alike_are_different(segmenter, images):
+    """numpy abbreviates long arrays with "..."."""
+    first = np.array(
+        [f"{chr(97 + n // 676)}{chr(97 + n // 26 % 26)}{chr(97 + n % 26)}" for n in range(1001)], dtype="U20"
+    )
+    second = first.copy()
+    second[500] = "red fuzzy shape"
+    assert repr(first) == repr(second)
+    segmenter(images[0], candidate_labels=first, hypothesis_template="{}")
+    segmenter(images[0], candidate_labels=second, hypothesis_template="{}")
+    vocabulary = segmenter._vocabulary[1]
+    assert list(vocabulary.id2label.values()) == second.tolist()
+    expected = segmenter.model.embed_vocabulary(["red fuzzy shape"], (), "{}", segmenter.tokenizer).class_embeds
+    torch.testing.assert_close(vocabulary.class_embeds[vocabulary.label_ids.index(500)], expected[0])
+
+
+def test_a_vocabulary_is_embedded_again_when_weights_change(images):
+    labels = ["red fuzzy shape", "green zigzag shape", "red dotted shape"]
+    made = pipeline("zero-shot-image-segmentation", model=miniature.checkpoint(), candidate_labels=labels)
+
+    def embeds():
+        made(images[0])  # with the labels of the constructor
+        return made._vocabulary[1].class_embeds
+
+    weight = made.model.text_projection.weight
+    before = [embeds()]
+    for change in (
+        lambda: weight.data.neg_(),
+        lambda: made.model.text_model.load_state_dict(
+            {name: value * 0.5 for name, value in made.model.text_model.state_dict().items()}
+        ),
+        lambda: setattr(made.model, "text_projection", torch.nn.Linear(*weight.shape[::-1], bias=False)),
+    ):
+        change()
+        after, expected = embeds(), made.model.embed_vocabulary(labels, tokenizer=made.tokenizer).class_embeds
+        torch.testing.assert_close(after, expected)
+        assert not any(torch.allclose(after, other) for other in before)
+        before.append(after)
+        assert embeds() is after
+
+
+def test_generators_of_labels_are_read_once(segmenter, images):
+    labels = ["red fuzzy shape", "green zigzag shape", "red dotted shape"]
+    made = pipeline(
+        "zero-shot-image-segmentation",
+        model=miniature.checkpoint(),
+        candidate_labels=(label for label in labels),
+        background=(text for text in ["an empty scene"]),
+    )
+    for _ in range(2):
+        assert_same_segments(
+            made(images[0], background_templates=True),
+            segmenter(images[0], candidate_labels=labels, background=["an empty scene"], background_templates=True),
+        )
+
+
 def test_arguments_of_the_constructor_are_defaults_of_the_calls(segmenter, images):
     arguments = {"candidate_labels": ["red dotted shape", "blue solid shape"], "hypothesis_template": "a {}"}
     made = pipeline("zero-shot-image-segmentation", model=miniature.checkpoint(), **arguments)

@@ -8,7 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageSegmentation, AutoModelForZeroShotObjectDetection, BatchEncoding
+from transformers import (
+    AutoConfig,
+    AutoModelForImageSegmentation,
+    AutoModelForSemanticSegmentation,
+    AutoModelForZeroShotObjectDetection,
+    BatchEncoding,
+)
 
 from samclip_hf import SamClipForImageSegmentation, SamClipModel, segmentation_samclip
 from samclip_hf.segmentation_samclip import (
@@ -53,11 +59,15 @@ class TestLogitsOfLabels:
 class WordTokenizer:
     """Gives each new word the next number."""
 
+    all_special_ids = (48, 49, 0)
+
     def __init__(self):
         self.ids = {}
 
-    def __call__(self, texts, **_):
+    def __call__(self, texts, padding=False, return_tensors=None):
         rows = [[48, *(self.ids.setdefault(word, len(self.ids) + 1) for word in text.split()), 49] for text in texts]
+        if return_tensors is None:
+            return BatchEncoding({"input_ids": rows})
         length = max(map(len, rows))
         return BatchEncoding(
             {
@@ -65,6 +75,9 @@ class WordTokenizer:
                 "attention_mask": torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows]),
             }
         )
+
+    def encode(self, texts):
+        return self(texts, padding=True, return_tensors="pt")
 
 
 class TestImageSegmentation:
@@ -82,11 +95,13 @@ class TestImageSegmentation:
         tokenizer = WordTokenizer()
         names = [["a wall"], ["sky"], *([f"a {n}", f"one {n}"] for n in ("cat", "sofa", "couch", "tree"))]
         ordered = [f"{t} {n}" for n in ("cat", "sofa", "couch", "tree") for t in ("a", "one")]
-        tokenizer(["a wall", "sky", *ordered])  # gives the words the same numbers
+        tokenizer.encode(
+            ["cat", "sofa", "couch", "tree", "a wall", "sky", *ordered]
+        )  # gives the words the same numbers
         embeds = []
         with torch.no_grad():
             for texts in names:
-                features = [model.get_text_features(tokenizer([t]).input_ids).pooler_output[0] for t in texts]
+                features = [model.get_text_features(tokenizer.encode([t]).input_ids).pooler_output[0] for t in texts]
                 embeds.append(F.normalize(torch.stack([F.normalize(f, dim=0) for f in features]).mean(0), dim=0))
             dense = model(random_images()).dense_embeds
             similarity = torch.einsum("bdhw,nd->bnhw", dense, torch.stack(embeds)) * model.logit_scale.exp()
@@ -113,17 +128,102 @@ class TestImageSegmentation:
         vocabulary = segmenter.embed_vocabulary([["sofa", "couch"], "tree"], (), ["a {}", "{}"], tokenizer, "mean")
         texts = ["a sofa", "sofa", "a couch", "couch"]
         with torch.no_grad():
-            features = [model.get_text_features(tokenizer([text]).input_ids).pooler_output[0] for text in texts]
+            features = [model.get_text_features(tokenizer.encode([text]).input_ids).pooler_output[0] for text in texts]
         mean = torch.stack([F.normalize(feature, dim=0) for feature in features]).mean(dim=0)
         assert vocabulary.label_ids == [0, 1] and vocabulary.id2label == {0: "sofa", 1: "tree"}
         assert_same(vocabulary.class_embeds[0], F.normalize(mean, dim=0))
 
-    def test_numpy_names_and_thresholds(self, segmenter):
+    @pytest.mark.parametrize(
+        "same",
+        [
+            ("cat", "sofa"),
+            np.array(["cat", "sofa"]),
+            np.array(["cat", "sofa"], dtype=object),
+            np.array([["cat"], ["sofa"]]),
+            [["cat"], np.array(["sofa"])],
+            (name for name in ("cat", "sofa")),
+            {0: "cat", 1: "sofa"}.values(),
+        ],
+        ids=["tuple", "array", "objects", "groups", "mixed groups", "generator", "values"],
+    )
+    def test_all_containers_of_names_give_the_same_vocabulary(self, segmenter, same):
         tokenizer = WordTokenizer()
-        plain = segmenter.embed_vocabulary(["cat", "sofa"], 0.5, tokenizer=tokenizer)
-        numpys = segmenter.embed_vocabulary(np.array(["cat", "sofa"]), np.float32(0.5), tokenizer=tokenizer)
-        assert numpys.id2label == plain.id2label and numpys.background_threshold == 0.5
-        assert torch.equal(numpys.class_embeds, plain.class_embeds)
+        plain = segmenter.embed_vocabulary(["cat", "sofa"], tokenizer=tokenizer)
+        vocabulary = segmenter.embed_vocabulary(same, tokenizer=tokenizer)
+        assert vocabulary.id2label == plain.id2label and {type(name) for name in vocabulary.id2label.values()} == {str}
+        assert torch.equal(vocabulary.class_embeds, plain.class_embeds)
+
+    def test_all_containers_of_other_texts_give_the_same_vocabulary(self, segmenter):
+        tokenizer = WordTokenizer()
+        plain = segmenter.embed_vocabulary(["cat"], ["a wall", "sky"], ["one {}", "a {}"], tokenizer)
+        arrays = segmenter.embed_vocabulary(
+            ["cat"], np.array(["a wall", "sky"]), np.array(["one {}", "a {}"]), tokenizer
+        )
+        assert torch.equal(arrays.class_embeds, plain.class_embeds)
+        by_number = segmenter.embed_vocabulary(["cat", "sofa"], np.float32(0.5), "a {}", tokenizer)
+        assert by_number.background_threshold == 0.5
+
+    def test_background_is_put_into_templates_on_request(self, segmenter):
+        tokenizer = WordTokenizer()
+        plain = segmenter.embed_vocabulary(["cat"], ["wall", "sky"], ["a {}", "one {}"], tokenizer)
+        filled = segmenter.embed_vocabulary(
+            ["cat"], ["wall", "sky"], ["a {}", "one {}"], tokenizer, background_templates=True
+        )
+        as_labels = segmenter.embed_vocabulary(["wall", "sky", "cat"], (), ["a {}", "one {}"], tokenizer)
+        as_texts = segmenter.embed_vocabulary(["wall", "sky"], (), ["{}"], tokenizer)
+        assert torch.equal(filled.class_embeds, as_labels.class_embeds)
+        assert_same(plain.class_embeds[:2], as_texts.class_embeds)
+        assert filled.label_ids == plain.label_ids == [0, 0, 1]
+        for background in (0.5, None):
+            with pytest.raises(ValueError, match="background_templates=True has no effect"):
+                segmenter.embed_vocabulary(["cat"], background, tokenizer=tokenizer, background_templates=True)
+
+    def test_names_with_the_same_tokens_do_not_share_the_probability(self, segmenter, transformers_log):
+        tokenizer = WordTokenizer()
+        tokenizer.ids = {"Cat": 1, "cat": 1}
+        alone = segmenter.embed_vocabulary(["sofa", "cat"], ["sky"], ["a {}", "one {}"], tokenizer)
+        assert not transformers_log.records
+        twice = segmenter.embed_vocabulary(
+            ["sofa", "cat", ["tom", "Cat"], "Cat tree"], ["sky"], ["a {}", "one {}"], tokenizer
+        )
+        assert "only the first of them is found: 'cat' and 'Cat'" in transformers_log.text
+        assert twice.id2label == {0: "background", 1: "sofa", 2: "cat", 3: "tom", 4: "Cat tree"}
+        assert twice.label_ids == [0, 1, 2, 3, 4]
+        with torch.no_grad():
+            single = segmenter(random_images(), vocabulary=alone, both_heads=False).logits
+            double = segmenter(random_images(), vocabulary=twice, both_heads=False).logits
+        assert_same(double[:, :3], single)
+
+        segmenter.set_vocabulary(["cat", "Cat", "sofa"], templates=["a {}"], tokenizer=tokenizer)
+        with torch.no_grad():
+            probabilities = segmenter(random_images(), both_heads=False).logits.softmax(dim=1)
+        assert probabilities.shape[1] == 3 and not probabilities[:, 1].any()
+        with pytest.raises(ValueError, match="background and a label have the same tokens: 'a cat' and 'Cat'"):
+            segmenter.embed_vocabulary(["Cat"], ["a cat"], ["a {}"], tokenizer)
+
+    def test_id2label_does_not_rename_the_labels(self, segmenter, tmp_path):
+        segmenter.save_pretrained(tmp_path)
+        own = dict(segmenter.config.id2label)
+        for arguments in (
+            {"id2label": {0: "a", 1: "b", 2: "c", 3: "d"}},
+            {"id2label": {0: "a", 1: "b"}},
+            {"label2id": {"a": 0, "b": 1, "c": 2, "d": 3}},
+            {"num_labels": 60},
+        ):
+            for load in (AutoModelForSemanticSegmentation.from_pretrained, AutoConfig.from_pretrained):
+                with pytest.raises(ValueError, match="set another vocabulary"):
+                    load(tmp_path, **arguments)
+        same = {"id2label": own, "label2id": {name: number for number, name in own.items()}, "num_labels": len(own)}
+        loaded = AutoModelForSemanticSegmentation.from_pretrained(tmp_path, **same).eval()
+        assert loaded.config.id2label == own
+
+        loaded.config.id2label = {0: "a", 1: "b"}
+        with pytest.raises(ValueError, match=r"2 labels, but the vocabulary .* has 4.*call set_vocabulary"):
+            loaded(random_images())
+        config = AutoConfig.from_pretrained(tmp_path)
+        config.num_labels = 60
+        with pytest.raises(ValueError, match=r"60 labels, but the vocabulary .* has 4.*call set_vocabulary"):
+            AutoModelForSemanticSegmentation.from_pretrained(tmp_path, config=config)
 
     def test_background_threshold(self, segmenter):
         tokenizer = WordTokenizer()
@@ -394,7 +494,7 @@ class TestImageSegmentation:
         vocabulary = detector.embed_vocabulary(["cat", "sofa", "tree"], background, ["a {}"], tokenizer)
         first_label = int(bool(background))
         with torch.no_grad():
-            outputs = detector(random_images(2), **tokenizer(["tree", "cat"]), vocabulary=vocabulary)
+            outputs = detector(random_images(2), **tokenizer.encode(["tree", "cat"]), vocabulary=vocabulary)
         expected = outputs.segment_logits.softmax(dim=-1)
         assert outputs.segment_logits.shape == (2, 2, 3 + first_label)
         labels = (first_label + 2, first_label)
@@ -402,7 +502,7 @@ class TestImageSegmentation:
         torch.testing.assert_close(outputs.object_scores, expected)
 
     def test_detection_score_of_another_text_is_its_term_of_the_softmax(self, detector, tokenizer):
-        inputs = tokenizer(["a tree"])
+        inputs = tokenizer.encode(["a tree"])
         with torch.no_grad():
             outputs = detector(random_images(1), **inputs)
             text_embeds = F.normalize(detector.get_text_features(**inputs).pooler_output, dim=-1)
@@ -413,7 +513,7 @@ class TestImageSegmentation:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_detection_finds_names_in_half_precision(self, detector, tokenizer, dtype):
         detector.to(dtype)
-        inputs = tokenizer(["tree", "cat and some words that make the batch longer"])  # another padding
+        inputs = tokenizer.encode(["tree", "cat and some words that make the batch longer"])  # another padding
         with torch.no_grad():
             outputs = detector(random_images(2), **inputs)
         assert_same(outputs.object_scores[0], outputs.segment_logits[0].softmax(dim=-1)[:, 2])
@@ -431,26 +531,36 @@ class TestImageSegmentation:
         old = type(detector).from_pretrained(tmp_path).eval()
         assert not transformers_log.records and "label_tokens" not in old.config.to_dict()
         with torch.no_grad():
-            outputs = old(random_images(1), **tokenizer(["tree"]))
+            outputs = old(random_images(1), **tokenizer.encode(["tree"]))
         # With the template "{}", the name's term in the softmax is the label's probability.
         assert_same(outputs.object_scores[0], outputs.segment_logits[0].softmax(dim=-1)[:, 2])
 
     def test_wrong_input_of_object_detection_raises(self, detector, tokenizer):
         with pytest.raises(ValueError, match="one text for each image; got 1 for 2"):
-            detector(random_images(2), **tokenizer(["tree"]))
+            detector(random_images(2), **tokenizer.encode(["tree"]))
         detector.config.composition = "classes"
         with pytest.raises(ValueError, match=r"composition = .segments"):
-            detector(random_images(1), **tokenizer(["tree"]))
+            detector(random_images(1), **tokenizer.encode(["tree"]))
 
     def test_invalid_vocabularies_raise(self, segmenter, model, tmp_path):
         tokenizer = WordTokenizer()
         for labels, message in (
             ([], "at least one name"),
-            ("cat", "at least one name"),
-            (["cat", " "], "no name empty"),
-            ([[]], "no name empty"),
+            ("cat", "labels must be a list"),
+            (["cat", " "], "no text empty"),
+            ([[]], "no text empty"),
             (["cat", ["dog", "cat"]], "more than once"),
             (["cat " * 20], "at most 16 tokens"),
+            ({"cat", "dog"}, "labels must be a list"),
+            ({"cat": 0}, "labels must be a list"),
+            (b"cat", "labels must be a list"),
+            (np.array("cat"), "labels must be a list"),
+            ([1, 2], "must be a list"),
+            (["cat", float("nan")], "must be a list"),
+            (["cat", None], "must be a list"),
+            (["cat", {"dog"}], "must be a list"),
+            (np.array([1, 2]), "must be a list"),
+            (7, "labels must be a list"),
         ):
             with pytest.raises(ValueError, match=message):
                 segmenter.set_vocabulary(labels, tokenizer=tokenizer)

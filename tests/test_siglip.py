@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
+    AutoProcessor,
     AutoTokenizer,
     GemmaTokenizer,
     Siglip2Config,
@@ -47,6 +48,7 @@ from samclip_hf.distillation import ClipTeacher, EmbeddingCache
 from samclip_hf.distillation.embedding_cache import CachedEmbeddings
 from samclip_hf.evaluation import CascadeAdapter, SiglipAdapter, load_adapter
 from samclip_hf.miniature.scenes import render
+from samclip_hf.segmentation_samclip import canonicalize_text
 
 from .conftest import randomize
 from .datasets.tars import write_tar
@@ -209,6 +211,39 @@ def test_vocabularies_and_pipelines_embed_texts_like_siglip(student, processor, 
         cosines = (student(**processor(image, text=TEXTS)).image_embeds @ expected.T)[0]
         probabilities = (cosines * student.logit_scale.exp()).softmax(dim=-1)
     assert [scores[text] for text in TEXTS] == pytest.approx(probabilities.tolist(), abs=1e-5)
+
+
+def test_texts_are_canonicalized_as_by_siglips_authors(student, processor, tmp_path):
+    """Expected texts are those of big_vision's `get_class_names` and `get_prompt_templates`."""
+    for text, keep, expected in (
+        ("A photo of the {}.", "{}", "a photo of the {}"),
+        ("itap of my {}.", "{}", "itap of my {}"),
+        ("{ } {} it's {a}", "{}", "{} its a"),
+        ("kite (bird of prey)", ",", "kite bird of prey"),
+        ("Geoffroy's spider-monkey", ",", "geoffroys spidermonkey"),
+        ("traffic_light,  Street\tSign! ", ",", "traffic light, street sign"),
+    ):
+        assert canonicalize_text(text, keep) == expected
+    student.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    segmenter = SamClipForImageSegmentation.from_pretrained(tmp_path)
+    plain = segmenter.embed_vocabulary(["red solid shape"], ["a green dotted shape"], ["a {}"])
+    other = segmenter.embed_vocabulary(["Red, solid_shape!".replace(",", "")], ["A green 'dotted' shape."], ["A {}."])
+    assert torch.equal(plain.class_embeds, other.class_embeds)
+    assert other.id2label[1] == "Red solid_shape!"
+
+
+def test_texts_are_read_in_lower_case(student, processor, siglip_folder, tmp_path):
+    """In processors, and in pipelines, which load the tokenizer alone."""
+    upper = [text.upper() for text in TEXTS]
+    expected = AutoTokenizer.from_pretrained(siglip_folder)(TEXTS, padding=True)["input_ids"]
+    assert processor(text=upper)["input_ids"].tolist() == expected
+    processor.save_pretrained(tmp_path)
+    student.config.save_pretrained(tmp_path)
+    for tokenizer in (AutoTokenizer.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path).tokenizer):
+        for padding_side in ("left", "right"):
+            tokenizer.padding_side = processor.tokenizer.padding_side = padding_side
+            assert tokenizer(upper, padding=True).data == processor.tokenizer(TEXTS, padding=True).data
 
 
 def test_object_detection_recognizes_names_without_a_mask(siglip_folder, processor, tmp_path):

@@ -62,6 +62,9 @@ class SamClipConfig(SamConfig):
         The label, a key of `id2label`, of each row of the checkpoint's `class_embeds`. Several rows may have the same
         label. Empty if the checkpoint has no vocabulary. Set by
         [`SamClipForImageSegmentation.set_vocabulary`].
+    vocabulary_num_labels (`int`, *optional*):
+        The number of labels of the vocabulary with background. A label may have no rows, see
+        [`SamClipForImageSegmentation.embed_vocabulary`].
     background_label_id (`int`, *optional*):
         The label of pixels that belong to no class. `None` if every pixel belongs to a class.
     background_threshold (`float`, *optional*):
@@ -97,6 +100,7 @@ class SamClipConfig(SamConfig):
         clip_head_config: dict | PreTrainedConfig | None = None
         vocabulary_label_ids: list[int] | None = None
     logit_scale_init_value: float = 2.6592
+    vocabulary_num_labels: int | None = None
     background_label_id: int | None = None
     background_threshold: float | None = None
     has_text_tower: bool = True
@@ -136,7 +140,34 @@ class SamClipConfig(SamConfig):
                 f"This checkpoint contains a model of type {model_type!r}, not a SAM-CLIP. "
                 "SamClipModel.from_teachers(sam, clip) builds a SAM-CLIP from a SAM and a CLIP."
             )
+        if config_dict.get("vocabulary_label_ids"):
+            id2label = {int(label_id): name for label_id, name in (config_dict.get("id2label") or {}).items()}
+            label2id = {name: label_id for label_id, name in id2label.items()}
+            for name, own in (("id2label", id2label), ("label2id", label2id), ("num_labels", len(id2label))):
+                given = kwargs.get(name)
+                if name == "id2label" and given is not None:
+                    given = {int(label_id): label for label_id, label in given.items()}
+                if given is not None and given != own:
+                    raise ValueError(
+                        f"{name} cannot change the labels of this checkpoint: the model recognizes them by the texts "
+                        f"of its vocabulary. Load it without {name} and set another vocabulary: "
+                        'SamClipForImageSegmentation.from_pretrained(...).set_vocabulary(["cat", "sofa"]).'
+                    )
+            if config_dict.get("vocabulary_num_labels") is None:  # version 0.1.0
+                config_dict = config_dict | {"vocabulary_num_labels": len(id2label)}
         return super().from_dict(config_dict, **kwargs)
+
+    def validate_vocabulary(self):
+        """Part of `@strict`-powered validation. Raises `ValueError` if `id2label` does not have the labels of the
+        vocabulary."""
+        if not self.vocabulary_label_ids:
+            return
+        num_labels = self.vocabulary_num_labels or 1 + max(*self.vocabulary_label_ids, self.background_label_id or 0)
+        if sorted(self.id2label or ()) != list(range(num_labels)):
+            raise ValueError(
+                f"id2label has {len(self.id2label or ())} labels, but the vocabulary of the checkpoint has "
+                f"{num_labels}. The model recognizes labels by their texts: call set_vocabulary to change them."
+            )
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation."""

@@ -446,6 +446,7 @@ class SamClipModel(SamClipPreTrainedModel):
         self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
         self.logit_bias = nn.Parameter(torch.tensor(0.0)) if config.has_siglip_text else None
         # The vocabulary of SamClipForImageSegmentation. It is defined here, so that further training keeps it.
+        config.validate_vocabulary()
         has_vocabulary = len(config.vocabulary_label_ids) > 0
         num_labels = len(config.id2label or {}) - (config.background_label_id is not None)
         for name, size in (("class_embeds", len(config.vocabulary_label_ids)), ("label_embeds", num_labels)):

@@ -1,10 +1,13 @@
 """The pipeline `zero-shot-image-segmentation`: segmentation by texts that are passed with the call."""
 
-from collections.abc import Sequence
+from numbers import Real
 
 import numpy as np
+import torch
 from PIL import Image
 from transformers import ImageSegmentationPipeline
+
+from .segmentation_samclip import SamClipVocabulary, to_label_groups, to_texts
 
 
 class SamClipImageSegmentationPipeline(ImageSegmentationPipeline):
@@ -28,9 +31,10 @@ class SamClipImageSegmentationPipeline(ImageSegmentationPipeline):
         r"""
         inputs (`str`, `PIL.Image.Image`, or a list, generator or dataset of them):
             Paths, URLs or images.
-        candidate_labels (`list`, *optional*):
+        candidate_labels (`Iterable`, *optional*):
             Names, or lists of synonyms, as in [`SamClipForImageSegmentation.embed_vocabulary`]. They are embedded only
-            if they differ from those of the last call. By default the checkpoint's vocabulary.
+            if they, the weights of the text tower or the tokenizer differ from those of the last call. By default the
+            checkpoint's vocabulary.
         hypothesis_template (`str` or `list[str]`, defaults to `"a photo of a {}"`):
             Sentences with a `{}` for the name.
         background (`list[str]` or `float`, *optional*):
@@ -38,6 +42,8 @@ class SamClipImageSegmentationPipeline(ImageSegmentationPipeline):
             least this probability.
         synonyms (`"max"` or `"mean"`, *optional*):
             How the synonyms of a label are combined.
+        background_templates (`bool`, *optional*):
+            Whether the texts of the background are put into the templates like names.
         subtask (`"panoptic"`, `"instance"` or `"semantic"`, defaults to `"panoptic"`):
             The kind of segmentation. `"panoptic"` and `"instance"` return segments that do not overlap, `"semantic"`
             one mask for each label.
@@ -53,32 +59,43 @@ class SamClipImageSegmentationPipeline(ImageSegmentationPipeline):
         return super().__call__(inputs, **kwargs)
 
     def _sanitize_parameters(
-        self, candidate_labels=None, hypothesis_template=None, background=None, synonyms=None, **kwargs
+        self,
+        candidate_labels=None,
+        hypothesis_template=None,
+        background=None,
+        synonyms=None,
+        background_templates=None,
+        **kwargs,
     ):
         preprocess_params, forward_params, postprocess_params = super()._sanitize_parameters(**kwargs)
-        names = ("candidate_labels", "hypothesis_template", "background", "synonyms")
-        values = dict(zip(names, (candidate_labels, hypothesis_template, background, synonyms), strict=True))
-        given = {name: value for name, value in values.items() if value is not None}
+        given: dict = {}
+        if candidate_labels is not None:
+            given["labels"] = to_label_groups(candidate_labels)
+        if hypothesis_template is not None:
+            given["templates"] = to_texts("hypothesis_template", hypothesis_template, 1)
+        if background is not None:
+            is_list = not isinstance(background, str | Real)
+            given["background"] = to_texts("background", background) if is_list else background
+        if synonyms is not None:
+            given["synonyms"] = synonyms
+        if background_templates is not None:
+            given["background_templates"] = background_templates
+        if not hasattr(self, "_forward_params"):
+            self._defaults = given  # arguments of the constructor, which calls this method first
+        given = self._defaults | given
         if given:
-            # Arguments of the constructor are defaults for the calls.
-            given = getattr(self, "_defaults", {}) | given
-            if "candidate_labels" not in given:
+            if "labels" not in given:
                 raise ValueError(f"Pass candidate_labels too: {', '.join(sorted(given))} cannot be used without them.")
-            if not hasattr(self, "_forward_params"):  # called by the constructor
-                self._defaults = given
-            vocabulary = self._embed_vocabulary(**given)
+            vocabulary = self._embed_vocabulary(given)
             forward_params["vocabulary"] = vocabulary
             postprocess_params["id2label"] = vocabulary.id2label
         return preprocess_params, forward_params, postprocess_params
 
-    def _embed_vocabulary(self, candidate_labels: Sequence, hypothesis_template=None, **options):
-        """Embeds a vocabulary, or returns the last one if the arguments are the same."""
-        if hypothesis_template is not None:
-            is_single = isinstance(hypothesis_template, str)
-            options["templates"] = [hypothesis_template] if is_single else hypothesis_template
-        key = (repr(candidate_labels), repr(options))
+    def _embed_vocabulary(self, arguments: dict) -> SamClipVocabulary:
+        """Embeds a vocabulary, or returns the last one if the arguments and what embeds them are the same."""
+        key = (arguments, self.tokenizer, _weights_of_texts(self.model))
         if getattr(self, "_vocabulary", (None, None))[0] != key:
-            self._vocabulary = key, self.model.embed_vocabulary(candidate_labels, tokenizer=self.tokenizer, **options)
+            self._vocabulary = key, self.model.embed_vocabulary(**arguments, tokenizer=self.tokenizer)
         return self._vocabulary[1]
 
     def _forward(self, model_inputs, vocabulary=None):
@@ -122,6 +139,16 @@ class SamClipImageSegmentationPipeline(ImageSegmentationPipeline):
             }
             for segment in result["segments_info"]
         ]
+
+
+def _weights_of_texts(model) -> list:
+    """What changes with the weights of the text tower: the memory, the version and the sum of each of them. Only some
+    changes through `weight.data` keep all three."""
+    weights = [w for part in (model.text_model, model.text_projection) if part is not None for w in part.parameters()]
+    if not weights:
+        return []
+    sums = torch.stack([weight.detach().sum(dtype=torch.float32) for weight in weights]).tolist()
+    return [(w.data_ptr(), w._version, value) for w, value in zip(weights, sums, strict=True)]
 
 
 def _to_image(mask) -> Image.Image:

@@ -4,7 +4,8 @@ from .versions_samclip import MINIMUM_TRANSFORMERS_VERSION  # noqa: F401  # isor
 
 import numpy as np
 import torch
-from transformers import BatchFeature, ProcessorMixin
+from tokenizers import Tokenizer, normalizers
+from transformers import BatchFeature, GemmaTokenizer, PreTrainedTokenizerFast, ProcessorMixin
 from transformers.processing_utils import ProcessingKwargs, Unpack
 
 POINT_PADDING = -10  # label of a point that SAM's prompt encoder ignores
@@ -38,12 +39,15 @@ class SamClipProcessor(ProcessorMixin):
     image_processor ([`SamClipImageProcessor`]):
         SAM's preprocessing.
     tokenizer ([`PreTrainedTokenizerBase`]):
-        The tokenizer of the CLIP or SigLIP teacher.
+        The tokenizer of the CLIP or SigLIP teacher. SigLIP 2's is Gemma's. It gets a conversion to lower case, because
+        SigLIP 2 was trained on lower case and the files of its tokenizer do not convert.
     """
 
     valid_processor_kwargs = SamClipProcessorKwargs
 
     def __init__(self, image_processor=None, tokenizer=None):
+        if isinstance(tokenizer, GemmaTokenizer):
+            tokenizer = _with_lower_case(tokenizer)
         super().__init__(image_processor, tokenizer)
 
     def __call__(
@@ -198,6 +202,16 @@ class SamClipProcessor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         """The outputs for an image and a text, without prompts, as in SAM's processor."""
         return [*super().model_input_names, "original_sizes", "reshaped_input_sizes"]
+
+
+def _with_lower_case(tokenizer: GemmaTokenizer) -> PreTrainedTokenizerFast:
+    """A tokenizer that converts texts to lower case first. It has the generic class, because Gemma's replaces the
+    conversion when it is loaded."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    own = [] if backend.normalizer is None else [backend.normalizer]
+    backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
+    options = {name: getattr(tokenizer, name) for name in ("padding_side", "model_input_names", "model_max_length")}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **options, **tokenizer.special_tokens_map)
 
 
 def _coordinates(name: str, nested, meaning: str, size: int) -> np.ndarray:

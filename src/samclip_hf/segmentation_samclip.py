@@ -4,21 +4,25 @@ Segmentation and object detection by text: the vocabulary, and the composition o
 `modeling_samclip.py` contains everything that does not depend on a vocabulary.
 """
 
+import re
+import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase
 from transformers.modeling_outputs import ModelOutput
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
 from .modeling_samclip import SamClipModel, load_tokenizer
 from .vision_encoder_samclip import SamClipVisionEncoderOutput
+
+logger = logging.get_logger(__name__)
 
 POINTS_PER_CLASS = 3  # paper, section 5: one to three
 TEXTS_PER_BATCH = 256  # texts in one pass of the text tower: 1000 names in 80 templates do not fit at once
@@ -104,6 +108,62 @@ class SamClipVocabulary:
     label_embeds: torch.Tensor | None = None
 
 
+def to_label_groups(labels: Iterable) -> list[list[str]]:
+    r"""
+    Returns the labels of a vocabulary as lists of synonyms.
+
+    labels (`Iterable`):
+        A list, tuple, array, column of a table or generator of names. A list, tuple or array in place of a name has
+        synonyms.
+
+    Raises `ValueError` for another type, no labels, or an empty or repeated name.
+    """
+    groups = [to_texts("Every label", label, 1) for label in _to_list("labels", labels)]
+    if not groups:
+        raise ValueError(f'labels must be a list of at least one name, such as ["cat", "sofa"]; got {labels!r}.')
+    counts = Counter(name for group in groups for name in group)
+    if doubled := sorted(name for name, count in counts.items() if count > 1):
+        raise ValueError(f"These names appear more than once in the vocabulary: {doubled}.")
+    return groups
+
+
+def to_texts(name: str, texts: str | Iterable[str], minimum: int = 0) -> list[str]:
+    """
+    Returns a text or several as a list of `str`. Raises `ValueError`, with the `name` of the argument, for an empty
+    text, another type, or fewer texts than `minimum`.
+    """
+    listed = [texts] if isinstance(texts, str) else _to_list(name, texts)
+    if len(listed) < minimum or not all(isinstance(text, str) and text.strip() for text in listed):
+        raise ValueError(f"{name} must be a text or a list of texts, and no text empty; got {texts!r}.")
+    return [str(text) for text in listed]  # numpy has a subclass of str
+
+
+def _to_list(name: str, values: Iterable) -> list:
+    is_ordered = not isinstance(values, str | bytes | Mapping | set | frozenset)
+    if not is_ordered or not isinstance(values, Iterable) or getattr(values, "ndim", 1) == 0:
+        raise ValueError(f'{name} must be a list, such as ["cat", "sofa"]; got {values!r}.')
+    return list(values)
+
+
+def canonicalize_text(text: str, keep: str = "{}") -> str:
+    r"""
+    Returns a text in the form in which SigLIP's authors pass names and templates to the text tower for zero-shot
+    classification, for SigLIP and SigLIP 2: lower case, without punctuation, `_` as a space. Free texts, such as
+    captions, are only converted to lower case.
+
+    text (`str`):
+        A name or a template.
+    keep (`str`, *optional*, defaults to `"{}"`):
+        Punctuation that is kept: `"{}"` in templates, `","` in names.
+
+    The rule is that of
+    [big_vision](https://github.com/google-research/big_vision/blob/main/big_vision/evaluators/proj/image_text/prompt_engineering.py).
+    """
+    without_punctuation = str.maketrans("", "", string.punctuation)
+    parts = [part.translate(without_punctuation) for part in text.replace("_", " ").split(keep)]
+    return re.sub(r"\s+", " ", keep.join(parts).lower()).strip()
+
+
 def max_over_synonyms(text_logits: torch.Tensor, label_ids: torch.Tensor, num_labels: int, dim: int) -> torch.Tensor:
     r"""
     Reduces the logits of texts to logits of labels: the logit of a label is the highest logit of its texts.
@@ -170,6 +230,7 @@ class SamClipForImageSegmentation(SamClipModel):
                 'This checkpoint has no vocabulary: call model.set_vocabulary(["cat", "sofa", ...]) first.'
             )
         config = self.config
+        config.validate_vocabulary()
         return SamClipVocabulary(
             self.class_embeds,
             config.vocabulary_label_ids,
@@ -185,6 +246,7 @@ class SamClipForImageSegmentation(SamClipModel):
         vocabulary = self.embed_vocabulary(*args, **kwargs)
         self.class_embeds, self.label_embeds = vocabulary.class_embeds, vocabulary.label_embeds
         self.config.vocabulary_label_ids = vocabulary.label_ids
+        self.config.vocabulary_num_labels = len(vocabulary.id2label)
         self.config.background_label_id = vocabulary.background_label_id
         self.config.background_threshold = vocabulary.background_threshold
         self.config.id2label = vocabulary.id2label
@@ -202,80 +264,99 @@ class SamClipForImageSegmentation(SamClipModel):
     @torch.no_grad()
     def embed_vocabulary(
         self,
-        labels: Sequence[str | Sequence[str]],
-        background: Sequence[str] | float | None = (),
-        templates: Sequence[str] = ("a photo of a {}",),
+        labels: Iterable[str | Sequence[str]],
+        background: Iterable[str] | float | None = (),
+        templates: str | Iterable[str] = ("a photo of a {}",),
         tokenizer: PreTrainedTokenizerBase | None = None,
         synonyms: Literal["max", "mean"] = "max",
+        background_templates: bool = False,
     ) -> SamClipVocabulary:
         r"""
         Embeds a vocabulary, which can be used for any number of images: `model(pixel_values, vocabulary=vocabulary)`.
 
-        labels (`Sequence`):
-            Names of the classes. A list of names is a class with synonyms; the first one is the name of the label.
-        background (`Sequence[str]` or `float`, *optional*):
-            Texts that describe the background ("a wall", "an empty scene"), used without templates. Or a threshold: a
-            pixel or segment is background if all probabilities, the softmax over the classes, are below it. The
-            highest of n probabilities is at least 1/n, so a threshold up to 1/n, or any threshold for a single class,
-            gives no background. With texts or a threshold, label 0 is "background" and the classes follow, and the SAM
-            head is not prompted in the background. Without `background`, every pixel belongs to a class.
-        templates (`Sequence[str]`, *optional*):
+        labels (`Iterable`):
+            Names of the classes, in a list, tuple, array or column of a table. A list of names is a class with
+            synonyms; the first one is the name of the label.
+        background (`Iterable[str]` or `float`, *optional*):
+            Texts that describe the background ("a wall", "an empty scene"). Or a threshold: a pixel or segment is
+            background if all probabilities, the softmax over the classes, are below it. The highest of n probabilities
+            is at least 1/n, so a threshold up to 1/n, or any threshold for a single class, gives no background. With
+            texts or a threshold, label 0 is "background" and the classes follow, and the SAM head is not prompted in
+            the background. Without `background`, every pixel belongs to a class.
+        templates (`str` or `Iterable[str]`, *optional*):
             Sentences with a `{}` in the place of the name, such as those in `samclip_hf.templates`. The embedding of a
             name is the mean over its sentences.
         tokenizer ([`PreTrainedTokenizerBase`], *optional*):
             The tokenizer. By default that of the folder or repository from which the model was loaded.
         synonyms (`"max"` or `"mean"`, *optional*):
             Whether a label's logit is that of its most similar synonym, or that of the mean of their embeddings.
+        background_templates (`bool`, *optional*, defaults to `False`):
+            Whether the texts of the background are put into the templates like names. By default, all of them are used
+            as they are.
 
-        Raises `ValueError` if there are no labels, a name is empty or repeated, a template has no `{}`, a text is
-        longer than the text tower accepts, or a threshold is not between 0 and 1.
+        With SigLIP's text tower, names and templates are converted by [`canonicalize_text`].
+
+        Names of different labels may have the same tokens, such as "Cat" and "cat" for CLIP. In this case, only the
+        first label is found, and a warning names both.
+
+        Raises `ValueError` if there are no labels, a name is empty, repeated or unknown to the tokenizer, a label has
+        the tokens of a text of the background, a template has no `{}`, a text is longer than the text tower accepts,
+        or a threshold is not between 0 and 1.
         """
-        if isinstance(labels, str) or not hasattr(labels, "__len__") or len(labels) == 0:
-            raise ValueError(f'labels must be a list of at least one name, such as ["cat", "sofa"]; got {labels!r}.')
-        threshold: float | None = None
-        texts_of_background: Any = () if background is None else background
+        groups = to_label_groups(labels)
+        threshold, texts_of_background = None, []
         if isinstance(background, Real):  # includes numpy's
-            threshold, texts_of_background = float(background), ()
-        if threshold is not None and not 0 < threshold < 1:
-            raise ValueError(f"As a threshold, background must be a probability between 0 and 1, got {threshold}.")
-        if isinstance(texts_of_background, str) or not all(
-            isinstance(text, str) and text.strip() for text in texts_of_background
-        ):
+            threshold = float(background)
+            if not 0 < threshold < 1:
+                raise ValueError(f"As a threshold, background must be a probability between 0 and 1, got {threshold}.")
+        elif isinstance(background, str):
             raise ValueError(
                 f'background must be a list of texts, such as ["a wall", "sky"], or a threshold; got {background!r}.'
             )
-        if isinstance(templates, str) or not templates or not all(t.count("{}") == 1 for t in templates):
+        elif background is not None:
+            texts_of_background = to_texts("background", background)
+        if background_templates and not texts_of_background:
+            raise ValueError("background_templates=True has no effect, because background has no texts.")
+        templates = to_texts("templates", templates, 1)
+        if not all(template.count("{}") == 1 for template in templates):
             raise ValueError(f"templates must be a list of sentences that contain {{}} once, got {templates!r}.")
-        groups: list[list[Any]] = [list(label) if isinstance(label, list | tuple) else [label] for label in labels]
-        names = [name for group in groups for name in group]
-        if not all(groups) or not all(isinstance(name, str) and name.strip() for name in names):
-            raise ValueError(f"Every label must be a name or a list of names, and no name empty; got {labels!r}.")
         if synonyms not in ("max", "mean"):
             raise ValueError(f'synonyms must be "max" or "mean", got {synonyms!r}.')
         has_background = threshold is not None or len(texts_of_background) > 0
-        if has_background and "background" in names:
+        if has_background and any("background" in group for group in groups):
             raise ValueError(
                 'With a background, the name of label 0 is "background". Give the class "background" another name.'
             )
-        counts = Counter(names)
-        if doubled := sorted(name for name, count in counts.items() if count > 1):
-            raise ValueError(f"These names appear more than once in the vocabulary: {doubled}.")
 
         first_class = int(has_background)
         id2label = {label_id: group[0] for label_id, group in enumerate(groups, start=first_class)}
-        label_ids = [0] * len(texts_of_background)
-        texts = [[text] for text in texts_of_background]  # an embedding is the mean over a list
+        if self.config.has_siglip_text:
+            templates = [canonicalize_text(template, keep="{}") for template in templates]
+
+        def fill(names: list[str], templates: list[str]) -> list[str]:
+            if self.config.has_siglip_text:
+                names = [canonicalize_text(name, keep=",") for name in names]
+            return [template.replace("{}", name) for name in names for template in templates]
+
+        # One row of `class_embeds` for each entry: its label, its names, and the texts whose mean it is.
+        rows = [
+            (0, [text], fill([text], templates if background_templates else ["{}"])) for text in texts_of_background
+        ]
         for label_id, group in enumerate(groups, start=first_class):
-            filled = [[template.replace("{}", name) for template in templates] for name in group]
-            filled = [[text for texts_of_name in filled for text in texts_of_name]] if synonyms == "mean" else filled
-            label_ids += [label_id] * len(filled)
-            texts += filled
+            for own_names in [group] if synonyms == "mean" else [[name] for name in group]:
+                rows.append((label_id, own_names, fill(own_names, templates)))
         tokenizer = self._tokenizer() if tokenizer is None else tokenizer
-        features = self._embed_texts([text for group in texts for text in group], tokenizer)
-        means = [group.mean(dim=0) for group in features.split([len(group) for group in texts])]
+        names = [name for group in groups for name in group]
+        special = set(tokenizer.all_special_ids)  # the one for unknown characters is among them
+        tokens = tokenizer(fill(names, ["{}"]))["input_ids"]
+        if unknown := [name for name, own in zip(names, tokens, strict=True) if special >= set(own)]:
+            raise ValueError(f"The tokenizer knows no part of these names: {unknown}.")
+        rows = _without_same_tokens(rows, len(texts_of_background), tokenizer)
+        features = self._embed_texts([text for _, _, texts in rows for text in texts], tokenizer)
+        means = [part.mean(dim=0) for part in features.split([len(texts) for _, _, texts in rows])]
         return SamClipVocabulary(
             F.normalize(torch.stack(means), dim=-1),
-            label_ids,
+            [label_id for label_id, _, _ in rows],
             {0: "background"} | id2label if has_background else id2label,
             0 if has_background else None,
             threshold,
@@ -571,6 +652,38 @@ class SamClipForObjectDetection(SamClipForImageSegmentation):
         return SamClipObjectDetectionOutput(**outputs, object_scores=scores * (outputs["segment_scores"] > 0))
 
 
+def _without_same_tokens(
+    rows: list[tuple[int, list[str], list[str]]], num_background: int, tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[int, list[str], list[str]]]:
+    """
+    Leaves out rows (label, names, texts) whose texts have the same tokens as those of an earlier row of another label:
+    both would get half of the probability. Logs a warning.
+
+    Raises `ValueError` if the earlier row is background, one of the first `num_background`.
+    """
+    tokens_of_texts = iter(tokenizer([text for _, _, texts in rows for text in texts])["input_ids"])
+    first: dict[tuple, int] = {}
+    kept, omitted = [], []
+    for number, row in enumerate(rows):
+        tokens = tuple(sorted(tuple(next(tokens_of_texts)) for _ in row[2]))
+        earlier = first.setdefault(tokens, number)
+        if rows[earlier][0] == row[0]:
+            kept.append(row)
+            continue
+        pair = " and ".join(", ".join(map(repr, names)) for _, names, _ in (rows[earlier], row))
+        if earlier < num_background:
+            raise ValueError(
+                f"The texts of the background and a label have the same tokens: {pair}. Remove one of them."
+            )
+        omitted.append(pair)
+    if omitted:
+        shown = "; ".join(omitted[:5]) + (f" and {len(omitted) - 5} more" if len(omitted) > 5 else "")
+        logger.warning(
+            f"The tokenizer turns these names into the same tokens, so that only the first of them is found: {shown}."
+        )
+    return kept
+
+
 def _stability(masks: torch.Tensor) -> torch.Tensor:
     """The stability score of mask logits `(..., height, width)`, `(...)` from 0 to 1: the IoU of the masks at the
     thresholds 1 and -1 (Kirillov et al. 2023, appendix B)."""
@@ -623,5 +736,8 @@ __all__ = [
     "SamClipSegmentationOutput",
     "SamClipVocabulary",
     "apply_background_threshold",
+    "canonicalize_text",
     "max_over_synonyms",
+    "to_label_groups",
+    "to_texts",
 ]
