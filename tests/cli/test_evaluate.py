@@ -127,7 +127,7 @@ def test_unknown_tasks_and_models_are_errors_before_any_evaluation(tmp_path):
         evaluate.run(["--model", *models, "--task", "classification:miniature@64", "--output_dir", str(tmp_path)])
     assert not (tmp_path / "results.json").exists()
     cascade = f"{miniature.clip_teacher()}+{miniature.sam_teacher()}"
-    with pytest.raises(CommandError, match=r"A cascade is SAM\+CLIP"):
+    with pytest.raises(CommandError, match=r"A cascade must be SAM\+CLIP"):
         evaluate.run(["--model", cascade, "--output_dir", str(tmp_path)])
 
 

@@ -308,7 +308,7 @@ class TestMiniature:
     def test_the_adapter_depends_on_the_type_of_the_model(self, samclip, sam, clip, tmp_path):
         assert [type(model) for model in (samclip, sam, clip)] == [SamClipAdapter, SamAdapter, ClipAdapter]
         assert isinstance(load_adapter(f"{miniature.sam_teacher()}+{miniature.clip_teacher()}"), CascadeAdapter)
-        with pytest.raises(ValueError, match=r"A cascade is SAM\+CLIP"):
+        with pytest.raises(ValueError, match=r"A cascade must be SAM\+CLIP"):
             load_adapter(f"{miniature.clip_teacher()}+{miniature.sam_teacher()}")
         (tmp_path / "config.json").write_text('{"model_type": "bert"}')
         with pytest.raises(ValueError, match="of type 'bert'"):

@@ -331,7 +331,7 @@ class TestFolder:
 
     def test_folders_with_other_files_are_not_replaced(self, checkpoint, tmp_path):
         (tmp_path / "thesis.tex").write_text("x")
-        with pytest.raises(FileExistsError, match=r"not of an earlier export: thesis\.tex"):
+        with pytest.raises(FileExistsError, match=r"not belong to an earlier export: thesis\.tex"):
             export(checkpoint, tmp_path)
         (tmp_path / "thesis.tex").rename(tmp_path / "tokenizer.json")
         with pytest.raises(FileExistsError, match=r"tokenizer\.json"):

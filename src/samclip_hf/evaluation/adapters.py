@@ -23,7 +23,7 @@ from ..images import mask_to_box, normalize
 from ..segmentation_samclip import SamClipForImageSegmentation
 
 TEXT_BATCH_SIZE = 256
-PROMPT_BATCH_SIZE = 64  # of one image; the mask decoder's memory grows with it
+PROMPT_BATCH_SIZE = 64  # of one image; it determines the memory of the mask decoder
 CROP_BATCH_SIZE = 64
 
 
@@ -34,7 +34,7 @@ class ModelAdapter:
     name (`str`):
         The name in results.
     model (`PreTrainedModel`):
-        The model. It is put in evaluation mode.
+        The model. It is set to evaluation mode.
     processor (`ProcessorMixin`):
         The model's processor.
     """
@@ -51,7 +51,8 @@ class ModelAdapter:
 
     @property
     def untrained(self) -> list[str]:
-        """Names of the parts whose biases are all exactly 0, as initialized. Empty for a trained model."""
+        """Names of the parts of the model with new weights: all of their biases are exactly 0. Empty for a trained
+        model."""
         biases: dict[str, bool] = {}
         for model in self.models:
             for name, parameter in model.named_parameters():
@@ -78,7 +79,7 @@ class ModelAdapter:
         return max(1, round(side / self.patch_size)) * self.patch_size
 
     def patch_features(self, images: Sequence[Image.Image], size: int) -> dict[str, Tensor]:
-        """Returns the frozen features that heads are trained on (paper, section 5 and table 3),
+        """Returns the frozen features on which heads are trained (paper, section 5 and table 3),
         `(num_images, hidden_size, grid_height, grid_width)`, by the name of the module that computes them. Images are
         stretched to squares of `size` pixels."""
         raise NotImplementedError
@@ -100,7 +101,7 @@ class ImageTextAdapter(ModelAdapter):
 
     @torch.inference_mode()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Returns unit embeddings `(num_texts, projection_dim)`. Texts longer than the text tower accepts are
+        """Returns unit embeddings `(num_texts, projection_dim)`. Texts that are too long for the text tower are
         truncated, as for CLIP."""
         features = []
         max_length = self.model.config.text_config.max_position_embeddings
@@ -210,8 +211,8 @@ class PromptableAdapter(ModelAdapter):
         return outputs.pred_masks, outputs.iou_scores
 
     def generate_masks(self, image: Image.Image, **thresholds) -> np.ndarray:
-        """Returns everything mode's masks `(num_masks, height, width)` of type bool, by the stock `mask-generation`
-        pipeline with these `thresholds`."""
+        """Returns the masks of everything mode `(num_masks, height, width)` of type bool: the result of the stock
+        `mask-generation` pipeline with these `thresholds`."""
         generator = pipeline(
             "mask-generation", model=self.model, image_processor=self.image_processor, device=self.model.device
         )
@@ -225,8 +226,8 @@ class SamAdapter(PromptableAdapter):
 
     @torch.inference_mode()
     def patch_features(self, images: Sequence[Image.Image], size: int) -> dict[str, Tensor]:
-        """Returns the outputs of the image encoder's last layer, before the neck. Raises `ValueError` for another size
-        than the model's only one."""
+        """Returns the outputs of the image encoder's last layer, before the neck. Raises `ValueError` if `size` is not
+        the model's own, because SAM accepts no other."""
         own_size = self.model.config.vision_config.image_size
         if size != own_size:
             raise ValueError(f"{self.name} accepts images of {own_size} x {own_size} pixels only, got {size}.")
@@ -252,8 +253,8 @@ class ClipAdapter(ImageTextAdapter):
 
     def _dense_embeds(self, pixel_values: Tensor) -> Tensor:
         """Projects the patch tokens as CLIP projects its class token. In the last layer, the attention returns each
-        token's own value and the MLP is skipped, as in MaskCLIP (Zhou et al. 2022). In the miniature, this doubles the
-        mIoU of unmodified tokens."""
+        token's own value and the MLP is skipped, as in MaskCLIP (Zhou et al. 2022). In the miniature, the mIoU is
+        twice that of unmodified tokens."""
         vision = self.model.vision_model
         last = vision.encoder.layers[-1]
         tokens = self._tokens(pixel_values)[-2]
@@ -354,8 +355,8 @@ class CascadeAdapter(ModelAdapter):
     @torch.inference_mode()
     def name_masks(self, image: Image.Image, masks: np.ndarray, text_embeds: Tensor) -> Tensor:
         """
-        Compares masks with texts. CLIP gets a crop of the box of each mask, padded to a square, in which pixels
-        outside the mask have the mean color of CLIP's normalization.
+        Compares masks with texts. The input of CLIP is a crop of the box of each mask, padded to a square, in which
+        pixels outside the mask have the mean color of CLIP's normalization.
 
         Args:
             image (`PIL.Image.Image`):
@@ -443,7 +444,7 @@ def adapter_classes(name: str) -> list[tuple[Any, type[ModelAdapter]]]:
     if len(classes) == 2 and not (
         issubclass(classes[0][1], PromptableAdapter) and issubclass(classes[1][1], ImageTextAdapter)
     ):
-        raise ValueError(f"A cascade is SAM+CLIP, in this order; got {name!r}.")
+        raise ValueError(f"A cascade must be SAM+CLIP, in this order; got {name!r}.")
     return classes
 
 
@@ -453,8 +454,8 @@ def load_adapter(name: str, device: torch.device | str = "cpu", dtype: torch.dty
 
     Args:
         name (`str`):
-            A folder or a name on the Hub of a SAM-CLIP, a SAM, a CLIP or a SigLIP; or two of them with a plus,
-            "SAM+CLIP", for their cascade.
+            The folder or the repository on the Hub of a SAM-CLIP, SAM, CLIP or SigLIP, or "SAM+CLIP" for the cascade
+            of two of them.
         device (`torch.device` or `str`, *optional*, defaults to `"cpu"`):
             The device of the model.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):

@@ -15,13 +15,14 @@ from .semantic_segmentation import LabelMapEvaluator
 
 class CascadeSegmentation(LabelMapEvaluator):
     """
-    SAM generates masks in everything mode, CLIP classifies each of them, and smaller masks are drawn on larger ones.
-    Pixels outside all masks are background or, if the data have none, of the whole image's class.
+    SAM generates masks in everything mode, and CLIP classifies each of them. Where masks overlap, the smallest one
+    counts. Pixels outside all masks are background or, if the data has none, have the class of the whole image.
 
     data, templates, background_threshold:
         See [`LabelMapEvaluator`].
     generation (`dict`, *optional*):
-        Arguments of the stock `mask-generation` pipeline, such as `pred_iou_thresh`. By default, the pipeline's own.
+        Arguments of the stock `mask-generation` pipeline, such as `pred_iou_thresh`. By default, those of the
+        pipeline.
     """
 
     name = "cascade"

@@ -15,7 +15,8 @@ from .metrics import AccumulatingMetric, TopK
 
 class ZeroShotClassification(SampleEvaluator[LabeledImage]):
     """
-    Assigns each image to the class with the most similar embedding, the mean over templates.
+    Assigns each image to the class with the most similar embedding. The embedding of a class is the mean over
+    templates.
 
     data (`DataSet`):
         Images with labels.
@@ -36,7 +37,7 @@ class ZeroShotClassification(SampleEvaluator[LabeledImage]):
     ):
         super().__init__(data)
         if not data.names:
-            raise ValueError(f"{data.name} has no class names, which classification needs.")
+            raise ValueError(f"{data.name} has no class names. Classification needs them.")
         self.size, self.templates = size, templates
         self.class_names = [synonyms[0] for synonyms in data.names]
 

@@ -33,8 +33,8 @@ CPU_ATTENTION_FLOPS = {
 
 class Cost(Evaluator):
     """
-    Counts a model's parameters and, for each of its functions on an image of noise, measures multiply-accumulates
-    (half of the operations that torch counts), the median time, and the peak memory above what was in use before.
+    Counts a model's parameters. For each of its functions on an image of noise, measures multiply-accumulates (half of
+    the operations that torch counts), the median time, and the peak memory above the memory in use before.
 
     height, width (`int`):
         The image's size in pixels.
@@ -108,7 +108,7 @@ class Cost(Evaluator):
         return EvaluationResult(metrics, 1, time.perf_counter() - start)
 
     def functions(self, model: ModelAdapter) -> dict[str, Callable[[], Any]]:
-        """Returns what the model can compute for an image, by title."""
+        """Returns the functions of the model for an image, by title."""
         pixels = np.random.default_rng(0).integers(0, 256, (self.height, self.width, 3), dtype=np.uint8)
         image = Image.fromarray(pixels)
         data: DataSet[SegmentedImage] = DataSet("noise", [], [[name] for name in self.names])

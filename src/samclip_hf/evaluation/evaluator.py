@@ -1,4 +1,4 @@
-"""The base classes of all evaluators, and the loop over a dataset, which any number of processes can share."""
+"""The base classes of all evaluators, and the loop over a dataset, which can run in any number of processes."""
 
 import itertools
 import time
@@ -23,14 +23,14 @@ class EvaluationResult:
     The result of one evaluator for one model.
 
     metrics (`dict[str, float | None]`):
-        Values in [0, 1] unless the name has a unit. The first metric is the main one. `None` if the data do not define
-        a metric.
+        Values in [0, 1] unless the name has a unit. The first metric is the main one. `None` if a metric is undefined
+        for the data.
     num_samples (`int`):
         The number of samples, of all processes.
     seconds (`float`):
         The duration.
     extremes (`dict[str, int]`):
-        Indices of the "best", "median" and "worst" samples, if the evaluator scores single samples.
+        Indices of the samples with the "best", "median" and "worst" score, if the evaluator scores single samples.
     """
 
     metrics: dict[str, float | None]
@@ -41,19 +41,19 @@ class EvaluationResult:
 
 class Evaluator(ABC):
     """
-    A protocol that computes the metrics of a model.
+    Computes the metrics of a model by one protocol.
 
     name (`str`):
-        The protocol's name on the command line.
+        The evaluator's name on the command line.
     adapter_class (`type[ModelAdapter]`):
-        The models that the protocol applies to.
+        The models to which the evaluator applies.
     """
 
     name: ClassVar[str]
     adapter_class: ClassVar[type[ModelAdapter]] = ModelAdapter
 
     def applies_to(self, model: ModelAdapter) -> bool:
-        """Returns whether the model has what the protocol needs."""
+        """Returns whether the evaluator applies to the model."""
         return isinstance(model, self.adapter_class)
 
     @abstractmethod
@@ -68,8 +68,8 @@ class Evaluator(ABC):
 
 class SampleEvaluator(Evaluator, Generic[SampleType]):
     """
-    Base class of evaluators that process a dataset sample by sample. A subclass annotates the kind of model that its
-    `applies_to` accepts.
+    Base class of evaluators that process a dataset sample by sample. Subclasses annotate their `model` arguments with
+    the adapter class that `applies_to` accepts.
 
     data (`DataSet`):
         The samples. Batches are sharded across processes.
@@ -85,7 +85,8 @@ class SampleEvaluator(Evaluator, Generic[SampleType]):
         """Returns empty metrics, by name."""
 
     def prepare(self, model: Any) -> None:  # optional
-        """Computes what is the same for all samples, such as embeddings of class names. Does nothing by default."""
+        """Computes values that are the same for all samples, such as embeddings of class names. Does nothing by
+        default."""
 
     @abstractmethod
     def update(self, model: Any, samples: list[SampleType], metrics: dict[str, AccumulatingMetric]) -> list[float]:
@@ -102,8 +103,8 @@ class SampleEvaluator(Evaluator, Generic[SampleType]):
 
     def run(self, model: Any) -> EvaluationResult | None:
         """
-        Evaluates a model. Each process takes whole batches in turn. The batches, and so the metrics, do not depend on
-        the number of processes. Raises `ValueError` if there are no samples.
+        Evaluates a model. Whole batches are assigned to the processes in turn, so the batches and the metrics do not
+        depend on the number of processes. Raises `ValueError` if there are no samples.
         """
         state = PartialState()
         metrics = self.new_metrics()
@@ -130,8 +131,8 @@ class SampleEvaluator(Evaluator, Generic[SampleType]):
 def shard_batches(
     samples: Iterable[SampleType], batch_size: int, title: str
 ) -> Iterator[tuple[int, list[SampleType]]]:
-    """Yields this process's batches, each with the index of its first sample. The main process shows the progress of
-    all."""
+    """Yields the batches of this process, each with the index of its first sample. The main process shows the progress
+    of all processes."""
     state = PartialState()
     total = len(samples) if isinstance(samples, Sized) else None
     with tqdm(total=total, desc=title, unit="image", disable=not state.is_main_process) as progress:

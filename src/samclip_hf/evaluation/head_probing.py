@@ -24,7 +24,7 @@ from .probing import BATCH_SIZE, Probing, extract_features, shared_folder
 class HeadProbing(Probing):
     """
     Trains linear, DeepLabv3 and PSPNet heads on patch features, by AdamW on the cross-entropy at a quarter of the
-    input's size. Predictions are compared at the size of the image.
+    input's size. Predictions are compared with the ground truth at the size of the image.
 
     train, test, size, seed:
         See [`Probing`].
@@ -115,7 +115,8 @@ def linear_head(channels: int, num_labels: int) -> nn.Module:
 
 
 class PyramidPoolingHead(nn.Module):
-    """PSPNet's head (Zhao et al. 2017, section 3.2): the features next to their averages over four coarser grids."""
+    """PSPNet's head (Zhao et al. 2017, section 3.2): features, concatenated with their averages over four coarser
+    grids."""
 
     def __init__(self, channels: int, num_labels: int, bins: Sequence[int] = (1, 2, 3, 6), hidden_size: int = 512):
         super().__init__()

@@ -17,7 +17,7 @@ from .prompted_segmentation import mask_iou
 class ZeroShotInstanceSegmentation(SampleEvaluator[ImageWithObjects]):
     """
     Prompts the model with each box of a detector. The mask has the class and the score of its box. Without detections,
-    the ground-truth boxes are used with a score of 1, which gives an upper bound and is described as one.
+    the ground-truth boxes are used with a score of 1. This gives an upper bound, and the description says so.
 
     data (`DataSet`):
         Images with objects and, optionally, detections.

@@ -20,8 +20,8 @@ PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
 
 class LinearProbing(Probing):
     """
-    Fits logistic regression to standardized pooled features, by L-BFGS until convergence. The L2 penalty is the one of
-    `PENALTIES` with the best accuracy on a tenth of the training images, which is held out.
+    Fits a logistic regression to standardized pooled features, by L-BFGS until convergence. The L2 penalty is the
+    value of `PENALTIES` with the best accuracy on a tenth of the training images, which is held out.
     """
 
     name = "linear-probe"

@@ -24,9 +24,9 @@ class Probing(Evaluator):
     states both.
 
     train, test (`DataSet`):
-        Datasets of known length, with the same classes and different images. `ValueError` otherwise.
+        Datasets of known length, with the same classes and different images. Raises `ValueError` otherwise.
     size (`int`):
-        Side in pixels of the squares that images are stretched to. A SAM uses its own size, the only one it accepts.
+        Side in pixels of the squares to which images are stretched. For a SAM, its own size, the only one it accepts.
     seed (`int`, *optional*, defaults to 0):
         The seed of the heads' weights, of the order of samples, and of held-out samples.
     """
@@ -64,7 +64,7 @@ class Probing(Evaluator):
 
 
 def shared_folder(folder: str) -> Path:
-    """Returns the main process's folder on all processes of a machine."""
+    """Returns the main process's folder in all processes of a machine."""
     return Path(broadcast_object_list([folder])[0])
 
 

@@ -17,8 +17,9 @@ from .metrics import AccumulatingMetric, MaskIoU
 
 class PromptedSegmentation(SampleEvaluator[ImageWithObjects]):
     """
-    Compares each object's mask with the mask predicted from a point, and from the object's bounding box. Of the three
-    masks of a point, `point_miou` counts the one with the highest predicted IoU, `point_oracle_miou` the best one.
+    Compares each object's mask with the masks that are predicted from a point and from the object's bounding box. Of
+    the three masks of a point, `point_miou` uses the one with the highest predicted IoU, `point_oracle_miou` the one
+    with the highest IoU.
 
     data (`DataSet`):
         Images with objects.
@@ -60,7 +61,7 @@ class PromptedSegmentation(SampleEvaluator[ImageWithObjects]):
         return scores
 
     def _predict(self, model: PromptableAdapter, sample: ImageWithObjects):
-        """Returns ground-truth masks, their points and boxes, and the predicted masks by the name of the metric."""
+        """Returns ground-truth masks, their points and boxes, and the predicted masks by metric."""
         image = sample.image()
         size = (image.height, image.width)
         annotations = [annotation for annotation in sample.objects() if not annotation.get("iscrowd")]

@@ -18,11 +18,11 @@ from ..visualization import save_panel
 from .adapters import ModelAdapter, SamClipAdapter
 from .evaluator import EvaluationResult, Evaluator, SampleEvaluator
 
-PER_CLASS_PREFIX = "iou: "  # of metrics of single classes, which tables leave out
+PER_CLASS_PREFIX = "iou: "  # of metrics of single classes, which are not in tables
 MODEL_FILES = ("config.json", "processor_config.json", "preprocessor_config.json", "tokenizer.json")
 PACKAGES = ("samclip-hf", "torch", "torchvision", "transformers", "accelerate", "evaluate", "datasets", "numpy")
 PAPER_RESULTS = json.loads((resources.files(__package__) / "paper.json").read_text())
-TASK_TYPES = {  # of the Hub, by protocol; others are "image-segmentation"
+TASK_TYPES = {  # of the Hub, by evaluator; those of the others are "image-segmentation"
     "classification": "zero-shot-image-classification",
     "linear-probe": "image-classification",
     "retrieval": "image-to-text",
@@ -84,8 +84,8 @@ class Results:
 
     def markdown(self) -> str:
         """Returns a table with the models in columns, without metrics of single classes. If the paper reports a metric
-        and the whole dataset was evaluated, the table has the paper's SAM-CLIP, and the difference for each
-        SAM-CLIP."""
+        and the whole dataset was evaluated, the table contains the result of the paper's SAM-CLIP, and the difference
+        from it for each SAM-CLIP."""
         tasks = self.content["tasks"]
         names = list(dict.fromkeys(name for task in tasks.values() for name in task["models"]))
         untrained = {
@@ -146,14 +146,14 @@ def read_results(path: Path) -> dict[str, Any]:
 
 
 def format_metric(value: float | None) -> str:
-    """Formats a value with three decimals, or without any from 100 on."""
+    """Formats a value with three decimals, or without decimals from 100 on."""
     if value is None:
         return ""
     return f"{value:.3f}" if abs(value) < 100 else f"{value:,.0f}"
 
 
 def to_json(value: Any) -> Any:
-    """Returns a value as it is after writing it to a JSON file and reading it."""
+    """Returns a value as it is after it has been written to a JSON file and read again."""
     return json.loads(json.dumps(value, default=str))
 
 

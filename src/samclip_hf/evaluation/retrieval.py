@@ -14,8 +14,9 @@ from .metrics import AccumulatingMetric, RecallAtK
 
 class Retrieval(SampleEvaluator[CaptionedImage]):
     """
-    Retrieves images by captions and captions by images, without templates. The paper's R@1 is `mean_recall@1`, the
-    mean of both directions: its baselines match the original publications only that way.
+    Retrieves images by captions and captions by images, without templates. The paper's R@1 corresponds to
+    `mean_recall@1`, the mean of both directions: only with this definition, the paper's baselines match the original
+    publications.
 
     data (`DataSet`):
         Images with captions.

@@ -1,6 +1,6 @@
 """
 Zero-shot semantic segmentation from patch embeddings (paper, section 5, table 2), and the base class of all evaluators
-that compare label maps. The literature differs in the rule for background, in image sizes, windows and upsampling;
+that compare label maps. Publications differ in the rule for background, in image sizes, windows and upsampling, so
 every result states them.
 """
 
@@ -33,10 +33,11 @@ class LabelMapEvaluator(SampleEvaluator[SegmentedImage]):
         Images with label maps.
     templates (`Sequence[str]`, *optional*):
         Templates of class names; an embedding is the mean over them. By default CLIP's 80, as in the paper. Texts that
-        describe the background are used without templates. The most similar synonym of a label counts.
+        describe the background are used without templates. The similarity of a label is that of its most similar
+        synonym.
     background_threshold (`float`, *optional*):
         For data with background: a pixel is background if no class has at least this probability. By default, a pixel
-        is background if one of the data's texts for it is more similar than any class.
+        is background if one of the texts that describe the background is more similar than any class.
     """
 
     batch_size = 8
@@ -49,9 +50,9 @@ class LabelMapEvaluator(SampleEvaluator[SegmentedImage]):
     ):
         super().__init__(data)
         if not data.names:
-            raise ValueError(f"{data.name} has no class names, which segmentation by text needs.")
+            raise ValueError(f"{data.name} has no class names. Segmentation by text needs them.")
         if background_threshold is not None and data.background is None:
-            raise ValueError(f"{data.name} has no background, so it has no use for background_threshold.")
+            raise ValueError(f"background_threshold cannot be used: {data.name} has no background.")
         self.templates, self.background_threshold = templates, background_threshold
         self.label_names = [synonyms[0] for synonyms in data.names]
 
@@ -107,8 +108,8 @@ class LabelMapEvaluator(SampleEvaluator[SegmentedImage]):
         ]
 
     def embed_vocabulary(self, model: ImageTextAdapter) -> tuple[Tensor, Tensor]:
-        """Returns embeddings `(num_texts, projection_dim)` of all names and, without a threshold, of the texts for
-        background; and the label of each text `(num_texts,)`."""
+        """Returns embeddings `(num_texts, projection_dim)` of all names and, without a threshold, of the texts that
+        describe the background; and the label of each text `(num_texts,)`."""
         assert self.data.names is not None
         first_class = int(self.data.background is not None)  # label 0 is background
         classes = enumerate(self.data.names[first_class:], start=first_class)
@@ -121,7 +122,8 @@ class LabelMapEvaluator(SampleEvaluator[SegmentedImage]):
         return torch.cat(embeds), torch.tensor(labels, device=embeds[0].device)
 
     def to_label_logits(self, text_logits: Tensor, labels: Tensor) -> Tensor:
-        """Returns the highest logit of each label's texts, `(num_labels, ...)`, for logits `(num_texts, ...)`."""
+        """Returns logits of labels `(num_labels, ...)` for logits of texts `(num_texts, ...)`: for each label, the
+        highest one."""
         return max_over_synonyms(text_logits, labels, len(self.label_names), dim=0).clamp_min(MIN_LOGIT)
 
     def to_labels(self, label_logits: Tensor) -> Tensor:
@@ -133,16 +135,17 @@ class LabelMapEvaluator(SampleEvaluator[SegmentedImage]):
 
 class SemanticSegmentation(LabelMapEvaluator):
     """
-    Compares each patch embedding, of SAM-CLIP's CLIP head or of a CLIP, with each text. The labels' logits are
-    upsampled bilinearly to the size of the image, and the highest wins (paper, section 5).
+    Compares each patch embedding, of SAM-CLIP's CLIP head or of a CLIP, with each text. The logits of labels are
+    upsampled bilinearly to the size of the image, and each pixel has the label with the highest logit (paper, section
+    5).
 
     data, templates, background_threshold:
         See [`LabelMapEvaluator`].
     size (`int`, *optional*, defaults to 448):
         The image's shorter side in pixels. The default is the paper's.
     window (`int`, *optional*):
-        Side in pixels of sliding windows on the resized image. The logits of overlapping windows are averaged, as is
-        common for CLIPs. By default, the image is processed as a whole.
+        Side in pixels of sliding windows on the resized image, which are common for CLIPs. The logits of overlapping
+        windows are averaged. By default, the image is processed as a whole.
     stride (`int`, *optional*):
         Distance of the windows in pixels. Defaults to half of `window`.
     """
@@ -161,7 +164,7 @@ class SemanticSegmentation(LabelMapEvaluator):
     ):
         super().__init__(data, templates, background_threshold)
         if window is None and stride is not None:
-            raise ValueError("A stride needs a window.")
+            raise ValueError("stride requires window.")
         self.size, self.window = size, window
         self.stride = window // 2 if window is not None and stride is None else stride
         if self.window is not None and not 0 < (self.stride or 0) <= self.window:
@@ -213,5 +216,5 @@ class SemanticSegmentation(LabelMapEvaluator):
 
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:
-    """Returns the starts of windows that cover `length`. The last window ends there."""
+    """Returns the starts of windows that cover `length`. The last window ends at `length`."""
     return [*range(0, max(length - window, 0), stride), max(length - window, 0)]

@@ -1,7 +1,7 @@
 """
 The parts of a SAM-CLIP that are exported, as modules with tensors as inputs and outputs.
 
-`create_parts` returns one `Part` for each file of an export. A part holds its module, the names and dynamic axes of
+`create_parts` returns one `Part` for each file of an export. A part contains its module, the names and dynamic axes of
 its inputs and outputs, and a function that creates example inputs of any size.
 """
 
@@ -96,7 +96,7 @@ class SiglipTextEncoder(TextEncoder):
         """Pads tokens `(num_texts, sequence_length)` and returns `text_embeds` as [`TextEncoder`] does."""
         config = self.model.config.text_config
         padding = torch.full((1, config.max_position_embeddings), config.pad_token_id)
-        # Appending the maximum length and cutting keeps sequence_length dynamic: there is no branch on it.
+        # The maximum length is appended and the rest removed, because a branch would make sequence_length static.
         input_ids = torch.cat([input_ids, padding.expand(input_ids.shape[0], -1)], dim=1)
         input_ids = input_ids[:, : config.max_position_embeddings]
         return F.normalize(self.model.get_text_features(input_ids).pooler_output, dim=-1)

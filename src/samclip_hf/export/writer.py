@@ -24,10 +24,10 @@ from .modules import MAX_PATCHES, PART_NAMES, Part, create_parts
 
 logger = logging.get_logger(__name__)
 
-OPSETS = range(18, 24)  # from the opset that PyTorch's exporter targets to the last that it can convert to
+OPSETS = range(18, 24)  # the opset that PyTorch's exporter writes, and those to which it can convert
 TOLERANCE = 1e-4  # largest accepted difference from PyTorch, relative to the largest value of the output
 MERGED_VALUES = 2**20  # weights with up to this number of values are stored once if they occur twice
-EXTERNAL_DATA_BYTES = 2**31 - 2**24  # weights above this size are stored beside the graph: protobuf's limit is 2 GB
+EXTERNAL_DATA_BYTES = 2**31 - 2**24  # weights above this size are stored next to the graph: protobuf's limit is 2 GB
 
 SHARED_FILES = ("samclip.json", "tokenizer.json", "class_embeds.npy")
 
@@ -67,7 +67,7 @@ def export(
     Raises:
         ImportError: The extra `export` is not installed.
         ValueError: The model is not a SAM-CLIP, it lacks a part, or the part or opset is unknown.
-        FileExistsError: `output_dir` contains other files than an earlier export.
+        FileExistsError: `output_dir` contains files that do not belong to an earlier export.
         RuntimeError: A file differs from PyTorch.
     """
     _require_extra()
@@ -120,17 +120,17 @@ def _require_extra() -> None:
 
 
 def _check_replaceable(folder: Path) -> None:
-    """Raises `FileExistsError` unless `folder` does not exist, is empty, or contains an earlier export only."""
+    """Raises `FileExistsError` unless `folder` does not exist, is empty, or contains only an earlier export."""
     if not folder.exists():
         return
     if not folder.is_dir():
-        raise FileExistsError(f"{folder} is a file: choose a folder.")
+        raise FileExistsError(f"{folder} is a file. Choose a folder.")
     names = sorted(path.name for path in folder.iterdir())
     known = {f"{part}.onnx{suffix}" for part in PART_NAMES for suffix in ("", ".data")} | set(SHARED_FILES)
     others = [name for name in names if name not in known]
     if others or (names and "samclip.json" not in names):
         shown = ", ".join((others or names)[:5])
-        raise FileExistsError(f"{folder} contains files that are not of an earlier export: {shown}.")
+        raise FileExistsError(f"{folder} contains files that do not belong to an earlier export: {shown}.")
 
 
 def _load(model_name_or_path: str | os.PathLike) -> tuple[SamClipForImageSegmentation, Any]:
@@ -144,7 +144,9 @@ def _load(model_name_or_path: str | os.PathLike) -> tuple[SamClipForImageSegment
     try:
         processor = AutoProcessor.from_pretrained(model_name_or_path)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{model_name_or_path} contains no processor. Save it beside the model.") from error
+        raise ValueError(
+            f"{model_name_or_path} contains no processor. Save it in the same folder as the model."
+        ) from error
     steps = ("do_resize", "do_rescale", "do_normalize", "do_pad")
     if disabled := [step for step in steps if not getattr(processor.image_processor, step)]:
         raise ValueError(
@@ -162,8 +164,8 @@ def _write(part: Part, path: Path, opset: int) -> None:
     import onnx_ir
     from onnx_ir.passes.common import CommonSubexpressionEliminationPass, DeduplicateInitializersPass
 
-    # Dynamic axes of equal length, axes of length 1, and a single window per row or column would be traced as fixed;
-    # the number of windows even without an error. So all lengths differ, and rows and columns exceed two windows.
+    # Dynamic axes of equal length, axes of length 1, and a single window per row or column would be traced as fixed,
+    # in the case of windows without an error. So all lengths differ, and rows and columns exceed two windows.
     example = part.make_inputs(2, part.window_size + 5, 2 * part.window_size + 7, 3)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's warnings about its own code
@@ -181,7 +183,8 @@ def _write(part: Part, path: Path, opset: int) -> None:
             verbose=False,
         )
     assert program is not None
-    # These passes merge the two runs of the mask decoder. The exporter itself deduplicates up to 1024 values only.
+    # These passes merge the two runs of the mask decoder. The exporter itself deduplicates only weights of up to 1024
+    # values.
     DeduplicateInitializersPass(size_limit=MERGED_VALUES)(program.model)
     CommonSubexpressionEliminationPass()(program.model)
     graph = program.model.graph
@@ -224,7 +227,7 @@ def _compare(part: Part, path: Path) -> float:
 
 
 def _describe(model, processor, folder: Path, model_name: str | os.PathLike, parts: list[str], opset: int) -> None:
-    """Writes the files beside the graphs: preprocessing, sizes, constants, tokenizer and vocabulary."""
+    """Writes the files next to the graphs: preprocessing, sizes, constants, tokenizer and vocabulary."""
     config, image_processor = model.config, processor.image_processor
     description: dict[str, Any] = {
         "model": str(model_name),

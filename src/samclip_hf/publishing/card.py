@@ -52,7 +52,7 @@ def create_model_card(
     license: str | None = None,
 ) -> ModelCard:
     """
-    Fills the template with everything that is recorded. The card says what is not recorded.
+    Fills the template with everything that is recorded. The card states what is not recorded.
 
     Args:
         folder (`Path`): A folder from `build_repository`.
@@ -66,7 +66,7 @@ def create_model_card(
             recorded and permissive, else "other".
 
     Raises:
-        PublishingError: If `results` contains no model of the name `results_name`.
+        PublishingError: If `results` contains no model with the name `results_name`.
     """
     config = json.loads((folder / "config.json").read_text())
     licenses = licenses or {}
@@ -115,7 +115,7 @@ def create_model_card(
 
 
 def _num_parameters(folder: Path) -> dict[str, int]:
-    """Number of parameters of each part of the model: the first component of the weights' names."""
+    """Number of parameters by part of the model, which is the first component of the weights' names."""
     counts: Counter[str] = Counter()
     for file in folder.glob("*.safetensors"):
         for name, tensor in load_file(file).items():
@@ -183,15 +183,15 @@ def _results_of_model(results: dict[str, Any], name: str) -> dict[str, Any]:
 
 def publish_provenance(source: str | Path, folder: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """
-    Writes the provenance of a checkpoint to `folder`. Absolute paths of this machine are shortened to their last part.
+    Writes the provenance of a checkpoint to `folder`. Absolute paths are shortened to their last part.
 
     Args:
         source (`str` or `Path`): The checkpoint. No file is written if it has no `provenance.json`.
         folder (`Path`): The repository's folder. It may be the same as `source`.
 
     Returns:
-        `tuple[list[dict], dict[str, str]]`: The stages, and the licenses of the teachers, by name, as far as their
-        model cards state them.
+        `tuple[list[dict], dict[str, str]]`: The stages, and the licenses of the teachers, by name. Teachers whose
+        model cards state no license are left out.
     """
     stages = provenance.read(source)
     teachers = [name for _, name in provenance.teachers(stages)]

@@ -202,8 +202,8 @@ def push(
         `str`: URL of the commit or the pull request.
 
     Raises:
-        PublishingError: If the upload is not possible or fails. The commit is the last request: before it, the
-            repository is unchanged, and a second call uploads only the files that are still missing.
+        PublishingError: If the upload is not possible or fails. The commit is the last request, so the repository is
+            then unchanged. A second call uploads only the files that are still missing.
     """
     # The state of the Hub may have changed since the caller checked it.
     repo_id = resolve_target(repo_id, private, revision, create_pr, update, token)

@@ -33,7 +33,7 @@ def verify(folder: Path, image: Image.Image) -> dict[str, float]:
         value.
 
     Raises:
-        PublishingError: If anything fails to load or differs.
+        PublishingError: If loading fails or results differ.
     """
     with tempfile.TemporaryDirectory() as temporary:
         image_path, results_path = Path(temporary, "image.png"), Path(temporary, "results")

@@ -1,6 +1,6 @@
 """
-Loads a checkpoint through every Auto class and pipeline, without any import of this package. As a script it blocks the
-package, so that transformers runs the code in the checkpoint's folder:
+Loads a checkpoint through every Auto class and pipeline, without importing this package. As a script, it makes the
+package unimportable, so that transformers runs the code in the checkpoint's folder:
 
     python -P verification_script.py FOLDER IMAGE RESULTS
 
@@ -36,8 +36,8 @@ CANDIDATE_LABELS = ["a person", "a car"]
 
 def run_checkpoint(folder: str, image: Image.Image) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """
-    Runs everything that a checkpoint supports on one image. If the package has been imported, transformers uses its
-    registered classes instead of the code in the folder.
+    Runs all Auto classes and pipelines that a checkpoint supports on one image. If the package has been imported,
+    transformers uses its registered classes instead of the code in the folder.
 
     Args:
         folder (`str`): A checkpoint with a processor.

@@ -2,8 +2,8 @@
 The base class of the metrics. `evaluate.Metric` writes every prediction to its cache and reads all of them for
 `compute`, which takes hundreds of gigabytes for label maps and masks. These metrics store counts instead.
 
-`evaluate.load` copies a metric's file and the files that it imports from its folder, but not theirs. So metrics import
-nothing of the package but this file, and this file imports nothing of the package.
+`evaluate.load` copies a metric's file and the files that it imports from its folder, but not the files that those
+import. Metrics therefore import only this file of the package, and this file imports none.
 """
 
 import inspect
@@ -18,7 +18,8 @@ from datasets import Features
 
 class AccumulatingMetric(evaluate.Metric, ABC):
     r"""
-    An `evaluate.Metric` with the same `add`, `add_batch` and `compute`, which keeps a small state and writes no files.
+    An `evaluate.Metric` with the same `add`, `add_batch` and `compute`, which stores a small state and writes no
+    files.
 
     Subclasses compute the state of a batch (`_measure`) and the result of a state (`_result`). The arguments are those
     that `evaluate.load` passes; only the names and `hash` are used. Raises `ValueError` unless `num_process` is 1:
@@ -26,7 +27,7 @@ class AccumulatingMetric(evaluate.Metric, ABC):
 
     state (`dict[str, numpy.ndarray | list]`):
         Integer counts, and lists whose order does not affect the result. The result is exactly the same for any order
-        and any sharding of the samples. Empty at first. Can be pickled.
+        and any sharding of the samples. Empty for a new metric. Can be pickled.
     input_features (`datasets.Features`):
         The types of a prediction and of a reference.
     """
@@ -75,10 +76,12 @@ class AccumulatingMetric(evaluate.Metric, ABC):
             self.merge(self._measure(predictions, references))
 
     def merge(self, state: dict[str, Any]) -> None:
-        """Adds the `state` of another metric, such as that of another process, which is not changed. Raises
-        `ValueError` if that metric has other arguments."""
+        """Adds the `state` of another metric, such as that of another process. The other state is not changed. Raises
+        `ValueError` if the other metric has different arguments."""
         if self.state and state and _shapes(self.state) != _shapes(state):
-            raise ValueError(f"{self.name}: the state is of a metric with another type or other arguments.")
+            raise ValueError(
+                f"{self.name}: the state belongs to a metric of another type or with different arguments."
+            )
         for key, value in state.items():
             if key in self.state:
                 self.state[key] += value  # counts are summed, lists extended

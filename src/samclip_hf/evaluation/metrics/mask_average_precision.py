@@ -21,13 +21,13 @@ class MaskAveragePrecision(AccumulatingMetric):
         `"segmentation"` (polygons or run-length encoding), `"area"` and optionally `"iscrowd"`.
     predictions (list of lists of `dict`):
         For each image, COCO results: `"category_id"`, `"segmentation"` (compressed run-length encoding), `"score"`.
-        The area, for small, medium and large objects, is that of the mask. Boxes are not used.
+        The area of the mask determines whether an object is small, medium or large. Boxes are not used.
     style (`str`):
         "coco": at most 100 detections per image and category. "lvis" (Gupta et al., arXiv 1908.03195): at most 300
-        per image; detections of categories that were not annotated in the image do not count.
+        per image; detections of categories that were not annotated in the image are ignored.
     categories (`list[dict]`, *optional*):
         The categories of the annotation file: `"id"` and, for LVIS, `"frequency"`, one of r, c and f. Required for
-        LVIS. Categories without references are not in the mean.
+        LVIS. Categories without references are excluded from the mean.
 
     `compute` returns `AP`, `AP50`, `AP75`, `APs`, `APm`, `APl` and, for LVIS, `APr`, `APc`, `APf`, in [0, 1], or
     `None` (COCO: -1) if there are no such objects. Raises `ValueError` if an image is added twice, a mask does not
@@ -93,7 +93,7 @@ class MaskAveragePrecision(AccumulatingMetric):
             for key in ("annotations", "results")
         )
         for number, annotation in enumerate(annotations, start=1):
-            annotation["id"] = number  # COCO's evaluation takes 0 for "not matched"
+            annotation["id"] = number  # COCO's evaluation interprets 0 as "not matched"
         categories = self.categories or [{"id": i} for i in {annotation["category_id"] for annotation in annotations}]
 
         truth = COCO({"images": images, "annotations": annotations, "categories": categories})

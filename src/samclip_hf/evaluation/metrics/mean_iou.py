@@ -22,15 +22,15 @@ class MeanIoU(AccumulatingMetric):
     num_labels (`int`):
         The number of labels, including background.
     ignore_index (`int`):
-        The label of reference pixels that do not count. The prediction there must be a valid label.
+        The label of reference pixels that are ignored. The prediction there must be a valid label.
     boundary_width (`int`):
-        Pixels whose reference has another label, `ignore_index` included, within this Chebyshev distance do not
-        count. This measures the labels of regions independently of their outlines.
+        Pixels are ignored if the reference has another label, `ignore_index` included, within this Chebyshev distance.
+        The result then measures the labels of regions independently of their outlines.
 
     `compute` returns `mean_iou` over the labels that occur in references or predictions; `mean_accuracy` over those in
-    references; `overall_accuracy`; `iou_per_label` and `accuracy_per_label`, `None` for labels that are not in the
-    mean; and `num_pixels`, the number of pixels that count. Raises `ValueError` if no pixel counts, a value is not a
-    valid label, or shapes differ.
+    references; `overall_accuracy`; `iou_per_label` and `accuracy_per_label`, `None` for labels that are excluded from
+    the mean; and `num_pixels`, the number of pixels that are not ignored. Raises `ValueError` if all pixels are
+    ignored, a value is not a valid label, or shapes differ.
     """
 
     input_features = Features({name: List(List(Value("int64"))) for name in ("predictions", "references")})
@@ -73,7 +73,7 @@ class MeanIoU(AccumulatingMetric):
     def _result(self, state: dict[str, Any]) -> dict[str, Any]:
         confusion = state["confusion"]
         if not confusion.any():
-            raise ValueError("No pixel counts: all are ignored, or near a boundary.")
+            raise ValueError("All pixels are ignored or near a boundary.")
         correct, truth, predicted = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)
         iou, accuracy = ratios(correct, truth + predicted - correct), ratios(correct, truth)
         return {
@@ -87,8 +87,8 @@ class MeanIoU(AccumulatingMetric):
 
 
 def near_boundary(label_map: np.ndarray, width: int) -> np.ndarray:
-    """Returns a mask `(height, width)` of the pixels with another label within the Chebyshev distance `width`: those
-    where the largest label of the window differs from the smallest."""
+    """Returns a mask `(height, width)` of the pixels with another label within the Chebyshev distance `width`. At
+    these pixels, the largest label in the window around the pixel differs from the smallest."""
 
     def max_filter(labels: torch.Tensor) -> torch.Tensor:
         return F.max_pool2d(labels, kernel_size=2 * width + 1, stride=1, padding=width)

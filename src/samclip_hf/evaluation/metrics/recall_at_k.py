@@ -9,7 +9,7 @@ from datasets import Features, List, Value
 
 from .accumulating import AccumulatingMetric
 
-IMAGE_BATCH_SIZE = 256  # compared with all captions: 51 MB of similarities for COCO's 25,000
+IMAGE_BATCH_SIZE = 256  # compared with all captions at once: 51 MB of similarities for COCO's 25,000 captions
 # Tolerance for equal cosines in float64: the rounding of a matrix product depends on the position of a column, so that
 # two equal captions may differ by about 1e-16.
 TOLERANCE = 1e-12
@@ -18,21 +18,21 @@ TOLERANCE = 1e-12
 class RecallAtK(AccumulatingMetric):
     r"""
     Text to image: the fraction of captions whose image is among the k nearest images. Image to text: the fraction of
-    images with one of their captions among the k nearest captions. `mean_recall@1`, the mean of both directions, is
-    R@1 in the paper's table 1: its baselines match OpenCLIP's tables only that way.
+    images with one of their captions among the k nearest captions. `mean_recall@1`, the mean of both directions,
+    corresponds to R@1 in the paper's table 1: only with this definition, its baselines match OpenCLIP's tables.
 
-    Ties count as misses: if all embeddings are equal, the recall is 0, and an image whose nearest caption is also the
-    caption of another image does not find it at k = 1.
+    Ties count as misses: if all embeddings are equal, the recall is 0. An image whose nearest caption is also the
+    caption of another image is a miss at k = 1.
 
     predictions (arrays or tensors of shape `(num_images, embed_dim)`):
         Image embeddings, compared by cosine similarity in float64.
     references (list of arrays or tensors of shape `(num_captions, embed_dim)`):
         For each image, the embeddings of its captions, at least one.
     ks (`tuple[int, ...]`):
-        Values of k. Those above the number of images are left out.
+        Values of k. Values above the number of images are left out.
 
-    The state holds all embeddings in float32. `compute` needs another 230 MB for 5,000 images with 25,000 captions in
-    512 dimensions. Raises `ValueError` if an image has no captions, shapes differ, or an embedding is zero or not
+    The state contains all embeddings in float32. `compute` needs another 230 MB for 5,000 images with 25,000 captions
+    in 512 dimensions. Raises `ValueError` if an image has no captions, shapes differ, or an embedding is zero or not
     finite.
     """
 
@@ -89,7 +89,7 @@ class RecallAtK(AccumulatingMetric):
 
 
 def _to_float32(embeds: Any) -> np.ndarray:
-    """Returns a copy: the caller may reuse the memory."""
+    """Returns a copy, because the caller may reuse the memory."""
     return torch.as_tensor(embeds).to("cpu", torch.float32, copy=True).numpy()
 
 

@@ -11,17 +11,17 @@ from .accumulating import AccumulatingMetric
 
 class TopK(AccumulatingMetric):
     r"""
-    The fraction of images whose class is among the k classes with the highest scores. Ties count as misses, so that
-    equal scores for all classes give 0 (for k < num_labels).
+    The fraction of images whose class is among the k classes with the highest scores. Ties count as misses, so equal
+    scores for all classes give 0 (for k < num_labels).
 
     predictions (`torch.Tensor`, `numpy.ndarray` or lists, of shape `(num_images, num_labels)`):
-        Scores. They are counted on their device.
+        Scores. They are evaluated on their device.
     references (integers of shape `(num_images,)`):
         The true classes.
     num_labels (`int`):
         The number of classes.
     ks (`tuple[int, ...]`):
-        Values of k. 1 is always included; those above `num_labels` are left out.
+        Values of k. 1 is always included; values above `num_labels` are left out.
 
     `compute` returns `top1` and so on; `mean_per_class_top1`, the mean over the classes that occur; and
     `correct_per_label` (for k = 1) and `num_per_label`. Raises `ValueError` if shapes differ, a score is NaN or a
