@@ -243,7 +243,8 @@ class App:
 
     @torch.inference_mode()
     def predict_mask(self, encoded: EncodedImage, prompts: Prompts):
-        """Predicts one mask from all points and the box. For a single point, it is the best of three masks."""
+        """Predicts one mask from all points and the box. For a single point, it is the one of three masks with the
+        highest predicted IoU."""
         masks, duration = [], ""
         if prompts.points or prompts.box:
             inputs = self.processor(

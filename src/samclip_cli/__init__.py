@@ -1,9 +1,9 @@
 """
 The `samclip` command.
 
-Every command is a module of this package with a function `run(argv)`. Modules import torch,
-transformers and samclip_hf (which imports both) only inside `run`, because these imports take several seconds:
-`--help` and argument errors must not wait for them.
+Every command is a module of this package with a function `run(argv)`. Modules import torch, transformers and
+samclip_hf (which imports both) only inside `run`. These imports take several seconds, and `--help` and argument errors
+must not wait for them.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def first_line(error: Exception) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """
-    Runs a command line, by default this process's own.
+    Runs a command line, by default that of this process.
 
     argv (sequence of `str`, *optional*):
         The command and its arguments, without the program's name.
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of the command's name. The parser of the command reads the other arguments."""
+    """The parser of the command's name. The command has its own parser for the other arguments."""
     width = max(map(len, COMMANDS))
     commands = "\n".join(f"  {name:<{width}}  {summary}" for name, summary in COMMANDS.items())
     parser = argparse.ArgumentParser(

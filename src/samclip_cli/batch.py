@@ -1,6 +1,6 @@
 """
-What `samclip segment`, `classify` and `masks` share: finding images, planning the output, running a pipeline on each
-image, and writing JSON and annotated images.
+Functions for `samclip segment`, `classify` and `masks`: finding images, planning the output, running a pipeline on
+each image, and writing JSON and annotated images.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from . import INTERRUPTED, CommandError, discard_standard_output, first_line
 from .models import check_model
 from .outputs import check_outputs, check_writable
 
-if TYPE_CHECKING:  # importing these takes seconds: see the docstring of the package
+if TYPE_CHECKING:  # importing these takes seconds, see the docstring of the package
     import numpy as np
     from PIL import Image
     from transformers import Pipeline
@@ -73,7 +73,7 @@ class Prediction:
 
 
 def create_parser(command: str, description: str, record: str, has_masks: bool) -> argparse.ArgumentParser:
-    """A parser with the arguments that the three commands share. `record` is an example of the JSON for `--help`."""
+    """A parser with the arguments of all three commands. `record` is an example of the JSON for `--help`."""
     parser = argparse.ArgumentParser(
         prog=f"samclip {command}",
         description=description,
@@ -354,7 +354,7 @@ def coco_annotation(mask: "np.ndarray", segmentation: dict | None = None) -> dic
     mask (`numpy.ndarray` of shape `(height, width)`):
         Boolean.
     segmentation (`dict`, *optional*):
-        The mask's run-length encoding, if it is known.
+        The mask's run-length encoding, if it is available.
     """
     from samclip_hf.images import encode_mask, mask_to_coco_box
 
@@ -376,7 +376,7 @@ def _encode(extension: str, image: "Image.Image", record: dict, prediction: Pred
 
 
 def _describe_error(error: Exception) -> str:
-    """One line. The exception's type is left out where the message is written for users."""
+    """One line. The type of the exception is left out if the message is written for users."""
     if isinstance(error, ValueError | OSError):
         return first_line(error)
     return f"{type(error).__name__}: {first_line(error)}"

@@ -30,11 +30,11 @@ examples:
       --task classification:imagenet semantic:voc21 composed:voc21 cascade:voc21
 
 tasks:
-  A task is PROTOCOL:DATA. DATA is the name of a dataset below the folder --data, a path, or
+  A task is EVALUATOR:DATA. DATA is the name of a dataset in the folder --data, a path, or
   "hf://owner/name" for the Hub. A task without ":DATA" runs on the synthetic scenes of the
   miniature and needs no files.
 
-  protocol                     names of datasets
+  evaluator                    names of datasets
   classification               imagenet, imagenet-v2, places365
   retrieval                    flickr30k, coco-captions
   instances, prompts           coco, lvis
@@ -45,7 +45,7 @@ tasks:
   cost                         HEIGHTxWIDTH in pixels instead of a dataset
 
   linear-probe and head-probe require --train_data and --size. docs/evaluate.md in the repository
-  describes the protocols, and where to get each dataset.
+  describes the evaluators, and the layout of each dataset.
 
 models:
   SAM-CLIP, SAM, CLIP and SigLIP checkpoints, and cascades of a SAM and a CLIP, written SAM+CLIP.
@@ -53,7 +53,7 @@ models:
 
 output:
   results.json, results.md, an image of sample predictions for every task and model, and a model
-  index for the model card of every SAM-CLIP. Results that are in results.json already are not
+  index for the model card of every SAM-CLIP. Results that are already in results.json are not
   computed again."""
 
 PROTOCOLS = (
@@ -61,7 +61,7 @@ PROTOCOLS = (
     *("linear-probe", "head-probe", "cost"),
 )
 NATIVE_SIZE = ("instances", "prompts", "cascade", "cost")  # these run every model at its own image size
-# The protocols that each option affects. Passing an option that affects none of the tasks is an error.
+# The evaluators that each option affects. Passing an option that affects none of the tasks is an error.
 OPTIONS = {
     "limit": PROTOCOLS[:-1],
     "size": tuple(protocol for protocol in PROTOCOLS if protocol not in NATIVE_SIZE),
@@ -114,7 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         metavar="PIXELS",
         default=[None],
-        help="image sizes; every task runs at each of them (default: the model's own)",
+        help="image sizes; every task runs at each of them (default: 448 for semantic, otherwise the model's own)",
     )
     parser.add_argument("--window", type=positive_int, metavar="PIXELS", help="side of sliding windows for semantic")
     parser.add_argument(
@@ -149,11 +149,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check_tasks(arguments: argparse.Namespace) -> None:
-    """Raises `CommandError` for an unknown protocol, and for an option that affects none of the tasks."""
+    """Raises `CommandError` for an unknown evaluator, and for an option that affects none of the tasks."""
     others = [name for name in arguments.task if not uses_miniature(name)]
     for name in others:
         if name.split(":")[0] not in PROTOCOLS:
-            raise CommandError(f"{name}: unknown protocol. Available protocols: {', '.join(PROTOCOLS)}.")
+            raise CommandError(f"{name}: unknown evaluator. Available evaluators: {', '.join(PROTOCOLS)}.")
     for option, protocols in OPTIONS.items():
         is_set = getattr(arguments, option) not in (None, [None])
         if is_set and not any(name.split(":")[0] in protocols for name in others):
@@ -256,9 +256,9 @@ def build_evaluator(protocol: str, data: str, size: int | None, arguments: argpa
         case "cost":
             sides = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", data)
             if sides is None:
-                raise ValueError("cost takes a height and a width in pixels, such as cost:768x1024.")
+                raise ValueError("cost needs a height and a width in pixels, such as cost:768x1024.")
             return Cost(int(sides[1]), int(sides[2]), [f"class {number}" for number in range(20)])
-    raise ValueError(f"unknown protocol {protocol!r}")
+    raise ValueError(f"unknown evaluator {protocol!r}")
 
 
 def first(data: "DataSet", limit: int | None) -> "DataSet":

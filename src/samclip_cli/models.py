@@ -1,6 +1,5 @@
 """
-What commands and the app know about a model by its name: whether it exists, before it is loaded, and its thresholds of
-everything mode.
+Checks that a model exists before it is loaded, and selects its thresholds of everything mode.
 """
 
 import os
@@ -14,15 +13,15 @@ WEIGHTS = (".safetensors", ".bin")
 
 def check_model(name: str, option: str = "--model") -> None:
     """
-    Checks that a model exists, without importing torch. transformers calls a missing folder an invalid repository
-    name, and without a connection it repeats every request for half a minute.
+    Checks that a model exists, without importing torch. transformers would report a missing folder as an invalid
+    repository name, and without a connection it would repeat every request for half a minute.
 
     name (`str`):
         A folder, or a repository that is on the Hub or in the local cache.
     option (`str`, *optional*, defaults to `"--model"`):
         The argument that has this value, for the message.
 
-    Raises `CommandError` if there is neither, or if it has no `config.json`.
+    Raises `CommandError` if neither exists, or if it has no `config.json`.
     """
     origin = f"{option} {name or repr(name)}"
     if os.path.isdir(name):

@@ -1,4 +1,4 @@
-"""Checks of outputs before the work, so that a command does not lose its results or a file of the user."""
+"""Checks of outputs before the work, so that a command does not lose its results or replace a file of the user."""
 
 import os
 import tempfile

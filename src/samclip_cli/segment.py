@@ -80,7 +80,7 @@ def run(argv: Sequence[str]) -> int:
 
     from samclip_hf import SamClipImageSegmentationPipeline
 
-    # Given as a class, because a checkpoint from the Hub maps the task's name to the code in its own repository.
+    # The class is passed because a checkpoint from the Hub maps the task's name to the code in its own repository.
     segmenter = load_pipeline(
         "zero-shot-image-segmentation",
         arguments.model,

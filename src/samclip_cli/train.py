@@ -47,7 +47,7 @@ def parse_arguments(argv: Sequence[str]) -> "SamClipTrainingArguments":
     invalid, as `argparse` does.
     """
     words = collect_arguments(argv)
-    # The types of the values are known to TrainingArguments alone, so only this check waits for the import of torch.
+    # TrainingArguments defines the types of the values, so only this check waits for the import of torch.
     from transformers import HfArgumentParser
 
     from samclip_hf.distillation import SamClipTrainingArguments
@@ -167,7 +167,7 @@ def _format_help(fields: dict[str, ast.AnnAssign]) -> str:
 
 
 def models_to_load(args: "SamClipTrainingArguments") -> dict[str, str]:
-    """The models that a run loads, by argument. Without the miniature's, which are part of the package."""
+    """The models that a run loads, by argument. Those of the miniature are excluded, as parts of the package."""
     is_new = args.model is None
     names = {
         "model": args.model,

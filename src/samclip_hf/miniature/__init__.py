@@ -1,16 +1,16 @@
 """
 The miniature: procedural scenes, a small SAM and a small CLIP trained on them, and a SAM-CLIP distilled from both.
 
-The weights ship with the package and the scenes are drawn on the fly, so examples, tests and the demo run offline.
-Importing this package is cheap: `scenes` needs only numpy, `streams` needs the extra `train`.
+The weights are part of the package and the scenes are drawn when they are needed, so examples, tests and the demo run
+offline. `streams` needs the extra `train`.
 """
 
 from pathlib import Path
 
 _WEIGHTS = Path(__file__).parent / "weights"
 
-# Everything mode of the miniature models. Their predicted IoU and stability scores stay below the defaults of the mask
-# generation pipeline.
+# Arguments of everything mode for the miniature models, whose predicted IoUs and stability scores are below the
+# default thresholds of the mask generation pipeline.
 MASK_GENERATION = {
     "points_per_crop": 16,
     "pred_iou_thresh": 0.6,

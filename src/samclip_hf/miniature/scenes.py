@@ -1,9 +1,9 @@
 """
 Procedural scenes with exact masks and captions, drawn with NumPy in about 1 ms each.
 
-The class of an object is a pair of *pattern* and *color*, on a silhouette of random shape. Local texture therefore
-determines much of the class, as in natural images, and patch features can segment by text. A scene depends only on the
-pair (seed, index), not on the process or on scenes drawn before:
+The class of an object is a pair of *pattern* and *color*; its silhouette is random. The class is therefore visible in
+local texture, as it often is in photographs, and patch features can segment by text. A scene depends only on the pair
+(seed, index), not on the process or on earlier scenes:
 
 >>> scene = render(seed=0, index=7)
 >>> scene.image.shape, scene.masks.shape[0] == len(scene.class_ids)
@@ -39,7 +39,8 @@ _PERIODS = (0.0, 9.0, 11.5, 12.0, 11.0, 0.0, 10.0, 0.0)  # pixels; half of that 
 _NUM_ANGLES = 720
 _ANGLES = np.arange(_NUM_ANGLES) * (2 * np.pi / _NUM_ANGLES)
 
-# Polar coordinates of all offsets from a center: a silhouette is then one comparison with a table of radii by angle.
+# Polar coordinates of all offsets from a center, which are compared with a table of radii by angle to draw a
+# silhouette.
 _offsets = np.arange(-IMAGE_SIZE, IMAGE_SIZE, dtype=np.float32)
 _RADIUS = np.hypot(_offsets[:, None], _offsets[None, :])
 _ANGLE = (np.arctan2(_offsets[:, None], _offsets[None, :]) * (_NUM_ANGLES / (2 * np.pi))).astype(

@@ -1,5 +1,5 @@
 """
-The procedural scenes as sharded streams of `datasets`, drawn on the fly in about 1 ms each.
+The procedural scenes as sharded streams of `datasets`, drawn in about 1 ms each when they are read.
 
 `images()` has the columns of webdataset tars with photographs, `masks()` those of SA-1B's tars, as
 `load_dataset("webdataset", data_files=..., streaming=True)` returns them.

@@ -1,4 +1,4 @@
-"""Runs `samclip` commands in processes of their own."""
+"""Runs `samclip` commands in new processes."""
 
 import shlex
 import subprocess
@@ -22,7 +22,7 @@ def train(
     Args:
         title (`str`): Printed before the command.
         stage (`int`): The training stage, 1 to 3.
-        output_dir (`Path`), seed (`int`), max_steps (`int`): Arguments that replace the recipe's.
+        output_dir (`Path`), seed (`int`), max_steps (`int`): Arguments that override the recipe's.
         model (`Path`, *optional*): The checkpoint to start from. Default: the teachers.
         options (`Sequence[str]`): Further options of the command.
     """

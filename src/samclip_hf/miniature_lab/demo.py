@@ -27,7 +27,7 @@ from .report import (
     set_miniature_vocabulary,
 )
 
-# Optimizer steps by stage: a fraction of the recipes' steps, which trained the shipped checkpoint.
+# Optimizer steps by stage: a fraction of those of the recipes with which the shipped checkpoint was trained.
 STEPS = {1: 700, 2: 100, 3: 60}
 
 USAGE = """\

@@ -65,7 +65,7 @@ def build_sam() -> tuple[SamModel, SamProcessor]:
     """Returns a `SamModel` of 1 million parameters for 128 px, initialized for training from scratch."""
     size = {"image_size": IMAGE_SIZE, "patch_size": 8}
     config = SamConfig(
-        # The default initializer_range of 1e-10 suits loading checkpoints, not training from scratch.
+        # The default initializer_range of 1e-10 is meant for loading checkpoints, not for training from scratch.
         vision_config={
             **size,
             "hidden_size": 128,
@@ -221,8 +221,8 @@ def error_point(logits: Tensor, target: Tensor, generator: torch.Generator) -> t
 class DenseAuxiliary(nn.Module):
     """
     Auxiliary losses on the image embeddings, which speed up the start of the training: which pixels are foreground,
-    which lie on an outline, and which pairs of tokens belong to the same object. They use no class labels, like SAM's
-    masks. The layers are discarded after the training.
+    which lie on an outline, and which pairs of tokens belong to the same object. Like SAM's masks, they need no class
+    labels. The layers are discarded after the training.
 
     Args:
         channels (`int`): Channels of the image embeddings.
@@ -526,7 +526,7 @@ def clip_step(
     Computes the contrastive losses of a batch. Every text that is true for an image is a positive. The texts are:
 
     - the captions of the batch;
-    - each class that is not held out, in a random template: hard negatives with the same color and another pattern;
+    - each class that is not held out, in a random template, as hard negatives with the same color and another pattern;
     - each color and each pattern alone ("a red shape", "a dotted shape"), from which the text tower learns to
       combine colors and patterns. Classification of held-out classes depends on it.
 
@@ -581,7 +581,8 @@ def train_clip(output_dir: Path, seed: int, steps: int, batch_size: int = 128, l
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     model, processor = build_clip()
-    model.set_attn_implementation("eager")  # on a CPU in bfloat16, a third faster than SDPA with its backward pass
+    # A third faster than SDPA in forward and backward passes on a CPU in bfloat16.
+    model.set_attn_implementation("eager")
     evaluator = MiniatureClassification(labeled_images(seed=12, num_scenes=960), templates=TEMPLATES)
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=0.05)
     schedule = get_cosine_schedule_with_warmup(optimizer, round(WARMUP_FRACTION * steps), steps)
