@@ -72,7 +72,7 @@ def test_an_interrupted_task_is_run_again(tmp_path, monkeypatch):
         (["--task", "semantic:miniature@96", "--size", "64"], "on data other than the miniature's scenes"),
         (["--task", "prompts:tars", "--detections", "boxes.json"], "--detections applies to instances on data other"),
         (["--task", "cost:1024"], "such as cost:768x1024"),
-        (["--task", "klassification:photos"], "Available protocols: classification, retrieval"),
+        (["--task", "klassification:photos"], "Available evaluators: classification, retrieval"),
     ],
 )
 def test_options_without_effect_are_errors(arguments, message, tmp_path, capsys):
