@@ -124,6 +124,34 @@ def test_pipeline_loads_the_shipped_checkpoint_without_warnings(image, transform
     assert_same(output, direct)
 
 
+@pytest.mark.parametrize("deferred", [True, False])
+@pytest.mark.parametrize("processor_class", [SamClipImageProcessor, SamClipImageProcessorPil])
+def test_empty_masks_are_dropped(processor_class, deferred):
+    processor = processor_class(**SIZES)
+    masks = torch.full((1, 4, 3, 32, 32), -5.0)
+    masks[0, 1, 2, 4:9, 6:8] = 5.0
+    masks[0, 3, 0, :, :] = 5.0
+    upsampled = processor.post_process_masks(masks, [(64, 64)], [(64, 64)], binarize=False)[0]
+    upsampled = upsampled if deferred else upsampled + 0
+    scores = torch.arange(12).view(4, 3) / 12
+    encodings, kept_scores, boxes = processor.filter_masks(upsampled, scores, (64, 64), [0, 0, 64, 64], 0.0, 0.0)
+    assert [decode_mask(encoding).any() for encoding in encodings] == [True, True]
+    assert kept_scores.tolist() == [scores[1, 2], scores[3, 0]]
+    assert boxes[1].tolist() == [0, 0, 63, 63]
+
+
+def test_equal_masks_of_one_row_or_column_are_duplicates():
+    masks = np.zeros((5, 4, 6), dtype=bool)
+    masks[:2, 1, 2:5] = masks[2, :3, 3] = masks[3:, 2, 2] = True
+    boxes = torch.tensor([[2, 1, 4, 1], [2, 1, 4, 1], [3, 0, 3, 2], [2, 2, 2, 2], [2, 2, 2, 2]])
+    scores = torch.tensor([0.5, 0.9, 0.8, 0.7, 0.6])
+    kept, kept_scores, _, _ = SamClipImageProcessor(**SIZES).post_process_for_mask_generation(
+        [encode_mask(mask) for mask in masks], scores, boxes, 0.7
+    )
+    assert kept_scores.tolist() == pytest.approx([0.9, 0.8, 0.7])
+    assert [mask.numpy().tolist() for mask in kept] == [masks[index].tolist() for index in (1, 2, 3)]
+
+
 class TestUpsampledMasks:
     """Logits at the size of the image, computed on first use. Every operation behaves as on the full tensor."""
 

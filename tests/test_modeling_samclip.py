@@ -1,6 +1,7 @@
 """SAM-CLIP, its CLIP head and its vision tower against SAM, CLIP and transformers' clients of vision towers."""
 
 import copy
+import inspect
 import json
 import pickle
 
@@ -24,16 +25,21 @@ from transformers import (
     LlavaForConditionalGeneration,
     SamModel,
     SamVisionConfig,
+    Trainer,
+    TrainingArguments,
     VisionTextDualEncoderModel,
 )
+from transformers.utils.generic import find_labels
 
 from samclip_hf import (
     SamClipBackbone,
     SamClipConfig,
     SamClipForImageSegmentation,
+    SamClipForObjectDetection,
     SamClipModel,
     SamClipVisionConfig,
     SamClipVisionModel,
+    SamClipVocabulary,
 )
 
 from .conftest import (
@@ -693,3 +699,62 @@ def test_builds_from_teachers_of_other_sizes():
     model = SamClipModel.from_teachers(tiny_sam(96, 16), tiny_clip(12), {"num_hidden_layers": 1, "mlp_hidden_size": 8})
     with torch.no_grad():
         assert model(random_images(1, 96, 96)).image_embeds.shape == (1, 12)
+
+
+class TestLabels:
+    """transformers' Trainer passes `labels`, and takes every parameter with "label" in its name for a label."""
+
+    def test_trainer_reports_the_loss_of_an_evaluation(self, model, tmp_path):
+        data = [
+            {"pixel_values": image, "input_ids": ids} for image, ids in zip(random_images(3), INPUT_IDS, strict=True)
+        ]
+
+        def collate(rows):
+            batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+            return batch | {"return_loss": True, "labels": None}
+
+        arguments = TrainingArguments(
+            str(tmp_path), per_device_eval_batch_size=3, report_to="none", use_cpu=True, disable_tqdm=True
+        )
+        metrics = Trainer(model, arguments, eval_dataset=data, data_collator=collate).evaluate()
+        with torch.no_grad():
+            expected = model(**collate(data) | {"labels": None}).loss
+        assert metrics["eval_loss"] == pytest.approx(expected.item(), rel=1e-4)
+
+    @pytest.mark.parametrize(
+        "model_class", [SamClipModel, SamClipVisionModel, SamClipForImageSegmentation, SamClipForObjectDetection]
+    )
+    def test_no_input_counts_as_a_label(self, model_class):
+        assert find_labels(model_class) == []
+
+    def test_input_labels_stay_a_parameter(self, model):
+        parameters = inspect.signature(model.forward).parameters
+        assert "input_labels" in parameters and parameters["input_labels"].default is None
+        points = random_points()
+        with torch.no_grad():
+            outside = model(random_images(), points, torch.zeros(2, 3, 2, dtype=torch.int64)).pred_masks
+            inside = model(random_images(), input_points=points, input_labels=torch.ones(2, 3, 2)).pred_masks
+        assert not torch.allclose(inside, outside)
+
+    def test_labels_are_accepted_if_they_are_none_and_raise_otherwise(self, model, tmp_path):
+        model.save_pretrained(tmp_path)
+        segmenter = SamClipForImageSegmentation.from_pretrained(tmp_path).eval()
+        vocabulary = SamClipVocabulary(torch.eye(2, 20), [0, 1], {0: "a", 1: "b"})
+        models = {
+            model: {},
+            SamClipVisionModel.from_pretrained(tmp_path).eval(): {},
+            SamClipBackbone.from_pretrained(tmp_path).eval(): {},
+            segmenter: {"vocabulary": vocabulary},
+            SamClipForObjectDetection(segmenter.config).eval(): {"vocabulary": vocabulary, "input_ids": INPUT_IDS[:2]},
+        }
+        for each, arguments in models.items():
+            with torch.no_grad():
+                each(pixel_values=random_images(), labels=None, return_loss=None, **arguments)
+                for refused in ({"labels": torch.zeros(2, 64, 64)}, {"return_loss": True}):
+                    if each is not model:
+                        with pytest.raises(ValueError, match=f"does not accept {next(iter(refused))}"):
+                            each(pixel_values=random_images(), **refused, **arguments)
+        with pytest.raises(ValueError, match="does not accept labels"):
+            model(random_images(), labels=torch.zeros(2))
+        with pytest.raises(ValueError, match="return_loss=True needs texts"):
+            model(random_images(), return_loss=True)

@@ -124,8 +124,9 @@ class SamClipMaskGenerationMixin:
         r"""
         Selects the masks of one crop that have a high predicted IoU, are stable, and are not cut off by the crop.
 
-        The result equals that of SAM's image processor. Only the order of the steps differs: masks with a low
-        predicted IoU are removed first, and each remaining mask is resized separately, inside its bounding box only.
+        The result is that of SAM's image processor without empty masks. The order of the steps differs: masks with a
+        low predicted IoU are removed first, and each remaining mask is resized separately, inside its bounding box
+        only.
 
         Args:
             masks (`torch.Tensor` of shape `(num_prompts, num_masks, height, width)`):
@@ -156,7 +157,7 @@ class SamClipMaskGenerationMixin:
             ValueError: The numbers of masks and of predicted IoUs differ.
         """
         if not isinstance(masks, UpsampledMasks) or masks.upsampled is not None:
-            return super().filter_masks(
+            encodings, scores, boxes = super().filter_masks(
                 masks,
                 iou_scores,
                 original_size,
@@ -166,6 +167,8 @@ class SamClipMaskGenerationMixin:
                 mask_threshold,
                 stability_score_offset,
             )
+            kept = [index for index, encoding in enumerate(encodings) if any(encoding["counts"][1::2])]
+            return [encodings[index] for index in kept], scores[kept], boxes[kept]
         logits = masks.low_resolution.flatten(0, 1)
         scores = iou_scores.flatten(0, 1).to(logits.device)
         if len(logits) != len(scores):
@@ -191,10 +194,9 @@ class SamClipMaskGenerationMixin:
             left, top = left + crop_left, top + crop_top
             inside = window > mask_threshold
             box = mask_to_box(inside)
-            if box is None:  # SAM's box of an empty mask
-                box = np.array([crop_left, crop_top, crop_left, crop_top])
-            else:
-                box = np.array([left, top, left - 1, top - 1]) + box
+            if box is None:
+                continue
+            box = np.array([left, top, left - 1, top - 1]) + box
             near_crop_edge, near_image_edge = (
                 abs(box - edges) <= CROP_EDGE_TOLERANCE for edges in (crop_box, image_box)
             )
@@ -208,7 +210,8 @@ class SamClipMaskGenerationMixin:
 
     def post_process_for_mask_generation(self, all_masks, all_scores, all_boxes, crops_nms_thresh):
         r"""
-        Removes duplicates among the masks of all crops by non-maximum suppression of their boxes, as SAM's does.
+        Removes duplicates among the masks of all crops by non-maximum suppression of their boxes, as SAM's does. Masks
+        of one row or column, whose boxes have no area in SAM, are compared by boxes that are one pixel larger.
 
         Args:
             all_masks (`list[dict]`):
@@ -225,7 +228,14 @@ class SamClipMaskGenerationMixin:
             `(num_kept, 4)`, in descending order of predicted IoUs. Masks are tensors with torchvision and arrays with
             PIL, as in SAM.
         """
-        kept = _suppress_overlaps(all_boxes.float(), all_scores.float(), crops_nms_thresh)
+        boxes, scores = all_boxes.float(), all_scores.float()
+        kept = _suppress_overlaps(boxes, scores, crops_nms_thresh)
+        is_thin = (boxes[:, :2] == boxes[:, 2:]).any(dim=1)
+        if is_thin.any():
+            thin = is_thin.nonzero().flatten()
+            larger = boxes[thin] + boxes.new_tensor([0, 0, 1, 1])
+            distinct = set(thin[_suppress_overlaps(larger, scores[thin], crops_nms_thresh)].tolist())
+            kept = [index for index in kept if not is_thin[index] or index in distinct]
         encodings = [all_masks[index] for index in kept]
         masks = [decode_mask(encoding) for encoding in encodings]
         if not isinstance(self, SamImageProcessorPil):

@@ -5,6 +5,7 @@ The image encoder is SAM's, for any input size. The CLIP head takes its patch to
 to the text space. The text tower, its projection and the logit scale are CLIP's or SigLIP's.
 """
 
+import inspect
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,6 +50,31 @@ from .vision_encoder_samclip import (
 )
 
 logger = logging.get_logger(__name__)
+
+
+class _InputName(str):
+    """
+    The name of a parameter that is an input, although it contains "label".
+
+    transformers' `Trainer` takes every parameter of `forward` with "label" in its name for a label (`find_labels`). If
+    a batch lacks one, an evaluation has no `eval_loss`. Checked on transformers 5.24.0. Delete this class when
+    `find_labels` ignores `input_labels`.
+    """
+
+    def __contains__(self, part: str) -> bool:  # type: ignore[override]
+        return part != "label" and super().__contains__(part)
+
+
+def refuse_labels(kwargs: Any) -> None:
+    """Removes `labels` and `return_loss` from the keyword arguments of a model without a loss. Raises `ValueError` if
+    they ask for one."""
+    for name in ("labels", "return_loss"):
+        if (value := kwargs.pop(name, None)) is not None and value is not False:
+            raise ValueError(
+                f"This model does not accept {name}, because it has no such loss. SamClipTrainer trains SamClipModel "
+                "by distillation; a SamClipModel returns CLIP's or SigLIP's loss for texts with return_loss=True."
+            )
+
 
 HALF_PRECISION = (torch.float16, torch.bfloat16)
 
@@ -353,6 +379,7 @@ class SamClipVisionModel(SamClipPreTrainedModel):
         original_sizes (`torch.Tensor` of shape `(batch_size, 2)`, *optional*):
             Not used. Accepted because the image processor returns it and `model(**inputs)` passes it.
         """
+        refuse_labels(kwargs)
         outputs = self._forward(pixel_values, reshaped_input_sizes, return_dict=True, **kwargs)
         if outputs.hidden_states is not None:
             # Captured on the grid. Entries are None for layers that were not requested.
@@ -778,6 +805,9 @@ class SamClipModel(SamClipPreTrainedModel):
         vision_embeds ([`SamClipVisionEncoderOutput`], *optional*):
             Output of `vision_encoder` for the images, in place of `pixel_values`.
         """
+        refuse_labels(kwargs)
+        if return_loss and input_ids is None:
+            raise ValueError("return_loss=True needs texts: pass input_ids, one text for each image.")
         if sum(given is not None for given in (pixel_values, image_embeddings, vision_embeds)) != 1:
             raise ValueError(
                 "Pass one of pixel_values, image_embeddings and vision_embeds. For texts alone, use get_text_features."
@@ -832,6 +862,15 @@ class SamClipModel(SamClipPreTrainedModel):
                 "loss": loss,
             }
         return SamClipOutput(image_embeddings=image_embeddings, **fields)
+
+
+_signature = inspect.signature(SamClipModel.forward)
+SamClipModel.forward.__signature__ = _signature.replace(  # type: ignore[attr-defined]
+    parameters=[
+        parameter.replace(name=_InputName(parameter.name)) if parameter.name == "input_labels" else parameter
+        for parameter in _signature.parameters.values()
+    ]
+)
 
 
 def _sigmoid_loss(logits_per_text: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
-from .modeling_samclip import SamClipModel, load_tokenizer
+from .modeling_samclip import SamClipModel, load_tokenizer, refuse_labels
 from .vision_encoder_samclip import SamClipVisionEncoderOutput
 
 logger = logging.get_logger(__name__)
@@ -429,11 +429,7 @@ class SamClipForImageSegmentation(SamClipModel):
                 f"This model segments by its vocabulary and does not accept {', '.join(prompts)}. set_vocabulary "
                 "changes the texts; SamClipModel accepts points and boxes."
             )
-        if "labels" in kwargs:
-            raise ValueError(
-                "This model has no loss and does not accept labels. SamClipTrainer trains a SamClipModel by "
-                "distillation."
-            )
+        refuse_labels(kwargs)
         vision_outputs = self._encode_once(pixel_values, vision_embeds, **kwargs)
         dense_embeds = self.clip_head.project_patches(self.clip_head(vision_outputs.patch_tokens))
         dense_embeds = F.normalize(dense_embeds, dim=1)
