@@ -38,6 +38,12 @@ MAX_SESSIONS = 200  # each stores the image embeddings of one image: 17 MB with 
 POINTS_PER_BATCH = 64  # in automatic mask generation
 
 FOREGROUND, BACKGROUND, BOX = "Foreground point", "Background point", "Box"
+NEXT_STEPS = {
+    FOREGROUND: "Click on the object in the image.",
+    BACKGROUND: "Click outside the object in the image.",
+    BOX: "Click on a corner of the box in the image.",
+}
+SECOND_CORNER = "Click on the opposite corner of the box in the image."
 NO_IMAGE = "Choose an example or upload an image first."
 
 # Gradio's default opacity of masks is fixed. It sets `active` and `inactive` while the pointer is on the legend.
@@ -55,7 +61,7 @@ CSS = """
 SET_OPACITY = "value => document.documentElement.style.setProperty('--mask-opacity', value)"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EncodedImage:
     """
     An image and the outputs of the image encoder.
@@ -94,27 +100,44 @@ class Prompts:
     corner: tuple[float, float] | None = None
 
     def click(self, mode: str, x: float, y: float) -> "Prompts":
-        """Returns the prompts after a click. `mode` is `FOREGROUND`, `BACKGROUND` or `BOX`."""
+        """
+        Returns the prompts after a click. `mode` is `FOREGROUND`, `BACKGROUND` or `BOX`. Raises `ValueError` with a
+        message for the user for a box without area.
+        """
         if mode != BOX:
-            return replace(self, points=(*self.points, (x, y)), labels=(*self.labels, int(mode == FOREGROUND)))
+            labels = (*self.labels, int(mode == FOREGROUND))
+            return replace(self, points=(*self.points, (x, y)), labels=labels, corner=None)
         if self.corner is None:
             return replace(self, corner=(x, y))
+        if x == self.corner[0] or y == self.corner[1]:
+            raise ValueError(f"The box would have no area. {SECOND_CORNER}")
         left, right = sorted((self.corner[0], x))
         top, bottom = sorted((self.corner[1], y))
         return replace(self, box=(left, top, right, bottom), corner=None)
 
     def draw(self, image: Image.Image) -> Image.Image:
-        """Returns a copy of the image with foreground points in green, background points in red and a yellow box."""
+        """
+        Returns a copy of the image with foreground points in green, background points in red, a yellow box, and a
+        cross at the first corner of a box.
+        """
         image = image.copy()
-        draw, radius = ImageDraw.Draw(image), max(image.size) / 80
+        draw, radius = ImageDraw.Draw(image), max(image.size) / 60
         for (x, y), label in zip(self.points, self.labels, strict=True):
             color = "lime" if label else "red"
             draw.circle((x, y), radius, fill=color, outline="white", width=max(1, round(radius / 3)))
+        width = max(2, round(radius / 3))
         if self.box is not None:
-            draw.rectangle(self.box, outline="yellow", width=max(2, round(radius / 2)))
+            draw.rectangle(self.box, outline="yellow", width=width)
         if self.corner is not None:
-            draw.circle(self.corner, radius / 2, fill="yellow")
+            x, y = self.corner
+            for color, length, line_width in (("black", 2 * radius + width, 3 * width), ("yellow", 2 * radius, width)):
+                draw.line((x - length, y, x + length, y), fill=color, width=line_width)
+                draw.line((x, y - length, x, y + length), fill=color, width=line_width)
         return image
+
+    def next_step(self, mode: str) -> str:
+        """Returns what to click on next."""
+        return SECOND_CORNER if mode == BOX and self.corner is not None else NEXT_STEPS[mode]
 
 
 def read_image(path: str | None, longest_edge: int) -> Image.Image:
@@ -134,6 +157,27 @@ def read_image(path: str | None, longest_edge: int) -> Image.Image:
         ) from error
     scale = longest_edge / max(image.size)
     return image.resize(tuple(max(1, round(side * scale)) for side in image.size), Image.Resampling.BICUBIC)
+
+
+def parse_texts(labels: str, background: str, template: str) -> tuple[list[str], list[str]]:
+    """
+    Returns the labels and the background texts of the page's fields, which are separated by commas. Raises
+    `ValueError` with a message for the user if the model cannot use them.
+    """
+    names, background_prompts = (
+        [text.strip() for text in field.split(",") if text.strip()] for field in (labels, background)
+    )
+    if not names:
+        raise ValueError('The field "Labels" is empty. Enter at least one label, such as "cat, sofa".')
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"Enter each label once. Labels that are repeated: {', '.join(repeated)}.")
+    if background_prompts and "background" in names:
+        raise ValueError('Give the label "background" another name, or empty the field "Background texts".')
+    if template.count("{}") != 1:
+        raise ValueError(
+            'The field "Prompt template" must contain {} once, in the place of the label, such as "a photo of a {}".'
+        )
+    return names, background_prompts
 
 
 def overlay(image: Image.Image, masks: list[tuple[torch.Tensor, str, int]]) -> gr.AnnotatedImage:
@@ -232,11 +276,20 @@ class App:
         path, labels = self.scenes[index]
         return *self.load(path, encoded, prompts), labels
 
+    def remove(self):
+        """Removes the image, its prompts and all results."""
+        return None, Prompts(), None, *[None] * 5, *[""] * 4
+
     def click(self, encoded: EncodedImage | None, prompts: Prompts, mode: str, event: gr.SelectData):
         if encoded is None:
             gr.Warning(NO_IMAGE)
             return gr.skip()
-        return self.predict_mask(encoded, prompts.click(mode, *event.index))
+        try:
+            prompts = prompts.click(mode, *event.index)
+        except ValueError as error:
+            gr.Warning(str(error), title="The box was not drawn")
+            return gr.skip()
+        return self.predict_mask(encoded, prompts)
 
     def clear(self, encoded: EncodedImage | None):
         return gr.skip() if encoded is None else self.predict_mask(encoded, Prompts())
@@ -267,21 +320,23 @@ class App:
 
     @torch.inference_mode()
     def segment(self, encoded: EncodedImage | None, labels: str, background: str, template: str, threshold: float):
-        """Segments by text with the CLIP head and with both heads, and classifies the whole image."""
+        """
+        Segments by text with the CLIP head and with both heads, and classifies the whole image. The last output is the
+        request, for `segment_changes`. If the texts cannot be used, shows a warning and keeps the previous results.
+        """
         if encoded is None:
             gr.Warning(NO_IMAGE)
             return gr.skip()
-        names, background_prompts = (
-            [text.strip() for text in field.split(",") if text.strip()] for field in (labels, background)
-        )
+        request = (encoded, labels, background, template, threshold)
         try:
+            names, background_prompts = parse_texts(labels, background, template)
             with self.tokenizer_lock, Timer() as text_tower:
                 vocabulary = self.model.embed_vocabulary(
                     names, background_prompts, [template], self.processor.tokenizer
                 )
         except ValueError as error:
-            gr.Warning(str(error), title="Labels")
-            return gr.skip()
+            gr.Warning(str(error), title="The texts were not used")
+            return *[gr.skip()] * 4, request
         id2label = vocabulary.id2label
         inputs = {
             "vision_embeds": encoded.vision_embeds,
@@ -324,7 +379,12 @@ class App:
             {id2label[label_id]: score for label_id, score in enumerate(scores.tolist())},
             f"Text tower {text_tower}, CLIP head {clip_head}, both heads {both_heads}, "
             f"classification {classification}",
+            request,
         )
+
+    def segment_changes(self, request: tuple | None, *new_request):
+        """Segments by text as `segment`, if there is an image and the inputs are not those of the last request."""
+        return gr.skip() if new_request[0] is None or new_request == request else self.segment(*new_request)
 
     @torch.inference_mode()
     def segment_everything(self, encoded: EncodedImage | None):
@@ -383,6 +443,7 @@ class App:
             gr.Markdown(f"### SAM-CLIP: segmentation from points, a box and text\n{self.describe()}")
             encoded = gr.State(None, time_to_live=3600)
             prompts = gr.State(Prompts())
+            text_request = gr.State(None, time_to_live=3600)
             with gr.Row():
                 input_image = gr.Image(
                     label="Image: click to add points or a box",
@@ -394,9 +455,9 @@ class App:
                 by_prompts = gr.AnnotatedImage(label="Points and box", elem_id="by_prompts", **mask_options)
                 everything = gr.AnnotatedImage(label="Everything", elem_id="everything", **mask_options)
             with gr.Row():
-                mode = gr.Radio(
-                    [FOREGROUND, BACKGROUND, BOX], value=FOREGROUND, show_label=False, elem_id="mode", scale=3
-                )
+                with gr.Column(scale=3):
+                    mode = gr.Radio([FOREGROUND, BACKGROUND, BOX], value=FOREGROUND, show_label=False, elem_id="mode")
+                    next_step = gr.Markdown(Prompts().next_step(FOREGROUND), elem_id="next_step")
                 with gr.Column(min_width=150, scale=1):
                     clear = gr.Button("Clear points and box", size="sm", elem_id="clear")
                     segment_everything = gr.Button("Segment everything", size="sm", elem_id="segment_everything")
@@ -410,13 +471,19 @@ class App:
                 )
             with gr.Row():
                 one_line = {"lines": 1, "max_lines": 1}
-                labels = gr.Textbox(label="Labels, separated by commas", elem_id="labels", scale=3, **one_line)
-                background = gr.Textbox(
-                    ", ".join(BACKGROUND_PROMPTS), label="Background", elem_id="background", **one_line
-                )
+                labels = gr.Textbox("", label="Labels, separated by commas", elem_id="labels", scale=4, **one_line)
                 template = gr.Textbox(
-                    "a {}" if self.is_miniature else "a photo of a {}", label="Prompt template", **one_line
+                    "a {}" if self.is_miniature else "a photo of a {}",
+                    label="Prompt template",
+                    elem_id="template",
+                    **one_line,
                 )
+            background = gr.Textbox(
+                ", ".join(BACKGROUND_PROMPTS),
+                label="Background texts, separated by commas",
+                elem_id="background",
+                **one_line,
+            )
             with gr.Row():
                 by_clip_head = gr.AnnotatedImage(label="Text: CLIP head", elem_id="by_clip_head", **mask_options)
                 by_both_heads = gr.AnnotatedImage(label="Text: both heads", elem_id="by_both_heads", **mask_options)
@@ -434,19 +501,35 @@ class App:
             state = [encoded, prompts]
             load_outputs = [input_image, *state, by_prompts, everything, encoder_time, prompt_time, everything_time]
             text_inputs = [encoded, labels, background, template, threshold]
-            text_outputs = [by_clip_head, by_both_heads, classes, text_time]
+            text_outputs = [by_clip_head, by_both_heads, classes, text_time, text_request]
             prompt_outputs = [input_image, prompts, by_prompts, prompt_time]
-            segment = {"fn": self.segment, "inputs": text_inputs, "outputs": text_outputs}
-            gr.on([labels.submit, background.submit, template.submit, threshold.release], **segment)
-            page.load(lambda *state: self.choose(0, *state), state, [*load_outputs, labels]).then(**segment)
-            scenes.click(self.choose, [scenes, *state], [*load_outputs, labels]).then(**segment)
-            # Without preprocessing, because Gradio would open the file and report a less specific error.
-            input_image.upload(self.upload, [input_image, *state], load_outputs, preprocess=False).then(**segment)
-            input_image.select(
-                self.click, [*state, mode], prompt_outputs, trigger_mode="multiple", show_progress="hidden"
+            # One at a time, so that the results of the last request are shown last.
+            one_by_one = {"concurrency_id": "text", "concurrency_limit": 1, "trigger_mode": "always_last"}
+            segment = {"fn": self.segment, "inputs": text_inputs, "outputs": text_outputs} | one_by_one
+            segment_changes = segment | {"fn": self.segment_changes, "inputs": [text_request, *text_inputs]}
+            events = [
+                gr.on([labels.submit, background.submit, template.submit, threshold.release], **segment),
+                gr.on([labels.blur, background.blur, template.blur], **segment_changes),
+            ]
+            loads = [
+                page.load(lambda *state: self.choose(0, *state), state, [*load_outputs, labels]),
+                scenes.click(self.choose, [scenes, *state], [*load_outputs, labels]),
+                # Without preprocessing, because Gradio would open the file and report a less specific error.
+                input_image.upload(self.upload, [input_image, *state], load_outputs, preprocess=False),
+            ]
+            events += [*loads, *(load.then(**segment_changes) for load in loads)]
+            events.append(
+                input_image.select(
+                    self.click, [*state, mode], prompt_outputs, trigger_mode="multiple", show_progress="hidden"
+                )
             )
-            clear.click(self.clear, encoded, prompt_outputs, show_progress="hidden")
-            segment_everything.click(self.segment_everything, encoded, [everything, everything_time])
+            events.append(clear.click(self.clear, encoded, prompt_outputs, show_progress="hidden"))
+            events.append(segment_everything.click(self.segment_everything, encoded, [everything, everything_time]))
+            image_outputs = [by_prompts, everything, by_clip_head, by_both_heads, classes]
+            times = [encoder_time, prompt_time, text_time, everything_time]
+            # Results of an image that was removed in the meantime are not shown.
+            input_image.clear(self.remove, None, [*state, text_request, *image_outputs, *times], cancels=events)
+            gr.on([prompts.change, mode.change], Prompts.next_step, [prompts, mode], next_step, show_progress="hidden")
             opacity.change(None, opacity, js=SET_OPACITY)
         return page
 

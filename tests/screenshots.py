@@ -27,7 +27,7 @@ def main() -> None:
         server = Server(Path(folder))
         try:
             page = Page(server.url(), Path(folder))
-            page.driver.set_window_size(1280, 1250)  # the whole page
+            page.resize(1250)  # the whole page
             try:
                 page.click_image(0.17, 0.7)
                 page.find("#segment_everything").click()

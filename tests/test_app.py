@@ -15,6 +15,7 @@ import tempfile
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -241,10 +242,33 @@ def test_the_mask_of_prompts_is_that_of_the_model(app, encoded):
 def test_a_box_has_two_corners_in_any_order(app, encoded):
     started = demo.Prompts().click(demo.BOX, 200, 30)
     assert started.box is None and masks_of(app.predict_mask(encoded, started)[2]) == {}
-    for x, y in ((20, 300), (200, 30)):
+    for x, y in ((20, 300), (300, 10)):
         box = started.click(demo.BOX, x, y).box
         assert box == (min(x, 200), min(y, 30), max(x, 200), max(y, 30))
     assert len(masks_of(app.predict_mask(encoded, started.click(demo.BOX, 20, 300))[2])) == 1
+
+
+@pytest.mark.parametrize("second", [(200, 30), (200, 90), (20, 30)])
+def test_a_box_without_area_is_refused_and_its_first_corner_stays(app, encoded, second):
+    started = demo.Prompts().click(demo.BOX, 200, 30)
+    with pytest.warns(UserWarning, match="no area. Click on the opposite corner"):
+        assert app.click(encoded, started, demo.BOX, SimpleNamespace(index=second)) == gr.skip()
+
+
+def test_the_first_corner_of_a_box_is_visible_and_the_next_step_is_named(encoded):
+    prompts = demo.Prompts()
+    assert prompts.next_step(demo.BOX) == "Click on a corner of the box in the image."
+    started = prompts.click(demo.BOX, 200, 30)
+    assert started.next_step(demo.BOX) == "Click on the opposite corner of the box in the image."
+    changed = np.asarray(started.draw(encoded.image)) != np.asarray(encoded.image)
+    rows, columns = np.nonzero(changed.any(axis=-1))
+    assert rows.max() - rows.min() >= 30 and columns.max() - columns.min() >= 30  # 14 pixels on the screen
+    assert started.draw(Image.new("RGB", (512, 512), "yellow")) != Image.new("RGB", (512, 512), "yellow")
+    other = started.click(demo.FOREGROUND, 10, 10)  # a point in between ends the box
+    assert other.corner is None and other.click(demo.BOX, 99, 99).corner == (99, 99)
+    assert {prompts.next_step(mode) for mode in (demo.FOREGROUND, demo.BACKGROUND)}.isdisjoint(
+        {prompts.next_step(demo.BOX), started.next_step(demo.BOX)}
+    )
 
 
 def test_clearing_the_prompts_keeps_the_image(app, encoded):
@@ -256,7 +280,7 @@ def test_clearing_the_prompts_keeps_the_image(app, encoded):
 def test_labels_give_the_true_masks(app, number):
     scene = render(seed=0, index=demo.EXAMPLE_SCENES[number])
     *loaded, labels = app.choose(number, None, demo.Prompts())
-    by_clip_head, by_both_heads, classes, line = app.segment(loaded[1], labels, BACKGROUND, "a {}", 0.3)
+    by_clip_head, by_both_heads, classes, line, _ = app.segment(loaded[1], labels, BACKGROUND, "a {}", 0.3)
     names = labels.split(", ")
     assert set(names) == {CLASS_NAMES[class_id] for class_id in scene.class_ids}
     assert set(masks_of(by_clip_head)) == set(names)
@@ -287,16 +311,29 @@ def test_masks_below_the_score_threshold_are_left_out(app, encoded):
 @pytest.mark.parametrize(
     ("labels", "background", "template", "message"),
     [
-        (" , ", BACKGROUND, "a {}", "at least one name"),
-        ("red dotted shape,red dotted shape", BACKGROUND, "a {}", "more than once"),
-        ("red dotted shape", BACKGROUND, "a shape", "contain {}"),
+        (" , ", BACKGROUND, "a {}", 'The field "Labels" is empty'),
+        ("red dotted shape,red dotted shape", BACKGROUND, "a {}", "each label once.* red dotted shape.$"),
+        ("red dotted shape", BACKGROUND, "a shape", '"Prompt template" must contain {} once'),
+        ("red dotted shape", BACKGROUND, "", '"Prompt template" must contain {} once'),
         ("red dotted shape, background", BACKGROUND, "a {}", "another name"),
         ("shape " * 200, BACKGROUND, "a {}", "at most [0-9]+ tokens"),
     ],
 )
 def test_invalid_labels_show_a_warning_and_change_nothing(app, encoded, labels, background, template, message):
     with pytest.warns(UserWarning, match=message):
-        assert app.segment(encoded, labels, background, template, 0.3) == gr.skip()
+        *results, request = app.segment(encoded, labels, background, template, 0.3)
+    assert results == [gr.skip()] * 4
+    assert app.segment_changes(request, *request) == gr.skip()  # no second warning when the field loses focus
+
+
+def test_texts_are_segmented_again_only_if_something_has_changed(app, encoded):
+    inputs = (encoded, "red dotted shape", BACKGROUND, "a {}", 0.3)
+    *results, request = app.segment_changes(None, *inputs)
+    assert "red dotted shape" in results[2]
+    assert app.segment_changes(request, *inputs) == gr.skip()
+    for changed in ((encoded, "red solid shape", *inputs[2:]), (replace(encoded), *inputs[1:]), (*inputs[:4], 0.5)):
+        assert app.segment_changes(request, *changed)[-1] == changed
+    assert app.segment_changes(request, None, *inputs[1:]) == gr.skip()
 
 
 @pytest.mark.parametrize("size", [(512, 512), (700, 300), (90, 400)])
@@ -393,7 +430,7 @@ def test_a_checkpoint_without_a_text_tower_shows_a_warning_for_labels(app, tmp_p
     other = demo.App(str(tmp_path))
     *loaded, labels = other.choose(0, None, demo.Prompts())
     with pytest.warns(UserWarning, match="no text tower"):
-        assert other.segment(loaded[1], labels, BACKGROUND, "a {}", 0.3) == gr.skip()
+        assert other.segment(loaded[1], labels, BACKGROUND, "a {}", 0.3)[:4] == (gr.skip(),) * 4
     assert masks_of(other.click(*loaded[1:3], demo.FOREGROUND, SimpleNamespace(index=(99, 200)))[2])
 
 
@@ -490,13 +527,16 @@ class Page:
             options.add_argument(option)
         options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
         self.driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
-        # The size of the page, without the frame of the window.
-        size = {"width": 1280, "height": 1000, "deviceScaleFactor": 1, "mobile": False}
-        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        self.resize(1100)
         self.driver.get("about:blank")
         self.driver.get_log("performance")  # discard the requests of the new tab
         self.driver.get(url)
         self.until(lambda: self.legend("by_both_heads") and self.line("Text tower"))
+
+    def resize(self, height: int) -> None:
+        """Sets the size of the page, without the frame of the window."""
+        size = {"width": 1280, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
 
     def until(self, condition):
         return WebDriverWait(self.driver, 60, poll_frequency=0.05).until(lambda _: condition())
@@ -547,6 +587,10 @@ class Page:
         field = self.find("#labels input")
         field.send_keys(Keys.CONTROL, "a")
         field.send_keys(labels, Keys.ENTER)
+
+    def remove_image(self) -> None:
+        self.find("#input_image button[title='Remove Image']").click()
+        self.until(lambda: not self.images("input_image"))
 
     def upload(self, path: Path) -> None:
         self.dismiss()
@@ -678,10 +722,10 @@ class TestPage:
     def test_invalid_labels_show_a_message_and_change_nothing(self, page):
         legend = page.legend("by_both_heads")
         page.enter_labels("green tiled shape, green tiled shape")
-        assert "more than once" in page.message()
+        assert "each label once" in page.message()
         page.dismiss()
         page.enter_labels(" , ")
-        assert "at least one name" in page.message()
+        assert 'The field "Labels" is empty' in page.message()
         assert page.legend("by_both_heads") == legend and "Error" not in page.find("body").text
 
     def test_the_slider_sets_the_opacity_of_masks(self, page):
@@ -716,14 +760,67 @@ class TestPage:
         page.click_image(0.2, 0.75)
         assert page.legend("by_prompts") and page.images("input_image") != image
 
-    def test_an_invalid_file_after_removing_the_image_restores_it(self, page, tmp_path):
+    def test_removing_the_image_removes_it_everywhere(self, page, tmp_path):
+        page.click_image(0.53, 0.4)
+        page.find("#segment_everything").click()
+        page.until(lambda: page.legend("everything"))
+        page.remove_image()
+        panels = ("input_image", "by_prompts", "everything", "by_clip_head", "by_both_heads")
+        page.until(lambda: not any(map(page.images, panels)))
+        assert not any(page.legend(panel) for panel in panels) and not page.texts("#classes dd")
+        assert not any(page.texts("#timers p"))
+        for button in ("segment_everything", "clear"):
+            page.find(f"#{button}").click()
+        assert "Choose an example" in page.message()
+        page.dismiss()
         (tmp_path / "empty.png").write_bytes(b"")
-        image = page.images("input_image")
-        page.find("#input_image button[title='Remove Image']").click()
-        page.until(lambda: not page.images("input_image"))
         page.upload(tmp_path / "empty.png")
-        assert "empty" in page.message()
-        page.until(lambda: page.images("input_image") == image)
+        assert "empty" in page.message() and "Choose an example" not in page.message()
+        assert not any(map(page.images, panels))
+        page.find("#scenes .gallery-item").click()
+        page.until(lambda: page.legend("by_both_heads") and page.images("input_image"))
+        assert not page.legend("by_prompts") and not page.legend("everything")
+
+    def test_results_of_an_image_that_was_removed_are_not_shown(self, page):
+        page.find("#segment_everything").click()
+        page.remove_image()
+        time.sleep(4)  # longer than everything mode takes
+        assert not page.images("everything") and not page.line("Everything")
+
+    def test_labels_are_used_when_the_field_loses_focus(self, page):
+        page.choose_scene(1)
+        field = page.find("#labels input")
+        field.send_keys(Keys.CONTROL, "a")
+        field.send_keys("cyan tiled shape, green tiled shape", Keys.TAB)
+        page.until(lambda: set(page.legend("by_clip_head")) == {"cyan tiled shape", "green tiled shape"})
+        images, line = page.images("by_both_heads"), page.line("Text tower")
+        field.click()
+        page.find("h3").click()  # nothing has changed
+        time.sleep(1)
+        assert page.line("Text tower") == line
+        page.find("#template input").send_keys(" in a picture", Keys.TAB)
+        page.until(lambda: page.line("Text tower") != line)
+        page.until(lambda: page.images("by_both_heads") != images)
+
+    def test_the_page_says_where_to_click_next(self, page):
+        page.until(lambda: "on the object" in page.find("#next_step").text)
+        page.choose_mode(demo.BACKGROUND)
+        page.until(lambda: "outside the object" in page.find("#next_step").text)
+        page.choose_mode(demo.BOX)
+        page.until(lambda: "on a corner" in page.find("#next_step").text)
+        before = page.pixels("input_image")
+        page.click_image(0.3, 0.3)
+        page.until(lambda: "on the opposite corner" in page.find("#next_step").text)
+        assert (np.abs(page.pixels("input_image") - before).max(axis=-1) > 100).sum() > 20
+        offset = (round(-0.2 * page.find("#input_image img").size["width"]),) * 2
+        ActionChains(page.driver, duration=0).move_to_element_with_offset(
+            page.find("#input_image img"), *offset
+        ).click().perform()
+        assert "no area" in page.message() and not page.legend("by_prompts")
+        page.dismiss()
+        page.click_image(0.8, 0.8)
+        page.until(lambda: "on a corner" in page.find("#next_step").text)
+        assert page.legend("by_prompts")
 
     def test_an_uploaded_image_is_encoded_and_segmented(self, page, tmp_path):
         page.enter_labels("purple solid shape")
