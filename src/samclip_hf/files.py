@@ -23,8 +23,9 @@ def atomic_path(path: str | os.PathLike[str], overwrite: bool = True) -> Iterato
     ```
     """
     path = Path(path)
-    # The name is short, so that every name that the file system accepts for `path` can be written.
-    temporary = path.with_name(f".{os.getpid()}-{zlib.crc32(os.fsencode(path.name)):08x}.partial")
+    # Of the name only the start, so that `path` may have the longest name that the file system accepts.
+    checksum = zlib.crc32(os.fsencode(path.name))
+    temporary = path.with_name(f".{path.name[:40]}.{os.getpid()}-{checksum:08x}.partial")
     try:
         yield temporary
         if not overwrite:
