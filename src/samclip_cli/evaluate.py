@@ -6,7 +6,7 @@ import re
 import shlex
 import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from itertools import islice
@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from . import CommandError
 from .argument_types import fraction, positive_int
+from .models import check_model
+from .outputs import check_writable
 
 if TYPE_CHECKING:
     from samclip_hf.datasets import DataSet
-    from samclip_hf.evaluation import Evaluator
+    from samclip_hf.evaluation import Evaluator, Results
 
 DESCRIPTION = """\
 Evaluates models with the paper's protocols, all models on the same images.
@@ -54,19 +56,23 @@ models:
 output:
   results.json, results.md, an image of sample predictions for every task and model, and a model
   index for the model card of every SAM-CLIP. Results that are already in results.json are not
-  computed again."""
+  computed again. A result belongs to the weights: another model in a folder of the same name, or
+  another protocol for the same task, gets a name of its own and replaces nothing."""
 
 PROTOCOLS = (
     *("classification", "retrieval", "instances", "prompts", "semantic", "composed", "cascade"),
     *("linear-probe", "head-probe", "cost"),
 )
 NATIVE_SIZE = ("instances", "prompts", "cascade", "cost")  # these run every model at its own image size
-# The evaluators that each option affects. Passing an option that affects none of the tasks is an error.
+# The evaluators that each option affects on data other than the miniature's scenes. Passing an option that affects none
+# of the tasks is an error.
 OPTIONS = {
+    "data": PROTOCOLS[:-1],
     "limit": PROTOCOLS[:-1],
     "size": tuple(protocol for protocol in PROTOCOLS if protocol not in NATIVE_SIZE),
     "window": ("semantic",),
     "background_threshold": ("semantic", "composed", "cascade"),
+    "background_templates": ("semantic", "composed", "cascade"),
     "steps": ("head-probe",),
     "train_data": ("linear-probe", "head-probe"),
     "detections": ("instances",),
@@ -94,8 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--data",
         type=Path,
         metavar="FOLDER",
-        default=Path("data"),
-        help="folder of the datasets that are known by name (default: %(default)s)",
+        help="folder of the datasets that are known by name (default: data)",
     )
     parser.add_argument(
         "--train_data",
@@ -123,15 +128,20 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="P",
         help="assign pixels with a lower score to the background, instead of using texts for the background",
     )
+    parser.add_argument(
+        "--background_templates",
+        action="store_true",
+        default=None,
+        help="put the texts for the background into the templates of the class names (default: none of them)",
+    )
     parser.add_argument("--limit", type=positive_int, metavar="N", help="evaluate only the first N samples")
     parser.add_argument(
         "--share",
         type=fraction,
         metavar="P",
-        default=1.0,
-        help="fraction of the miniature's scenes to evaluate, for a quick check (default: %(default)s)",
+        help="fraction of the miniature's scenes to evaluate, for a quick check (default: 1)",
     )
-    parser.add_argument("--seed", type=int, default=101, help="seed of the miniature's scenes (default: %(default)s)")
+    parser.add_argument("--seed", type=int, metavar="N", help="seed of the miniature's scenes (default: 101)")
     parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "float16"],
@@ -161,6 +171,12 @@ def check_tasks(arguments: argparse.Namespace) -> None:
                 f"--{option} applies to {', '.join(protocols)} on data other than the miniature's scenes, and none of "
                 f"the tasks is one of them: {' '.join(arguments.task)}."
             )
+    for option in ("share", "seed"):
+        if getattr(arguments, option) is not None and len(others) == len(arguments.task):
+            raise CommandError(
+                f"--{option} applies to the miniature's scenes, and none of the tasks uses them: "
+                f"{' '.join(arguments.task)}."
+            )
 
 
 def uses_miniature(name: str) -> bool:
@@ -177,7 +193,8 @@ def build_evaluators(arguments: argparse.Namespace) -> dict[str, "Evaluator"]:
     """
     from samclip_hf.miniature_lab.tasks import tasks as miniature_tasks
 
-    available = miniature_tasks(arguments.seed, arguments.share)
+    share, seed = arguments.share or 1.0, 101 if arguments.seed is None else arguments.seed
+    available = miniature_tasks(seed, share)
     if arguments.task == ["all"]:
         return available
     evaluators: dict[str, Evaluator] = {}
@@ -224,9 +241,12 @@ def build_evaluator(protocol: str, data: str, size: int | None, arguments: argpa
         ZeroShotInstanceSegmentation,
     )
 
-    root, limit = arguments.data, arguments.limit
+    root, limit = arguments.data or Path("data"), arguments.limit
     sized: dict[str, Any] = {} if size is None else {"size": size}
-    threshold: dict[str, Any] = {"background_threshold": arguments.background_threshold}
+    background: dict[str, Any] = {
+        "background_threshold": arguments.background_threshold,
+        "background_templates": bool(arguments.background_templates),
+    }
     match protocol:
         case "classification":
             return ZeroShotClassification(first(open_classification(data, root), limit), size)
@@ -239,11 +259,11 @@ def build_evaluator(protocol: str, data: str, size: int | None, arguments: argpa
             return PromptedSegmentation(first(open_objects(data, root), limit))
         case "semantic":
             images = first(open_segmentation(data, root), limit)
-            return SemanticSegmentation(images, window=arguments.window, **sized, **threshold)
+            return SemanticSegmentation(images, window=arguments.window, **sized, **background)
         case "composed":
-            return ComposedSegmentation(first(open_segmentation(data, root), limit), **sized, **threshold)
+            return ComposedSegmentation(first(open_segmentation(data, root), limit), **sized, **background)
         case "cascade":
-            return CascadeSegmentation(first(open_segmentation(data, root), limit), **threshold)
+            return CascadeSegmentation(first(open_segmentation(data, root), limit), **background)
         case "linear-probe" | "head-probe":
             if not arguments.train_data or size is None:
                 raise ValueError(f"{protocol} requires --train_data and --size.")
@@ -269,9 +289,14 @@ def first(data: "DataSet", limit: int | None) -> "DataSet":
     return replace(data, samples=list(islice(data.samples, limit)), description=description)
 
 
+def split_cascade(name: str) -> list[str]:
+    """As in `samclip_hf.evaluation`, which imports torch."""
+    return [name] if os.path.isdir(name) else name.split("+", 1)
+
+
 def short_names(names: list[str]) -> list[str]:
     """Names of models for tables: the last parts of their paths, if these are unique."""
-    short = ["+".join(Path(os.path.abspath(part)).name for part in name.split("+")) for name in names]
+    short = ["+".join(Path(os.path.abspath(part)).name for part in split_cascade(name)) for name in names]
     return short if len(set(short)) == len(names) else names
 
 
@@ -281,9 +306,65 @@ def file_name(name: str) -> str:
     return safe if len(safe) <= 200 else f"{safe[:190]}-{zlib.crc32(name.encode()):08x}"
 
 
+def panel_name(task: str, model: str) -> str:
+    """The file of a task's sample predictions."""
+    return f"{file_name(f'{task}-{model}')}.png"
+
+
+def index_name(model: str) -> str:
+    """The file of a model's index."""
+    return f"{file_name(model)}-model-index.yaml"
+
+
+def check_models(names: list[str], evaluators: dict[str, "Evaluator"]) -> None:
+    """Raises `CommandError` for a model that cannot be evaluated, or that supports none of the tasks. Reads only
+    configurations."""
+    from samclip_hf.evaluation import CascadeAdapter, adapter_classes
+
+    for name in names:
+        try:
+            classes = [adapter_class for _, adapter_class in adapter_classes(name)]
+        except (ValueError, OSError) as error:
+            raise CommandError(f"{name} cannot be loaded: {error}") from error
+        adapter_class = classes[0] if len(classes) == 1 else CascadeAdapter
+        if not any(evaluator.applies_to(adapter_class) for evaluator in evaluators.values()):
+            raise CommandError(
+                f"{name} ({adapter_class.__name__.removesuffix('Adapter')}) supports none of the tasks: "
+                f"{', '.join(evaluators)}. 'samclip evaluate --help' lists which models each task is for."
+            )
+
+
+def open_results(folder: Path, command: str, files: Iterable[str]) -> "Results":
+    """
+    Returns the results in a folder, which is created.
+
+    files (`Iterable[str]`):
+        Names of files that will be written besides results.json.
+
+    Raises `CommandError` if results.json is of another program, or if one of the files exists without a results.json.
+    """
+    from samclip_hf.evaluation import Results
+
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        results = Results(folder, command)
+    except (OSError, ValueError) as error:
+        raise CommandError(f"--output_dir {folder}: {error}") from error
+    if not results.path.exists() and (found := sorted(name for name in files if (folder / name).exists())):
+        raise CommandError(
+            f"--output_dir {folder}: {found[0]} would be replaced. It is not of samclip evaluate, because there is no "
+            "results.json. Pass another folder."
+        )
+    return results
+
+
 def run(argv: Sequence[str]) -> int:
     arguments = build_parser().parse_args(argv)
     check_tasks(arguments)
+    for name in arguments.model or []:
+        for part in split_cascade(name):
+            check_model(part)
+    check_writable(arguments.output_dir, "--output_dir")
 
     import torch
     from accelerate import PartialState
@@ -292,10 +373,8 @@ def run(argv: Sequence[str]) -> int:
 
     from samclip_hf import miniature
     from samclip_hf.evaluation import (
-        Results,
-        SamClipAdapter,
+        SamClipVisionAdapter,
         SampleEvaluator,
-        adapter_classes,
         create_model_index,
         load_adapter,
         save_result_panel,
@@ -307,15 +386,12 @@ def run(argv: Sequence[str]) -> int:
     # One process can draw images, train heads or process a slow image for longer than the default of 30 minutes.
     state = PartialState(timeout=timedelta(days=7))
     evaluators = build_evaluators(arguments)
-    for name in models:
-        try:
-            adapter_classes(name)
-        except (ValueError, OSError) as error:
-            raise CommandError(f"{name} cannot be loaded: {error}") from error
+    check_models(models, evaluators)
     output_dir = arguments.output_dir
-    output_dir.mkdir(parents=True, exist_ok=True)
-    results = Results(output_dir, shlex.join(["samclip", "evaluate", *argv]))
-    for name, short_name in zip(models, short_names(models), strict=True):
+    names = short_names(models)
+    files = [index_name(name) for name in names] + [panel_name(key, name) for key in evaluators for name in names]
+    results = open_results(output_dir, shlex.join(["samclip", "evaluate", *argv]), ["results.md", *files])
+    for name, short_name in zip(models, names, strict=True):
         try:
             model = load_adapter(name, state.device, getattr(torch, arguments.dtype))
             model.name = short_name
@@ -325,23 +401,33 @@ def run(argv: Sequence[str]) -> int:
             if not evaluator.applies_to(model):
                 continue
             # The main process decides for all, because it may write the file while the others read it.
-            if broadcast_object_list([results.holds(key, evaluator, model)])[0]:
-                state.print(f"{key}, {model.name}: already in {results.path}")
+            place = (*results.locate(key, evaluator, model), results.holds(key, evaluator, model))
+            task_name, model_name, is_done = broadcast_object_list([place])[0]
+            if is_done:
+                state.print(f"{task_name}, {model_name}: already in {results.path}")
                 continue
+            if task_name != key:
+                state.print(f"{results.path} has results of {key} with another protocol. The new ones: {task_name}.")
+            if model_name.endswith(f"@{model.identity[:8]}"):
+                state.print(
+                    f"{results.path} has results of another model named {short_name}, or results of an older version, "
+                    f"which did not record the weights. The new ones: {model_name}."
+                )
             try:
                 result = evaluator.run(model)
             except (ValueError, OSError) as error:
-                sys.exit(f"{key}, {model.name}: {error}")
+                sys.exit(f"{key}, {model_name}: {error}")
             if result is not None:  # only the main process has the result
                 if isinstance(evaluator, SampleEvaluator):  # before results.add, after which the task is not run again
-                    save_result_panel(evaluator, model, result, output_dir / f"{file_name(f'{key}-{model.name}')}.png")
-                results.add(key, evaluator, model, result)
+                    save_result_panel(evaluator, model, result, output_dir / panel_name(task_name, model_name))
+                _, model_name = results.add(key, evaluator, model, result)
                 write_atomically(output_dir / "results.md", f"{results.markdown()}\n{results.protocols()}")
-                if isinstance(model, SamClipAdapter):
+                if isinstance(model, SamClipVisionAdapter):
                     card = ModelCardData(
-                        model_name=short_name, eval_results=create_model_index(results.content, short_name)
+                        model_name=model_name, eval_results=create_model_index(results.content, model_name)
                     )
-                    write_atomically(output_dir / f"{file_name(short_name)}-model-index.yaml", card.to_yaml() + "\n")
+                    index = f"# weights {model.weights}, see docs/evaluate.md\n{card.to_yaml()}\n"
+                    write_atomically(output_dir / index_name(model_name), index)
             state.wait_for_everyone()
     state.print(f"\n{results.markdown()}\nMetrics, protocols and images are in {output_dir}.")
     return 0

@@ -1,6 +1,7 @@
 """`samclip evaluate`: tasks, options and output files."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from samclip_cli import CommandError, evaluate
-from samclip_hf import miniature
+from samclip_hf import SamClipForImageSegmentation, SamClipProcessor, miniature
 
 TRAINING = Path(__file__).parents[2] / "training"
 NAMES = ["background", "red", "green", "blue"]
@@ -69,6 +71,9 @@ def test_an_interrupted_task_is_run_again(tmp_path, monkeypatch):
         (["--limit", "0"], "argument --limit: must be an integer of 1 or more, got '0'"),
         (["--size", "64", "-1"], "argument --size: must be an integer of 1 or more"),
         (["--limit", "5"], "--limit applies to classification, retrieval"),
+        (["--data", "photos"], "--data applies to classification, retrieval"),
+        (["--task", "cost:64x64", "--share", "0.5"], "--share applies to the miniature's scenes"),
+        (["--task", "cost:64x64", "--seed", "201"], "--seed applies to the miniature's scenes"),
         (["--task", "semantic:miniature@96", "--size", "64"], "on data other than the miniature's scenes"),
         (["--task", "prompts:tars", "--detections", "boxes.json"], "--detections applies to instances on data other"),
         (["--task", "cost:1024"], "such as cost:768x1024"),
@@ -97,6 +102,75 @@ def test_probes_train_on_the_training_split_of_a_named_data_set(tmp_path):
     assert "7 steps" in task.describe()["training"]
 
 
+def test_other_weights_and_quick_looks_replace_no_results(tmp_path, capsys):
+    """A model is trained further in its folder; then a quick look runs with other scenes; then a copy is evaluated."""
+    folder = tmp_path / "student"
+    shutil.copytree(miniature.clip_teacher(), folder)
+    arguments = ["--task", "classification:miniature@64", "--output_dir", str(tmp_path / "out"), "--share", "0.05"]
+    kept = []
+    for step, changes in enumerate(([], [], ["--share", "0.1"])):
+        if step == 1:
+            weights = load_file(folder / "model.safetensors")
+            weights["logit_scale"] += 0.01
+            save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        evaluate.run(["--model", str(folder), *arguments, *changes])
+        content = json.loads((tmp_path / "out" / "results.json").read_text())
+        entries = [json.dumps(entry) for task in content["tasks"].values() for entry in task["models"].values()]
+        assert len(entries) == step + 1 and set(kept) <= set(entries)
+        kept = entries
+    names = [(key, list(task["models"])) for key, task in content["tasks"].items()]
+    (key, [first, second]), (quick_key, [third]) = names
+    assert (key, first, third) == ("classification:miniature@64", "student", second)
+    assert second.startswith("student@") and quick_key.startswith(f"{key}#")
+    assert len(list((tmp_path / "out").glob("*.png"))) == 3
+    output = capsys.readouterr().out
+    assert "has results of another model named student, or results of an older version" in output
+    assert f"has results of {key} with another protocol. The new ones: {quick_key}." in output
+    shutil.copytree(folder, tmp_path / "copy")
+    evaluate.run(["--model", str(tmp_path / "copy"), *arguments])
+    assert f"{key}, {second}: already in" in capsys.readouterr().out
+
+
+def test_models_that_support_none_of_the_tasks_are_errors_before_any_evaluation(tmp_path):
+    SamClipForImageSegmentation.from_pretrained(miniature.checkpoint()).drop_text_tower().save_pretrained(
+        tmp_path / "a"
+    )
+    SamClipProcessor.from_pretrained(miniature.checkpoint()).save_pretrained(tmp_path / "a")
+    cascade = f"{miniature.sam_teacher()}+{miniature.clip_teacher()}"
+    for model, task, kind in (
+        (miniature.sam_teacher(), "classification", "Sam"),
+        (miniature.clip_teacher(), "prompts", "Clip"),
+        (cascade, "linear-probe", "Cascade"),
+        (tmp_path / "a", "composed", "SamClipVision"),
+    ):
+        arguments = [
+            "--model",
+            miniature.checkpoint(),
+            str(model),
+            "--task",
+            task,
+            "--output_dir",
+            str(tmp_path / "out"),
+        ]
+        with pytest.raises(CommandError, match=rf"\({kind}\) supports none of the tasks: {task}:miniature"):
+            evaluate.run(arguments)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["results.md", "classification-miniature-64-clip.png", "clip-model-index.yaml"])
+def test_files_of_other_programs_are_not_replaced(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    arguments = ["--model", miniature.clip_teacher(), "--task", "classification", "--output_dir"]
+    with pytest.raises(CommandError, match=rf"--output_dir .*{name} would be replaced"):
+        evaluate.run([*arguments, str(tmp_path)])
+    (tmp_path / "results.json").write_text('{"accuracy": 1}')
+    with pytest.raises(CommandError, match=r"--output_dir .* is not a results\.json of `samclip evaluate`"):
+        evaluate.run([*arguments, str(tmp_path)])
+    with pytest.raises(CommandError, match=rf"--output_dir .*{name} is not a folder"):
+        evaluate.run([*arguments, str(tmp_path / name)])
+    assert (tmp_path / name).read_text() == "mine"
+
+
 def test_names_of_models_and_files_are_short_and_unique(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert evaluate.short_names([".", "runs/stage3/", "owner/clip"]) == [tmp_path.name, "stage3", "clip"]
@@ -123,7 +197,7 @@ def test_unknown_tasks_and_models_are_errors_before_any_evaluation(tmp_path):
     with pytest.raises(CommandError, match=r"unknown task 'klassification'.*: classification"):
         evaluate.run(["--task", "klassification", "--output_dir", str(tmp_path)])
     models = [miniature.checkpoint(), str(tmp_path / "nowhere")]
-    with pytest.raises(CommandError, match="nowhere cannot be loaded"):
+    with pytest.raises(CommandError, match="nowhere: no such folder"):
         evaluate.run(["--model", *models, "--task", "classification:miniature@64", "--output_dir", str(tmp_path)])
     assert not (tmp_path / "results.json").exists()
     cascade = f"{miniature.clip_teacher()}+{miniature.sam_teacher()}"

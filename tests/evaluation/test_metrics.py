@@ -352,11 +352,15 @@ def test_top_k_equals_scikit_learn(convert, rng):
     assert result["mean_per_class_top1"] == pytest.approx(expected)
 
 
-def test_ties_count_as_misses():
+def test_of_equal_scores_the_first_counts_as_in_argmax(rng):
+    scores = rng.integers(0, 3, (200, 6)).astype(float)
+    references = rng.integers(0, 6, 200)
+    result = TopK(num_labels=6, ks=(1, 3)).compute(predictions=scores, references=references)
+    assert result["top1"] == (scores.argmax(axis=1) == references).mean()
+    first_three = np.argsort(-scores, axis=1, kind="stable")[:, :3]
+    assert result["top3"] == (first_three == references[:, None]).any(axis=1).mean()
     constant = TopK(num_labels=6).compute(predictions=np.zeros((4, 6)), references=np.array([0, 1, 2, 3]))
-    assert (constant["top1"], constant["top5"]) == (0, 0)
-    two_equal = TopK(num_labels=3, ks=(1, 2)).compute(predictions=[[1.0, 1.0, 0.0]], references=[0])
-    assert (two_equal["top1"], two_equal["top2"]) == (0, 1)
+    assert constant["correct_per_label"] == [1, 0, 0, 0, 0, 0]
 
 
 def test_invalid_scores_raise():

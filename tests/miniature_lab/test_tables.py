@@ -58,6 +58,15 @@ def test_results_with_another_protocol_and_runs_with_other_steps_raise(tmp_path)
         write(content, tmp_path / f"seed{seed}" / "evaluation")
     with pytest.raises(SystemExit, match="composed:miniature was evaluated with different protocols"):
         tables.collect(tmp_path)
+    for name in ("composed:miniature#0a1b2c3d", "stage1@0a1b2c3d"):
+        content = results_of_seed(2)
+        tasks = content["tasks"]
+        where = tasks if ":" in name else tasks["composed:miniature"]["models"]
+        where[name] = next(iter(where.values()))
+        write(content, tmp_path / name / "seed2" / "evaluation")
+        write({"tasks": {}}, tmp_path / name / "teachers")
+        with pytest.raises(SystemExit, match=f"results of different protocols or weights .{name}"):
+            tables.collect(tmp_path / name)
     (tmp_path / "stage1").mkdir()
     (tmp_path / "stage1" / "train_results.json").write_text("{}")
     (tmp_path / "stage1" / "trainer_state.json").write_text('{"global_step": 30}')

@@ -8,9 +8,11 @@ from .adapters import (
     PromptableAdapter,
     SamAdapter,
     SamClipAdapter,
+    SamClipVisionAdapter,
     SiglipAdapter,
     adapter_classes,
     load_adapter,
+    split_cascade,
 )
 from .cascade_segmentation import CascadeSegmentation
 from .classification import ZeroShotClassification
@@ -21,7 +23,7 @@ from .head_probing import HeadProbing
 from .instance_segmentation import ZeroShotInstanceSegmentation
 from .linear_probing import LinearProbing
 from .prompted_segmentation import PromptedSegmentation
-from .report import Results, create_model_index, read_results, save_result_panel
+from .report import Results, create_model_index, read_results, results_of_model, save_result_panel
 from .retrieval import Retrieval
 from .semantic_segmentation import LabelMapEvaluator, SemanticSegmentation
 
@@ -44,6 +46,7 @@ __all__ = [
     "Retrieval",
     "SamAdapter",
     "SamClipAdapter",
+    "SamClipVisionAdapter",
     "SampleEvaluator",
     "SemanticSegmentation",
     "SiglipAdapter",
@@ -53,5 +56,7 @@ __all__ = [
     "create_model_index",
     "load_adapter",
     "read_results",
+    "results_of_model",
     "save_result_panel",
+    "split_cascade",
 ]

@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoProcessor, CLIPModel, PreTrainedModel, 
 
 from ..images import mask_to_box, normalize
 from ..segmentation_samclip import SamClipForImageSegmentation
+from .identity import hash_configuration, hash_json, hash_weights
 
 TEXT_BATCH_SIZE = 256
 PROMPT_BATCH_SIZE = 64  # of one image; it determines the memory of the mask decoder
@@ -37,17 +38,31 @@ class ModelAdapter:
         The model. It is set to evaluation mode.
     processor (`ProcessorMixin`):
         The model's processor.
+
+    Attributes:
+        weights (`str`): Hash of the weights that the adapter was created with, see [`hash_weights`].
+        configuration (`str`): Hash of configuration and processor, see [`hash_configuration`].
     """
 
     def __init__(self, name: str, model: PreTrainedModel, processor):
         self.name, self.processor = name, processor
         self.model = model.eval()
         self.image_processor = processor.image_processor
+        self.weights, self.configuration = hash_weights(model), hash_configuration(model, processor)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> None:
+        """Moves and casts the model. `weights` stays the hash of the weights before the cast."""
+        self.model.to(device, dtype)
 
     @property
     def models(self) -> list[PreTrainedModel]:
         """The models behind the adapter: two for a cascade, one for the others."""
         return [self.model]
+
+    @property
+    def identity(self) -> str:
+        """A hash of weights and configuration. Results of equal identities and dtypes are of the same model."""
+        return hash_json([self.weights, self.configuration])
 
     @property
     def untrained(self) -> list[str]:
@@ -98,6 +113,7 @@ class ImageTextAdapter(ModelAdapter):
     """A model that embeds images and texts: SAM-CLIP, CLIP and SigLIP."""
 
     padding: bool | str = True  # of texts: to the longest of a batch
+    patch_rule: str = "not described"  # how patches are embedded in the text space, for the results
 
     @torch.inference_mode()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
@@ -194,7 +210,8 @@ class PromptableAdapter(ModelAdapter):
         prompts = points if boxes is None else boxes
         assert prompts is not None
         for batch in prompts.float().split(PROMPT_BATCH_SIZE):
-            batch = (batch.unflatten(-1, (-1, 2)) * scale).flatten(1).to(self.model.device, self.model.dtype)
+            # In float32 with any dtype of the model: bfloat16 has steps of 4 px between 512 and 1024.
+            batch = (batch.unflatten(-1, (-1, 2)) * scale).flatten(1).to(self.model.device)
             prompt = {"input_points": batch[None, :, None]} if boxes is None else {"input_boxes": batch[None]}
             logits, ious = self._decode(embeddings, multimask_output=boxes is None, **prompt)
             upsampled = self.processor.post_process_masks(
@@ -224,6 +241,19 @@ class PromptableAdapter(ModelAdapter):
 class SamAdapter(PromptableAdapter):
     """Any [`SamModel`]."""
 
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> None:
+        """As [`ModelAdapter.to`]. Positions are embedded in float32 and then cast: `SamModel` casts coordinates to the
+        type of the embedding's parameter first, which rounds points and boxes."""
+        embeddings = (self.model.shared_image_embedding, self.model.prompt_encoder.shared_embedding)
+        values = [module.positional_embedding.detach().clone() for module in embeddings]
+        super().to(device, dtype)
+        if dtype == torch.float32:
+            return
+        for module, value in zip(embeddings, values, strict=True):
+            del module.positional_embedding  # a parameter, whose type `model.dtype` would be
+            module.register_buffer("positional_embedding", value.to(device))
+            module.register_forward_hook(lambda module, inputs, output: output.to(dtype))
+
     @torch.inference_mode()
     def patch_features(self, images: Sequence[Image.Image], size: int) -> dict[str, Tensor]:
         """Returns the outputs of the image encoder's last layer, before the neck. Raises `ValueError` if `size` is not
@@ -237,6 +267,8 @@ class SamAdapter(PromptableAdapter):
 
 class ClipAdapter(ImageTextAdapter):
     """Any [`CLIPModel`]. Position embeddings are interpolated for other sizes than the model's own."""
+
+    patch_rule = "CLIP's last layer with each patch's own value in place of attention, without its MLP; projection"
 
     def _image_features(self, **inputs) -> Tensor:
         return self.model.get_image_features(**inputs, interpolate_pos_encoding=True).pooler_output
@@ -253,8 +285,9 @@ class ClipAdapter(ImageTextAdapter):
 
     def _dense_embeds(self, pixel_values: Tensor) -> Tensor:
         """Projects the patch tokens as CLIP projects its class token. In the last layer, the attention returns each
-        token's own value and the MLP is skipped, as in MaskCLIP (Zhou et al. 2022). In the miniature, the mIoU is
-        twice that of unmodified tokens."""
+        token's own value, as in MaskCLIP (Zhou et al. 2022, arXiv 2112.01071), but the MLP is skipped. MaskCLIP keeps
+        it (https://github.com/chongzhou96/MaskCLIP/blob/245d31f/mmseg/models/backbones/vit.py#L96-L104). In the
+        miniature, the mIoU is twice that of unmodified tokens."""
         vision = self.model.vision_model
         last = vision.encoder.layers[-1]
         tokens = self._tokens(pixel_values)[-2]
@@ -279,6 +312,7 @@ class SiglipAdapter(ImageTextAdapter):
     than the model's own."""
 
     padding = "max_length"  # as in its training, without an attention mask
+    patch_rule = "SigLIP's pooling head with each patch's own value in place of attention"
 
     def _text_features(self, **inputs) -> Tensor:
         return super()._text_features(input_ids=inputs["input_ids"])
@@ -293,8 +327,8 @@ class SiglipAdapter(ImageTextAdapter):
         return tokens.unflatten(1, (rows, columns))
 
     def _dense_embeds(self, pixel_values: Tensor) -> Tensor:
-        """Applies the attention pooling head to each patch as if it were the only one, as in MaskCLIP (Zhou et al.
-        2022)."""
+        """Applies the attention pooling head to each patch as if it were the only one, as MaskCLIP does for CLIPs with
+        attention pooling (Zhou et al. 2022, arXiv 2112.01071)."""
         head, tokens = self.model.vision_model.head, self._grid_tokens(pixel_values)
         weight, bias = (p[-tokens.shape[-1] :] for p in (head.attention.in_proj_weight, head.attention.in_proj_bias))
         pooled = head.attention.out_proj(F.linear(tokens, weight, bias))  # the value projection, the last of three
@@ -311,18 +345,11 @@ class SiglipAdapter(ImageTextAdapter):
         return {"image encoder": self._image_features(pixel_values=self._preprocess_squares(images, size))}
 
 
-class SamClipAdapter(ImageTextAdapter, PromptableAdapter):
-    """Any SAM-CLIP, loaded as a [`SamClipForImageSegmentation`]."""
+class SamClipVisionAdapter(PromptableAdapter):
+    """A SAM-CLIP without its text tower, loaded as a [`SamClipForImageSegmentation`]."""
 
     def _decode(self, image_embeddings: Tensor, **prompts) -> tuple[Tensor, Tensor]:
         return self.model.predict_masks(image_embeddings, **prompts)
-
-    def _image_features(self, **inputs) -> Tensor:
-        return self.model.get_image_features(**inputs).pooler_output
-
-    def _dense_embeds(self, pixel_values: Tensor) -> Tensor:
-        patch_tokens = self.model.vision_encoder(pixel_values).patch_tokens
-        return self.model.clip_head.project_patches(self.model.clip_head(patch_tokens))
 
     @torch.inference_mode()
     def patch_features(self, images: Sequence[Image.Image], size: int) -> dict[str, Tensor]:
@@ -342,6 +369,19 @@ class SamClipAdapter(ImageTextAdapter, PromptableAdapter):
         return pooled | {"CLIP head": head.layer_norm(pooled["CLIP head"])}
 
 
+class SamClipAdapter(ImageTextAdapter, SamClipVisionAdapter):
+    """Any other SAM-CLIP."""
+
+    patch_rule = "CLIP head: LayerNorm and MLP of each patch"
+
+    def _image_features(self, **inputs) -> Tensor:
+        return self.model.get_image_features(**inputs).pooler_output
+
+    def _dense_embeds(self, pixel_values: Tensor) -> Tensor:
+        patch_tokens = self.model.vision_encoder(pixel_values).patch_tokens
+        return self.model.clip_head.project_patches(self.model.clip_head(patch_tokens))
+
+
 class CascadeAdapter(ModelAdapter):
     """A SAM's everything mode whose masks a CLIP classifies one by one (paper, table 7)."""
 
@@ -351,6 +391,14 @@ class CascadeAdapter(ModelAdapter):
     @property
     def models(self) -> list[PreTrainedModel]:
         return [self.sam.model, self.clip.model]
+
+    @property
+    def identity(self) -> str:
+        return hash_json([self.sam.identity, self.clip.identity])
+
+    @property
+    def weights(self) -> str:  # type: ignore[override]  # of both models
+        return f"{self.sam.weights}+{self.clip.weights}"
 
     @torch.inference_mode()
     def name_masks(self, image: Image.Image, masks: np.ndarray, text_embeds: Tensor) -> Tensor:
@@ -392,6 +440,16 @@ def describe_crop(size: int | None) -> dict[str, Any]:
     return {"size": size or by_model, "crop": "middle square" if size else by_model}
 
 
+def describe_own_size(model: ModelAdapter) -> str:
+    """Describes the size to which a model's own image processor brings images, for [`Evaluator.describe_settings`]."""
+    processor = model.image_processor.to_dict()
+    if not processor.get("do_resize", True):
+        return "not resized"
+    size = ", ".join(f"{side.replace('_', ' ')} {pixels} px" for side, pixels in processor["size"].items() if pixels)
+    crop = processor.get("crop_size")
+    return f"{size}, center {crop['height']} x {crop['width']} px" if processor.get("do_center_crop") else size
+
+
 def center_square(image: Image.Image) -> Image.Image:
     """Returns the largest square at the center of an image."""
     side = min(image.size)
@@ -418,6 +476,12 @@ ADAPTERS: dict[str, tuple[Any, type[ModelAdapter]]] = {
 }
 
 
+def split_cascade(name: str) -> list[str]:
+    """Returns the names of the two models of a cascade "SAM+CLIP", or of a single model, whose folder may have a plus
+    in its name."""
+    return [name] if Path(name).is_dir() else name.split("+", 1)
+
+
 def adapter_classes(name: str) -> list[tuple[Any, type[ModelAdapter]]]:
     """
     Returns the model class and the adapter class of a model, or of both models of a cascade. Reads only
@@ -432,15 +496,18 @@ def adapter_classes(name: str) -> list[tuple[Any, type[ModelAdapter]]]:
         OSError: There is no such model.
     """
     classes = []
-    for part in name.split("+", 1):
+    for part in split_cascade(name):
         if Path(part).is_absolute() and not Path(part).is_dir():
             raise FileNotFoundError(f"There is no folder {part}.")  # transformers would report an invalid Hub name
-        model_type = AutoConfig.from_pretrained(part).model_type
-        if model_type not in ADAPTERS:
+        config = AutoConfig.from_pretrained(part)
+        if config.model_type not in ADAPTERS:
             raise ValueError(
-                f"{part} is a model of type {model_type!r}. SAM-CLIP, SAM, CLIP and SigLIP can be evaluated."
+                f"{part} is a model of type {config.model_type!r}. SAM-CLIP, SAM, CLIP and SigLIP can be evaluated."
             )
-        classes.append(ADAPTERS[model_type])
+        model_class, adapter_class = ADAPTERS[config.model_type]
+        if adapter_class is SamClipAdapter and not config.has_text_tower:
+            adapter_class = SamClipVisionAdapter
+        classes.append((model_class, adapter_class))
     if len(classes) == 2 and not (
         issubclass(classes[0][1], PromptableAdapter) and issubclass(classes[1][1], ImageTextAdapter)
     ):
@@ -459,14 +526,18 @@ def load_adapter(name: str, device: torch.device | str = "cpu", dtype: torch.dty
         device (`torch.device` or `str`, *optional*, defaults to `"cpu"`):
             The device of the model.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
-            The type of its parameters.
+            The type of its parameters. The model is loaded in float32 and cast.
 
     Raises:
-        ValueError: The model has another type.
+        ValueError: The model has another type, or its files lack weights.
         OSError: There is no such model.
     """
     adapters = []
-    for part, (model_class, adapter_class) in zip(name.split("+", 1), adapter_classes(name), strict=True):
-        model = model_class.from_pretrained(part, dtype=dtype).to(device)
-        adapters.append(adapter_class(part, model, AutoProcessor.from_pretrained(part)))
+    for part, (model_class, adapter_class) in zip(split_cascade(name), adapter_classes(name), strict=True):
+        model, loading_info = model_class.from_pretrained(part, dtype=torch.float32, output_loading_info=True)
+        if missing := sorted(loading_info["missing_keys"]):
+            raise ValueError(f"{part} lacks weights, which would be random: {', '.join(missing[:5])}.")
+        adapter = adapter_class(part, model, AutoProcessor.from_pretrained(part))
+        adapter.to(device, dtype)
+        adapters.append(adapter)
     return adapters[0] if len(adapters) == 1 else CascadeAdapter(*adapters)  # type: ignore[arg-type]

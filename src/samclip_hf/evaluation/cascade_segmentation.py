@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 
 from ..datasets.samples import DataSet, SegmentedImage
+from ..mask_generation_samclip import MASK_GENERATION_DEFAULTS
 from ..templates import IMAGENET_TEMPLATES
-from .adapters import CascadeAdapter
+from .adapters import CascadeAdapter, describe_own_size
 from .semantic_segmentation import LabelMapEvaluator
 
 
@@ -18,11 +19,11 @@ class CascadeSegmentation(LabelMapEvaluator):
     SAM generates masks in everything mode, and CLIP classifies each of them. Where masks overlap, the smallest one
     counts. Pixels outside all masks are background or, if the data has none, have the class of the whole image.
 
-    data, templates, background_threshold:
+    data, templates, background_threshold, background_templates:
         See [`LabelMapEvaluator`].
     generation (`dict`, *optional*):
-        Arguments of the stock `mask-generation` pipeline, such as `pred_iou_thresh`. By default, those of the
-        pipeline.
+        Arguments of the stock `mask-generation` pipeline, such as `pred_iou_thresh`. Others keep the pipeline's
+        defaults, [`MASK_GENERATION_DEFAULTS`].
     """
 
     name = "cascade"
@@ -35,16 +36,20 @@ class CascadeSegmentation(LabelMapEvaluator):
         generation: dict[str, Any] | None = None,
         templates: Sequence[str] = IMAGENET_TEMPLATES,
         background_threshold: float | None = None,
+        background_templates: bool = False,
     ):
-        super().__init__(data, templates, background_threshold)
-        self.generation = generation or {}
+        super().__init__(data, templates, background_threshold, background_templates)
+        self.generation = MASK_GENERATION_DEFAULTS | (generation or {})
 
     def describe(self) -> dict[str, Any]:
         return {
             **super().describe(),
-            "masks": f"everything mode, {self.generation or 'thresholds of the pipeline'}",
+            "masks": "everything mode, " + ", ".join(f"{name} {value}" for name, value in self.generation.items()),
             "crops": "a mask's box, the rest of it in CLIP's mean color, padded to a square",
         }
+
+    def describe_settings(self, model: CascadeAdapter) -> dict[str, Any]:
+        return {"image size of SAM": describe_own_size(model.sam), "of CLIP": describe_own_size(model.clip)}
 
     def prepare(self, model: CascadeAdapter) -> None:
         self.text_embeds, self.labels = self.embed_vocabulary(model.clip)

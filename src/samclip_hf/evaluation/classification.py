@@ -8,8 +8,8 @@ import numpy as np
 from ..datasets.samples import DataSet, LabeledImage
 from ..templates import IMAGENET_TEMPLATES
 from ..visualization import draw_text
-from .adapters import ImageTextAdapter, describe_crop
-from .evaluator import SampleEvaluator
+from .adapters import ImageTextAdapter, describe_crop, describe_own_size
+from .evaluator import SampleEvaluator, describe_names, describe_templates
 from .metrics import AccumulatingMetric, TopK
 
 
@@ -45,9 +45,13 @@ class ZeroShotClassification(SampleEvaluator[LabeledImage]):
         return {
             **self.data.description,
             **describe_crop(self.size),
-            "templates": len(self.templates),
-            "classes": len(self.class_names),
+            "templates": describe_templates(self.templates),
+            "classes": describe_names([[name] for name in self.class_names]),
+            "ties": "as argmax: the first class",
         }
+
+    def describe_settings(self, model: ImageTextAdapter) -> dict[str, Any]:
+        return {} if self.size else {"image size": describe_own_size(model)}
 
     def new_metrics(self) -> dict[str, AccumulatingMetric]:
         return {"top_k": TopK(num_labels=len(self.class_names))}
@@ -74,7 +78,7 @@ class ZeroShotClassification(SampleEvaluator[LabeledImage]):
 
     def visualize(self, model: ImageTextAdapter, sample: LabeledImage) -> list[tuple[str, np.ndarray]]:
         similarities = self._similarities(model, [sample])[0]
-        best = similarities.argsort()[::-1][:5]
+        best = (-similarities).argsort(kind="stable")[:5]
         predictions = [f"{self.class_names[label]} {similarities[label]:.2f}" for label in best]
         image = np.asarray(sample.image())
         return [(self.class_names[sample.label], image), ("predictions", draw_text(image, predictions))]

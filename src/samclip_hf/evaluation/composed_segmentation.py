@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 
 from ..datasets.samples import DataSet, SegmentedImage
-from ..segmentation_samclip import SamClipVocabulary
+from ..segmentation_samclip import POINTS_PER_CLASS, SamClipVocabulary
 from ..templates import IMAGENET_TEMPLATES
-from .adapters import SamClipAdapter
+from .adapters import SamClipAdapter, describe_own_size
 from .semantic_segmentation import LabelMapEvaluator
 
 
@@ -18,7 +18,7 @@ class ComposedSegmentation(LabelMapEvaluator):
     """
     Segments with both heads of a SAM-CLIP in one pass of its image encoder, by the composition in its configuration.
 
-    data, templates, background_threshold:
+    data, templates, background_threshold, background_templates:
         See [`LabelMapEvaluator`].
     size (`int`, *optional*):
         The image's longer side in pixels; the image is padded to a square. By default, the model's own size (1024 in
@@ -34,13 +34,25 @@ class ComposedSegmentation(LabelMapEvaluator):
         size: int | None = None,
         templates: Sequence[str] = IMAGENET_TEMPLATES,
         background_threshold: float | None = None,
+        background_templates: bool = False,
     ):
-        super().__init__(data, templates, background_threshold)
+        super().__init__(data, templates, background_threshold, background_templates)
         self.size = size
 
     def describe(self) -> dict[str, Any]:
         size = f"{self.size} px" if self.size else "the model's own"
         return {**super().describe(), "size": f"longer side {size}, padded to a square"}
+
+    def describe_settings(self, model: SamClipAdapter) -> dict[str, Any]:
+        config = model.model.config
+        points = f"{POINTS_PER_CLASS} per class"  # the paper's composition
+        if config.composition == "segments":
+            points = f"{config.composition_points} per image"
+        return {
+            "composition": config.composition,
+            "points": points,
+            "image size": f"longest edge {self.size} px" if self.size else describe_own_size(model),
+        }
 
     def prepare(self, model: SamClipAdapter) -> None:
         text_embeds, labels = self.embed_vocabulary(model)

@@ -16,7 +16,14 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from ..datasets.samples import DataSet, SegmentedImage
-from .adapters import CascadeAdapter, ImageTextAdapter, ModelAdapter, PromptableAdapter, SamClipAdapter
+from .adapters import (
+    CascadeAdapter,
+    ImageTextAdapter,
+    ModelAdapter,
+    PromptableAdapter,
+    SamClipAdapter,
+    describe_own_size,
+)
 from .cascade_segmentation import CascadeSegmentation
 from .composed_segmentation import ComposedSegmentation
 from .evaluator import EvaluationResult, Evaluator
@@ -73,6 +80,11 @@ class Cost(Evaluator):
             "threads": torch.get_num_threads(),
             "memory": "above what was in use before: of the process on a CPU, of the allocator on a GPU",
         }
+
+    def describe_settings(self, model: ModelAdapter) -> dict[str, Any]:
+        if isinstance(model, CascadeAdapter):
+            return {"image size of SAM": describe_own_size(model.sam), "of CLIP": describe_own_size(model.clip)}
+        return {"image size": describe_own_size(model)}
 
     def run(self, model: ModelAdapter) -> EvaluationResult | None:
         """Measures on the main process only; the others wait."""

@@ -3,7 +3,7 @@
 import itertools
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic
 
@@ -13,7 +13,9 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from ..datasets.samples import DataSet, SampleType
+from ..templates import IMAGENET_TEMPLATES
 from .adapters import ModelAdapter
+from .identity import hash_json
 from .metrics import AccumulatingMetric
 
 
@@ -52,14 +54,19 @@ class Evaluator(ABC):
     name: ClassVar[str]
     adapter_class: ClassVar[type[ModelAdapter]] = ModelAdapter
 
-    def applies_to(self, model: ModelAdapter) -> bool:
-        """Returns whether the evaluator applies to the model."""
-        return isinstance(model, self.adapter_class)
+    def applies_to(self, model: ModelAdapter | type[ModelAdapter]) -> bool:
+        """Returns whether the evaluator applies to a model, or to all models of a class of adapters."""
+        return issubclass(model if isinstance(model, type) else type(model), self.adapter_class)
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
         """Returns everything that the metrics depend on besides the model: the data, and the choices that differ in
         the literature. Results with different descriptions are not comparable."""
+
+    def describe_settings(self, model: Any) -> dict[str, Any]:
+        """Returns the settings of a model that its metrics depend on and that the protocol leaves to the model, such
+        as the size of images. They are stated beside the model's metrics."""
+        return {}
 
     @abstractmethod
     def run(self, model: Any) -> EvaluationResult | None:
@@ -126,6 +133,21 @@ class SampleEvaluator(Evaluator, Generic[SampleType]):
         order = sorted(scores, key=lambda index: (scores[index], index))
         extremes = {"best": order[-1], "median": order[len(order) // 2], "worst": order[0]}
         return EvaluationResult(self.compute_metrics(metrics), len(scores), time.perf_counter() - start, extremes)
+
+
+def describe_names(names: Sequence[Sequence[str]]) -> str:
+    """Describes the synonyms of all classes, for [`Evaluator.describe`]. Other names give another description."""
+    num_texts = sum(map(len, names))
+    synonyms = f", {num_texts} names with synonyms" if num_texts > len(names) else ""
+    return f"{len(names)}{synonyms}, names' hash {hash_json(names)[:8]}"
+
+
+def describe_templates(templates: Sequence[str]) -> str:
+    """Describes templates, for [`Evaluator.describe`]. Other templates give another description."""
+    if tuple(templates) == IMAGENET_TEMPLATES:
+        return "CLIP's 80 for ImageNet"
+    texts = ", ".join(templates) if len(templates) <= 10 else f"hash {hash_json(templates)[:8]}"
+    return f"{len(templates)}: {texts}"
 
 
 def shard_batches(

@@ -8,7 +8,7 @@ import torch
 from ..datasets.samples import DataSet, ImageWithObjects
 from ..images import decode_mask, encode_mask
 from ..visualization import draw_prompts, overlay_masks
-from .adapters import PromptableAdapter
+from .adapters import PromptableAdapter, describe_own_size
 from .evaluator import SampleEvaluator
 from .metrics import AccumulatingMetric, MaskAveragePrecision
 from .prompted_segmentation import mask_iou
@@ -37,9 +37,13 @@ class ZeroShotInstanceSegmentation(SampleEvaluator[ImageWithObjects]):
         return {
             "boxes": "the true ones, score 1 (no detections were given: an upper bound)",
             **self.data.description,
+            "boxes of a detector": "boxes" in self.data.description,
             "masks": "one for each box",
             "rules": self.style,
         }
+
+    def describe_settings(self, model: PromptableAdapter) -> dict[str, Any]:
+        return {"image size": describe_own_size(model)}
 
     def new_metrics(self) -> dict[str, AccumulatingMetric]:
         categories = self.data.description.get("categories")

@@ -42,8 +42,8 @@ class Probing(Evaluator):
             raise ValueError(f"{train.name} and {test.name} do not have the same classes in the same order.")
         self.train, self.test, self.size, self.seed = train, test, size, seed
 
-    def applies_to(self, model: ModelAdapter) -> bool:
-        return not isinstance(model, CascadeAdapter)
+    def applies_to(self, model: ModelAdapter | type[ModelAdapter]) -> bool:
+        return not issubclass(model if isinstance(model, type) else type(model), CascadeAdapter)
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -53,6 +53,9 @@ class Probing(Evaluator):
             "features": "float16; image encoder: its last layer's (before SAM's neck); CLIP head: its last layer's",
             "seed": self.seed,
         }
+
+    def describe_settings(self, model: ModelAdapter) -> dict[str, Any]:
+        return {"image size": f"{self.size_for(model)} x {self.size_for(model)} px"}
 
     def size_for(self, model: ModelAdapter) -> int:
         """Returns the side in pixels of the images for a model."""

@@ -1,6 +1,5 @@
 """Results of evaluations: `results.json`, tables next to the paper's results, panels, and metadata for model cards."""
 
-import hashlib
 import json
 import platform
 import subprocess
@@ -15,11 +14,12 @@ from huggingface_hub import EvalResult
 
 from ..files import write_atomically
 from ..visualization import save_panel
-from .adapters import ModelAdapter, SamClipAdapter
+from .adapters import ModelAdapter, SamClipAdapter, SamClipVisionAdapter
 from .evaluator import EvaluationResult, Evaluator, SampleEvaluator
+from .identity import hash_json
 
+SAMCLIP_KINDS = {SamClipAdapter.__name__, SamClipVisionAdapter.__name__}
 PER_CLASS_PREFIX = "iou: "  # of metrics of single classes, which are not in tables
-MODEL_FILES = ("config.json", "processor_config.json", "preprocessor_config.json", "tokenizer.json")
 PACKAGES = ("samclip-hf", "torch", "torchvision", "transformers", "accelerate", "evaluate", "datasets", "numpy")
 PAPER_RESULTS = json.loads((resources.files(__package__) / "paper.json").read_text())
 TASK_TYPES = {  # of the Hub, by evaluator; those of the others are "image-segmentation"
@@ -34,99 +34,140 @@ TASK_TYPES = {  # of the Hub, by evaluator; those of the others are "image-segme
 class Results:
     """
     Metrics by task and model, stored in `results.json` after each task, so that an interrupted evaluation can be
-    resumed.
+    resumed. Results belong to weights and protocols: a task is stored under its own name unless the file has results
+    of another protocol under it, a model under its own name unless the file has results of another model under it (see
+    [`Results.locate`]). No result is replaced.
 
     folder (`Path`):
-        The folder of `results.json`. Existing results are kept.
+        The folder of `results.json`. Existing results are kept. `ValueError` if the file is not one of this class.
     command (`str`):
         The command line. It is stored with the installed versions, for the file and for each result.
     """
 
     def __init__(self, folder: Path, command: str):
         self.path = folder / "results.json"
-        self.content: dict[str, Any] = {"tasks": {}}
-        if self.path.exists():
-            self.content = read_results(self.path)
-        self.content["command"] = command
-        self.content["environment"] = environment()
+        self.run = {"command": command, "environment": environment()}
+        self.content: dict[str, Any] = {}
+        self._read()
+
+    def _read(self) -> None:
+        content = read_results(self.path) if self.path.exists() else {"tasks": {}}
+        self.content = content | self.run
+
+    def locate(self, key: str, evaluator: Evaluator, model: ModelAdapter) -> tuple[str, str]:
+        """
+        Returns the names under which the result of a task and a model is stored, whether or not it exists.
+
+        The task's name is `key`, or "key#hash" if `key` has another protocol. The model's name is the one under which
+        the same weights and configuration have been evaluated with the same dtype. For a new model it is
+        `model.name`, with the dtype if that is not float32, or "name@hash" if that name belongs to another model.
+        """
+        tasks = self.content["tasks"]
+        protocol = to_json(evaluator.describe())
+        if key in tasks and tasks[key]["protocol"] != protocol:
+            key = f"{key}#{hash_json(protocol)[:8]}"
+        models = {
+            name: (entry.get("identity"), entry.get("dtype", "float32"))
+            for task in tasks.values()
+            for name, entry in task["models"].items()
+        }
+        own = model.identity, dtype_name(model)
+        if own in models.values():
+            return key, next(name for name, other in models.items() if other == own)
+        name = model.name if own[1] == "float32" else f"{model.name} ({own[1]})"
+        return key, name if name not in models else f"{name}@{model.identity[:8]}"
 
     def holds(self, key: str, evaluator: Evaluator, model: ModelAdapter) -> bool:
         """Returns whether there is a result of the same protocol for the same model."""
-        task = self.content["tasks"].get(key, {"protocol": None})
-        if task["protocol"] != to_json(evaluator.describe()):
-            return False
-        entry = task["models"].get(model.name, {"identity": None})
-        return entry["identity"] == identity(model) and entry.get("dtype", "float32") == dtype_name(model)
+        key, name = self.locate(key, evaluator, model)
+        return name in self.content["tasks"].get(key, {"models": {}})["models"]
 
-    def add(self, key: str, evaluator: Evaluator, model: ModelAdapter, result: EvaluationResult) -> None:
-        """Adds a result and saves the file. Results of another protocol under the same key are dropped, because they
-        are not comparable."""
-        protocol = to_json(evaluator.describe())
-        task = self.content["tasks"].get(key)
-        if task is None or task["protocol"] != protocol:
-            task = self.content["tasks"][key] = {"protocol": protocol, "models": {}}
-        task["models"][model.name] = {
+    def add(self, key: str, evaluator: Evaluator, model: ModelAdapter, result: EvaluationResult) -> tuple[str, str]:
+        """Adds a result and saves the file, with the results that other processes have saved in the meantime. Returns
+        the names of task and model, see [`Results.locate`]."""
+        self._read()
+        key, name = self.locate(key, evaluator, model)
+        task = self.content["tasks"].setdefault(key, {"protocol": to_json(evaluator.describe()), "models": {}})
+        task["models"][name] = {
             "kind": type(model).__name__,
-            "identity": identity(model),
+            "weights": model.weights,
+            "identity": model.identity,
             "dtype": dtype_name(model),
+            "settings": to_json(evaluator.describe_settings(model)),
             "metrics": result.metrics,
             "num_samples": result.num_samples,
             "seconds": round(result.seconds, 1),
-            "command": self.content["command"],
-            "environment": self.content["environment"],
+            **self.run,
         }
         if untrained := model.untrained:
-            task["models"][model.name]["random weights"] = untrained
+            task["models"][name]["random weights"] = untrained
         self.save()
+        return key, name
 
     def save(self) -> None:
         write_atomically(self.path, json.dumps(self.content, indent=1, allow_nan=False) + "\n")
 
     def markdown(self) -> str:
-        """Returns a table with the models in columns, without metrics of single classes. If the paper reports a metric
-        and the whole dataset was evaluated, the table contains the result of the paper's SAM-CLIP, and the difference
-        from it for each SAM-CLIP."""
+        """
+        Returns a table with the models in columns, without metrics of single classes. If the paper reports a metric,
+        the table has the paper's SAM-CLIP and, for each SAM-CLIP that was evaluated as the paper's, the difference. If
+        the paper does not state how it evaluated, there is no difference. If the evaluation differs from the paper's,
+        or used a part of the data, the table does not have the paper's value.
+        """
         tasks = self.content["tasks"]
-        names = list(dict.fromkeys(name for task in tasks.values() for name in task["models"]))
-        untrained = {
-            name: entry["random weights"]
-            for task in tasks.values()
-            for name, entry in task["models"].items()
-            if "random weights" in entry
-        }
-        kinds = {name: entry["kind"] for task in tasks.values() for name, entry in task["models"].items()}
-        samclips = [name for name in names if kinds[name] == SamClipAdapter.__name__]
-        has_paper = any(key.partition("@")[0] in PAPER_RESULTS for key in tasks)
-        header = ["task", "metric", *(f"{name} (random weights)" if name in untrained else name for name in names)]
-        if has_paper:
-            header += ["paper's SAM-CLIP", *(f"{name} - paper" for name in samclips)]
-        lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+        entries = [(name, entry) for task in tasks.values() for name, entry in task["models"].items()]
+        names = list(dict.fromkeys(name for name, _ in entries))
+        untrained = {name: entry["random weights"] for name, entry in entries if "random weights" in entry}
+        kinds = {name: entry["kind"] for name, entry in entries}
+        samclips = [name for name in names if kinds[name] in SAMCLIP_KINDS]
+        rows = []
         for key, task in tasks.items():
             for metric in dict.fromkeys(metric for entry in task["models"].values() for metric in entry["metrics"]):
                 if metric.startswith(PER_CLASS_PREFIX):
                     continue
-                values = {name: task["models"].get(name, {}).get("metrics", {}).get(metric) for name in names}
-                row = [key, metric, *(format_metric(value) for value in values.values())]
-                if has_paper:
-                    is_whole = "only" not in task["protocol"]
-                    paper = PAPER_RESULTS.get(key.partition("@")[0], {}).get(metric) if is_whole else None
-                    row.append("" if paper is None else f"{paper['value']:.3f} (table {paper['table']})")
-                    row += [
-                        "" if paper is None or values[name] is None else f"{values[name] - paper['value']:+.3f}"
-                        for name in samclips
-                    ]
-                lines.append("| " + " | ".join(row) + " |")
+                values = {name: entry["metrics"].get(metric) for name, entry in task["models"].items()}
+                paper = {
+                    name: paper_result(key, metric, task["protocol"] | entry.get("settings", {}))
+                    for name, entry in task["models"].items()
+                }
+                rows.append((key, metric, values, {name: found for name, found in paper.items() if found}))
+        has_paper = any(paper for *_, paper in rows)
+        header = ["task", "metric", *(f"{name} (random weights)" if name in untrained else name for name in names)]
+        if has_paper:
+            header += ["paper's SAM-CLIP", *(f"{name} - paper" for name in samclips)]
+        lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+        for key, metric, values, paper in rows:
+            row = [key, metric, *(format_metric(values.get(name)) for name in names)]
+            if has_paper:
+                found = next(iter(paper.values()), None)
+                row.append("" if found is None else f"{found['value']:.3f} (table {found['table']})")
+                for name in samclips:
+                    value, found = values.get(name), paper.get(name)
+                    is_comparable = value is not None and found is not None and found["where"] is not None
+                    row.append(f"{value - found['value']:+.3f}" if is_comparable else "")
+            lines.append("| " + " | ".join(row) + " |")
         lines += [f"\nRandom weights: {name} has untrained {', '.join(parts)}." for name, parts in untrained.items()]
         return "\n".join(lines) + "\n"
 
     def protocols(self) -> str:
-        """Returns the protocol of each task, as Markdown."""
-        sections = []
+        """Returns the models' weights, and the protocols of all tasks as lists, long values shortened."""
+        models = {
+            name: f"- {name}: {entry['kind']}, weights {entry.get('weights', 'not recorded (older version)')}, "
+            f"{entry.get('dtype', 'float32')}"
+            for task in self.content["tasks"].values()
+            for name, entry in task["models"].items()
+        }
+        sections = ["**models**\n\n" + "\n".join(models.values())]
         for key, task in self.content["tasks"].items():
             lines = [
-                f"- {name}: {textwrap.shorten(str(value), 400, placeholder=' ...')}"
+                f"- {name}: {textwrap.shorten(str(value), 200, placeholder=' ...')}"
                 for name, value in task["protocol"].items()
                 if name != "categories"
+            ]
+            lines += [
+                f"- {name}, {setting}: {value}"
+                for name, entry in task["models"].items()
+                for setting, value in entry.get("settings", {}).items()
             ]
             counts = {entry["num_samples"] for entry in task["models"].values()}
             lines.append(f"- evaluated images: {', '.join(map(str, sorted(counts)))}")
@@ -135,14 +176,65 @@ class Results:
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """Reads `results.json`. Older files have "figures" instead of "metrics", and other names of adapters."""
-    content = json.loads(path.read_text())
-    for task in content["tasks"].values():
-        for entry in task["models"].values():
-            if "figures" in entry:
-                entry["metrics"] = entry.pop("figures")
-                entry["kind"] += "Adapter"
+    """
+    Reads `results.json`. Older files have "figures" instead of "metrics", and other names of adapters; their entries
+    have no hash of the weights.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It is not a `results.json` of `samclip evaluate`.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        for task in content["tasks"].values():
+            task["protocol"].keys()  # raises if it is not a dictionary
+            for entry in task["models"].values():
+                if "figures" in entry:
+                    entry["metrics"] = entry.pop("figures")
+                    entry["kind"] += "Adapter"
+                entry["metrics"].keys()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a results.json of `samclip evaluate`.") from error
     return content
+
+
+def results_of_model(results: dict[str, Any], name: str) -> dict[str, dict[str, Any]]:
+    """
+    Returns a model's entries of `results.json`, by task.
+
+    Raises:
+        ValueError: There are none, or they are of several weights, as older versions could write.
+    """
+    entries = {key: task["models"][name] for key, task in results["tasks"].items() if name in task["models"]}
+    if not entries:
+        known = sorted({known for task in results["tasks"].values() for known in task["models"]})
+        raise ValueError(f"There are no results of {name!r}, but of {', '.join(known) or 'no model'}.")
+    if len({entry.get("weights", entry.get("identity")) for entry in entries.values()}) > 1:
+        raise ValueError(f"The results of {name!r} are of different weights. Evaluate it again in a new folder.")
+    return entries
+
+
+def paper_result(key: str, metric: str, protocol: dict[str, Any]) -> dict[str, Any] | None:
+    """
+    Returns the paper's result for a metric, if the protocol is the paper's: its "value", "table", and "where", the
+    entries of the protocol that must be equal, or `None` if the paper does not state its own.
+
+    Args:
+        key (`str`):
+            The name of a task.
+        metric (`str`):
+            The metric's name.
+        protocol (`dict`):
+            The task's protocol and the model's settings.
+    """
+    if "only" in protocol:  # a part of the data
+        return None
+    task = key.partition("#")[0].partition("@")[0]
+    for result in PAPER_RESULTS.get(task, {}).get(metric, []):
+        where = result["where"]
+        if where is None or all(protocol.get(name) == value for name, value in where.items()):
+            return result
+    return None
 
 
 def format_metric(value: float | None) -> str:
@@ -155,22 +247,6 @@ def format_metric(value: float | None) -> str:
 def to_json(value: Any) -> Any:
     """Returns a value as it is after it has been written to a JSON file and read again."""
     return json.loads(json.dumps(value, default=str))
-
-
-def identity(model: ModelAdapter) -> str:
-    """Returns a hash of the Hub's commit, or of a folder's configuration files and the sizes and times of its weight
-    files."""
-    parts = []
-    for part in model.models:
-        folder = Path(part.name_or_path)
-        if folder.is_dir():
-            files = sorted(folder.glob("*.safetensors"))
-            parts += [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
-            # The files, not the loaded configuration, whose defaults change with the version of transformers.
-            parts += [(folder / name).read_text() for name in MODEL_FILES if (folder / name).is_file()]
-        else:
-            parts.append(f"{part.name_or_path}@{part.config._commit_hash}")
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
 def dtype_name(model: ModelAdapter) -> str:
@@ -212,13 +288,15 @@ def create_model_index(results: dict[str, Any], name: str) -> list[EvalResult]:
             The content of `results.json`, see [`read_results`].
         name (`str`):
             The model's name in the results.
+
+    Raises:
+        ValueError: As [`results_of_model`].
     """
     entries = []
-    for key, task in results["tasks"].items():
+    for key, entry in results_of_model(results, name).items():
         protocol, _, data = key.partition(":")
-        if name not in task["models"] or protocol == "cost":
+        if protocol == "cost":
             continue
-        entry = task["models"][name]
         for metric, value in entry["metrics"].items():
             if value is not None and not metric.startswith(PER_CLASS_PREFIX):
                 entries.append(

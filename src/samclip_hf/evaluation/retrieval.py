@@ -7,7 +7,7 @@ import torch
 
 from ..datasets.samples import CaptionedImage, DataSet
 from ..visualization import draw_text
-from .adapters import ImageTextAdapter, describe_crop
+from .adapters import ImageTextAdapter, describe_crop, describe_own_size
 from .evaluator import SampleEvaluator
 from .metrics import AccumulatingMetric, RecallAtK
 
@@ -38,6 +38,9 @@ class Retrieval(SampleEvaluator[CaptionedImage]):
             "captions": "as they are; cut where longer than the text tower reads",
             "ties": "count against",
         }
+
+    def describe_settings(self, model: ImageTextAdapter) -> dict[str, Any]:
+        return {} if self.size else {"image size": describe_own_size(model)}
 
     def new_metrics(self) -> dict[str, AccumulatingMetric]:
         return {"recall": RecallAtK()}

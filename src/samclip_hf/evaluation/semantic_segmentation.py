@@ -19,7 +19,7 @@ from ..segmentation_samclip import apply_background_threshold, max_over_synonyms
 from ..templates import IMAGENET_TEMPLATES
 from ..visualization import overlay_labels
 from .adapters import ImageTextAdapter
-from .evaluator import SampleEvaluator
+from .evaluator import SampleEvaluator, describe_names, describe_templates
 from .metrics import AccumulatingMetric, MeanIoU
 
 MIN_LOGIT = -1e9  # of labels without texts: finite after sums over windows and after interpolation
@@ -32,12 +32,14 @@ class LabelMapEvaluator(SampleEvaluator[SegmentedImage]):
     data (`DataSet`):
         Images with label maps.
     templates (`Sequence[str]`, *optional*):
-        Templates of class names; an embedding is the mean over them. By default CLIP's 80, as in the paper. Texts that
-        describe the background are used without templates. The similarity of a label is that of its most similar
-        synonym.
+        Templates of class names; an embedding is the mean over them. By default CLIP's 80, as in the paper. The
+        similarity of a label is that of its most similar synonym.
     background_threshold (`float`, *optional*):
         For data with background: a pixel is background if no class has at least this probability. By default, a pixel
         is background if one of the texts that describe the background is more similar than any class.
+    background_templates (`bool`, *optional*, defaults to `False`):
+        Whether the texts for background go through the templates, all of them, as names of classes do. By default,
+        none does.
     """
 
     batch_size = 8
@@ -47,13 +49,20 @@ class LabelMapEvaluator(SampleEvaluator[SegmentedImage]):
         data: DataSet[SegmentedImage],
         templates: Sequence[str] = IMAGENET_TEMPLATES,
         background_threshold: float | None = None,
+        background_templates: bool = False,
     ):
         super().__init__(data)
         if not data.names:
             raise ValueError(f"{data.name} has no class names. Segmentation by text needs them.")
         if background_threshold is not None and data.background is None:
             raise ValueError(f"background_threshold cannot be used: {data.name} has no background.")
-        self.templates, self.background_threshold = templates, background_threshold
+        has_texts = bool(data.background) and background_threshold is None
+        if background_templates and not has_texts:
+            raise ValueError(f"{data.name} has no texts for background that could go through templates.")
+        if data.background is not None and background_threshold is None and not has_texts:
+            raise ValueError(f"{data.name} has a background without texts: pass background_threshold.")
+        self.templates, self.background_templates = templates, background_templates
+        self.background_threshold = background_threshold
         self.label_names = [synonyms[0] for synonyms in data.names]
 
     def describe(self) -> dict[str, Any]:
@@ -62,12 +71,12 @@ class LabelMapEvaluator(SampleEvaluator[SegmentedImage]):
         elif self.background_threshold is not None:
             background = f"where no class has a probability of {self.background_threshold}"
         else:
-            background = f"{len(self.data.background)} texts: {', '.join(self.data.background)}"
+            through = "through the templates" if self.background_templates else "without templates"
+            background = f"{len(self.data.background)} texts, {through}: {', '.join(self.data.background)}"
         return {
             **self.data.description,
-            "labels": len(self.label_names),
-            "texts": sum(map(len, self.data.names or [])),
-            "templates": len(self.templates),
+            "classes": describe_names(self.data.names or []),
+            "templates": describe_templates(self.templates),
             "background": background,
             "compared": "at the image's own size, labels absent from truth and prediction left out",
         }
@@ -117,7 +126,9 @@ class LabelMapEvaluator(SampleEvaluator[SegmentedImage]):
         embeds = [model.embed_names([name for _, name in names], self.templates)]
         labels = [label for label, _ in names]
         if self.data.background is not None and self.background_threshold is None:
-            embeds.append(model.embed_texts(self.data.background))
+            texts = self.data.background
+            through_templates = self.background_templates
+            embeds.append(model.embed_names(texts, self.templates) if through_templates else model.embed_texts(texts))
             labels += [0] * len(self.data.background)
         return torch.cat(embeds), torch.tensor(labels, device=embeds[0].device)
 
@@ -139,7 +150,7 @@ class SemanticSegmentation(LabelMapEvaluator):
     upsampled bilinearly to the size of the image, and each pixel has the label with the highest logit (paper, section
     5).
 
-    data, templates, background_threshold:
+    data, templates, background_threshold, background_templates:
         See [`LabelMapEvaluator`].
     size (`int`, *optional*, defaults to 448):
         The image's shorter side in pixels. The default is the paper's.
@@ -161,8 +172,9 @@ class SemanticSegmentation(LabelMapEvaluator):
         stride: int | None = None,
         templates: Sequence[str] = IMAGENET_TEMPLATES,
         background_threshold: float | None = None,
+        background_templates: bool = False,
     ):
-        super().__init__(data, templates, background_threshold)
+        super().__init__(data, templates, background_threshold, background_templates)
         if window is None and stride is not None:
             raise ValueError("stride requires window.")
         self.size, self.window = size, window
@@ -177,6 +189,9 @@ class SemanticSegmentation(LabelMapEvaluator):
             "window": "none" if self.window is None else f"{self.window} px every {self.stride} px, averaged",
             "upscaling": "bilinear, of logits",
         }
+
+    def describe_settings(self, model: ImageTextAdapter) -> dict[str, Any]:
+        return {"patches": model.patch_rule}
 
     def prepare(self, model: ImageTextAdapter) -> None:
         self.text_embeds, self.labels = self.embed_vocabulary(model)

@@ -167,7 +167,7 @@ def collect(output_dir: Path, fraction: float = 1.0) -> dict:
         `dict`: The content of `tables.json`. The entry "metrics" contains a list for each model and each pair of
         a task and a metric: one value per seed, or a single value for teachers.
 
-    Exits with a message if no seed is complete or if results were measured with different protocols.
+    Exits with a message if no seed is complete, or if the results are of different protocols or weights.
     """
     complete = [
         (int(path.parent.parent.name.removeprefix("seed")), read_results(path))
@@ -178,8 +178,15 @@ def collect(output_dir: Path, fraction: float = 1.0) -> dict:
         sys.exit(f"{output_dir} contains no complete seed.")
     protocols = {task: entry["protocol"] for task, entry in complete[0][1]["tasks"].items()}
     metrics: dict[str, dict[str, list[float]]] = {}
+    names = {*TEACHERS, *RUNS}
     for content in [read_results(output_dir / "teachers" / "results.json"), *(c for _, c in complete)]:
         for task, entry in content["tasks"].items():
+            # Names that samclip evaluate gives to a second protocol of a task, and to other weights of a run.
+            if other := [name for name in (task, *entry["models"]) if "#" in name or name not in {task, *names}]:
+                sys.exit(
+                    f"{output_dir} has results of different protocols or weights ({other[0]}), for example of a run "
+                    "that was trained again. Use another --output_dir."
+                )
             if entry["protocol"] != protocols.get(task, entry["protocol"]):
                 sys.exit(
                     f"{output_dir}: {task} was evaluated with different protocols, for example another --fraction."

@@ -11,8 +11,8 @@ from .accumulating import AccumulatingMetric
 
 class TopK(AccumulatingMetric):
     r"""
-    The fraction of images whose class is among the k classes with the highest scores. Ties count as misses, so equal
-    scores for all classes give 0 (for k < num_labels).
+    The fraction of images whose class is among the k classes with the highest scores. Of equal scores, those of the
+    first classes count, as in `argmax`: classes with one name, such as ImageNet's two missiles, have one score.
 
     predictions (`torch.Tensor`, `numpy.ndarray` or lists, of shape `(num_images, num_labels)`):
         Scores. They are evaluated on their device.
@@ -48,7 +48,9 @@ class TopK(AccumulatingMetric):
         if labels.is_floating_point() or labels.min() < 0 or labels.max() >= self.num_labels:
             raise ValueError(f"References must be integers from 0 to {self.num_labels - 1}.")
         labels = labels.long()
-        num_ahead = (scores >= scores.gather(1, labels[:, None])).sum(dim=1) - 1  # without the true class itself
+        own = scores.gather(1, labels[:, None])
+        comes_first = torch.arange(self.num_labels, device=scores.device) < labels[:, None]
+        num_ahead = ((scores > own) | ((scores == own) & comes_first)).sum(dim=1)
         hits = {f"top{k}": labels[num_ahead < k] for k in self.ks} | {"num": labels}
         return {key: classes.bincount(minlength=self.num_labels).cpu().numpy() for key, classes in hits.items()}
 
