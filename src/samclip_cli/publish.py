@@ -8,6 +8,10 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from . import CommandError
+from .models import check_model
+from .outputs import check_writable
+
 DESCRIPTION = """\
 Builds a model repository from a training output, verifies it, and uploads it to the Hub.
 
@@ -37,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--results", type=Path, metavar="FILE", help="results.json of samclip evaluate, for the model card"
     )
     parser.add_argument(
-        "--results_name", metavar="NAME", help="the model's name in the results (default: the name of its folder)"
+        "--results_name", metavar="NAME", help="the model's name in the results (default: the name with its weights)"
     )
     parser.add_argument(
         "--example",
@@ -69,23 +73,30 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(argv: Sequence[str]) -> int:
     arguments = build_parser().parse_args(argv)
+    if arguments.model != "miniature":
+        check_model(arguments.model, "MODEL")
+    if arguments.folder is not None:
+        if os.path.lexists(arguments.folder):
+            raise CommandError(f"--folder {arguments.folder} exists: pass a new folder.")
+        check_writable(arguments.folder, "--folder")
+
     from huggingface_hub import ModelCard
     from huggingface_hub.utils import HFValidationError, validate_repo_id
     from PIL import Image
 
     from samclip_hf import miniature
+    from samclip_hf.evaluation import read_results
     from samclip_hf.images import open_image
     from samclip_hf.miniature.scenes import render
     from samclip_hf.publishing import (
         UNKNOWN_LICENSE,
         PublishingError,
         build_repository,
-        check_results_name,
         create_model_card,
         draw_example_image,
+        find_results,
         publish_provenance,
         push,
-        read_results,
         resolve_target,
         verify,
     )
@@ -96,13 +107,14 @@ def run(argv: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary, "repository")
         try:
-            if arguments.folder is not None and arguments.folder.exists():
-                raise PublishingError(f"{arguments.folder} exists already: pass a new folder.")
             validate_repo_id(repo_id)
-            results = None if arguments.results is None else read_results(arguments.results)
-            results_name = arguments.results_name or Path(os.path.abspath(source)).name  # as in samclip evaluate
-            if results is not None:
-                check_results_name(results, results_name)
+            results = results_name = None
+            if arguments.results is not None:
+                try:
+                    results = read_results(arguments.results)
+                except (OSError, ValueError) as error:
+                    raise PublishingError(f"--results: {error}") from error
+                results_name = find_results(results, source, arguments.results_name)
             elif arguments.results_name is not None:
                 raise PublishingError("--results_name requires --results.")
             image = Image.fromarray(render(seed=0, index=8).image)

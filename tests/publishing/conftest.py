@@ -10,6 +10,7 @@ from PIL import Image
 from samclip_hf import miniature
 from samclip_hf.miniature.scenes import render
 from samclip_hf.publishing import build_repository, repository
+from samclip_hf.publishing.verification_script import run_checkpoint
 
 from ..loopback_hub import Hub
 
@@ -24,6 +25,12 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("published") / "repository"
     build_repository(miniature.checkpoint(), folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def expected(folder, image) -> tuple:
+    """The results of everything that the folder supports, with the package's code."""
+    return run_checkpoint(str(folder), image)
 
 
 @pytest.fixture

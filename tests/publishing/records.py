@@ -21,13 +21,14 @@ RESULTS = {
     "tasks": {
         "classification:imagenet@336": {
             "protocol": {"size": 336, "templates": 80},
-            "models": {"stage3": {"metrics": {"top1": 0.7239}, "num_samples": 50000}},
+            "models": {"stage3": {"weights": "0a1b2c3d", "metrics": {"top1": 0.7239}, "num_samples": 50000}},
         },
         "semantic:voc21": {
             "protocol": {"size": 448},
             "models": {
                 "stage3": {
-                    **{"metrics": {"mean_iou": 0.6, "iou: cat": 0.9}, "num_samples": 1449, "dtype": "bfloat16"},
+                    **{"weights": "0a1b2c3d", "settings": {"composition": "classes"}, "dtype": "bfloat16"},
+                    **{"metrics": {"mean_iou": 0.6, "iou: cat": 0.9}, "num_samples": 1449},
                     **{"command": "training/evaluate.py --dtype bfloat16", "environment": {"torch": "2.12.0"}},
                 }
             },

@@ -7,15 +7,16 @@ import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from samclip_hf import miniature
+from samclip_hf import SamClipForImageSegmentation, SamClipProcessor, miniature
 from samclip_hf.configuration_samclip import MINIMUM_TRANSFORMERS_VERSION
 from samclip_hf.distillation import provenance
+from samclip_hf.evaluation import load_adapter
 from samclip_hf.publishing import (
     PublishingError,
     create_model_card,
     draw_example_image,
+    find_results,
     publish_provenance,
-    read_results,
 )
 
 from .records import RECIPES, RESULTS, STAGES
@@ -34,6 +35,8 @@ def test_the_card_contains_everything_that_is_recorded(folder, tmp_path):
         "Measured with `training/evaluate.py --dtype bfloat16` and torch 2.12.0.",
         "- dtype: bfloat16",
         "- templates: 80",
+        "- composition: classes",
+        "The evaluated weights have the hash `0a1b2c3d`",
         "(example.png)",
         'model="lab/merged"',
         "title   = {SAM-CLIP: Merging",
@@ -114,12 +117,57 @@ def test_the_card_says_what_is_not_recorded(folder):
     assert "Not evaluated" in text and "example.png" not in text
 
 
-def test_results_of_another_model_raise(folder, tmp_path):
-    with pytest.raises(PublishingError, match=r"No results for 'stage2'\. Pass --results_name with one of: stage3"):
-        create_model_card(folder, "me/merged", results=RESULTS, results_name="stage2")
-    (tmp_path / "other.json").write_text("{}")
-    with pytest.raises(PublishingError, match=r"is not a results\.json"):
-        read_results(tmp_path / "other.json")
+class TestResults:
+    """Results are found by the weights of the published checkpoint."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def weights(cls) -> str:
+        return load_adapter(miniature.checkpoint()).weights
+
+    def results(self, **weights: str | None) -> dict:
+        entry = {"metrics": {"top1": 0.7}, "num_samples": 5}
+        models = {
+            name: entry if of_name is None else entry | {"weights": of_name} for name, of_name in weights.items()
+        }
+        return RESULTS | {"tasks": {"classification": {"protocol": {}, "models": models}}}
+
+    def test_the_name_is_that_with_the_weights(self, weights):
+        results = self.results(samclip="0a1b", renamed=weights, older=None)
+        assert find_results(results, miniature.checkpoint()) == "renamed"
+        assert find_results(results, miniature.checkpoint(), "renamed") == "renamed"
+
+    def test_the_published_dtype_and_vocabulary_do_not_matter(self, weights, tmp_path):
+        model = SamClipForImageSegmentation.from_pretrained(miniature.checkpoint())
+        model.set_vocabulary(["a cat", "a dog"]).save_pretrained(tmp_path)
+        SamClipProcessor.from_pretrained(miniature.checkpoint()).save_pretrained(tmp_path)
+        assert find_results(self.results(stage3=weights), tmp_path) == "stage3"
+
+    @pytest.mark.parametrize(
+        ("models", "name", "message"),
+        [
+            (
+                {"samclip": "0a1b"},
+                None,
+                r"no results of the weights of .*/samclip \([0-9a-f]{16}\), but of samclip \(0a1b\)",
+            ),
+            ({"samclip": "0a1b"}, "samclip", r"results of 'samclip' are of other weights \(0a1b\)"),
+            ({"samclip": None}, None, r"but of samclip \(not recorded\)"),
+            ({"samclip": None}, "samclip", "do not record the weights"),
+            ({"a": "own", "b": "own"}, None, "Pass --results_name with one of: a, b"),
+            ({"a": "own"}, "c", r"No results for 'c'\. Pass --results_name with one of: a"),
+        ],
+    )
+    def test_results_of_other_weights_raise(self, weights, models, name, message):
+        models = {key: weights if value == "own" else value for key, value in models.items()}
+        with pytest.raises(PublishingError, match=message):
+            find_results(self.results(**models), miniature.checkpoint(), name)
+
+    def test_a_card_needs_results_of_one_model(self, folder):
+        with pytest.raises(PublishingError, match="no results of 'stage2', but of stage3"):
+            create_model_card(folder, "me/merged", results=RESULTS, results_name="stage2")
+        with pytest.raises(PublishingError, match="need the name of the model"):
+            create_model_card(folder, "me/merged", results=RESULTS)
 
 
 def test_the_python_code_of_the_card_runs(folder, tmp_path, image, monkeypatch):

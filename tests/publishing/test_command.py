@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from samclip_cli import publish
+from samclip_cli import CommandError, publish
+from samclip_hf import miniature
 from samclip_hf.distillation import SamClipTrainingArguments
+from samclip_hf.evaluation import load_adapter
 from samclip_hf.publishing import push
 
 from .records import RECIPES, RESULTS
@@ -20,22 +22,31 @@ TRAINING = Path(__file__).parents[2] / "training"
 class TestCommand:
     @pytest.fixture
     def arguments(self, tmp_path):
-        (tmp_path / "results.json").write_text(json.dumps(RESULTS))
+        weights = load_adapter(miniature.checkpoint()).weights
+        (tmp_path / "results.json").write_text(json.dumps(RESULTS).replace("0a1b2c3d", weights))
         return ["miniature", "merged", "--results", str(tmp_path / "results.json"), "--results_name", "stage3"]
 
-    def test_it_verifies_and_pushes(self, hub, arguments, tmp_path):
-        command = [sys.executable, TRAINING / "publish.py", *arguments, "--folder", tmp_path / "folder"]
-        run = subprocess.run(command, capture_output=True, text=True)
-        assert run.returncode == 0, run.stderr
-        assert "pred_masks: largest difference" in run.stdout and "Published: " in run.stdout
+    def test_it_verifies_and_pushes(self, hub, arguments, tmp_path, capsys, monkeypatch):
+        verified = []
+
+        def verify(folder, image):  # is tested in test_verification.py
+            verified.extend(path.name for path in folder.iterdir())
+            return {"pred_masks": 0.0}
+
+        monkeypatch.setattr("samclip_hf.publishing.verify", verify)
+        publish.run([*arguments, "--folder", str(tmp_path / "folder")])
+        output = capsys.readouterr().out
+        assert "pred_masks: largest difference" in output and "Published: " in output
         repository = hub.repositories["me/merged"]
         published = repository.commits[repository.branches["main"]]
         assert {"README.md", "example.png", "modeling_samclip.py"} <= published.keys()
+        assert {"modeling_samclip.py", "model.safetensors"} <= set(verified) <= published.keys()
         assert 'model="me/merged"' in published["README.md"].decode()
         assert published.keys() - {".gitattributes"} == {path.name for path in (tmp_path / "folder").iterdir()}
 
     def test_a_dry_run_needs_no_token(self, hub, arguments, monkeypatch, capsys):
         monkeypatch.setenv("HF_TOKEN", "")
+        monkeypatch.setattr("samclip_hf.publishing.verify", lambda folder, image: {"pred_masks": 0.0})
         publish.run([*arguments, "--dry-run"])
         assert "Nothing was uploaded" in capsys.readouterr().out and not hub.repositories
 
@@ -43,8 +54,8 @@ class TestCommand:
         push(folder, "merged")
         for options, message in (
             ([], "me/merged exists and contains"),
-            (["--folder", str(tmp_path)], f"{tmp_path} exists"),
-            (["--results", str(tmp_path / "none.json")], "none.json cannot be read"),
+            (["--results", str(tmp_path / "none.json")], "none.json"),
+            (["--results", __file__], "is not a results.json of `samclip evaluate`"),
             (["--update", "--example", __file__], "cannot identify image file"),
             (["--update", "--private"], "me/merged exists and is public"),
             (["--results_name", "stage2"], "No results for 'stage2'"),
@@ -60,6 +71,19 @@ class TestCommand:
         assert "Building" not in capsys.readouterr().out
 
 
+def test_wrong_folders_are_errors_at_once(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for arguments, message in (
+        ([str(tmp_path / "nowhere")], "MODEL .*nowhere: no such folder"),
+        (["miniature", "--folder", str(tmp_path)], "--folder .* exists: pass a new folder"),
+        (["miniature", "--folder", str(tmp_path / "link")], "--folder .* exists: pass a new folder"),
+        (["miniature", "--folder", f"{__file__}/new"], "--folder .*py is not a folder"),
+    ):
+        with pytest.raises(CommandError, match=message):
+            publish.run([arguments[0], "me/merged", "--dry-run", *arguments[1:]])
+
+
+@pytest.mark.slow
 def test_the_trainer_pushes_checkpoints_and_at_the_end_code_and_card(hub, tmp_path):
     config = RECIPES / "miniature_stage1.yaml"
     options = "--max_steps 2 --save_steps 1 --clip_batch_size 2 --dataloader_num_workers 0 --report_to none"

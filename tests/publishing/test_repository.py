@@ -41,6 +41,7 @@ class TestFolder:
         with pytest.raises(PublishingError, match=r"lacks weights: \['clip_head\.mlp"):
             build_repository(tmp_path / "incomplete", tmp_path / "new")
 
+    @pytest.mark.slow
     def test_a_checkpoint_without_a_text_tower_is_published(self, tmp_path, image):
         model = SamClipForImageSegmentation.from_pretrained(miniature.checkpoint()).drop_text_tower()
         model.save_pretrained(tmp_path / "small")
@@ -51,6 +52,7 @@ class TestFolder:
 
 
 class TestPush:
+    @pytest.mark.slow
     def test_a_pushed_repository_loads_by_name_without_the_package(self, hub, folder, tmp_path):
         address = push(folder, "merged", private=True)
         assert address.startswith(f"{hub.address}/me/merged/commit/")

