@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoConfig, AutoProcessor, CLIPModel, PreTrainedModel, SamModel, SiglipModel, pipeline
 
-from ..images import mask_to_box, normalize
+from ..images import mask_to_box, mean_and_std, normalize
 from ..segmentation_samclip import SamClipForImageSegmentation
 from .identity import hash_configuration, hash_json, hash_weights
 
@@ -86,7 +86,7 @@ class ModelAdapter:
         height, width = size
         resized = [np.asarray(image.resize((width, height), self.image_processor.resample)) for image in images]
         pixels = torch.from_numpy(np.stack(resized)).to(self.model.device).permute(0, 3, 1, 2)
-        pixel_values = normalize(pixels, self.image_processor.image_mean, self.image_processor.image_std)
+        pixel_values = normalize(pixels, *mean_and_std(self.image_processor))
         return pixel_values.to(self.model.dtype)
 
     def round_to_patches(self, side: float) -> int:

@@ -13,7 +13,7 @@ IGNORED_ENTRIES = {
     *("_name_or_path", "architectures", "auto_map", "custom_pipelines", "dtype", "initializer_factor"),
     *("image_processor_type", "initializer_range", "minimum_transformers_version", "processor_class"),
     *("transformers_version", "background_label_id", "background_threshold", "id2label", "label2id"),
-    "vocabulary_label_ids",
+    *("vocabulary_label_ids", "vocabulary_num_labels"),
 }
 # Shows capitals, punctuation, digits and the special tokens of a tokenizer.
 PROBE_TEXT = "A photo of 2 Cats, isn't it? (café)"
