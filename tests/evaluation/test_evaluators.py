@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from huggingface_hub import ModelCardData
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
-from transformers import CLIPModel, CLIPProcessor, SamProcessor
+from transformers import BatchFeature, CLIPModel, CLIPProcessor, SamProcessor
 
 from samclip_hf import SamClipForImageSegmentation, SamClipModel, SamClipProcessor, miniature
 from samclip_hf.datasets import (
@@ -39,6 +39,7 @@ from samclip_hf.evaluation import (
     SamAdapter,
     SamClipAdapter,
     SemanticSegmentation,
+    SiglipAdapter,
     ZeroShotClassification,
     ZeroShotInstanceSegmentation,
     cost,
@@ -165,6 +166,7 @@ def caption_data() -> DataSet[CaptionedImage]:
     return DataSet("shades", samples)
 
 
+TEXT_CONFIG = SimpleNamespace(max_position_embeddings=64)
 PLAIN = {"templates": ["a {}", "one {}"]}
 
 
@@ -219,6 +221,55 @@ def test_background_is_decided_by_texts_or_by_a_threshold():
     with pytest.raises(ValueError, match="has no background"):
         SemanticSegmentation(without, background_threshold=0.4)
     assert SemanticSegmentation(without).describe()["background"].startswith("none")
+
+
+def test_all_texts_of_the_background_go_through_the_templates_or_none():
+    seen = []
+
+    class Listener(Oracle):
+        def embed_texts(self, texts):
+            seen.extend(texts)
+            return super().embed_texts(texts)
+
+    data = replace(segmentation_data(), background=["nothing", "pure nothing"])
+    for through_templates, expected in (
+        (False, {"nothing", "pure nothing"}),
+        (True, {"a nothing", "one nothing", "a pure nothing", "one pure nothing"}),
+    ):
+        evaluator = SemanticSegmentation(data, background_templates=through_templates, **PLAIN)
+        seen.clear()
+        evaluator.prepare(Listener())
+        assert {text for text in seen if "nothing" in text} == expected
+        how = "through the templates" if through_templates else "without templates"
+        assert evaluator.describe()["background"] == f"2 texts, {how}: nothing, pure nothing"
+    for unused in (replace(data, background=[]), replace(data, background=None, names=NAMES[1:])):
+        with pytest.raises(ValueError, match="shades has no texts for background"):
+            SemanticSegmentation(unused, background_templates=True, **PLAIN)
+    with pytest.raises(ValueError, match="shades has a background without texts: pass background_threshold"):
+        SemanticSegmentation(replace(data, background=[]), **PLAIN)
+    SemanticSegmentation(replace(data, background=[]), background_threshold=0.4, **PLAIN)
+
+
+def test_siglip_gets_names_and_templates_in_canonical_form():
+    class Listener(SiglipAdapter):
+        def __init__(self):
+            self.model = SimpleNamespace(device="cpu", config=SimpleNamespace(text_config=TEXT_CONFIG))
+            self.processor, self.texts = SimpleNamespace(tokenizer=self.tokenize), []
+
+        def tokenize(self, texts, **options):
+            self.texts += texts
+            return BatchFeature({"input_ids": torch.zeros(len(texts), 1, dtype=torch.int64)})
+
+        def _text_features(self, input_ids):
+            return torch.ones(len(input_ids), 2)
+
+    model = Listener()
+    model.embed_names(["Jack-o'-lantern", "St. Bernard"], ["A photo of {}.", "itap of the {}"])
+    model.embed_texts(["Two dogs, in Rome."])
+    assert model.texts == [
+        *("a photo of jackolantern", "itap of the jackolantern", "a photo of st bernard", "itap of the st bernard"),
+        "two dogs, in rome.",
+    ]
 
 
 @pytest.mark.parametrize("length, window, stride", [(10, 4, 2), (10, 4, 3), (4, 4, 4), (3, 4, 2), (11, 5, 5)])

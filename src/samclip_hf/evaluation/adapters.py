@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoProcessor, CLIPModel, PreTrainedModel, SamModel, SiglipModel, pipeline
 
 from ..images import mask_to_box, mean_and_std, normalize
-from ..segmentation_samclip import SamClipForImageSegmentation
+from ..segmentation_samclip import SamClipForImageSegmentation, canonicalize_text
 from .identity import hash_configuration, hash_json, hash_weights
 
 TEXT_BATCH_SIZE = 256
@@ -115,10 +115,17 @@ class ImageTextAdapter(ModelAdapter):
     padding: bool | str = True  # of texts: to the longest of a batch
     patch_rule: str = "not described"  # how patches are embedded in the text space, for the results
 
+    @property
+    def has_siglip_text(self) -> bool:
+        """Whether the text tower is SigLIP's, which was trained on texts in lower case."""
+        return False
+
     @torch.inference_mode()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Returns unit embeddings `(num_texts, projection_dim)`. Texts that are too long for the text tower are
-        truncated, as for CLIP."""
+        truncated, as for CLIP. For SigLIP, they are converted to lower case."""
+        if self.has_siglip_text:
+            texts = [text.lower() for text in texts]
         features = []
         max_length = self.model.config.text_config.max_position_embeddings
         for start in range(0, len(texts), TEXT_BATCH_SIZE):
@@ -136,7 +143,10 @@ class ImageTextAdapter(ModelAdapter):
     @torch.inference_mode()
     def embed_names(self, names: Sequence[str], templates: Sequence[str]) -> Tensor:
         """Returns unit embeddings `(num_names, projection_dim)`: for each name, the mean of the unit embeddings of its
-        templates (Radford et al. 2021, section 3.1.4)."""
+        templates (Radford et al. 2021, section 3.1.4). For SigLIP, both are converted by [`canonicalize_text`]."""
+        if self.has_siglip_text:
+            names = [canonicalize_text(name, keep=",") for name in names]
+            templates = [canonicalize_text(template, keep="{}") for template in templates]
         texts = [template.replace("{}", name) for name in names for template in templates]
         return F.normalize(self.embed_texts(texts).unflatten(0, (len(names), len(templates))).mean(dim=1), dim=-1)
 
@@ -313,6 +323,7 @@ class SiglipAdapter(ImageTextAdapter):
 
     padding = "max_length"  # as in its training, without an attention mask
     patch_rule = "SigLIP's pooling head with each patch's own value in place of attention"
+    has_siglip_text = True
 
     def _text_features(self, **inputs) -> Tensor:
         return super()._text_features(input_ids=inputs["input_ids"])
@@ -373,6 +384,10 @@ class SamClipAdapter(ImageTextAdapter, SamClipVisionAdapter):
     """Any other SAM-CLIP."""
 
     patch_rule = "CLIP head: LayerNorm and MLP of each patch"
+
+    @property
+    def has_siglip_text(self) -> bool:
+        return self.model.config.has_siglip_text
 
     def _image_features(self, **inputs) -> Tensor:
         return self.model.get_image_features(**inputs).pooler_output

@@ -126,9 +126,9 @@ class LabelMapEvaluator(SampleEvaluator[SegmentedImage]):
         embeds = [model.embed_names([name for _, name in names], self.templates)]
         labels = [label for label, _ in names]
         if self.data.background is not None and self.background_threshold is None:
-            texts = self.data.background
-            through_templates = self.background_templates
-            embeds.append(model.embed_names(texts, self.templates) if through_templates else model.embed_texts(texts))
+            embeds.append(
+                model.embed_names(self.data.background, self.templates if self.background_templates else ["{}"])
+            )
             labels += [0] * len(self.data.background)
         return torch.cat(embeds), torch.tensor(labels, device=embeds[0].device)
 
