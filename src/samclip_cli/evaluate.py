@@ -64,8 +64,8 @@ PROTOCOLS = (
     *("linear-probe", "head-probe", "cost"),
 )
 NATIVE_SIZE = ("instances", "prompts", "cascade", "cost")  # these run every model at its own image size
-# The evaluators that each option affects on data other than the miniature's scenes. Passing an option that affects none
-# of the tasks is an error.
+# The evaluators that each option affects on data other than the miniature's scenes. An option that affects none of the
+# tasks is an error.
 OPTIONS = {
     "data": PROTOCOLS[:-1],
     "limit": PROTOCOLS[:-1],

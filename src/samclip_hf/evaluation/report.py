@@ -127,10 +127,11 @@ class Results:
                     continue
                 values = {name: entry["metrics"].get(metric) for name, entry in task["models"].items()}
                 paper = {
-                    name: paper_result(key, metric, task["protocol"] | entry.get("settings", {}))
+                    name: found
                     for name, entry in task["models"].items()
+                    if (found := paper_result(key, metric, task["protocol"] | entry.get("settings", {})))
                 }
-                rows.append((key, metric, values, {name: found for name, found in paper.items() if found}))
+                rows.append((key, metric, values, paper))
         has_paper = any(paper for *_, paper in rows)
         header = ["task", "metric", *(f"{name} (random weights)" if name in untrained else name for name in names)]
         if has_paper:
@@ -139,11 +140,10 @@ class Results:
         for key, metric, values, paper in rows:
             row = [key, metric, *(format_metric(values.get(name)) for name in names)]
             if has_paper:
-                found = next(iter(paper.values()), None)
-                row.append("" if found is None else f"{found['value']:.3f} (table {found['table']})")
+                row.append(next((f"{found['value']:.3f} (table {found['table']})" for found in paper.values()), ""))
                 for name in samclips:
-                    value, found = values.get(name), paper.get(name)
-                    is_comparable = value is not None and found is not None and found["where"] is not None
+                    value, found = values.get(name), paper.get(name, {"where": None})
+                    is_comparable = value is not None and found["where"] is not None
                     row.append(f"{value - found['value']:+.3f}" if is_comparable else "")
             lines.append("| " + " | ".join(row) + " |")
         lines += [f"\nRandom weights: {name} has untrained {', '.join(parts)}." for name, parts in untrained.items()]
