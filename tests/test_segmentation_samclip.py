@@ -186,7 +186,7 @@ class TestImageSegmentation:
         twice = segmenter.embed_vocabulary(
             ["sofa", "cat", ["tom", "Cat"], "Cat tree"], ["sky"], ["a {}", "one {}"], tokenizer
         )
-        assert "only the first of them is found: 'cat' and 'Cat'" in transformers_log.text
+        assert "only the first of each is used: 'cat' and 'Cat'" in transformers_log.text
         assert twice.id2label == {0: "background", 1: "sofa", 2: "cat", 3: "tom", 4: "Cat tree"}
         assert twice.label_ids == [0, 1, 2, 3, 4]
         with torch.no_grad():
@@ -218,11 +218,11 @@ class TestImageSegmentation:
         assert loaded.config.id2label == own
 
         loaded.config.id2label = {0: "a", 1: "b"}
-        with pytest.raises(ValueError, match=r"2 labels, but the vocabulary .* has 4.*call set_vocabulary"):
+        with pytest.raises(ValueError, match=r"2 labels, but the vocabulary .* has 4.*Call set_vocabulary"):
             loaded(random_images())
         config = AutoConfig.from_pretrained(tmp_path)
         config.num_labels = 60
-        with pytest.raises(ValueError, match=r"60 labels, but the vocabulary .* has 4.*call set_vocabulary"):
+        with pytest.raises(ValueError, match=r"60 labels, but the vocabulary .* has 4.*Call set_vocabulary"):
             AutoModelForSemanticSegmentation.from_pretrained(tmp_path, config=config)
 
     def test_background_threshold(self, segmenter):

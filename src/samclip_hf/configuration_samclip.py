@@ -63,7 +63,7 @@ class SamClipConfig(SamConfig):
         label. Empty if the checkpoint has no vocabulary. Set by
         [`SamClipForImageSegmentation.set_vocabulary`].
     vocabulary_num_labels (`int`, *optional*):
-        The number of labels of the vocabulary with background. A label may have no rows, see
+        The number of labels of the vocabulary, including background. A label may have no rows, see
         [`SamClipForImageSegmentation.embed_vocabulary`].
     background_label_id (`int`, *optional*):
         The label of pixels that belong to no class. `None` if every pixel belongs to a class.
@@ -149,8 +149,8 @@ class SamClipConfig(SamConfig):
                     given = {int(label_id): label for label_id, label in given.items()}
                 if given is not None and given != own:
                     raise ValueError(
-                        f"{name} cannot change the labels of this checkpoint: the model recognizes them by the texts "
-                        f"of its vocabulary. Load it without {name} and set another vocabulary: "
+                        f"{name} cannot change the labels of this checkpoint, because they are defined by their text "
+                        f"embeddings. Load it without {name} and set another vocabulary: "
                         'SamClipForImageSegmentation.from_pretrained(...).set_vocabulary(["cat", "sofa"]).'
                     )
             if config_dict.get("vocabulary_num_labels") is None:  # version 0.1.0
@@ -166,7 +166,7 @@ class SamClipConfig(SamConfig):
         if sorted(self.id2label or ()) != list(range(num_labels)):
             raise ValueError(
                 f"id2label has {len(self.id2label or ())} labels, but the vocabulary of the checkpoint has "
-                f"{num_labels}. The model recognizes labels by their texts: call set_vocabulary to change them."
+                f"{num_labels}. Labels are defined by their text embeddings. Call set_vocabulary to change them."
             )
 
     def validate_architecture(self):

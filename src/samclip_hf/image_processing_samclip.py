@@ -46,7 +46,7 @@ class SamClipImageProcessorMixin:
                 processor.
             size (`int` or `dict[str, int]`, *optional*):
                 Longest edge in pixels, as a number or as `{"longest_edge": number}`. Defaults to `self.size`. Another
-                value than that also sets `pad_size`, and `mask_size` and `mask_pad_size` in proportion.
+                value also changes `pad_size`, and `mask_size` and `mask_pad_size` in proportion.
             pad_size (`dict[str, int]`, *optional*):
                 Height and width after padding. Only one of them may differ from the longest edge.
 
@@ -68,9 +68,9 @@ class SamClipImageProcessorMixin:
         return inputs
 
     def _set_sizes(self, kwargs: dict, size, pad_size, with_maps: bool) -> None:
-        """Adds to the keyword arguments of a call the sizes that follow from its `size`. Images are padded to their
-        longest edge, so that `post_process_masks` can compute the padding. Only with `self.size`, and without
-        resizing, may `self.pad_size` be larger."""
+        """Adds the sizes that are determined by `size` to the keyword arguments of a call. Images are padded to their
+        longest edge, so that `post_process_masks` can compute the padding. Only with `self.size`, or without resizing,
+        `self.pad_size` may be larger."""
         own_edge = _longest_edge(self.size, "size")
         edge = own_edge if size is None else _longest_edge(size, "size")
         is_resized = kwargs.get("do_resize", self.do_resize)
@@ -281,7 +281,7 @@ class SamClipImageProcessorMixin:
 
 
 def _longest_edge(size, name: str) -> int:
-    """The longest edge that `size` gives. Raises `ValueError` if it gives something else."""
+    """The longest edge in `size`. Raises `ValueError` if `size` contains something else."""
     edge = size
     if hasattr(size, "get"):  # dict, or SizeDict of transformers
         others = [key for key in ("height", "width", "shortest_edge", "max_height", "max_width") if size.get(key)]
@@ -462,8 +462,8 @@ class SamClipImageProcessorPil(SamClipImageProcessorMixin, SamClipMaskGeneration
     """Image processor for SAM-CLIP that uses PIL and numpy."""
 
     def resize(self, image: np.ndarray, size, resample=None, **kwargs) -> np.ndarray:
-        """As SAM's, for labels of any value: `(channels, height, width)`. SAM's converts arrays to PIL images of 8
-        bits."""
+        """As in SAM's image processor, but for labels of any value, `(channels, height, width)`. SAM's converts arrays
+        to PIL images of 8 bits."""
         if resample != Image.Resampling.NEAREST:
             return super().resize(image, size, resample, **kwargs)
         height, width = self._get_preprocess_shape(image.shape[1:], size["longest_edge"])

@@ -125,8 +125,8 @@ def decode_mask(segmentation: dict[str, Any] | list, size: tuple[int, int] | Non
 
 def mean_and_std(image_processor: Any) -> tuple[list[float], list[float]]:
     r"""
-    Returns the `mean` and `std` with which [`normalize`] gives the pixel values of an image processor, also if its
-    `do_normalize` or `do_rescale` is `False` or its `rescale_factor` is not 1/255.
+    Returns the `mean` and `std` with which [`normalize`] returns the same pixel values as an image processor, even if
+    `do_normalize` or `do_rescale` of the processor is `False` or its `rescale_factor` is not 1/255.
 
     Args:
         image_processor ([`BaseImageProcessor`]):

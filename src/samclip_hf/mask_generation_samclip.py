@@ -48,8 +48,8 @@ class SamClipMaskGenerationMixin:
             binarize (`bool`, *optional*, defaults to `True`):
                 Whether to return boolean masks instead of logits.
             pad_size (`dict[str, int]`, *optional*):
-                Height and width after padding. By default computed from the sizes of the masks and of the resized
-                images, so that it is that of the call which prepared the images.
+                Height and width after padding. By default, they are computed from the sizes of the masks and of the
+                resized images.
 
         Returns:
             `list[torch.Tensor]`: One tensor `(num_prompts, num_masks, height, width)` per image.
@@ -75,7 +75,7 @@ class SamClipMaskGenerationMixin:
 
     def _padded_size(self, masks, original_sizes, reshaped_input_sizes) -> dict[str, int]:
         """
-        Returns height and width of the padded images that `masks` belong to.
+        Returns height and width of the padded images to which `masks` belong.
 
         A mask has four cells per patch. The image processor does not know the patch size, but `preprocess` pads images
         to their longest edge: the longest edge determines the number of pixels in a cell. Exceptions are images of its

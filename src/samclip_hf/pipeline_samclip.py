@@ -43,7 +43,7 @@ class SamClipImageSegmentationPipeline(ImageSegmentationPipeline):
         synonyms (`"max"` or `"mean"`, *optional*):
             How the synonyms of a label are combined.
         background_templates (`bool`, *optional*):
-            Whether the texts of the background are put into the templates like names.
+            Whether the templates are also used for the texts of the background.
         subtask (`"panoptic"`, `"instance"` or `"semantic"`, defaults to `"panoptic"`):
             The kind of segmentation. `"panoptic"` and `"instance"` return segments that do not overlap, `"semantic"`
             one mask for each label.
@@ -92,7 +92,8 @@ class SamClipImageSegmentationPipeline(ImageSegmentationPipeline):
         return preprocess_params, forward_params, postprocess_params
 
     def _embed_vocabulary(self, arguments: dict) -> SamClipVocabulary:
-        """Embeds a vocabulary, or returns the last one if the arguments and what embeds them are the same."""
+        """Embeds a vocabulary, or returns the last one if the arguments, the tokenizer and the weights of the text
+        tower are the same."""
         key = (arguments, self.tokenizer, _weights_of_texts(self.model))
         if getattr(self, "_vocabulary", (None, None))[0] != key:
             self._vocabulary = key, self.model.embed_vocabulary(**arguments, tokenizer=self.tokenizer)
@@ -142,8 +143,8 @@ class SamClipImageSegmentationPipeline(ImageSegmentationPipeline):
 
 
 def _weights_of_texts(model) -> list:
-    """What changes with the weights of the text tower: the memory, the version and the sum of each of them. Only some
-    changes through `weight.data` keep all three."""
+    """The memory address, the version and the sum of each weight of the text tower, which change with the weights.
+    Only some changes through `weight.data` change none of them."""
     weights = [w for part in (model.text_model, model.text_projection) if part is not None for w in part.parameters()]
     if not weights:
         return []

@@ -39,8 +39,8 @@ class SamClipProcessor(ProcessorMixin):
     image_processor ([`SamClipImageProcessor`]):
         SAM's preprocessing.
     tokenizer ([`PreTrainedTokenizerBase`]):
-        The tokenizer of the CLIP or SigLIP teacher. SigLIP 2's is Gemma's. It gets a conversion to lower case, because
-        SigLIP 2 was trained on lower case and the files of its tokenizer do not convert.
+        The tokenizer of the CLIP or SigLIP teacher. To SigLIP 2's, which is Gemma's, a conversion to lower case
+        is added, because SigLIP 2 was trained on texts in lower case.
     """
 
     valid_processor_kwargs = SamClipProcessorKwargs
@@ -205,8 +205,8 @@ class SamClipProcessor(ProcessorMixin):
 
 
 def _with_lower_case(tokenizer: GemmaTokenizer) -> PreTrainedTokenizerFast:
-    """A tokenizer that converts texts to lower case first. It has the generic class, because Gemma's replaces the
-    conversion when it is loaded."""
+    """Returns a tokenizer that converts texts to lower case first. Its class is the generic one, because Gemma's class
+    would remove the conversion when the tokenizer is loaded."""
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     own = [] if backend.normalizer is None else [backend.normalizer]
     backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])

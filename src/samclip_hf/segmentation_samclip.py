@@ -147,9 +147,9 @@ def _to_list(name: str, values: Iterable) -> list:
 
 def canonicalize_text(text: str, keep: str = "{}") -> str:
     r"""
-    Returns a text in the form in which SigLIP's authors pass names and templates to the text tower for zero-shot
-    classification, for SigLIP and SigLIP 2: lower case, without punctuation, `_` as a space. Free texts, such as
-    captions, are only converted to lower case.
+    Converts a name or a template as SigLIP's authors do for zero-shot classification with SigLIP and SigLIP 2: to
+    lower case, without punctuation, and with spaces instead of `_`. (Other texts, such as captions, are only converted
+    to lower case, by the tokenizer.)
 
     text (`str`):
         A name or a template.
@@ -291,13 +291,13 @@ class SamClipForImageSegmentation(SamClipModel):
         synonyms (`"max"` or `"mean"`, *optional*):
             Whether a label's logit is that of its most similar synonym, or that of the mean of their embeddings.
         background_templates (`bool`, *optional*, defaults to `False`):
-            Whether the texts of the background are put into the templates like names. By default, all of them are used
-            as they are.
+            Whether the templates are also used for the texts of the background. By default, these are used without
+            templates.
 
         With SigLIP's text tower, names and templates are converted by [`canonicalize_text`].
 
-        Names of different labels may have the same tokens, such as "Cat" and "cat" for CLIP. In this case, only the
-        first label is found, and a warning names both.
+        Names of different labels may have the same tokens, such as "Cat" and "cat" for CLIP. Only the first of these
+        labels is then used, and a warning names both.
 
         Raises `ValueError` if there are no labels, a name is empty, repeated or unknown to the tokenizer, a label has
         the tokens of a text of the background, a template has no `{}`, a text is longer than the text tower accepts,
@@ -350,7 +350,7 @@ class SamClipForImageSegmentation(SamClipModel):
         special = set(tokenizer.all_special_ids)  # the one for unknown characters is among them
         tokens = tokenizer(fill(names, ["{}"]))["input_ids"]
         if unknown := [name for name, own in zip(names, tokens, strict=True) if special >= set(own)]:
-            raise ValueError(f"The tokenizer knows no part of these names: {unknown}.")
+            raise ValueError(f"The tokenizer has no tokens for these names: {unknown}.")
         rows = _without_same_tokens(rows, len(texts_of_background), tokenizer)
         features = self._embed_texts([text for _, _, texts in rows for text in texts], tokenizer)
         means = [part.mean(dim=0) for part in features.split([len(texts) for _, _, texts in rows])]
@@ -652,8 +652,8 @@ def _without_same_tokens(
     rows: list[tuple[int, list[str], list[str]]], num_background: int, tokenizer: PreTrainedTokenizerBase
 ) -> list[tuple[int, list[str], list[str]]]:
     """
-    Leaves out rows (label, names, texts) whose texts have the same tokens as those of an earlier row of another label:
-    both would get half of the probability. Logs a warning.
+    Removes rows (label, names, texts) whose texts have the same tokens as those of an earlier row of another label,
+    because each of the two would have half of the probability. Logs a warning.
 
     Raises `ValueError` if the earlier row is background, one of the first `num_background`.
     """
@@ -674,9 +674,7 @@ def _without_same_tokens(
         omitted.append(pair)
     if omitted:
         shown = "; ".join(omitted[:5]) + (f" and {len(omitted) - 5} more" if len(omitted) > 5 else "")
-        logger.warning(
-            f"The tokenizer turns these names into the same tokens, so that only the first of them is found: {shown}."
-        )
+        logger.warning(f"These names have the same tokens, so only the first of each is used: {shown}.")
     return kept
 
 

@@ -56,7 +56,7 @@ def test_unusable_data_raise(photos, tmp_path):
     with pytest.raises(ValueError, match="no json files with SA-1B's annotations: its first samples, such as '0/000'"):
         open_stream(str(photos), with_masks=True)
     (tmp_path / "notes.txt").write_text("text")
-    with pytest.raises(ValueError, match=r"has neither images nor shards of them, but 1 \.txt"):
+    with pytest.raises(ValueError, match=r"has neither images nor shards, but 1 \.txt"):
         open_stream(str(tmp_path / "notes.txt"))
     (tmp_path / "text.tar").write_text("text")
     with pytest.raises(ValueError, match=r"text\.tar' could not be read"):
@@ -183,7 +183,7 @@ class TestImageFiles:
     def test_a_png_beside_a_jpg_is_left_out_and_logged(self, tmp_path, transformers_log):
         name = write(tmp_path, "a/1.jpg", "a/1.png", "a/2.png", "b/1.png", "b/3.JPEG", "b/3.bmp")
         assert keys(name) == ["a/1.jpg", "a/2.png", "b/1.png", "b/3.JPEG"]
-        assert "2 images are not used, because an image of the same name is, such as" in transformers_log.text
+        assert "are not used, because another image has the same name" in transformers_log.text
 
     def test_other_files_are_counted_and_hidden_ones_are_not_read(self, tmp_path, transformers_log):
         names = "1.jpg", "2.heic", "3.HEIC", "a/b/notes.txt", "._1.jpg", ".cache/4.jpg", "__MACOSX/5.jpg", "6"
@@ -278,7 +278,7 @@ class TestFolders:
     def test_only_one_of_several_splits_is_used(self, tmp_path, names, transformers_log):
         assert keys(write(tmp_path, *names)) == ["cat/1.jpg"]
         assert f"Only train is used: 1 of {len(names)} files" in transformers_log.text
-        with pytest.raises(ValueError, match=r"has splits .*train.*, but not 'all': pass one of its folders"):
+        with pytest.raises(ValueError, match=r"has splits .*train.*, but not 'all'. Pass one of its folders"):
             open_stream(str(tmp_path), split="all")
 
     def test_parquet_files_of_several_splits(self, tmp_path):
@@ -314,7 +314,7 @@ class TestFolders:
     def test_a_folder_of_saved_data_sets_raises(self, tmp_path):
         rows = {"image": [{"bytes": jpeg(0), "path": None}]}
         Dataset.from_dict(rows, features=Features({"image": Image()})).save_to_disk(tmp_path / "a")
-        with pytest.raises(ValueError, match=r"a is of `save_to_disk`\. Pass each of such folders"):
+        with pytest.raises(ValueError, match=r"a is a folder of `save_to_disk`\. Pass such folders"):
             open_stream(str(tmp_path))
 
     def test_an_empty_folder_raises(self, tmp_path):

@@ -134,7 +134,7 @@ def raise_if_compressed(paths: Iterable[str]) -> None:
         if COMPRESSED_TAR.search(path):
             raise ValueError(
                 f"{path} is a compressed tar, which cannot be read from a given position. Decompress it, for example "
-                "with gunzip, unxz or zstd -d: images hardly get smaller by compression."
+                "with gunzip, unxz or zstd -d. Compression hardly reduces the size of images."
             )
 
 

@@ -41,8 +41,8 @@ KINDS = dict.fromkeys((*IMAGE_EXTENSIONS, ".zip"), "images") | {
     ".parquet": "parquet files",
     ".arrow": "arrow files",
 }
-# Image files and saved datasets have no shards of their own. Their number is a power of two, so that the readers of a
-# stream get equally many samples.
+# Image files and saved datasets have no shards, so they are divided into shards. The number is a power of two, so that
+# all readers of a stream have the same number of samples.
 MAX_SHARDS, MIN_SHARD_LENGTH = 256, 64
 # Names of folders that are the splits of a dataset, if there are several of them.
 SPLITS = {
@@ -187,8 +187,8 @@ def _open_zip(path: str, process_id: int) -> zipfile.ZipFile:
 
 class ImageShards:
     """
-    Image files of folders and zip archives. Their order is a fixed random one: in the order of folders, the samples of
-    a class would follow each other. Skipped rows are not read.
+    Image files of folders and zip archives, in a fixed random order, because folders often contain the samples of one
+    class. Skipped rows are not read.
 
     With masks, the annotations of `dog.jpg` are `dog.json` in the same folder.
     """
@@ -317,14 +317,14 @@ def _open_files(files: list[str], name: str, split: str, with_masks: bool) -> Sh
             f"{name!r} has files of several kinds: {counts}. Choose one with a glob, such as 'photos/**/*.tar'."
         )
     if not by_kind:
-        raise ValueError(f"{name!r} has neither images nor shards of them, but {_count(others)}. {ACCEPTED_NAMES}")
+        raise ValueError(f"{name!r} has neither images nor shards, but {_count(others)}. {ACCEPTED_NAMES}")
     kind, paths = by_kind.popitem()
     if kind == "tars":
         return TarShards(paths, with_masks)
     if kind == "images":
         return _open_images(paths, others, name, with_masks)
     if saved := [file for file in others if os.path.basename(file) == "state.json"]:
-        raise ValueError(f"{os.path.dirname(saved[0])} is of `save_to_disk`. Pass each of such folders by its name.")
+        raise ValueError(f"{os.path.dirname(saved[0])} is a folder of `save_to_disk`. Pass such folders one by one.")
     builder = BUILDERS[_extension(paths[0])]
     return DatasetShards(load_dataset(builder, data_files=paths, split="train", streaming=True), name, with_masks)
 
@@ -338,7 +338,7 @@ def _files_of_split(files: list[str], folder: str, split: str) -> list[str]:
         return files
     wanted = SPLITS.get(split, split)
     if wanted not in present:
-        raise ValueError(f"{folder!r} has splits {', '.join(present)}, but not {split!r}: pass one of its folders.")
+        raise ValueError(f"{folder!r} has splits {', '.join(present)}, but not {split!r}. Pass one of its folders.")
     kept = [file for file, of_file in zip(files, splits, strict=True) if of_file == wanted]
     logger.warning(
         f"{folder!r} has the splits {', '.join(present)}. Only {wanted} is used: {len(kept)} of {len(files)} files."
@@ -375,8 +375,8 @@ def _open_images(paths: list[str], others: list[str], name: str, with_masks: boo
         is_lowest = [rank == lowest[stem] for stem, rank in zip(names, ranks, strict=True)]
         if left_out := [file.name for file, is_used in zip(files, is_lowest, strict=True) if not is_used]:
             logger.warning(
-                f"{name!r}: {len(left_out)} images are not used, because an image of the same name is, such as "
-                f"{left_out[0]}. Rename them if they are not masks."
+                f"{name!r}: {len(left_out)} images, such as {left_out[0]}, are not used, because another image has "
+                "the same name. Rename them if they are not masks."
             )
         files = list(itertools.compress(files, is_lowest))
     others = [file for file in others if not (with_masks and file.endswith(".json"))]

@@ -3,7 +3,7 @@ Webdataset tars: the files of a sample have one name up to the first dot, such a
 each other in the tar.
 
 Training reads tars sequentially ([`iterate_files`]), evaluation reads single files of an index ([`index_samples`]).
-Both read the same files, and [`image_rank`] tells both which of a sample's files is its image.
+Both read the same files and use [`image_rank`] to choose the image of a sample.
 """
 
 import posixpath
@@ -32,7 +32,7 @@ class SampleFile(NamedTuple):
     extension (`str`):
         The rest of the base name in lower case, without the dot.
     member (`tarfile.TarInfo`):
-        The location of the content. A link has no content: its `isfile()` is false.
+        The location of the content. Links have none: their `isfile()` is false.
     """
 
     sample: str
@@ -65,9 +65,9 @@ def iterate_files(tar: tarfile.TarFile) -> Iterator[SampleFile]:
 
 def image_rank(extension: str) -> int | None:
     """
-    Returns the rank of a sample's file as its image, or `None` if it is not an image. The file of the lowest rank is
-    the image: a jpg, else a jpeg, a webp, a png, or another format, so that a png beside a jpg is left out as a mask.
-    Extensions with a dot, such as "rgb.png", share the highest rank. Two files of the lowest rank are ambiguous.
+    Returns the rank of a file among the images of a sample, or `None` if it is not an image. The image with the lowest
+    rank is used. The order is jpg, jpeg, webp, png, other formats, so a png next to a jpg, which may be a mask, is not
+    used. Extensions with a dot, such as "rgb.png", share the highest rank. Two files of the lowest rank are ambiguous.
     """
     first, _, last = extension.rpartition(".")
     if f".{last}" not in IMAGE_EXTENSIONS:
