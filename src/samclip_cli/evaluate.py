@@ -56,8 +56,8 @@ models:
 output:
   results.json, results.md, an image of sample predictions for every task and model, and a model
   index for the model card of every SAM-CLIP. Results that are already in results.json are not
-  computed again. A result belongs to the weights: another model in a folder of the same name, or
-  another protocol for the same task, gets a name of its own and replaces nothing."""
+  computed again. Results are identified by the weights: those of another model in a folder of the same
+  name, or of another protocol for the same task, have separate names and replace nothing."""
 
 PROTOCOLS = (
     *("classification", "retrieval", "instances", "prompts", "semantic", "composed", "cascade"),
@@ -132,7 +132,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--background_templates",
         action="store_true",
         default=None,
-        help="put the texts for the background into the templates of the class names (default: none of them)",
+        help="use the templates of the class names also for the texts of the background",
     )
     parser.add_argument("--limit", type=positive_int, metavar="N", help="evaluate only the first N samples")
     parser.add_argument(
@@ -352,8 +352,8 @@ def open_results(folder: Path, command: str, files: Iterable[str]) -> "Results":
         raise CommandError(f"--output_dir {folder}: {error}") from error
     if not results.path.exists() and (found := sorted(name for name in files if (folder / name).exists())):
         raise CommandError(
-            f"--output_dir {folder}: {found[0]} would be replaced. It is not of samclip evaluate, because there is no "
-            "results.json. Pass another folder."
+            f"--output_dir {folder}: {found[0]} would be replaced. It was not written by samclip evaluate, because "
+            "there is no results.json. Pass another folder."
         )
     return results
 
@@ -407,11 +407,14 @@ def run(argv: Sequence[str]) -> int:
                 state.print(f"{task_name}, {model_name}: already in {results.path}")
                 continue
             if task_name != key:
-                state.print(f"{results.path} has results of {key} with another protocol. The new ones: {task_name}.")
+                state.print(
+                    f"{results.path} contains results of {key} with another protocol. The new results have the name "
+                    f"{task_name}."
+                )
             if model_name.endswith(f"@{model.identity[:8]}"):
                 state.print(
-                    f"{results.path} has results of another model named {short_name}, or results of an older version, "
-                    f"which did not record the weights. The new ones: {model_name}."
+                    f"{results.path} contains results of another model named {short_name}, or results of an older "
+                    f"version, which did not record the weights. The new results have the name {model_name}."
                 )
             try:
                 result = evaluator.run(model)

@@ -56,9 +56,9 @@ class _InputName(str):
     """
     The name of a parameter that is an input, although it contains "label".
 
-    transformers' `Trainer` takes every parameter of `forward` with "label" in its name for a label (`find_labels`). If
-    a batch lacks one, an evaluation has no `eval_loss`. Checked on transformers 5.24.0. Delete this class when
-    `find_labels` ignores `input_labels`.
+    transformers' `Trainer` treats every parameter of `forward` with "label" in its name as a label (`find_labels`). If
+    a label is missing in a batch, an evaluation has no `eval_loss`. Checked on transformers 5.24.0. Delete this class
+    when `find_labels` ignores `input_labels`.
     """
 
     def __contains__(self, part: str) -> bool:  # type: ignore[override]
@@ -67,7 +67,7 @@ class _InputName(str):
 
 def refuse_labels(kwargs: Any) -> None:
     """Removes `labels` and `return_loss` from the keyword arguments of a model without a loss. Raises `ValueError` if
-    they ask for one."""
+    they request a loss."""
     for name in ("labels", "return_loss"):
         if (value := kwargs.pop(name, None)) is not None and value is not False:
             raise ValueError(

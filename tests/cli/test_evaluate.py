@@ -124,8 +124,8 @@ def test_other_weights_and_quick_looks_replace_no_results(tmp_path, capsys):
     assert second.startswith("student@") and quick_key.startswith(f"{key}#")
     assert len(list((tmp_path / "out").glob("*.png"))) == 3
     output = capsys.readouterr().out
-    assert "has results of another model named student, or results of an older version" in output
-    assert f"has results of {key} with another protocol. The new ones: {quick_key}." in output
+    assert "contains results of another model named student, or results of an older version" in output
+    assert f"of {key} with another protocol. The new results have the name {quick_key}." in output
     shutil.copytree(folder, tmp_path / "copy")
     evaluate.run(["--model", str(tmp_path / "copy"), *arguments])
     assert f"{key}, {second}: already in" in capsys.readouterr().out

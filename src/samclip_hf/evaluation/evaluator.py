@@ -64,8 +64,8 @@ class Evaluator(ABC):
         the literature. Results with different descriptions are not comparable."""
 
     def describe_settings(self, model: Any) -> dict[str, Any]:
-        """Returns the settings of a model that its metrics depend on and that the protocol leaves to the model, such
-        as the size of images. They are stated beside the model's metrics."""
+        """Returns the settings of a model that its metrics depend on and that the protocol does not define, such as
+        the size of images. They are stored with the model's metrics."""
         return {}
 
     @abstractmethod

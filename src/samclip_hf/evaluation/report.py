@@ -39,7 +39,7 @@ class Results:
     [`Results.locate`]). No result is replaced.
 
     folder (`Path`):
-        The folder of `results.json`. Existing results are kept. `ValueError` if the file is not one of this class.
+        The folder of `results.json`. Existing results are kept. Raises `ValueError` if the file has another format.
     command (`str`):
         The command line. It is stored with the installed versions, for the file and for each result.
     """
@@ -56,11 +56,12 @@ class Results:
 
     def locate(self, key: str, evaluator: Evaluator, model: ModelAdapter) -> tuple[str, str]:
         """
-        Returns the names under which the result of a task and a model is stored, whether or not it exists.
+        Returns the names of task and model by which a result is stored, whether or not it exists.
 
-        The task's name is `key`, or "key#hash" if `key` has another protocol. The model's name is the one under which
-        the same weights and configuration have been evaluated with the same dtype. For a new model it is
-        `model.name`, with the dtype if that is not float32, or "name@hash" if that name belongs to another model.
+        The task's name is `key`, or "key#hash" if the results of `key` have another protocol. If the same weights and
+        configuration have been evaluated with the same dtype, the model's name is that of the earlier results.
+        Otherwise it is `model.name`, with the dtype if that is not float32, or "name@hash" if another model has this
+        name.
         """
         tasks = self.content["tasks"]
         protocol = to_json(evaluator.describe())

@@ -11,8 +11,9 @@ from .accumulating import AccumulatingMetric
 
 class TopK(AccumulatingMetric):
     r"""
-    The fraction of images whose class is among the k classes with the highest scores. Of equal scores, those of the
-    first classes count, as in `argmax`: classes with one name, such as ImageNet's two missiles, have one score.
+    The fraction of images whose class is among the k classes with the highest scores. Among classes with equal scores,
+    the first ones count, as in `argmax`. Classes with the same name, such as ImageNet's two classes "missile", have
+    equal scores.
 
     predictions (`torch.Tensor`, `numpy.ndarray` or lists, of shape `(num_images, num_labels)`):
         Scores. They are evaluated on their device.
