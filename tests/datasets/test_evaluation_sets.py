@@ -503,6 +503,24 @@ class TestSegmentation:
         data = open_segmentation(str(folder), "")
         assert data.names == [["background"], ["road"]]
         assert data.background == ["sky", "wall"]
+        write(folder / "classes.json", ["background", "road"])  # a class like any other
+        assert open_segmentation(str(folder), "").background is None
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            ({"names": ["sky", "road"], "background": ["wall"]}, 'its first class must be "background"'),
+            ({"names": ["background", "road"], "background": "wall"}, "must be a list of texts, got 'wall'"),
+            (
+                {"names": ["background", "road"], "backgrounds": ["wall"]},
+                "unknown entries: backgrounds",
+            ),
+        ],
+    )
+    def test_a_background_that_would_be_misread_raises(self, folder, content, message):
+        write(folder / "classes.json", content)
+        with pytest.raises(ValueError, match=message):
+            open_segmentation(str(folder), "")
 
     def test_a_folder_without_names_raises(self, folder):
         (folder.parent / "classes.json").unlink()

@@ -1,5 +1,6 @@
 """A model with perfect predictions scores 1 in every evaluator, a model with wrong ones 0."""
 
+import io
 import json
 from dataclasses import replace
 from functools import partial
@@ -45,12 +46,13 @@ from samclip_hf.evaluation import (
     cost,
     create_model_index,
     load_adapter,
+    probing,
     save_result_panel,
 )
 from samclip_hf.evaluation.linear_probing import fit_logistic_regression
 from samclip_hf.evaluation.prompted_segmentation import center_pixel
 from samclip_hf.evaluation.semantic_segmentation import window_starts
-from samclip_hf.images import encode_mask
+from samclip_hf.images import encode_mask, open_image
 from samclip_hf.miniature.scenes import CLASS_NAMES, HELD_OUT, TEMPLATES, evaluation_scene
 from samclip_hf.miniature_lab.report import set_miniature_vocabulary
 from samclip_hf.miniature_lab.tasks import labeled_images, segmented_images, tasks
@@ -325,6 +327,54 @@ def test_linear_probing_depends_on_the_information_in_the_features():
     evaluator = LinearProbing(classification_data(), classification_data(), size=4)
     assert evaluator.run(Oracle()).metrics == {"top1 (shades)": 1.0}
     assert evaluator.run(Blind()).metrics == {"top1 (nothing)": 0.25}  # always the first class
+
+
+def test_the_disk_space_of_probes_is_announced_and_checked_before_the_work(capsys, monkeypatch):
+    """80 images with 4 values of 2 bytes, and 10 images with 12 x 16 x 4 values."""
+    small = LinearProbing(classification_data(), classification_data(), size=4)
+    small.run(Oracle())
+    assert "linear-probe, oracle: the features of 80 images need 6.4e-07 GB in " in capsys.readouterr().out
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=15_359))
+    extracted = []
+    monkeypatch.setattr(probing, "extract_features", lambda *_: extracted.append(1))
+    large = HeadProbing(segmentation_data(), segmentation_data(), size=64)
+    message = r"features of 10 images need 1\.54e-05 GB in .*, of which 1\.54e-05 GB are free\. Set .* TMPDIR"
+    with pytest.raises(ValueError, match=message):
+        large.run(Oracle())
+    assert not extracted
+
+
+def truncated() -> Image.Image:
+    file = io.BytesIO()
+    gray_image(scenes()[0]).save(file, "JPEG")
+    return open_image(file.getvalue()[:-100])
+
+
+def unreadable() -> np.ndarray:
+    raise SyntaxError("broken PNG file")  # as Pillow raises it
+
+
+@pytest.mark.parametrize(
+    "make, build, field, read",
+    [
+        (classification_data, lambda data: ZeroShotClassification(data, **PLAIN), "image", truncated),
+        (caption_data, Retrieval, "image", truncated),
+        (object_data, ZeroShotInstanceSegmentation, "image", truncated),
+        (object_data, PromptedSegmentation, "objects", unreadable),
+        (segmentation_data, lambda data: SemanticSegmentation(data, **PLAIN), "image", truncated),
+        (segmentation_data, lambda data: SemanticSegmentation(data, **PLAIN), "label_map", unreadable),
+        (classification_data, lambda data: LinearProbing(data, classification_data(), size=4), "image", truncated),
+        (classification_data, lambda data: LinearProbing(classification_data(), data, size=4), "image", truncated),
+        (segmentation_data, lambda data: HeadProbing(data, segmentation_data(), size=64), "label_map", unreadable),
+    ],
+)
+@pytest.mark.parametrize("position", [0, 3])
+def test_files_that_cannot_be_read_are_named(make, build, field, read, position):
+    data = make()
+    samples = list(data.samples)
+    samples[position] = replace(samples[position], key="n01/dog.jpg", **{field: read})
+    with pytest.raises(ValueError, match=rf"^n01/dog\.jpg: the {field.replace('_', ' ')} cannot be read: "):
+        build(replace(data, samples=samples)).run(Oracle())
 
 
 def test_probing_needs_the_same_classes_and_other_images_for_training():

@@ -3,8 +3,9 @@
 import itertools
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence, Sized
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any, ClassVar, Generic
 
 import numpy as np
@@ -150,6 +151,24 @@ def describe_templates(templates: Sequence[str]) -> str:
     return f"{len(templates)}: {texts}"
 
 
+def named(sample: SampleType) -> SampleType:
+    """Returns the sample with functions that raise `ValueError` with the sample's key if a file cannot be read.
+    Pillow's decoders raise many types of errors, and few of them name the file."""
+
+    def read(kind: str, function: Callable[[], Any]) -> Any:
+        try:
+            return function()
+        except Exception as error:
+            raise ValueError(f"{sample.key}: the {kind} cannot be read: {error}") from error
+
+    functions = {
+        field.name: partial(read, field.name.replace("_", " "), getattr(sample, field.name))
+        for field in fields(sample)
+        if callable(getattr(sample, field.name))
+    }
+    return replace(sample, **functions)
+
+
 def shard_batches(
     samples: Iterable[SampleType], batch_size: int, title: str
 ) -> Iterator[tuple[int, list[SampleType]]]:
@@ -160,7 +179,7 @@ def shard_batches(
     with tqdm(total=total, desc=title, unit="image", disable=not state.is_main_process) as progress:
         for number, batch in enumerate(batched(samples, batch_size)):
             if number % state.num_processes == state.process_index:
-                yield number * batch_size, batch
+                yield number * batch_size, list(map(named, batch))
             progress.update(len(batch))
 
 

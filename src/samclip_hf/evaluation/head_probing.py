@@ -1,14 +1,11 @@
 """Semantic segmentation by heads on frozen features (paper, section 5, table 3)."""
 
-import tempfile
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import PartialState
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead
@@ -16,9 +13,9 @@ from tqdm import trange
 
 from ..datasets.samples import IGNORE_INDEX, DataSet, SegmentedImage
 from .adapters import ModelAdapter
-from .evaluator import EvaluationResult
+from .evaluator import named
 from .metrics import MeanIoU
-from .probing import BATCH_SIZE, Probing, extract_features, shared_folder
+from .probing import BATCH_SIZE, Probing
 
 
 class HeadProbing(Probing):
@@ -55,27 +52,23 @@ class HeadProbing(Probing):
             "training": f"AdamW, {self.steps} steps of {BATCH_SIZE} images, rate {self.learning_rate}, cosine",
         }
 
-    def run(self, model: ModelAdapter) -> EvaluationResult | None:
-        start, size = time.perf_counter(), self.size_for(model)
-        num_labels = len(self.train.names or [])
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = shared_folder(temporary)
-            train, test = (
-                extract_features(data, lambda images: model.patch_features(images, size), folder / name, model.name)
-                for name, data in (("train", self.train), ("test", self.test))
-            )
-            if not PartialState().is_main_process:
-                return None
-            labels = np.stack([resize_label_map(sample, size // 4) for sample in self.train.samples])
-            metrics: dict[str, float | None] = {}
-            for source in train:
-                for head_name, build in HEADS.items():
-                    title = f"{head_name} ({source})"
-                    torch.manual_seed(self.seed)
-                    head = build(train[source].shape[1], num_labels).to(model.model.device)
-                    self._train(head, train[source], labels, title)
-                    metrics[f"mean_iou: {title}"] = self._test(head, test[source], num_labels)
-        return EvaluationResult(metrics, len(self.test.samples), time.perf_counter() - start)  # type: ignore[arg-type]
+    def features(self, model: ModelAdapter, images: list[Image.Image], size: int) -> dict[str, Tensor]:
+        return model.patch_features(images, size)
+
+    def probe(
+        self, model: ModelAdapter, train: dict[str, np.ndarray], test: dict[str, np.ndarray]
+    ) -> dict[str, float | None]:
+        num_labels, side = len(self.train.names or []), self.size_for(model) // 4
+        labels = np.stack([resize_label_map(named(sample), side) for sample in self.train.samples])
+        metrics: dict[str, float | None] = {}
+        for source in train:
+            for head_name, build in HEADS.items():
+                title = f"{head_name} ({source})"
+                torch.manual_seed(self.seed)
+                head = build(train[source].shape[1], num_labels).to(model.model.device)
+                self._train(head, train[source], labels, title)
+                metrics[f"mean_iou: {title}"] = self._test(head, test[source], num_labels)
+        return metrics
 
     def _train(self, head: nn.Module, features: np.ndarray, labels: np.ndarray, title: str) -> None:
         """Trains on features `(num_samples, hidden_size, grid_height, grid_width)` and labels
@@ -103,7 +96,7 @@ class HeadProbing(Probing):
         metric, device = MeanIoU(num_labels=num_labels, ignore_index=IGNORE_INDEX), next(head.parameters()).device
         head.eval()
         for index, sample in enumerate(self.test.samples):
-            truth = sample.label_map()
+            truth = named(sample).label_map()
             logits = head(torch.from_numpy(features[index : index + 1].astype(np.float32)).to(device))
             logits = F.interpolate(logits, size=truth.shape, mode="bilinear", align_corners=False)
             metric.add(prediction=logits[0].argmax(dim=0).cpu().numpy(), reference=truth)

@@ -1,19 +1,16 @@
 """Linear classification on frozen features (paper, section 5, table 4)."""
 
-import tempfile
-import time
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import PartialState
+from PIL import Image
 from torch import Tensor, nn
 
 from .adapters import ModelAdapter
-from .evaluator import EvaluationResult
 from .metrics import TopK
-from .probing import Probing, extract_features, shared_folder
+from .probing import Probing
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
 
@@ -33,29 +30,24 @@ class LinearProbing(Probing):
             "classifier": f"logistic regression by L-BFGS, L2 penalty among {PENALTIES} chosen on a tenth held out",
         }
 
-    def run(self, model: ModelAdapter) -> EvaluationResult | None:
-        start, size = time.perf_counter(), self.size_for(model)
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = shared_folder(temporary)
-            train, test = (
-                extract_features(data, lambda images: model.pooled_features(images, size), folder / name, model.name)
-                for name, data in (("train", self.train), ("test", self.test))
-            )
-            if not PartialState().is_main_process:
-                return None
-            num_labels = len(self.train.names or [])
-            train_labels, test_labels = (
-                torch.tensor([sample.label for sample in data.samples]) for data in (self.train, self.test)
-            )
-            metrics: dict[str, float | None] = {}
-            for source in train:
-                features = [torch.from_numpy(split[source].astype(np.float32)) for split in (train, test)]
-                device = model.model.device
-                scores = self._classify(features[0], train_labels, features[1], num_labels, device)
-                metric = TopK(num_labels=num_labels, ks=(1,))
-                metric.add_batch(predictions=scores.numpy(), references=test_labels.numpy())
-                metrics[f"top1 ({source})"] = metric.compute()["top1"]
-        return EvaluationResult(metrics, len(test_labels), time.perf_counter() - start)
+    def features(self, model: ModelAdapter, images: list[Image.Image], size: int) -> dict[str, Tensor]:
+        return model.pooled_features(images, size)
+
+    def probe(
+        self, model: ModelAdapter, train: dict[str, np.ndarray], test: dict[str, np.ndarray]
+    ) -> dict[str, float | None]:
+        num_labels = len(self.train.names or [])
+        train_labels, test_labels = (
+            torch.tensor([sample.label for sample in data.samples]) for data in (self.train, self.test)
+        )
+        metrics: dict[str, float | None] = {}
+        for source in train:
+            features = [torch.from_numpy(split[source].astype(np.float32)) for split in (train, test)]
+            scores = self._classify(features[0], train_labels, features[1], num_labels, model.model.device)
+            metric = TopK(num_labels=num_labels, ks=(1,))
+            metric.add_batch(predictions=scores.numpy(), references=test_labels.numpy())
+            metrics[f"top1 ({source})"] = metric.compute()["top1"]
+        return metrics
 
     def _classify(self, train: Tensor, labels: Tensor, test: Tensor, num_labels: int, device) -> Tensor:
         """Fits to features `(num_train, hidden_size)` with labels `(num_train,)` and returns scores

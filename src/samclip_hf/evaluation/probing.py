@@ -1,5 +1,9 @@
 """The base class of evaluators that train heads on frozen features, and the extraction of features to disk."""
 
+import math
+import shutil
+import tempfile
+import time
 from abc import abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +17,7 @@ from torch import Tensor
 
 from ..datasets.samples import DataSet
 from .adapters import CascadeAdapter, ModelAdapter, SamAdapter
-from .evaluator import EvaluationResult, Evaluator, shard_batches
+from .evaluator import EvaluationResult, Evaluator, named, shard_batches
 
 BATCH_SIZE = 16
 
@@ -61,18 +65,73 @@ class Probing(Evaluator):
         """Returns the side in pixels of the images for a model."""
         return model.model.config.vision_config.image_size if isinstance(model, SamAdapter) else self.size
 
-    @abstractmethod
     def run(self, model: ModelAdapter) -> EvaluationResult | None:
-        """Trains and evaluates heads on the main process, after all processes have extracted the features."""
+        """
+        Extracts the features of all images in all processes, then trains and evaluates heads in the main process.
+
+        The features are in a temporary folder. Raises `ValueError` if they do not fit on its disk.
+        """
+        start, size = time.perf_counter(), self.size_for(model)
+        metrics = None
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(broadcast_object_list([temporary])[0])  # the main process's
+
+            def compute(images: list[Image.Image]) -> dict[str, Tensor]:
+                return self.features(model, images, size)
+
+            shapes = feature_shapes(self.train, compute)
+            num_images = sum(len(data.samples) for data in (self.train, self.test))  # type: ignore[arg-type]
+            num_bytes = 2 * num_images * sum(math.prod(shape) for shape in shapes.values())  # float16
+            require_disk_space(folder, num_bytes, f"{self.name}, {model.name}: the features of {num_images:,} images")
+            train, test = (
+                extract_features(data, compute, shapes, folder / name, f"features of {data.name}, {model.name}")
+                for name, data in (("train", self.train), ("test", self.test))
+            )
+            if PartialState().is_main_process:
+                metrics = self.probe(model, train, test)
+        if metrics is None:
+            return None
+        return EvaluationResult(metrics, len(self.test.samples), time.perf_counter() - start)  # type: ignore[arg-type]
+
+    @abstractmethod
+    def features(self, model: ModelAdapter, images: list[Image.Image], size: int) -> dict[str, Tensor]:
+        """Returns features `(num_images, ...)`, by the name of the module that computes them."""
+
+    @abstractmethod
+    def probe(
+        self, model: ModelAdapter, train: dict[str, np.ndarray], test: dict[str, np.ndarray]
+    ) -> dict[str, float | None]:
+        """Trains heads on the features of the training images, and returns their metrics for those of the test
+        images."""
 
 
-def shared_folder(folder: str) -> Path:
-    """Returns the main process's folder in all processes of a machine."""
-    return Path(broadcast_object_list([folder])[0])
+def feature_shapes(
+    data: DataSet, compute: Callable[[list[Image.Image]], dict[str, Tensor]]
+) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of the features of one image, by the name of the module that computes them. Raises
+    `ValueError` if there are no samples."""
+    first = next(iter(data.samples), None)
+    if first is None:
+        raise ValueError(f"{data.name} has no samples.")
+    return {source: tuple(values.shape[1:]) for source, values in compute([named(first).image()]).items()}
+
+
+def require_disk_space(folder: Path, num_bytes: int, content: str) -> None:
+    """Prints how much of the disk of a folder `content` needs. Raises `ValueError` in all processes if it is more than
+    is free: a file that is mapped to memory ends the process with a bus error on a full disk."""
+    free = broadcast_object_list([shutil.disk_usage(folder).free])[0]
+    need = f"{content} need {num_bytes / 1e9:,.3g} GB in {folder.parent}, of which {free / 1e9:,.3g} GB are free"
+    if num_bytes > free:
+        raise ValueError(f"{need}. Set the environment variable TMPDIR to a folder on a larger disk.")
+    PartialState().print(f"{need}.")
 
 
 def extract_features(
-    data: DataSet, compute: Callable[[list[Image.Image]], dict[str, Tensor]], folder: Path, title: str
+    data: DataSet,
+    compute: Callable[[list[Image.Image]], dict[str, Tensor]],
+    shapes: dict[str, tuple[int, ...]],
+    folder: Path,
+    title: str,
 ) -> dict[str, np.ndarray]:
     """
     Computes the features of all images. All processes must call it, and each writes a part.
@@ -82,6 +141,8 @@ def extract_features(
             Data of known length.
         compute (`Callable`):
             Returns features `(num_images, ...)`, by the name of the module that computes them.
+        shapes (`dict[str, tuple[int, ...]]`):
+            The shape of the features of one image.
         folder (`Path`):
             The folder for the features, which must not exist.
         title (`str`):
@@ -89,16 +150,9 @@ def extract_features(
 
     Returns:
         `dict[str, numpy.ndarray]`: Features `(num_samples, ...)` of type float16, mapped from disk.
-
-    Raises:
-        ValueError: There are no samples.
     """
     state = PartialState()
     samples: Any = data.samples
-    first = next(iter(samples), None)
-    if first is None:
-        raise ValueError(f"{data.name} has no samples.")
-    shapes = {source: tuple(values.shape[1:]) for source, values in compute([first.image()]).items()}
     if state.is_main_process:
         folder.mkdir(parents=True)
         for number, shape in enumerate(shapes.values()):
@@ -107,7 +161,7 @@ def extract_features(
             )
     state.wait_for_everyone()
     arrays = {source: np.load(folder / f"{number}.npy", mmap_mode="r+") for number, source in enumerate(shapes)}
-    for start, batch in shard_batches(samples, BATCH_SIZE, f"features of {data.name}, {title}"):
+    for start, batch in shard_batches(samples, BATCH_SIZE, title):
         for source, values in compute([sample.image() for sample in batch]).items():
             arrays[source][start : start + len(batch)] = values.half().cpu().numpy()
     state.wait_for_everyone()

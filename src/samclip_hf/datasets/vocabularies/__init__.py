@@ -36,15 +36,27 @@ def load_vocabulary(name: str) -> Vocabulary:
 
 
 def read_vocabulary(file: Path) -> Vocabulary:
-    """Reads a json file with a list of names or of lists of synonyms, or with the `names`, `source` and `background`
-    of a [`Vocabulary`]. Raises `ValueError` for other content."""
+    """
+    Reads a json file with a list of names or of lists of synonyms, or with the `names`, `source` and `background` of a
+    [`Vocabulary`]. In a list, "background" is a class like others, whose text is its name.
+
+    Raises `ValueError` for other content, and if there are texts for the background and the first class is another.
+    """
     content = read_json(file)
     if isinstance(content, list):
         content = {"names": content}
     names = [[name] if isinstance(name, str) else list(name) for name in get(content, "names", file)]
     if not names or not all(name and all(isinstance(synonym, str) for synonym in name) for name in names):
         raise ValueError(f"{file} must contain a list of names or of lists of synonyms.")
-    return Vocabulary(content.get("source", str(file)), names, content.get("background"))
+    if unknown := sorted(content.keys() - Vocabulary._fields):
+        raise ValueError(f"{file} has unknown entries: {', '.join(unknown)}. Known: {', '.join(Vocabulary._fields)}.")
+    background = content.get("background")
+    if background is not None:
+        if not isinstance(background, list) or not all(isinstance(text, str) for text in background):
+            raise ValueError(f'{file}: "background" must be a list of texts, got {background!r}.')
+        if names[0] != ["background"]:
+            raise ValueError(f'{file} has texts for the background, so its first class must be "background".')
+    return Vocabulary(content.get("source", str(file)), names, background)
 
 
 def describe_shared_names(names: list[list[str]]) -> dict[str, Any]:
