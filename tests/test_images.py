@@ -139,6 +139,25 @@ class TestRunLengths:
         assert encode_mask(mask, compressed=True) == {"size": [7, 9], "counts": expected["counts"].decode()}
         assert coco.frPyObjects(encode_mask(mask), 7, 9) == expected
 
+    @pytest.mark.parametrize("seed", range(20))
+    def test_compressed_run_lengths_are_decoded_as_pycocotools_does(self, seed):
+        coco = pytest.importorskip("pycocotools.mask", reason="needs the extra `train`")
+        rng = np.random.default_rng(seed)
+        # Run lengths of one to many characters, and differences of both signs.
+        counts = rng.integers(1, rng.choice([2, 40, 3000, 10**6]), size=rng.integers(1, 40)).tolist()
+        counts[0] *= seed % 2
+        height = 1 if sum(counts) % 7 else 7
+        size = (height, sum(counts) // height)
+        compressed = coco.frPyObjects({"size": size, "counts": counts}, *size)
+        mask = decode_mask(compressed)
+        assert np.array_equal(mask, coco.decode(compressed)) and mask.flags.f_contiguous
+        assert np.array_equal(mask, decode_mask({"size": size, "counts": counts}))
+
+    @pytest.mark.parametrize("counts", ["", "0", "P", "zzz", "\x00", "e<?", "caf\u00e9", [3], [70, -7], []])
+    def test_run_lengths_that_are_not_of_the_size_raise(self, counts):
+        with pytest.raises(ValueError):
+            decode_mask({"size": [7, 9], "counts": counts})
+
     def test_polygons_need_the_size_of_the_image(self):
         pytest.importorskip("pycocotools", reason="needs the extra `train`")
         polygons = [[1, 1, 4, 1, 4, 3, 1, 3]]

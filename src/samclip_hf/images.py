@@ -107,20 +107,46 @@ def decode_mask(segmentation: dict[str, Any] | list, size: tuple[int, int] | Non
     Args:
         segmentation (`dict` or `list`):
             A run-length encoding, compressed or not, or a list of polygons. `pycocotools`, which the extra `train`
-            installs, decodes compressed ones and polygons.
+            installs, decodes polygons.
         size (`tuple[int, int]`, *optional*):
             Height and width of the image. Required for polygons.
+
+    Raises:
+        ValueError: The run lengths do not add up to the size, or polygons have no size. `pycocotools` would return
+            uninitialized memory for run lengths that are too short, and raises other errors for invalid polygons.
     """
-    if isinstance(segmentation, dict) and isinstance(segmentation["counts"], list):
-        return _decode_uncompressed(segmentation)
+    if isinstance(segmentation, dict):
+        counts = segmentation["counts"]
+        counts = counts if isinstance(counts, list) else _decompress_counts(counts)
+        return _decode_uncompressed({"size": segmentation["size"], "counts": counts})
 
     from pycocotools import mask as coco_mask
 
-    if isinstance(segmentation, list):
-        if size is None:
-            raise ValueError("Polygons need the size of their image.")
-        segmentation = coco_mask.merge(coco_mask.frPyObjects(segmentation, *size))
-    return coco_mask.decode(segmentation).view(bool)
+    if size is None:
+        raise ValueError("Polygons need the size of their image.")
+    return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(segmentation, *size))).view(bool)
+
+
+def _decompress_counts(text: str | bytes) -> list[int]:
+    """
+    Returns the run lengths of COCO's compressed run-length encoding, see `rleFrString` in
+    https://github.com/cocodataset/cocoapi/blob/master/common/maskApi.c: a character has five bits of a number, lowest
+    first, and a bit that tells whether more follow. From the fourth on, numbers are differences from the run length
+    two places before.
+    """
+    characters = np.frombuffer(text.encode("ascii") if isinstance(text, str) else text, np.uint8).astype(np.int64) - 48
+    is_last = characters & 32 == 0
+    if not len(characters) or characters.min() < 0 or characters.max() > 63 or not is_last[-1]:
+        raise ValueError("A compressed run-length encoding is invalid.")
+    ends = np.flatnonzero(is_last)
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    shifts = 5 * (np.arange(len(characters)) - np.repeat(starts, ends - starts + 1))
+    numbers = np.add.reduceat((characters & 31) << shifts, starts)
+    is_negative = characters[ends] & 16 > 0
+    numbers -= is_negative.astype(np.int64) << (shifts[ends] + 5)
+    numbers[1::2] = numbers[1::2].cumsum()
+    numbers[2::2] = numbers[2::2].cumsum()
+    return numbers.tolist()
 
 
 def mean_and_std(image_processor: Any) -> tuple[list[float], list[float]]:
