@@ -337,7 +337,7 @@ class TestObjects:
         data = open_objects(str(tmp_path / "0.tar"), "", write(tmp_path / "boxes.json", detections))
         assert_samples(data, ["0/sa_5"])
         sample = pickle.loads(pickle.dumps(data.samples[0]))
-        assert sample.objects() == [{"category_id": 1, "iscrowd": 0, **annotation(mask)}]
+        assert sample.objects() == [{"category_id": 1, "iscrowd": 0, "bbox": [0, 0, 6, 2], **annotation(mask)}]
         assert sample.image_info == {**image, "id": 5}
         assert sample.detections == detections
         assert "categories" not in data.description

@@ -203,8 +203,7 @@ class TestImageFiles:
         assert found == {"cat/1.jpg": "broken image", "dog/1.jpg": None, "photos.zip/3.jpg": None}
 
     def test_annotations_are_read_from_the_json_file_beside_an_image(self, tmp_path):
-        for name in ("1.jpg", "2.jpg"):
-            (tmp_path / name).write_bytes(jpeg(0))
+        write(tmp_path, "1.jpg", "2.jpg")
         (tmp_path / "1.json").write_bytes(b'{"annotations": []}')
         stream = open_stream(str(tmp_path), with_masks=True)
         samples = [sample for shard in range(stream.num_shards) for _, sample in stream.read(shard)]

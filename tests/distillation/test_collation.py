@@ -168,7 +168,8 @@ def test_other_corrupt_files_are_skipped_and_counted_by_cause(tmp_path):
     assert 2 * usable[1.0] + usable[0.5] == 10 * (3 + 2)
     assert loader.state["skipped"] == {
         "broken json": 10,
-        "no annotations": 30,
+        "no annotations": 20,
+        "no usable mask": 10,
         "mask and image differ in size": 10,
         "no image": 10,
         "unreadable shard": 20,

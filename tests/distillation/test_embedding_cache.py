@@ -145,14 +145,16 @@ def test_a_cache_that_does_not_match_the_training_raises(arguments, model, photo
         EmbeddingCache(tmp_path / "cache")
 
 
-def test_a_cache_of_an_earlier_release_is_read(arguments, tmp_path):
+def test_a_cache_of_an_earlier_release_is_read_with_a_warning(arguments, tmp_path, transformers_log):
     embed(arguments)
     path = tmp_path / "cache" / "embedding_cache.json"
     description = json.loads(path.read_text())
     description["min_crop"] = description.pop("min_crop_scale")
     path.with_name("store.json").write_text(json.dumps(description))
     path.unlink()
+    assert "EXIF" not in transformers_log.text
     assert EmbeddingCache(tmp_path / "cache").description.min_crop_scale == 0.5
+    assert "was computed by version 0.1, which did not apply the EXIF orientation" in transformers_log.text
     embed(arguments)  # does not write a second description
     assert not path.exists()
 

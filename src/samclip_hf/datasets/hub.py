@@ -95,6 +95,8 @@ def image_source(cell: dict[str, Any] | None, key: str, kind: str = "image") -> 
     return cell["bytes"] if cell["bytes"] is not None else cell["path"]
 
 
-def read_hub_image(cell: dict[str, Any] | None, key: str) -> Image.Image:
-    """Reads an undecoded image, in RGB."""
-    return read_image(image_source(cell, key))
+def read_hub_image(
+    cell: dict[str, Any] | None, key: str, annotated_size: Callable[[], tuple[int, int]] | None = None
+) -> Image.Image:
+    """Reads an undecoded image, see [`read_image`]."""
+    return read_image(image_source(cell, key), key, annotated_size)

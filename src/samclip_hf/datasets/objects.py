@@ -1,14 +1,16 @@
 """Evaluation sets for instance segmentation."""
 
-import json
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
+from ..images import decode_mask, mask_to_coco_box
 from .layouts import LAYOUTS, find_tars, get, parse_json, raise_missing, read_json, require
-from .samples import DataSet, ImageWithObjects, read_image
+from .samples import DataSet, ImageWithObjects, name_errors, read_image
 from .tar import TarSample, index_samples
 
 OBJECT_TARS = "tars in SA-1B's format, jpg and json"
@@ -73,8 +75,10 @@ def _open_coco(name: str, root: Path) -> tuple[list[ImageWithObjects], dict[str,
         location = get(images[image_id], "file_name" if is_coco else "coco_url", file)
         parts = ["val2017", location] if is_coco else location.split("/")[-2:]  # LVIS has images of two splits
         path = require(root.joinpath("coco", *parts), LAYOUTS[name])
-        objects = partial(list[dict], annotations[image_id])
-        samples.append(ImageWithObjects(path.name, partial(read_image, path), objects, image_info=images[image_id]))
+        size = _size(images[image_id], file)
+        read = partial(_read_image, partial(read_image, path, annotated_size=size), size, str(path))
+        objects = partial(_complete_objects, annotations[image_id], size, f"{file}: {location}")
+        samples.append(ImageWithObjects(path.name, read, objects, image_info=images[image_id]))
     description = {"path": str(file), "split": "val2017" if is_coco else "v1 val", "categories": content["categories"]}
     return samples, description
 
@@ -89,16 +93,45 @@ def _open_tars(tars: list[Path]) -> list[ImageWithObjects]:
         if image_id in image_ids:
             raise ValueError(f"{source} has the image id {image_id} of another image.")
         image_ids.add(image_id)
-        objects = partial(_read_sa1b_objects, sample)
+        size = _size(image_info, source)
+        read = partial(_read_image, sample.image_reader(size), size, sample.key)
+        objects = partial(_read_sa1b_objects, sample, size, source)
         image_info = {**image_info, "id": image_id}
-        samples.append(ImageWithObjects(sample.key, sample.image_reader(), objects, image_info=image_info))
+        samples.append(ImageWithObjects(sample.key, read, objects, image_info=image_info))
     return samples
 
 
-def _read_sa1b_objects(sample: TarSample) -> list[dict]:
+def _size(image_info: dict[str, Any], source: str | Path) -> tuple[int, int]:
+    """Returns the height and width of an image's entry in an annotation file."""
+    return get(image_info, "height", source), get(image_info, "width", source)
+
+
+def _read_image(read: Callable[[], Image.Image], size: tuple[int, int], name: str) -> Image.Image:
+    """Reads an image. Raises `ValueError` if it does not have the size (height, width) of its annotations."""
+    image = read()
+    if (image.height, image.width) != size:
+        raise ValueError(f"{name} has the size {(image.height, image.width)}, its annotations {size} (height, width).")
+    return image
+
+
+def _read_sa1b_objects(sample: TarSample, size: tuple[int, int], source: str) -> list[dict]:
     """Returns SA-1B's annotations in COCO's format. SA-1B has neither categories nor crowds."""
-    annotations = json.loads(sample.read("json"))["annotations"]
-    return [{"category_id": 1, "iscrowd": 0, **annotation} for annotation in annotations]
+    annotations = get(parse_json(sample.read("json"), source), "annotations", source)
+    return _complete_objects([{"category_id": 1, "iscrowd": 0, **a} for a in annotations], size, source)
+
+
+def _complete_objects(annotations: list[dict], size: tuple[int, int], source: str) -> list[dict]:
+    """Returns annotations with the area and the box of their masks, if they do not have them, and numbers for missing
+    ids. Raises `ValueError` if a mask cannot be decoded, or does not have this size (height, width)."""
+    completed = []
+    for number, annotation in enumerate(annotations):
+        annotation = {"id": number} | {name: value for name, value in annotation.items() if value is not None}
+        with name_errors(f"{source}: annotation {annotation['id']}", "a mask"):
+            mask = decode_mask(annotation["segmentation"], size)
+        if mask.shape != size:
+            raise ValueError(f"{source}: annotation {annotation['id']} has the size {mask.shape}, its image {size}.")
+        completed.append({"area": int(mask.sum()), "bbox": mask_to_coco_box(mask), **annotation})
+    return completed
 
 
 def _read_detections(file: Path, image_ids: Iterable[Any], categories: set[int]) -> dict[Any, list[dict]]:

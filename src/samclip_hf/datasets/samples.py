@@ -3,12 +3,16 @@ Samples of evaluation sets: images and their annotations. Files are read and dec
 sample are called, so that a process can skip the samples of other processes at no cost.
 """
 
-from collections.abc import Callable, Iterable
+import io
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from ..images import open_image
 
@@ -102,7 +106,59 @@ class DataSet(Generic[SampleType]):
     description: dict[str, Any] = field(default_factory=dict)
 
 
-def read_image(source, max_pixels: int | None = None) -> Image.Image:
-    """Reads an image of a dataset as [`open_image`] does, without its EXIF orientation: annotations are of the pixels
-    as they are stored."""
-    return open_image(source, apply_orientation=False, max_pixels=max_pixels)
+def read_image(
+    source: str | Path | bytes,
+    name: str | None = None,
+    annotated_size: tuple[int, int] | Callable[[], tuple[int, int] | None] | None = None,
+    max_pixels: int | None = None,
+) -> Image.Image:
+    r"""
+    Reads an image of a dataset. All readers, of training and of evaluation, use this function.
+
+    Args:
+        source (`str`, `Path` or `bytes`):
+            A file or its content.
+        name (`str`, *optional*):
+            The name of the image in the error, by default that of the file.
+        annotated_size (`tuple[int, int]` or `Callable`, *optional*):
+            Height and width of the image's annotations, or a function that returns them, which is called only if the
+            EXIF orientation exchanges the sides. If the annotations have the size of the stored pixels then, the image
+            is not rotated.
+        max_pixels (`int`, *optional*):
+            The largest accepted width times height, see [`open_image`].
+
+    Returns:
+        `PIL.Image.Image`: The image in RGB, with its EXIF orientation applied.
+
+    Raises:
+        ValueError: The image cannot be read. The message has its name, the cause is the error of Pillow.
+    """
+    name = name or os.fsdecode(source)
+    with name_errors(name, "an image"):
+        image = open_image(source, max_pixels=max_pixels)
+        if annotated_size is not None:
+            displayed, stored = read_sizes(source, name)
+            if displayed != stored:
+                size = annotated_size() if callable(annotated_size) else annotated_size
+                if size == stored:
+                    return open_image(source, apply_orientation=False, max_pixels=max_pixels)
+        return image
+
+
+def read_sizes(source: str | Path | bytes, name: str | None = None) -> list[tuple[int, int]]:
+    """Returns the height and width of an image without decoding it: first with its EXIF orientation, then as it is
+    stored. Annotations may have either size. Raises `ValueError` as [`read_image`] does."""
+    with name_errors(name or os.fsdecode(source), "an image"):
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        width, height = image.size
+        return [(width, height) if 5 <= orientation <= 8 else (height, width), (height, width)]
+
+
+@contextmanager
+def name_errors(name: str, kind: str) -> Iterator[None]:
+    """Context manager that replaces all errors by a `ValueError` with the name of the file that cannot be read."""
+    try:
+        yield
+    except Exception as error:  # Pillow's decoders raise many kinds of errors
+        raise ValueError(f"{name} cannot be read as {kind}: {error}") from error

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from .hub import HubSamples, image_source, open_hub, read_hub_image
 from .layouts import (
@@ -24,7 +24,7 @@ from .layouts import (
     read_json,
     require,
 )
-from .samples import IGNORE_INDEX, DataSet, SegmentedImage, read_image
+from .samples import IGNORE_INDEX, DataSet, SegmentedImage, name_errors, read_image, read_sizes
 from .vocabularies import Vocabulary, describe_shared_names, load_vocabulary, read_vocabulary
 
 SEGMENTATION_NAMES = "voc20, voc21, context59, context60, ade150, stuff171, object81, panoptic133, cityscapes"
@@ -111,7 +111,7 @@ def open_segmentation(name: str, root: str | Path, split: Split = "val") -> Data
     samples = [
         SegmentedImage(
             image.stem,
-            partial(read_image, require(image, layout)),
+            partial(read_image, require(image, layout), annotated_size=partial(_read_map_size, label_map)),
             partial(_read_label_map, require(label_map, layout), image, {255: IGNORE_INDEX} | labels),
         )
         for image, label_map in pairs
@@ -158,7 +158,8 @@ def _open_panoptic(coco: Path, split: Split) -> DataSet[SegmentedImage]:
             get(segment, "id", file): labels[segment["category_id"]] for segment in segments
         }
         read_label_map = partial(_read_panoptic_map, require(segment_map, layout), image, segment_labels)
-        samples.append(SegmentedImage(image.stem, partial(read_image, image), read_label_map))
+        read = partial(read_image, image, annotated_size=partial(_read_map_size, segment_map))
+        samples.append(SegmentedImage(image.stem, read, read_label_map))
     description = {
         "path": str(file),
         "images": len(samples),
@@ -185,28 +186,45 @@ def _pair(images: Path, label_maps: Path, layout: str) -> list[tuple[Path, Path]
 
 def _read_label_map(file: Path, image_file: Path, labels: Mapping[int, int]) -> np.ndarray:
     """Reads a label map whose values are indices. See [`_map_values`]."""
-    with Image.open(file) as label_map, Image.open(image_file) as image:
-        return _map_values(np.asarray(label_map), labels, image.size, str(file))
+    label_map = _open_map(file, str(file))
+    return _map_values(np.asarray(label_map), labels, read_sizes(image_file), str(file))
 
 
 def _read_panoptic_map(file: Path, image_file: Path, labels: Mapping[int, int]) -> np.ndarray:
     """Reads a label map whose values are colors, red first (COCO's panoptic format). See [`_map_values`]."""
-    with Image.open(file) as segment_map, Image.open(image_file) as image:
-        values = np.asarray(segment_map.convert("RGB")).astype(np.int64) @ (1, 256, 256**2)
-        return _map_values(values, labels, image.size, str(file))
+    values = np.asarray(_open_map(file, str(file)).convert("RGB")).astype(np.int64) @ (1, 256, 256**2)
+    return _map_values(values, labels, read_sizes(image_file), str(file))
 
 
-def _map_values(values: np.ndarray, labels: Mapping[int, int], image_size: tuple[int, int], source: str) -> np.ndarray:
+def _open_map(source: Path | str | bytes, name: str) -> Image.Image:
+    """Decodes a label map and applies its EXIF orientation. Raises `ValueError` if it cannot be read, or is a JPEG."""
+    with (
+        name_errors(name, "a label map"),
+        Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as label_map,
+    ):
+        if label_map.format == "JPEG":
+            raise ValueError("the compression of JPEG changes labels. Save label maps as PNG.")
+        return ImageOps.exif_transpose(label_map)
+
+
+def _read_map_size(source: Path | str | bytes, name: str | None = None) -> tuple[int, int]:
+    """Returns the height and width of a label map."""
+    return read_sizes(source, name)[0]
+
+
+def _map_values(
+    values: np.ndarray, labels: Mapping[int, int], image_sizes: list[tuple[int, int]], source: str
+) -> np.ndarray:
     """
     Maps the values of a file to labels, `(height, width)` uint8.
 
-    Raises `ValueError` if the values `(height, width)` are not those of a label map, have another size than the image
-    (width, height), or are not all in `labels`.
+    Raises `ValueError` if the values `(height, width)` are not those of a label map, do not have one of the image's
+    sizes, or are not all in `labels`.
     """
     if values.ndim != 2:
         raise ValueError(f"{source} is not a label map: it has {values.shape[2]} channels.")
-    if values.shape != image_size[::-1]:
-        raise ValueError(f"{source} has the size {values.shape}, its image {image_size[::-1]} (height, width).")
+    if values.shape not in image_sizes:
+        raise ValueError(f"{source} has the size {values.shape}, its image {image_sizes[0]} (height, width).")
     present, inverse = np.unique(values, return_inverse=True)
     if unknown := set(present.tolist()) - set(labels):
         raise ValueError(f"{source} has values without a class: {sorted(unknown)[:5]}.")
@@ -231,13 +249,17 @@ def _open_hub(name: str) -> DataSet[SegmentedImage]:
 def _build_hub_sample(
     image_column: str, map_column: str, labels: dict[int, int], key: str, row: dict[str, Any]
 ) -> SegmentedImage:
+    map_size = partial(_read_hub_map_size, row[map_column], key)
     read_label_map = partial(_read_hub_label_map, row[map_column], row[image_column], labels, key)
-    return SegmentedImage(key, partial(read_hub_image, row[image_column], key), read_label_map)
+    return SegmentedImage(key, partial(read_hub_image, row[image_column], key, map_size), read_label_map)
+
+
+def _read_hub_map_size(cell: dict[str, Any] | None, key: str) -> tuple[int, int]:
+    return _read_map_size(image_source(cell, key, "label map"), key)
 
 
 def _read_hub_label_map(
     cell: dict[str, Any] | None, image_cell: dict[str, Any] | None, labels: dict[int, int], key: str
 ) -> np.ndarray:
-    source = image_source(cell, key, "label map")
-    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as label_map:
-        return _map_values(np.asarray(label_map), labels, read_hub_image(image_cell, key).size, key)
+    label_map = _open_map(image_source(cell, key, "label map"), key)
+    return _map_values(np.asarray(label_map), labels, read_sizes(image_source(image_cell, key), key), key)

@@ -9,7 +9,9 @@ again. No dataset is loaded completely, and images are decoded one at a time.
 import json
 import time
 import zlib
+from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from typing import Any, Protocol
 
@@ -26,6 +28,9 @@ logger = logging.get_logger(__name__)
 MAX_MASK_FRACTION = 0.9  # of the image; larger masks of SA-1B are background
 MAX_PIXELS = 89_478_485  # from which on Pillow warns of a decompression bomb; 0.27 GB in RGB
 UNREADABLE_SHARD = "unreadable shard"  # the cause that counts the rest of a shard as one sample
+# Causes for which single annotations of a sample are skipped.
+BROKEN_ANNOTATION, EMPTY_ANNOTATION = "broken annotation", "empty annotation"
+OTHER_SIZE = "mask and image differ in size"
 MAX_RETRIES = 5  # of a remote read, after 1, 2, 4, 8 and 16 s
 
 
@@ -199,7 +204,7 @@ def _first(shards: Shards, shard: int) -> list[dict[str, Any]]:
 
 def _has_no_annotations(sample: dict[str, Any]) -> bool:
     try:
-        _annotations(sample)
+        read_annotations(sample["json"])
     except SkippedSampleError as error:
         return str(error) == "no annotations"  # and not, for example, "broken json"
     return False
@@ -210,20 +215,21 @@ def decode_image(sample: dict[str, Any]) -> Image.Image:
     stored = sample["image"]
     if stored is None:
         raise SkippedSampleError(sample.get("cause", "no image"))
+    source = stored["bytes"] if stored.get("bytes") else stored["path"]
     try:
-        return read_image(stored["bytes"] if stored.get("bytes") else stored["path"], max_pixels=MAX_PIXELS)
-    except Image.DecompressionBombError as error:
-        raise SkippedSampleError("image too large") from error
-    except Exception as error:  # Pillow's decoders raise many kinds of errors
-        raise SkippedSampleError(BROKEN_IMAGE) from error
+        return read_image(source, sample.get("key"), partial(_annotated_size, sample), max_pixels=MAX_PIXELS)
+    except ValueError as error:
+        is_too_large = isinstance(error.__cause__, Image.DecompressionBombError)
+        raise SkippedSampleError("image too large" if is_too_large else BROKEN_IMAGE) from error
 
 
 def draw_masks(
     sample: dict[str, Any], num_masks: int, rng: np.random.Generator, size: tuple[int, int]
-) -> list[np.ndarray]:
+) -> tuple[list[np.ndarray], Counter[str]]:
     r"""
-    Draws `num_masks` of a sample's masks at random, without repetition if there are enough. Masks that are empty or
-    cover more than 90 % of the image are excluded. Only the drawn masks are decoded.
+    Draws `num_masks` of a sample's masks at random, without repetition if there are enough. Masks that are empty,
+    corrupt or of another size than the image are skipped, and masks that cover more than 90 % of the image are left
+    out. Only the drawn masks are decoded.
 
     Args:
         sample (`dict`):
@@ -236,45 +242,82 @@ def draw_masks(
             The image's height and width.
 
     Returns:
-        `list[numpy.ndarray]`: Masks of shape `(height, width)` and type bool.
+        `tuple[list[numpy.ndarray], Counter[str]]`: Masks of shape `(height, width)` and type bool, and the number of
+        skipped annotations by cause, as far as they were read.
 
     Raises:
-        SkippedSampleError: There is no mask, or a drawn one is corrupt.
+        SkippedSampleError: There are no annotations, or none of them can be used.
     """
-    annotations = _annotations(sample)
-    chosen = rng.permutation(len(annotations))[:num_masks]
-    if len(chosen) < num_masks:
-        chosen = np.concatenate([chosen, rng.integers(len(annotations), size=num_masks - len(chosen))])
+    annotations = read_annotations(sample["json"])
+    skipped: Counter[str] = Counter()
+    usable = [annotation for annotation in annotations if _is_usable(annotation, size, skipped)]
     decoded: dict[int, np.ndarray] = {}
-    for index in set(chosen.tolist()):
-        segmentation = annotations[index]["segmentation"]
-        if tuple(segmentation["size"]) != size:  # before decoding, which allocates memory for this size
-            raise SkippedSampleError("mask and image differ in size")
-        try:
-            decoded[index] = decode_mask(segmentation)
-        except Exception as error:  # pycocotools raises many kinds of errors
-            raise SkippedSampleError("broken mask") from error
-        if not decoded[index].any():
-            raise SkippedSampleError("broken mask")
-    return [decoded[index] for index in chosen.tolist()]
+    for index in rng.permutation(len(usable)).tolist():
+        if len(decoded) == num_masks:
+            break
+        mask = _decode(usable[index], size)
+        if mask is None:
+            skipped[BROKEN_ANNOTATION] += 1
+        elif (area := np.count_nonzero(mask)) == 0:
+            skipped[EMPTY_ANNOTATION] += 1
+        elif area <= MAX_MASK_FRACTION * mask.size:
+            decoded[index] = mask
+    if not decoded:
+        raise SkippedSampleError(max(skipped, key=skipped.__getitem__) if skipped else "no usable mask")
+    chosen = list(decoded)
+    if len(chosen) < num_masks:
+        chosen += np.array(sorted(decoded))[rng.integers(len(decoded), size=num_masks - len(chosen))].tolist()
+    return [decoded[index] for index in chosen], skipped
 
 
-def _annotations(sample: dict[str, Any]) -> list[dict[str, Any]]:
-    """Returns the annotations of masks that are not empty and cover at most 90 % of the image. Raises
-    `SkippedSampleError` if there are none."""
+def read_annotations(content: bytes | str | dict[str, Any] | list | None) -> list[Any]:
+    """
+    Returns the annotations in a json file: the list `"annotations"`, as in SA-1B, the list `"masks"`, as `samclip
+    masks` writes it, or a list, as SAM's mask generator returns it. Raises `SkippedSampleError` if there is no list.
+    """
     try:
-        stored = sample["json"]
-        if isinstance(stored, bytes | str):
-            stored = json.loads(stored)
-        annotations = [
-            annotation
-            for annotation in stored["annotations"]
-            if 0 < annotation["area"] <= MAX_MASK_FRACTION * float(np.prod(annotation["segmentation"]["size"]))
-        ]
+        if isinstance(content, bytes | str):
+            content = json.loads(content)
     except ValueError as error:  # not JSON, or not UTF-8
         raise SkippedSampleError("broken json") from error
-    except (KeyError, TypeError) as error:
-        raise SkippedSampleError("no annotations") from error
-    if not annotations:
-        raise SkippedSampleError("no usable mask")
-    return annotations
+    if isinstance(content, dict):
+        content = content.get("annotations", content.get("masks"))
+    if not isinstance(content, list):
+        raise SkippedSampleError("no annotations")
+    return content
+
+
+def _annotated_size(sample: dict[str, Any]) -> tuple[int, int] | None:
+    """Returns the height and width of a sample's first run-length encoding, if it has annotations."""
+    try:
+        annotations = read_annotations(sample.get("json"))
+        height, width = next(a["segmentation"]["size"] for a in annotations if isinstance(a["segmentation"], dict))
+    except (SkippedSampleError, KeyError, TypeError, ValueError, StopIteration):
+        return None
+    return height, width
+
+
+def _is_usable(annotation: Any, size: tuple[int, int], skipped: Counter[str]) -> bool:
+    """Returns whether an annotation has a mask of this size that is not too large. Counts annotations without a mask,
+    or with one of another size. The mask is decoded only if the annotation has no area."""
+    segmentation = annotation.get("segmentation") if isinstance(annotation, dict) else None
+    if not segmentation or not isinstance(segmentation, dict | list):
+        skipped[BROKEN_ANNOTATION] += 1
+        return False
+    # Before decoding, which allocates memory for this size. Polygons have no size.
+    if isinstance(segmentation, dict) and list(segmentation.get("size") or []) != list(size):
+        skipped[OTHER_SIZE] += 1
+        return False
+    area = annotation.get("area")
+    if not isinstance(area, int | float) or not area > 0:
+        mask = _decode(annotation, size)
+        area = 0 if mask is None else mask.sum()  # whether it is corrupt or empty is counted when it is drawn
+    return area <= MAX_MASK_FRACTION * size[0] * size[1]
+
+
+def _decode(annotation: dict[str, Any], size: tuple[int, int]) -> np.ndarray | None:
+    """Decodes the mask of an annotation. Returns `None` if it is corrupt."""
+    try:
+        return decode_mask(annotation["segmentation"], size)
+    except Exception:  # numpy and pycocotools raise many kinds of errors
+        return None

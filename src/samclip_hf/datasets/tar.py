@@ -123,12 +123,13 @@ class TarSample(NamedTuple):
             )
         return extensions[0]
 
-    def image_reader(self) -> Callable[[], Image.Image]:
-        """Returns a function that reads the sample's image. Raises `ValueError` as `image_extension` does."""
-        return partial(self._read_image, self.image_extension())
+    def image_reader(self, annotated_size: tuple[int, int] | None = None) -> Callable[[], Image.Image]:
+        """Returns a function that reads the sample's image, see [`read_image`]. Raises `ValueError` as
+        `image_extension` does."""
+        return partial(self._read_image, self.image_extension(), annotated_size)
 
-    def _read_image(self, extension: str) -> Image.Image:
-        return read_image(self.read(extension))
+    def _read_image(self, extension: str, annotated_size: tuple[int, int] | None) -> Image.Image:
+        return read_image(self.read(extension), f"{self.path}: {self.name}.{extension}", annotated_size)
 
 
 def index_samples(paths: list[Path]) -> Iterator[TarSample]:

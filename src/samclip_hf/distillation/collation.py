@@ -32,6 +32,8 @@ from .sampling import Mixture, Position, count_readers
 
 logger = logging.get_logger(__name__)
 
+SKIPPED_ANNOTATIONS = "skipped_annotations"  # in the result of `TaskBatches.sample`
+
 
 class TaskBatches(Protocol):
     """
@@ -48,7 +50,7 @@ class TaskBatches(Protocol):
         """Draws the settings of an optimizer step: `num_samples`, the number of samples for each process, and the
         settings that all samples of the step have in common, which are passed to `sample` and `placeholder`."""
 
-    def sample(self, raw: dict[str, Any], seed: int, epoch: int, *args: Any, **settings: Any) -> dict[str, np.ndarray]:
+    def sample(self, raw: dict[str, Any], seed: int, epoch: int, *args: Any, **settings: Any) -> dict[str, Any]:
         """Returns the arrays of a sample of the stream by name. One of them is `images`. Arrays whose names end in
         `images` have the channels last. Raises [`SkippedSampleError`] if the sample cannot be used."""
 
@@ -170,9 +172,9 @@ class SamBatches:
 
     def sample(
         self, raw: dict[str, Any], seed: int, epoch: int, prompt: str, student_image_size: int
-    ) -> dict[str, np.ndarray]:
+    ) -> dict[str, Any]:
         """
-        Returns the arrays of an image with its prompts.
+        Returns the arrays of an image with its prompts, and the number of skipped annotations by cause.
 
         `images` is the padded image, uint8 `(image_size, image_size, 3)`; `content_sizes` `(2,)` are height and width
         without the padding. `input_points` `(masks_per_image, 1, 2)` with `input_labels`, or `input_boxes`
@@ -181,8 +183,8 @@ class SamBatches:
         """
         image = decode_image(raw)
         rng = sample_rng(seed, epoch, raw["key"])
-        masks = draw_masks(raw, self.masks_per_image, rng, (image.height, image.width))
-        return self._with_prompts(image, masks, rng, prompt, student_image_size)
+        masks, skipped = draw_masks(raw, self.masks_per_image, rng, (image.height, image.width))
+        return self._with_prompts(image, masks, rng, prompt, student_image_size) | {SKIPPED_ANNOTATIONS: skipped}
 
     def placeholder(self, prompt: str, student_image_size: int) -> dict[str, np.ndarray]:
         """Returns a black image with masks of the whole image."""
@@ -302,16 +304,22 @@ class StepStream(torch.utils.data.IterableDataset):
     ) -> dict[str, np.ndarray] | None:
         epoch, raw = mixture.sample(number)
         try:
-            return task.sample(raw, self.seed, epoch, **settings)
+            sample: dict[str, Any] = task.sample(raw, self.seed, epoch, **settings)
         except SkippedSampleError as error:
-            if str(error) not in self._logged_causes:
-                self._logged_causes.add(str(error))
-                remedy = f" {REMEDIES[str(error)]}" if str(error) in REMEDIES else ""
-                logger.warning(
-                    f"Skipped {raw['key']!r}: {error}.{remedy} Further samples are counted in the training log."
-                )
+            self._log_first(str(error), f"Skipped {raw['key']!r}")
             skipped[str(error)] += 1
             return None
+        for cause, count_of_cause in sample.pop(SKIPPED_ANNOTATIONS, {}).items():
+            self._log_first(cause, f"Skipped an annotation of {raw['key']!r}")
+            skipped[cause] += count_of_cause
+        return sample
+
+    def _log_first(self, cause: str, message: str) -> None:
+        """Logs the first sample or annotation in this worker that is skipped for a cause."""
+        if cause not in self._logged_causes:
+            self._logged_causes.add(cause)
+            remedy = f" {REMEDIES[cause]}" if cause in REMEDIES else ""
+            logger.warning(f"{message}: {cause}.{remedy} All of them are counted in the training log.")
 
 
 class StepLoader:

@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from transformers.utils import logging
 
 from ..datasets.streams import UNREADABLE_SHARD, SkippedSampleError, Stream, decode_image
 from ..files import atomic_path, write_atomically
@@ -28,6 +29,8 @@ from ..modeling_samclip import SamClipModel
 from .arguments import rename_deprecated_arguments
 from .crops import cut, draw_crop, sample_rng
 from .teachers import ClipTeacher, check_text_space
+
+logger = logging.get_logger(__name__)
 
 DESCRIPTION_NAME = "embedding_cache.json"
 DEPRECATED_DESCRIPTION_NAME = "store.json"  # of version 0.1
@@ -89,6 +92,11 @@ class EmbeddingCache:
                 f"{folder} was computed by an incompatible version. Compute the embeddings again, in a new folder."
             )
         self.description = CacheDescription(**description)
+        if not (self.folder / DESCRIPTION_NAME).is_file():
+            logger.warning(
+                f"{folder} was computed by version 0.1, which did not apply the EXIF orientation of photographs. "
+                "Compute the embeddings again, in a new folder, if the images have one."
+            )
         missing = [
             path
             for number, names in enumerate(self.description.shards)
