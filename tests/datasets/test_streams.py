@@ -78,12 +78,13 @@ def test_a_shard_can_be_read_from_any_row(photos, tmp_path):
             assert list(stream.read(0, start)) == whole[start:]
 
 
-def test_shard_fraction_chooses_the_same_tars_every_time(tmp_path):
+def test_shard_fraction_chooses_the_same_tars_every_time_and_logs_their_number(tmp_path, transformers_log):
     for number in range(20):
         write_tar(tmp_path / f"{number:02d}.tar", {"0.jpg": jpeg(number)})
     few, again, more = (open_stream(str(tmp_path), shard_fraction=fraction) for fraction in (0.1, 0.1, 0.5))
     assert few.shards.names == again.shards.names and len(few.shards.names) == 2 and len(more.shards.names) == 10
     assert set(few.shards.names) < set(more.shards.names)
+    assert f"'{tmp_path}': 2 of 20 tars are used, a fraction of 0.1." in transformers_log.text
     with pytest.raises(ValueError, match="for tars only"):
         open_stream("miniature", shard_fraction=0.5)
 
@@ -250,6 +251,11 @@ class TestFolders:
             with pytest.raises(ValueError, match="it is compressed: decompress it with gunzip"):
                 open_it(str(tmp_path))
 
+    def test_names_with_characters_of_globs_are_read(self, tmp_path):
+        write_tar(tmp_path / "photos[1].tar", {"0.jpg": jpeg(0), "0.txt": b"a dog"})
+        assert keys(tmp_path / "photos[1].tar") == ["photos[1]/0"]
+        assert len(open_captions("photos[1].tar", tmp_path).samples) == 1
+
     def test_files_of_several_kinds_raise(self, tmp_path):
         write_tar(tmp_path / "0.tar", {"0.jpg": jpeg(0)})
         with pytest.raises(ValueError, match=r"several kinds: 1 tars, 1 images\. Choose one with a glob"):
@@ -272,6 +278,7 @@ class TestFolders:
             ("train/cat/1.jpg", "val/cat/2.jpg", "3.jpg"),
             ("Training/cat/1.jpg", "test/cat/2.jpg"),
             ("data/train/cat/1.jpg", "data/validation/cat/1.jpg"),
+            ("images/train2017/cat/1.jpg", "images/val2017/2.jpg", "images/test_256/3.jpg"),
         ],
     )
     def test_only_one_of_several_splits_is_used(self, tmp_path, names, transformers_log):

@@ -169,6 +169,19 @@ def test_data_that_changed_after_embedding_raise(arguments, tmp_path):
         list(stream.read(0))
 
 
+def test_an_image_folder_is_embedded_and_one_with_other_files_raises(arguments, model, tmp_path):
+    (tmp_path / "images").mkdir()
+    for number in range(130):
+        (tmp_path / "images" / f"{number}.jpg").write_bytes(jpeg(number, size=(6, 4)))
+    embed([*arguments, "--clip_data", str(tmp_path / "images")])
+    cache = EmbeddingCache(tmp_path / "cache")
+    (stream,) = cache.attach([open_stream(str(tmp_path / "images"))])
+    assert [len(list(stream.read(shard))) for shard in range(stream.num_shards)] == [65, 65]
+    (tmp_path / "images/0.jpg").rename(tmp_path / "images/other.jpg")
+    with pytest.raises(ValueError, match=r"contains embeddings of other data"):
+        cache.check(model, [open_stream(str(tmp_path / "images"))], 0.5, "miniature")
+
+
 def test_an_unreadable_shard_is_not_written_and_retried_by_the_next_command(arguments, tmp_path):
     write_tar(tmp_path / "0.tar", {"0.jpg": jpeg(0), "1.jpg": jpeg(1)})
     whole = (tmp_path / "0.tar").read_bytes()

@@ -93,7 +93,8 @@ def find_tars(name: str, root: str | Path) -> list[Path]:
     """
     for place in (name, str(Path(root, name))):
         is_folder = Path(place).is_dir()
-        files = sorted(glob.glob(f"{glob.escape(place)}/*" if is_folder else place, recursive=True))
+        pattern = f"{glob.escape(place)}/*" if is_folder else place
+        files = [place] if os.path.isfile(place) else sorted(glob.glob(pattern, recursive=True))
         raise_if_compressed(files)
         if tars := [Path(file) for file in files if file.lower().endswith(".tar") and Path(file).is_file()]:
             return tars
@@ -108,7 +109,7 @@ def find_tars(name: str, root: str | Path) -> list[Path]:
 def list_files(place: str) -> list[str]:
     """Returns the sorted files of a folder and its subfolders, or those that a glob matches. Hidden files in folders
     are left out. Raises `OSError` for a folder that cannot be read."""
-    matches = [place] if os.path.isdir(place) else sorted(glob.glob(place, recursive=True))
+    matches = [place] if os.path.exists(place) else sorted(glob.glob(place, recursive=True))
     return [file for match in matches for file in (_walk(match) if os.path.isdir(match) else [match])]
 
 

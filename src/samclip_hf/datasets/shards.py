@@ -44,7 +44,7 @@ KINDS = dict.fromkeys((*IMAGE_EXTENSIONS, ".zip"), "images") | {
 # Image files and saved datasets have no shards, so they are divided into shards. The number is a power of two, so that
 # all readers of a stream have the same number of samples.
 MAX_SHARDS, MIN_SHARD_LENGTH = 256, 64
-# Names of folders that are the splits of a dataset, if there are several of them.
+# Names of folders that are the splits of a dataset, if there are several of them. A number may follow, as in COCO.
 SPLITS = {
     **{"train": "train", "training": "train", "val": "validation", "valid": "validation"},
     **{"validation": "validation", "test": "test", "testing": "test"},
@@ -349,8 +349,8 @@ def _files_of_split(files: list[str], folder: str, split: str) -> list[str]:
 def _split_of(path: str) -> str | None:
     *folders, base_name = path.split(os.sep)
     shard = re.fullmatch(r"(\w+)-\d{5}-of-\d{5}.*", base_name)
-    names = [*folders, shard.group(1)] if shard else folders
-    return next((SPLITS[part.lower()] for part in names if part.lower() in SPLITS), None)
+    names = [re.sub(r"[-_]?\d+$", "", name.lower()) for name in ([*folders, shard.group(1)] if shard else folders)]
+    return next((SPLITS[name] for name in names if name in SPLITS), None)
 
 
 def _open_images(paths: list[str], others: list[str], name: str, with_masks: bool) -> Shards:

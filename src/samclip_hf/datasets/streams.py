@@ -185,6 +185,7 @@ def open_stream(
             raise ValueError(f"A fraction of the shards can be chosen for tars only, not for {name!r}.")
         kept = max(1, round(shard_fraction * len(shards.names)))
         order = np.random.default_rng(0).permutation(len(shards.names))
+        logger.warning(f"{name!r}: {kept} of {len(shards.names)} tars are used, a fraction of {shard_fraction}.")
         shards.names = [shards.names[shard] for shard in sorted(order[:kept])]
     return Stream(shards, eval_fraction)
 
