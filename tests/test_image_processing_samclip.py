@@ -211,18 +211,96 @@ def test_pixel_values_do_not_depend_on_the_type_of_the_image(processor_class):
     def pixel_values(image):
         return processor(image, return_tensors="pt")["pixel_values"]
 
+    height, width = pixels.shape[:2]
+    alpha = np.full((height, width, 1), 128, dtype=np.uint8)
+    channels_first = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
     for same in (
         image.convert("RGBA"),
         pixels,
         pixels.astype(np.uint16) * 257,
-        torch.from_numpy(pixels.copy()).permute(2, 0, 1),
+        pixels.astype(np.int32),
+        pixels.astype(np.int64) * 257,
+        pixels.astype(">u2") * 257,
+        pixels.transpose(2, 0, 1),
+        np.concatenate([pixels, alpha], axis=-1),
+        np.concatenate([pixels, alpha], axis=-1).transpose(2, 0, 1),
+        channels_first,
+        channels_first.permute(1, 2, 0),
+        channels_first[None],
         torch.from_numpy(pixels.astype(np.uint16) * 257).permute(2, 0, 1),
         [pixels],
+        pixels[None],
     ):
         torch.testing.assert_close(pixel_values(same), pixel_values(image), rtol=0, atol=1e-5)
+    # The torchvision backend does not round floats while it resizes them, the PIL backend does.
+    for same in (
+        pixels.astype(np.float32),
+        pixels.astype(np.float64) / 255,
+        pixels.astype(np.float16),
+        pixels.astype(np.float32) * 257,
+        channels_first.float() / 255,
+        channels_first.bfloat16(),
+    ):
+        torch.testing.assert_close(pixel_values(same).float(), pixel_values(image), rtol=0, atol=1.5 / 255 / 0.22)
     expected = pixel_values(image.convert("L"))
-    for same in (gray, torch.from_numpy(gray.copy()), image_16_bit, image_16_bit.convert("I")):
+    for same in (
+        gray,
+        gray[..., None],
+        gray[None],
+        np.stack([gray, alpha[..., 0]], axis=-1),
+        torch.from_numpy(gray.copy()),
+        torch.from_numpy(gray.copy())[None],
+        image_16_bit,
+        image_16_bit.convert("I"),
+        Image.fromarray(gray.astype(">u2") * 257),
+        image.convert("LA"),
+        image.convert("LA").convert("La"),
+    ):
         torch.testing.assert_close(pixel_values(same), expected, rtol=0, atol=1e-5)
+    unit = pixel_values(Image.fromarray(gray.astype(np.float32) / 255))
+    torch.testing.assert_close(unit, expected, rtol=0, atol=1e-5)
+    inside = gray > 128
+    expected = pixel_values(Image.fromarray(inside.astype(np.uint8) * 255))
+    for same in (inside, torch.from_numpy(inside), Image.fromarray(inside)):
+        torch.testing.assert_close(pixel_values(same), expected, rtol=0, atol=1e-5)
+
+
+@BOTH_BACKENDS
+def test_files_of_all_types_are_read_alike(processor_class, tmp_path):
+    image, processor = smooth_image(60, 40).convert("L"), processor_class(**SIZES)
+    gray = np.asarray(image)
+    expected = processor(image, return_tensors="pt")["pixel_values"]
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.rotate(90, expand=True).save(tmp_path / "rotated.png", exif=exif)
+    Image.fromarray(gray.astype(np.uint16) * 257).save(tmp_path / "16.png")
+    Image.fromarray(gray.astype(np.uint16) * 257).save(tmp_path / "16.tif")
+    Image.fromarray(gray.astype(np.float32) / 255).save(tmp_path / "unit.tif")
+    Image.fromarray(gray.astype(np.float32)).save(tmp_path / "float.tif")
+    image.save(tmp_path / "animated.png", save_all=True, append_images=[image.rotate(180)])
+    for path in tmp_path.iterdir():
+        for source in (path, str(path), [str(path)]):
+            actual = processor(source, return_tensors="pt")["pixel_values"]
+            torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5, msg=path.name)
+
+
+@BOTH_BACKENDS
+@pytest.mark.parametrize(
+    "options", [{}, {"do_normalize": False}, {"do_rescale": False}, {"rescale_factor": 1 / 127.5}]
+)
+def test_steps_that_are_switched_off_are_left_out(processor_class, options):
+    image = smooth_image(64, 64)
+    processor = processor_class(**SIZES, **options)
+    expected = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].double()
+    if processor.do_rescale:
+        expected = expected * processor.rescale_factor
+    if processor.do_normalize:
+        mean, std = (
+            torch.tensor(v, dtype=torch.float64)[:, None, None] for v in (processor.image_mean, processor.image_std)
+        )
+        expected = (expected - mean) / std
+    actual = processor(image, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @BOTH_BACKENDS
@@ -241,6 +319,16 @@ def test_extreme_aspect_ratios_are_resized_and_padded(processor_class, size):
         (Image.new("RGB", (0, 5)), "no pixels"),
         (np.full((5, 5, 3), np.nan, dtype=np.float32), "not finite"),
         (torch.full((3, 5, 5), torch.inf), "not finite"),
+        (Image.fromarray(np.full((5, 5), np.nan, dtype=np.float32)), "not finite"),
+        (np.full((5, 5, 3), -1.0), "values from -1 to -1"),
+        (np.full((5, 5, 3), -1), "values from -1 to -1"),
+        (Image.fromarray(np.full((5, 5), 70000, dtype=np.int32)), "values from 70000 to 70000"),
+        (np.full((5, 5, 3), "a"), "numbers as pixels"),
+        (np.zeros((5, 5, 3), dtype=np.complex64), "numbers as pixels"),
+        (np.zeros((5, 5, 7), dtype=np.uint8), "1, 3 or 4 channels"),
+        (np.zeros(5, dtype=np.uint8), "two or three axes"),
+        (3, "An image must be a PIL image"),
+        ("missing.png", "missing.png"),
     ],
 )
 def test_invalid_images_raise_an_error(processor_class, image, message):
@@ -248,13 +336,13 @@ def test_invalid_images_raise_an_error(processor_class, image, message):
         processor_class(**SIZES)(image)
 
 
-def test_float_images_that_seem_rescaled_log_a_warning(transformers_log):
-    processor, image = SamClipImageProcessor(**SIZES), np.asarray(smooth_image(60, 40)) / 255
-    processor(image)
-    assert "do_rescale=False" in transformers_log.text
-    transformers_log.clear()
-    processor(image, do_rescale=False)
-    assert not transformers_log.text
+@BOTH_BACKENDS
+def test_normalized_images_can_be_passed(processor_class):
+    image = torch.randn(3, 64, 64)
+    inputs = processor_class(**SIZES)(
+        image, do_resize=False, do_rescale=False, do_normalize=False, return_tensors="pt"
+    )
+    assert torch.equal(inputs["pixel_values"][0], image)
 
 
 class TestSemanticSegmentation:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from samclip_hf import SamClipImageProcessor
+from samclip_hf import SamClipImageProcessor, image_processing_samclip
 from samclip_hf.images import (
     convert_to_rgb,
     decode_mask,
@@ -69,11 +69,40 @@ class TestOpenImage:
 
 
 class TestConvertToRgb:
-    @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
+    @pytest.mark.parametrize("mode", sorted({*Image.MODES} - {"LAB"}))
     def test_every_mode_becomes_rgb(self, mode):
-        image = gradient().convert("L").convert(mode) if mode == "LA" else gradient().convert(mode)
+        gray = gradient().convert("L")
+        if mode.startswith("I;16"):
+            image = Image.frombytes(mode, gray.size, (np.asarray(gray) * np.uint16(257)).tobytes())
+        elif mode in ("I", "F"):
+            image = gray.convert(mode)
+        else:
+            path = {"La": ("LA", "La"), "RGBa": ("RGBA", "RGBa"), "PA": ("P", "PA")}.get(mode, (mode,))
+            image = gray
+            for step in path:
+                image = image.convert(step)
+        assert image.mode == mode
+        expected = np.asarray(gray.point(lambda value: 255 * (value > 127))) if mode == "1" else np.asarray(gray)
+        if mode == "1":
+            image = gray.convert("1", dither=Image.Dither.NONE)
         converted = convert_to_rgb(image)
         assert (converted.mode, converted.size) == ("RGB", (6, 4))
+        assert np.abs(np.asarray(converted).astype(int) - expected[..., None]).max() <= 3  # YCbCr and HSV round
+
+    def test_lab_becomes_rgb(self):
+        assert convert_to_rgb(Image.new("LAB", (2, 2), (255, 128, 128))).mode == "RGB"
+
+    def test_palettes_with_transparency_keep_their_colors(self):
+        image = gradient().convert("P")
+        image.info["transparency"] = 0
+        assert np.array_equal(np.asarray(convert_to_rgb(image)), np.asarray(image.convert("RGB")))
+
+    def test_animated_images_give_their_first_frame_and_a_warning(self, transformers_log):
+        type(image_processing_samclip.logger).warning_once.cache_clear()
+        frames = [gradient(), gradient().rotate(180)]
+        content = encoded(frames[0], format="PNG", save_all=True, append_images=frames[1:])
+        assert np.array_equal(np.asarray(open_image(content)), np.asarray(frames[0]))
+        assert "Only the first one" in transformers_log.text
 
     def test_16_bits_are_scaled_to_8(self):
         gray = Image.fromarray(np.array([[0, 257, 65535]], dtype=np.uint16))

@@ -27,7 +27,7 @@ LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}
 # `python -m` of these runs a command, as the module of a command would.
 ENTRY_POINTS = {"samclip_hf.__main__", "samclip_hf.export.__main__"}
 # What the Hub files may import: every user of a published model has these packages.
-REQUIRED = {"huggingface_hub", "numpy", "packaging", "PIL", "tokenizers", "torch", "transformers"}
+REQUIRED = {"httpx", "huggingface_hub", "numpy", "packaging", "PIL", "tokenizers", "torch", "transformers"}
 
 
 def module_name(path: Path) -> str:

@@ -7,13 +7,16 @@ torchvision. Post-processing for mask generation is in `mask_generation_samclip.
 
 from .versions_samclip import MINIMUM_TRANSFORMERS_VERSION  # noqa: F401  # isort: skip  # first: raises on older versions
 
+import base64
+import io
 import os
 from numbers import Integral
 
+import httpx
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import SamImageProcessorPil
 from transformers.utils import is_torchvision_available, logging
 
@@ -33,8 +36,9 @@ class SamClipImageProcessorMixin:
         Preprocesses images as SAM does: resizes the longest edge to `size`, normalizes, and pads to a square at the
         bottom and on the right.
 
-        Four details differ from SAM's image processor. Passing `size` also sets `pad_size` for that call. Images with
-        16 bits per channel are scaled to 8 bits (SAM's clips them at 255). Arrays without a channel axis are grayscale
+        Four details differ from SAM's image processor. Passing `size` also sets the sizes that depend on it. Images of
+        all modes and types are converted to 8 bits per channel and RGB, see [`convert_to_rgb`]; booleans and floats
+        from 0 to 1 are scaled to 0 to 255 unless `do_rescale=False`. Arrays without a channel axis are grayscale
         images. Image files are rotated according to their EXIF orientation; images in memory are not.
 
         Args:
@@ -58,7 +62,15 @@ class SamClipImageProcessorMixin:
             ValueError: The list of images is empty, an image has no pixels or pixels that are not finite, a size is
                 not one of the above, or label maps do not match the images.
         """
-        images = _standardize(images, kwargs.get("do_rescale", self.do_rescale))
+        do_convert_rgb = kwargs.get("do_convert_rgb", self.do_convert_rgb)
+        image_mean = kwargs.get("image_mean", self.image_mean)
+        images = _standardize(
+            images,
+            kwargs.get("do_rescale", self.do_rescale),
+            (len(image_mean) if isinstance(image_mean, list | tuple) else 3) if do_convert_rgb else None,
+            kwargs.pop("input_data_format", None),
+        )
+        kwargs["input_data_format"] = "channels_first"
         self._set_sizes(kwargs, size, pad_size, with_maps=segmentation_maps is not None)
         if segmentation_maps is None:
             return super().preprocess(images, **kwargs)
@@ -321,59 +333,157 @@ def _standardize_map(label_map) -> np.ndarray:
     return array if array.dtype == np.uint8 else array.astype(np.float32)  # exact up to 2^24 while it is resized
 
 
-def convert_to_rgb(image: Image.Image) -> Image.Image:
+def load_image(image: str | os.PathLike | Image.Image, timeout: float | None = None) -> Image.Image:
     r"""
-    Converts a PIL image of any mode to RGB.
+    Loads an image as RGB, rotated by its EXIF orientation. Differs from transformers' function of this name in what
+    [`convert_to_rgb`] reads: transformers turns images with 16 bits per channel white and float images black.
 
-    Images with 16 bits per channel are scaled to 8 bits; `image.convert("RGB")` alone turns most of them white. Raises
-    `ValueError` for an image without pixels.
+    Args:
+        image (`str`, `os.PathLike` or `PIL.Image.Image`):
+            A path, a URL, a base64 string, or an image.
+        timeout (`float`, *optional*):
+            Seconds to wait for a URL.
     """
-    return _scale_to_8_bits(image).convert("RGB")
+    if isinstance(image, str) and image.startswith(("http://", "https://")):
+        response = httpx.get(image, timeout=timeout, follow_redirects=True)
+        response.raise_for_status()
+        return load_image(Image.open(io.BytesIO(response.content)))
+    if isinstance(image, str | os.PathLike) and os.path.isfile(image):
+        with Image.open(image) as opened:
+            return load_image(opened)
+    if isinstance(image, Image.Image):
+        return convert_to_rgb(image, apply_orientation=True)
+    if not isinstance(image, str):
+        raise TypeError(f"An image must be a PIL image, a path, a URL or a base64 string, got {type(image).__name__}.")
+    try:
+        encoded = image.partition(",")[2] if image.startswith("data:image/") else image
+        return load_image(Image.open(io.BytesIO(base64.b64decode("".join(encoded.split()), validate=True))))
+    except (ValueError, UnidentifiedImageError) as error:
+        raise ValueError(f"{image[:200]!r} is no image file, and neither a URL nor an image in base64.") from error
 
 
-def _scale_to_8_bits(image: Image.Image) -> Image.Image:
-    """Scales PIL's modes with 16 bits per channel, "I;16" and "I", to 8 bits. Returns images of other modes as they
-    are."""
+def convert_to_rgb(image: Image.Image, apply_orientation: bool = False) -> Image.Image:
+    r"""
+    Converts a PIL image of any mode to RGB. An alpha channel is dropped, as in `image.convert("RGB")`.
+
+    Unlike that, images with more than 8 bits per channel are scaled: values up to 65535, if there are any above 255,
+    and float values from 0 to 1. Only the first frame of an animated image is read, with a warning.
+
+    Args:
+        image (`PIL.Image.Image`):
+            The image.
+        apply_orientation (`bool`, *optional*, defaults to `False`):
+            Whether to rotate and flip the image as its EXIF orientation says.
+
+    Raises:
+        ValueError: The image has no pixels, or values out of these ranges.
+    """
     if 0 in image.size:
         raise ValueError(f"An image of {image.width} x {image.height} has no pixels.")
-    if not image.mode.startswith("I"):
-        return image
-    pixels = np.asarray(image)
-    # Mode "I" also occurs with 8-bit values, which need no scaling.
-    return Image.fromarray((pixels // (257 if pixels.max() > 255 else 1)).astype(np.uint8))
+    if getattr(image, "is_animated", False) and image.format != "MPO":  # MPO: photographs with a preview
+        logger.warning_once("An image has several frames or pages. Only the first one of each image is read.")
+    if apply_orientation:
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        return Image.fromarray(_to_8_bits(np.asarray(image)).round().astype(np.uint8)).convert("RGB")
+    if image.mode in ("La", "RGBa"):  # colors multiplied by alpha, for which PIL has one conversion only
+        image = image.convert(image.mode[:-1] + "A")
+    return image.convert("RGB")
 
 
-def _standardize(images, do_rescale: bool):
-    """Converts an image, or a list of images, to types and ranges that SAM's image processors read correctly."""
+def _to_8_bits(pixels):
+    """
+    Scales an array or tensor to values from 0 to 255: integers up to 65535 and floats up to 65535, if there are any
+    above 255; floats from 0 to 1; and booleans. Integers become uint8, floats keep their fractions.
+
+    Raises `ValueError` for values out of these ranges and for values that are not finite numbers.
+    """
+    if isinstance(pixels, torch.Tensor):
+        is_float, is_bool = pixels.is_floating_point(), pixels.dtype == torch.bool
+        is_number, uint8 = not pixels.is_complex(), torch.uint8
+        if not is_bool and pixels.dtype not in (
+            uint8,
+            torch.float32,
+            torch.float64,
+        ):  # other types have few operations
+            pixels = pixels.to(torch.float32 if is_float else torch.int64)
+    else:
+        is_float, is_bool = pixels.dtype.kind == "f", pixels.dtype.kind == "b"
+        is_number, uint8 = pixels.dtype.kind in "biuf", np.uint8
+        pixels = pixels.astype(np.float32) if pixels.dtype == np.float16 else pixels
+
+    def as_uint8(pixels):
+        return pixels.to(uint8) if isinstance(pixels, torch.Tensor) else pixels.astype(uint8)
+
+    if not is_number:
+        raise ValueError(f"An image must have numbers as pixels, got {pixels.dtype}.")
+    if pixels.dtype == uint8 or is_bool:
+        return as_uint8(pixels) * 255 if is_bool else pixels
+    lowest, highest = float(pixels.min()), float(pixels.max())
+    if not np.isfinite([lowest, highest]).all():
+        raise ValueError("An image contains pixels that are not finite numbers.")
+    if lowest < 0 or highest > 65535:
+        raise ValueError(
+            f"An image has values from {lowest:g} to {highest:g}. Scale them to 0 to 255, or floats to 0 to 1. If the "
+            "image is normalized already, pass do_rescale=False and do_normalize=False to the image processor."
+        )
+    if is_float:
+        return pixels * 255 if highest <= 1 else pixels / 257 if highest > 255 else pixels
+    return as_uint8(pixels // 257 if highest > 255 else pixels)
+
+
+def _standardize(images, do_rescale: bool, num_channels: int | None, input_data_format=None) -> list:
+    """Converts an image or a list of images, which may be nested, to a list of arrays or tensors `(channels, height,
+    width)` with values that SAM's image processors read correctly. `num_channels` is `None` if channels are kept."""
     if isinstance(images, list | tuple):
         if len(images) == 0:
             raise ValueError("The list of images is empty.")
-        return [_standardize(image, do_rescale) for image in images]
-    if isinstance(images, str | os.PathLike) and os.path.isfile(images):
-        with Image.open(images) as image:
-            return convert_to_rgb(ImageOps.exif_transpose(image))
+        arguments = (do_rescale, num_channels, input_data_format)
+        return [image for nested in images for image in _standardize(nested, *arguments)]
+    if isinstance(images, str | os.PathLike):
+        images = load_image(images)
     if isinstance(images, Image.Image):
-        return _scale_to_8_bits(images)
+        images = np.array(convert_to_rgb(images) if num_channels is not None else images)
+        input_data_format = "channels_last"
     if not isinstance(images, np.ndarray | torch.Tensor):
-        return images  # SAM's image processor downloads URLs and raises an error for other types
+        raise ValueError(
+            f"An image must be a PIL image, an array, a tensor, a path or a URL, got {type(images).__name__}."
+        )
     if 0 in images.shape:
         raise ValueError(f"An image of shape {tuple(images.shape)} has no pixels.")
-    if isinstance(images, np.ndarray):
-        images = (images // 257).astype(np.uint8) if images.dtype == np.uint16 else images
-        images = images[..., None].repeat(3, axis=-1) if images.ndim == 2 else images
+    if images.ndim == 4:
+        return [image for one in images for image in _standardize(one, do_rescale, num_channels, input_data_format)]
+    images = _channels_first(images, num_channels, input_data_format)
+    if do_rescale or "float" not in str(images.dtype):
+        return [_to_8_bits(images)]
+    if not np.isfinite([float(images.min()), float(images.max())]).all():
+        raise ValueError("An image contains pixels that are not finite numbers.")
+    return [images]
+
+
+def _channels_first(image, num_channels: int | None, input_data_format):
+    """An array or tensor `(height, width)`, `(channels, height, width)` or `(height, width, channels)` with its
+    channels first. They become `num_channels`, unless that is `None`: gray is repeated, and an alpha channel is
+    dropped."""
+    if image.ndim == 2:
+        image = image[None]
+    elif image.ndim != 3:
+        raise ValueError(f"An image must have two or three axes, got shape {tuple(image.shape)}.")
     else:
-        images = (images.int() // 257).to(torch.uint8) if images.dtype == torch.uint16 else images
-        images = images[None].expand(3, -1, -1) if images.ndim == 2 else images
-    if "float" in str(images.dtype):
-        lowest, highest = float(images.min()), float(images.max())
-        if not np.isfinite([lowest, highest]).all():
-            raise ValueError("An image contains pixels that are not finite numbers.")
-        if do_rescale and lowest >= 0 and highest <= 1:
-            logger.warning_once(
-                "An image has float values between 0 and 1, but values up to 255 are expected. Pass do_rescale=False "
-                "if the image is already rescaled."
-            )
-    return images
+        channels = (1, 3, 4) if 2 in image.shape[::2] and {1, 3, 4} & {*image.shape[::2]} else (1, 2, 3, 4)
+        first = image.shape[0] in channels
+        if input_data_format is not None:
+            first = str(getattr(input_data_format, "value", input_data_format)) == "channels_first"
+        elif not first and image.shape[2] not in channels:
+            raise ValueError(f"An image must have 1, 3 or 4 channels, first or last, got shape {tuple(image.shape)}.")
+        if not first:
+            image = image.permute(2, 0, 1) if isinstance(image, torch.Tensor) else np.moveaxis(image, 2, 0)
+    if num_channels is None or len(image) == num_channels:
+        return image
+    if len(image) in (1, 2):
+        shape = (num_channels, *image.shape[1:])
+        return image[:1].expand(shape) if isinstance(image, torch.Tensor) else np.broadcast_to(image[:1], shape).copy()
+    return image[:num_channels]
 
 
 def _content_sizes(outputs, maps: torch.Tensor) -> list[list[float]]:
@@ -465,6 +575,8 @@ class SamClipImageProcessorPil(SamClipImageProcessorMixin, SamClipMaskGeneration
         """As in SAM's image processor, but for labels of any value, `(channels, height, width)`. SAM's converts arrays
         to PIL images of 8 bits."""
         if resample != Image.Resampling.NEAREST:
+            if image.dtype.kind == "f" and image.max() > 1:
+                image = image.round().astype(np.uint8)
             return super().resize(image, size, resample, **kwargs)
         height, width = self._get_preprocess_shape(image.shape[1:], size["longest_edge"])
         channels = [Image.fromarray(channel.astype(np.float32)) for channel in image]
@@ -482,4 +594,4 @@ else:
     SamClipImageProcessor = SamClipImageProcessorPil  # type: ignore[misc]
 
 
-__all__ = ["SamClipImageProcessor", "SamClipImageProcessorPil", "convert_to_rgb"]
+__all__ = ["SamClipImageProcessor", "SamClipImageProcessorPil", "convert_to_rgb", "load_image"]

@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from .image_processing_samclip import convert_to_rgb
@@ -56,7 +56,7 @@ def open_image(
             raise Image.DecompressionBombError(
                 f"The image has {image.width} x {image.height} pixels, more than {max_pixels}."
             )
-        return convert_to_rgb(ImageOps.exif_transpose(image) if apply_orientation else image)
+        return convert_to_rgb(image, apply_orientation)
 
 
 def mask_to_prompt_box(mask: np.ndarray) -> tuple[int, int, int, int]:

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from transformers import ImageSegmentationPipeline
 
+from .image_processing_samclip import load_image
 from .segmentation_samclip import SamClipVocabulary, to_label_groups, to_texts
 
 
@@ -98,6 +99,9 @@ class SamClipImageSegmentationPipeline(ImageSegmentationPipeline):
         if getattr(self, "_vocabulary", (None, None))[0] != key:
             self._vocabulary = key, self.model.embed_vocabulary(**arguments, tokenizer=self.tokenizer)
         return self._vocabulary[1]
+
+    def preprocess(self, image, subtask=None, timeout=None):
+        return super().preprocess(load_image(image, timeout), subtask)
 
     def _forward(self, model_inputs, vocabulary=None):
         target_size = model_inputs.pop("target_size")

@@ -24,10 +24,17 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES,
     MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING_NAMES,
 )
-from transformers.pipelines import PIPELINE_REGISTRY
+from transformers.pipelines import (
+    PIPELINE_REGISTRY,
+    image_feature_extraction,
+    image_segmentation,
+    mask_generation,
+    zero_shot_image_classification,
+    zero_shot_object_detection,
+)
 
 from .configuration_samclip import SamClipConfig, SamClipVisionConfig
-from .image_processing_samclip import SamClipImageProcessor, SamClipImageProcessorPil
+from .image_processing_samclip import SamClipImageProcessor, SamClipImageProcessorPil, load_image
 from .modeling_samclip import SamClipBackbone, SamClipModel, SamClipVisionModel
 from .pipeline_samclip import SamClipImageSegmentationPipeline
 from .processing_samclip import SamClipProcessor
@@ -42,6 +49,13 @@ MODELS = {
     AutoModelForZeroShotObjectDetection: SamClipForObjectDetection,
 }
 TASK = "zero-shot-image-segmentation"
+STOCK_PIPELINES = (
+    image_feature_extraction,
+    image_segmentation,
+    mask_generation,
+    zero_shot_image_classification,
+    zero_shot_object_detection,
+)
 
 
 def register() -> None:
@@ -70,3 +84,7 @@ def register() -> None:
     # they log an error that the model is not supported, although they can run it.
     MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES["samclip"] = "SamClipForImageSegmentation"
     MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING_NAMES["samclip"] = "SamClipForObjectDetection"
+    # Stock pipelines load images before any image processor sees them, and turn those with 16 bits per channel white.
+    # This is also corrected for other models in this process. Images with 8 bits per channel are read as before.
+    for module in STOCK_PIPELINES:
+        module.load_image = load_image
