@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -19,13 +20,23 @@ from transformers import (
     AutoModel,
     AutoModelForZeroShotObjectDetection,
     AutoProcessor,
+    pipeline,
 )
 from transformers.pipelines import PIPELINE_REGISTRY
 
 import samclip_hf
-from samclip_hf import SamClipConfig, SamClipVisionConfig, miniature, registration
+from samclip_hf import (
+    SamClipConfig,
+    SamClipForImageSegmentation,
+    SamClipImageSegmentationPipeline,
+    SamClipVisionConfig,
+    SamClipVisionModel,
+    miniature,
+    registration,
+)
 from samclip_hf.configuration_samclip import MINIMUM_TRANSFORMERS_VERSION
 from samclip_hf.miniature.scenes import render
+from samclip_hf.publishing.repository import build_repository
 from samclip_hf.registration import MODELS, TASK, register
 
 HUB_FILES = sorted(Path(samclip_hf.__file__).parent.glob("*_samclip.py"))
@@ -148,3 +159,82 @@ def test_stock_pipelines_read_16_bits_like_8(source, tmp_path, monkeypatch):
     for pixels in seen:
         assert np.array_equal(pixels, np.stack([scene] * 3, axis=-1))
     assert not np.array_equal(seen[0], np.full_like(seen[0], 255))
+
+
+class TestSavedAfterLoadingAPublishedCheckpoint:
+    @pytest.fixture(scope="class")
+    def folders(self, tmp_path_factory) -> dict[str, Path]:
+        """A published checkpoint, and what is saved after loading it with this package."""
+        folders = {name: tmp_path_factory.mktemp(name) for name in ("published", "saved", "vision", "pipeline")}
+        build_repository(miniature.checkpoint(), folders["published"])
+        SamClipForImageSegmentation.from_pretrained(folders["published"]).save_pretrained(folders["saved"])
+        AutoProcessor.from_pretrained(folders["published"]).save_pretrained(folders["saved"])
+        SamClipVisionModel.from_pretrained(folders["published"]).save_pretrained(folders["vision"])
+        pipeline(TASK, model=str(folders["published"])).save_pretrained(folders["pipeline"])
+        return folders
+
+    def test_configurations_refer_to_code_that_is_there(self, folders):
+        published = {path.name for path in folders["published"].iterdir()}
+        assert {path.name for path in folders["saved"].iterdir()} == published - {"README.md"}
+        for name in ("config.json", "processor_config.json"):
+            saved, original = (json.loads((folders[kind] / name).read_text()) for kind in ("saved", "published"))
+            assert saved == original and "auto_map" in saved
+        for folder in folders.values():
+            assert {path.name for path in HUB_FILES} <= {path.name for path in folder.iterdir()}
+
+    def test_repositories_on_the_hub_are_replaced_by_the_copied_code(self, tmp_path):
+        """transformers prefixes references with the repository that a configuration is loaded from."""
+        config = SamClipConfig.from_dict(
+            {
+                "auto_map": {"AutoConfig": "me/x--configuration_samclip.SamClipConfig"},
+                "custom_pipelines": {TASK: {"impl": "me/x--pipeline_samclip.SamClipImageSegmentationPipeline"}},
+            }
+        )
+        config.save_pretrained(tmp_path)
+        saved = json.loads((tmp_path / "config.json").read_text())
+        assert saved["auto_map"] == {"AutoConfig": "configuration_samclip.SamClipConfig"}
+        assert saved["custom_pipelines"] == {TASK: {"impl": "pipeline_samclip.SamClipImageSegmentationPipeline"}}
+
+    def test_other_checkpoints_are_saved_without_code(self, tmp_path):
+        SamClipConfig.from_pretrained(miniature.checkpoint()).save_pretrained(tmp_path)
+        AutoProcessor.from_pretrained(miniature.checkpoint()).save_pretrained(tmp_path)
+        assert not list(tmp_path.glob("*.py"))
+
+    def test_the_package_loads_it_without_trusting_code(self, folders):
+        image = Image.fromarray(render(seed=0, index=8).image)
+        labels = {"candidate_labels": ["red fuzzy shape"], "background": ["an empty scene"]}
+        results = []
+        for name in ("published", "saved", "pipeline"):
+            segmenter = pipeline(TASK, model=str(folders[name]))
+            assert type(segmenter) is SamClipImageSegmentationPipeline
+            results.append([segment["score"] for segment in segmenter(image, **labels)])
+        assert results[0] and results[0] == results[1] == results[2]
+
+    @pytest.mark.slow
+    def test_it_works_without_the_package_and_so_does_what_that_saves(self, folders, tmp_path):
+        """Saved by the code in a checkpoint, which finds only the files that its own imports name."""
+        code = """
+import sys
+sys.modules["samclip_hf"] = None  # importing it raises
+from pathlib import Path
+from PIL import Image
+from transformers import AutoModel, AutoProcessor, pipeline
+
+*folders, vision, new = sys.argv[1:]
+for folder in folders:
+    for auto_class in (AutoModel, AutoProcessor):
+        auto_class.from_pretrained(folder, trust_remote_code=True).save_pretrained(f"{new}/{Path(folder).name}")
+    for name in (folder, f"{new}/{Path(folder).name}"):
+        segmenter = pipeline("zero-shot-image-segmentation", model=name, trust_remote_code=True)
+        assert segmenter(Image.new("RGB", (60, 40)), candidate_labels=["red shape"], subtask="semantic")
+print(type(AutoModel.from_pretrained(vision, trust_remote_code=True)).__name__)
+"""
+        names = ("published", "saved", "pipeline", "vision")
+        command = [sys.executable, "-c", code, *(str(folders[name]) for name in names), str(tmp_path / "new")]
+        environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+        result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.splitlines()[-1] == "SamClipVisionModel"
+        for folder in (tmp_path / "new").iterdir():
+            assert {path.name for path in HUB_FILES} <= {path.name for path in folder.iterdir()}
+            assert type(pipeline(TASK, model=str(folder))) is SamClipImageSegmentationPipeline

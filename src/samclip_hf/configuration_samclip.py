@@ -14,6 +14,8 @@ from transformers import (
     SiglipTextConfig,
 )
 
+from .code_samclip import save_code, without_repository
+
 
 @strict
 class SamClipHeadConfig(PreTrainedConfig):
@@ -155,7 +157,28 @@ class SamClipConfig(SamConfig):
                     )
             if config_dict.get("vocabulary_num_labels") is None:  # version 0.1.0
                 config_dict = config_dict | {"vocabulary_num_labels": len(id2label)}
+        is_hub_copy = cls.__module__.startswith("transformers_modules.")
+        if not is_hub_copy and "custom_pipelines" in config_dict:
+            # This package has registered the pipeline. If transformers found `custom_pipelines`, it would use the
+            # checkpoint's code instead, which needs trust_remote_code=True.
+            config_dict = dict(config_dict)
+            config_dict["_custom_pipelines"] = config_dict.pop("custom_pipelines")
         return super().from_dict(config_dict, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in [`PreTrainedConfig`]."""
+        config_dict = super().to_dict()
+        pipelines = config_dict.pop("_custom_pipelines", None) or config_dict.get("custom_pipelines")
+        if pipelines:
+            config_dict["custom_pipelines"] = {
+                task: {**entry, "impl": without_repository(entry["impl"])} for task, entry in pipelines.items()
+            }
+        return config_dict
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        """As in [`PreTrainedConfig`]. The configuration of a published checkpoint is saved with the model's code."""
+        save_code(self, save_directory)
+        super().save_pretrained(save_directory, push_to_hub, **kwargs)
 
     def validate_vocabulary(self):
         """Part of `@strict`-powered validation. Raises `ValueError` if `id2label` does not have the labels of the
@@ -272,6 +295,11 @@ class SamClipVisionConfig(BackboneConfigMixin, PreTrainedConfig):
             out_features=kwargs.pop("out_features", None), out_indices=kwargs.pop("out_indices", None)
         )
         super().__post_init__(**kwargs)
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        """As in [`PreTrainedConfig`]. The configuration of a published checkpoint is saved with the model's code."""
+        save_code(self, save_directory)
+        super().save_pretrained(save_directory, push_to_hub, **kwargs)
 
     @property
     def num_hidden_layers(self) -> int:

@@ -20,6 +20,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import SamImageProcessorPil
 from transformers.utils import is_torchvision_available, logging
 
+from .code_samclip import save_code
 from .mask_generation_samclip import SamClipMaskGenerationMixin, mask_to_box
 
 logger = logging.get_logger(__name__)
@@ -78,6 +79,13 @@ class SamClipImageProcessorMixin:
         inputs = super().preprocess(images, segmentation_maps, **kwargs)
         self._check_maps(segmentation_maps, inputs["original_sizes"], inputs["labels"])
         return inputs
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As SAM's. The image processor of a published checkpoint is saved with the model's code."""
+        save_code(self, save_directory)
+        if getattr(self, "auto_map", None):  # without the class, AutoProcessor asks whether to trust the code
+            self.processor_class = "SamClipProcessor"
+        return super().save_pretrained(save_directory, *args, **kwargs)
 
     def _set_sizes(self, kwargs: dict, size, pad_size, with_maps: bool) -> None:
         """Adds the sizes that are determined by `size` to the keyword arguments of a call. Images are padded to their

@@ -8,6 +8,8 @@ from tokenizers import Tokenizer, normalizers
 from transformers import BatchFeature, GemmaTokenizer, PreTrainedTokenizerFast, ProcessorMixin
 from transformers.processing_utils import ProcessingKwargs, Unpack
 
+from .code_samclip import save_code
+
 POINT_PADDING = -10  # label of a point that SAM's prompt encoder ignores
 
 
@@ -49,6 +51,14 @@ class SamClipProcessor(ProcessorMixin):
         if isinstance(tokenizer, GemmaTokenizer):
             tokenizer = _with_lower_case(tokenizer)
         super().__init__(image_processor, tokenizer)
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As in [`ProcessorMixin`]. The processor of a published checkpoint is saved with the model's code."""
+        if auto_map := getattr(self.image_processor, "auto_map", None):  # transformers does not keep the processor's
+            self.auto_map = auto_map
+            save_code(self, save_directory)
+            self.image_processor.auto_map = self.auto_map
+        return super().save_pretrained(save_directory, *args, **kwargs)
 
     def __call__(
         self,
