@@ -518,22 +518,64 @@ class TestImageSegmentation:
             outputs = detector(random_images(2), **inputs)
         assert_same(outputs.object_scores[0], outputs.segment_logits[0].softmax(dim=-1)[:, 2])
 
-    def test_checkpoint_without_label_embeds_scores_all_texts_alike(
-        self, detector, tokenizer, tmp_path, transformers_log
+    def save_as_version_0_1_0(self, detector, folder, label_tokens):
+        """A checkpoint with the tokens of the labels' names in its configuration instead of their embeddings."""
+        detector.save_pretrained(folder)
+        weights = load_file(folder / "model.safetensors")
+        assert torch.equal(detector.label_embeds, weights.pop("label_embeds"))
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        config = json.loads((folder / "config.json").read_text()) | {"label_tokens": label_tokens}
+        (folder / "config.json").write_text(json.dumps(config))
+
+    @pytest.mark.parametrize("load", [{}, {"dtype": torch.bfloat16}, {"output_loading_info": True}])
+    def test_checkpoint_of_version_0_1_0_detects_names_as_before(
+        self, detector, tokenizer, tmp_path, transformers_log, load
     ):
-        detector.save_pretrained(tmp_path)
-        weights = load_file(tmp_path / "model.safetensors")
-        expected_embeds = weights.pop("label_embeds")
-        assert torch.equal(detector.label_embeds, expected_embeds)
-        save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-        config = json.loads((tmp_path / "config.json").read_text()) | {"label_tokens": [[48, 1, 49]]}
-        (tmp_path / "config.json").write_text(json.dumps(config))
-        old = type(detector).from_pretrained(tmp_path).eval()
-        assert not transformers_log.records and "label_tokens" not in old.config.to_dict()
-        with torch.no_grad():
-            outputs = old(random_images(1), **tokenizer.encode(["tree"]))
-        # With the template "{}", the name's term in the softmax is the label's probability.
-        assert_same(outputs.object_scores[0], outputs.segment_logits[0].softmax(dim=-1)[:, 2])
+        names = ["cat", "potted plant", "tree"]  # of different lengths
+        detector.set_vocabulary(names, ["a wall"], ["a photo of a {}"], tokenizer)
+        self.save_as_version_0_1_0(detector, tmp_path, tokenizer(names)["input_ids"])
+        old = type(detector).from_pretrained(tmp_path, **load)
+        old = old[0] if isinstance(old, tuple) else old
+        assert_same(
+            old.label_embeds, detector.label_embeds.to(old.dtype), tolerance=1e-2 if load.get("dtype") else 1e-6
+        )
+        old.save_pretrained(tmp_path / "new")
+        new = type(detector).from_pretrained(tmp_path / "new", dtype=torch.float32)
+        assert torch.equal(new.label_embeds, old.label_embeds.float())
+        assert not transformers_log.records and "label_tokens" not in new.config.to_dict()
+        for text in [*names, "dog"]:
+            with torch.no_grad():
+                expected, outputs = (m(random_images(1), **tokenizer.encode([text])) for m in (detector, new))
+            if not load.get("dtype"):
+                assert_same(outputs.object_scores, expected.object_scores)
+            if text in names:
+                label = names.index(text) + 1
+                assert_same(outputs.object_scores[0], outputs.segment_logits[0].softmax(dim=-1)[:, label])
+
+    def test_names_of_version_0_1_0_are_embedded_when_the_text_tower_is_in_memory(self, detector, tokenizer, tmp_path):
+        self.save_as_version_0_1_0(detector, tmp_path, tokenizer(["cat", "sofa", "tree"])["input_ids"])
+        assert type(detector).from_pretrained(tmp_path, device_map="meta").config.label_tokens
+        model = type(detector)(AutoConfig.from_pretrained(tmp_path)).eval()
+        model.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
+        assert_same(model.vocabulary.label_embeds, detector.label_embeds)
+        assert not hasattr(model.config, "label_tokens")
+
+    @pytest.mark.parametrize("has_text_tower", [True, False])
+    def test_zeros_are_not_saved_as_embeddings_of_names(
+        self, detector, tokenizer, tmp_path, transformers_log, has_text_tower
+    ):
+        if not has_text_tower:
+            detector.drop_text_tower()
+        names = [] if has_text_tower else ["cat", "sofa", "tree"]
+        self.save_as_version_0_1_0(detector, tmp_path, tokenizer(names)["input_ids"])
+        for folder, next_folder in ((tmp_path, tmp_path / "second"), (tmp_path / "second", tmp_path / "third")):
+            model = type(detector).from_pretrained(folder)
+            assert model.label_embeds is None and "label_embeds" not in model.state_dict()
+            model.save_pretrained(next_folder)
+        assert ("Call set_vocabulary to embed the names" in transformers_log.text) == has_text_tower
+        if has_text_tower:
+            model.set_vocabulary(["cat"], tokenizer=tokenizer).save_pretrained(tmp_path / "fourth")
+            assert_same(type(detector).from_pretrained(tmp_path / "fourth").label_embeds, model.label_embeds)
 
     def test_wrong_input_of_object_detection_raises(self, detector, tokenizer):
         with pytest.raises(ValueError, match="one text for each image; got 1 for 2"):

@@ -110,7 +110,6 @@ class SamClipConfig(SamConfig):
     composition_points: int = 16
 
     def __post_init__(self, **kwargs):
-        kwargs.pop("label_tokens", None)  # in checkpoints of version 0.1.0; replaced by the buffer label_embeds
         if self.text_config is None:
             # The paper's text tower is CLIP ViT-L/14's; the defaults of CLIPTextConfig are ViT-B/32's.
             self.text_config = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}

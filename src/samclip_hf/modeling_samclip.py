@@ -448,7 +448,7 @@ class SamClipModel(SamClipPreTrainedModel):
     _tied_weights_keys = {
         "prompt_encoder.shared_embedding.positional_embedding": "shared_image_embedding.positional_embedding"
     }
-    _keys_to_ignore_on_load_missing = [r"^label_embeds$"]  # in checkpoints of version 0.1.0
+    _keys_to_ignore_on_load_missing = [r"^label_embeds$"]  # in checkpoints of version 0.1.0, see embed_label_tokens
     _parts_without_model = ("prompt_encoder_config", "mask_decoder_config", "clip_head_config")
 
     def __init__(self, config: SamClipConfig):
@@ -479,6 +479,41 @@ class SamClipModel(SamClipPreTrainedModel):
         for name, size in (("class_embeds", len(config.vocabulary_label_ids)), ("label_embeds", num_labels)):
             self.register_buffer(name, torch.zeros(size, projection_dim) if has_vocabulary else None)
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in [`PreTrainedModel`]. Embeds the names of the labels of a checkpoint of version 0.1.0."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info=True
+        model.embed_label_tokens()
+        return loaded
+
+    @torch.no_grad()
+    def embed_label_tokens(self) -> None:
+        """
+        Sets `label_embeds` in a model from a checkpoint of version 0.1.0, whose configuration has the tokens of the
+        labels' names, `label_tokens`, instead of their embeddings. Does nothing in other models, and while the weights
+        of the text tower are not in memory (meta device, DeepSpeed ZeRO-3): `label_tokens` then stays in the
+        configuration for the next call.
+        """
+        embeds, label_tokens = self.label_embeds, getattr(self.config, "label_tokens", None)
+        if embeds is None or label_tokens is None:
+            return
+        if self.text_model is None or len(label_tokens) != len(embeds):
+            if self.text_model is not None:
+                logger.warning(
+                    "This checkpoint does not have the tokens of all names of its labels, so object detection scores "
+                    "these names like other texts. Call set_vocabulary to embed the names."
+                )
+            self.label_embeds = None  # not zeros, which would be saved
+            return
+        if any(weight.is_meta or weight.numel() == 0 for weight in (embeds, *self.text_model.parameters())):
+            return
+        for length in {len(tokens) for tokens in label_tokens}:  # names of one length need no padding
+            rows = [row for row, tokens in enumerate(label_tokens) if len(tokens) == length]
+            input_ids = torch.tensor([label_tokens[row] for row in rows], device=embeds.device)
+            embeds[rows] = F.normalize(self.get_text_features(input_ids).pooler_output, dim=-1).to(embeds)
+        del self.config.label_tokens
 
     @classmethod
     def from_teachers(

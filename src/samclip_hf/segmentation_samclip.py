@@ -229,6 +229,7 @@ class SamClipForImageSegmentation(SamClipModel):
             raise ValueError(
                 'This checkpoint has no vocabulary: call model.set_vocabulary(["cat", "sofa", ...]) first.'
             )
+        self.embed_label_tokens()  # if the weights were loaded without from_pretrained
         config = self.config
         config.validate_vocabulary()
         return SamClipVocabulary(
@@ -244,6 +245,7 @@ class SamClipForImageSegmentation(SamClipModel):
         """Sets the vocabulary that is saved with the model. Arguments as in [`embed_vocabulary`]. Returns the
         model."""
         vocabulary = self.embed_vocabulary(*args, **kwargs)
+        self.config.__dict__.pop("label_tokens", None)  # of a checkpoint of version 0.1.0
         self.class_embeds, self.label_embeds = vocabulary.class_embeds, vocabulary.label_embeds
         self.config.vocabulary_label_ids = vocabulary.label_ids
         self.config.vocabulary_num_labels = len(vocabulary.id2label)
