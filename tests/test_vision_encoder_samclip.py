@@ -131,12 +131,13 @@ def count_calls(module, query, key, value, attention_mask, scaling, dropout=0.0,
 
 
 class TestAttentionImplementations:
-    @pytest.fixture
-    def custom(self):
-        AttentionInterface.register("count_calls", count_calls)
+    @pytest.fixture(params=["count_calls", "sdpa", "eager", "flex_attention"])
+    def custom(self, request, monkeypatch):
+        """The name of a registered function: a new one, or one that is replaced."""
+        monkeypatch.setattr(AttentionInterface, "_global_mapping", dict(AttentionInterface._global_mapping))
+        AttentionInterface.register(request.param, count_calls)
         count_calls.calls = 0
-        yield "count_calls"
-        del AttentionInterface._global_mapping["count_calls"]
+        return request.param
 
     @staticmethod
     def implementations(model):
@@ -197,14 +198,16 @@ class TestAttentionImplementations:
     def test_registered_function_is_used_with_the_bias(self, model, tmp_path, custom):
         segments = torch.zeros(2, 1, 8, 8, dtype=torch.bool)
         segments[:, :, 2:6, 1:7] = True
+        other = "sdpa" if custom == "eager" else "eager"
+        model.set_attn_implementation(other)
         with torch.no_grad():
             expected = model(random_images(), input_points=random_points(), input_ids=INPUT_IDS)
             tokens = model.vision_encoder(random_images()).patch_tokens
             expected_segments = model.clip_head.pool_segments(tokens, segments)
             model.save_pretrained(tmp_path)
-            loaded = SamClipModel.from_pretrained(
-                tmp_path, attn_implementation={"vision_config": custom, "clip_head_config": custom}
-            ).eval()
+            requested = dict.fromkeys(model.config.sub_configs, other)
+            requested |= {"vision_config": custom, "clip_head_config": custom}
+            loaded = SamClipModel.from_pretrained(tmp_path, attn_implementation=requested).eval()
             actual = loaded(random_images(), input_points=random_points(), input_ids=INPUT_IDS)
             assert count_calls.calls == 3 + 3  # encoder and CLIP head
             for name in ("pred_masks", "logits_per_image", "dense_embeds"):

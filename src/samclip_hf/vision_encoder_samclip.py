@@ -20,9 +20,16 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
-from .transformers_internals_samclip import capture_outputs, merge_with_config_defaults
+from .transformers_internals_samclip import (
+    capture_outputs,
+    flex_attention_forward,
+    merge_with_config_defaults,
+    sdpa_attention_forward,
+)
 
 ALL_ATTENTION_FUNCTIONS = AttentionInterface()  # includes functions that AttentionInterface.register adds
+# Implementations that SamClipVisionAttention computes by itself, and transformers' functions of these names.
+OWN_IMPLEMENTATIONS = {"eager": None, "sdpa": sdpa_attention_forward, "flex_attention": flex_attention_forward}
 BIAS_CHUNK = 2**21  # values of the attention bias that a thread stores at a time: 8 MB in float32
 
 
@@ -102,9 +109,10 @@ class SamClipVisionAttention(nn.Module):
     equal SAM's up to rounding:
 
     - `"sdpa"` for inference on a CPU: the bias is computed for a few queries at a time, so that it fits in the cache.
-    - `"sdpa"` otherwise, `"eager"`, and any function added by `AttentionInterface.register`: the terms are part of the
-      dot product. They are appended to the queries, and one-hot rows and columns to the keys. Values are padded to the
-      same width, which fused kernels require. The function is called without a mask and with a `scaling` of 1.
+    - `"sdpa"` otherwise, `"eager"`, and any function added by `AttentionInterface.register`, even under the name of a
+      built-in one: the terms are part of the dot product. They are appended to the queries, and one-hot rows and
+      columns to the keys. Values are padded to the same width, which fused kernels require. The function is called
+      without a mask and with a `scaling` of 1.
     - `"flex_attention"`: the kernel adds the terms (`score_mod`).
 
     In layers with windows, SAM pads windows with zeros before the projection to queries, keys and values. This module
@@ -163,6 +171,13 @@ class SamClipVisionAttention(nn.Module):
             attended = _join_windows(attended, num_windows)[:, rows[:, None], columns]
         return self.proj(attended), weights
 
+    def _registered_function(self) -> Callable | None:
+        """The attention function to call, or `None` for the implementations of this module. Raises `KeyError` for an
+        unknown implementation."""
+        implementation = self.config._attn_implementation or "sdpa"  # None: not part of a model
+        function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, None)
+        return None if function is OWN_IMPLEMENTATIONS.get(implementation) else function
+
     def position_tables(self, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Relative position embeddings for a grid: between rows `(height, height, head_dim)` and between columns
         `(width, width, head_dim)`. Zeros in a model without relative positions."""
@@ -197,7 +212,7 @@ class SamClipVisionAttention(nn.Module):
         row_terms = torch.einsum("bnhwc,hkc->bnhwk", grid, row_table).flatten(2, 3)
         column_terms = torch.einsum("bnhwc,wkc->bnhwk", grid, column_table).flatten(2, 3)
         weights = None
-        if self.config._attn_implementation == "flex_attention":
+        if self.config._attn_implementation == "flex_attention" and self._registered_function() is None:
             if self.dropout and self.training:
                 raise ValueError("flex_attention has no dropout: set attention_dropout to 0, or use sdpa.")
 
@@ -289,18 +304,19 @@ class SamClipVisionAttention(nn.Module):
         Returns the result and the attention weights `(batch_size * num_heads, length, length)`, or `None` if the
         attention function does not return them.
         """
-        implementation = self.config._attn_implementation or "sdpa"  # None: not part of a model
-        if implementation == "flex_attention":
-            implementation = "sdpa"  # segments have many lengths, and flex_attention is compiled for each of them
+        function = self._registered_function()
+        is_eager = function is None and self.config._attn_implementation == "eager"
+        # Otherwise sdpa. Also for segments with flex_attention: they have many lengths, and it is compiled for each.
+        is_sdpa = function is None and not is_eager
         dropout = self.dropout if self.training else 0.0
         is_inference = not (query.requires_grad or torch.compiler.is_compiling())
-        if implementation == "sdpa" and query.device.type == "cpu" and is_inference and mask is None:
+        if is_sdpa and query.device.type == "cpu" and is_inference and mask is None:
             form_bias = form_bias or (lambda chunk: terms[chunk] @ positions.T)
             return _attend_in_chunks(query, key, value, form_bias, self.scale, dropout), None
 
         query = torch.cat([query * self.scale, terms], dim=-1)
         key = torch.cat([key, positions.expand(*key.shape[:2], -1, -1)], dim=-1)
-        if implementation == "eager":
+        if is_eager:
             scores = (query @ key.transpose(-2, -1)).flatten(0, 1)
             if mask is not None:
                 scores = scores.masked_fill(~mask, -torch.inf)
@@ -308,11 +324,10 @@ class SamClipVisionAttention(nn.Module):
             attended = F.dropout(weights, p=dropout) @ value.flatten(0, 1)
             return attended.unflatten(0, value.shape[:2]), weights
         value = F.pad(value, (0, key.shape[-1] - self.head_dim))
-        if implementation == "sdpa":
+        if function is None:
             attended = F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=1.0)
             return attended[..., : self.head_dim], None
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, None)
-        attended, weights = attention(self, query, key, value, mask, dropout=dropout, scaling=1.0, is_causal=False)
+        attended, weights = function(self, query, key, value, mask, dropout=dropout, scaling=1.0, is_causal=False)
         attended = attended.transpose(1, 2)[..., : self.head_dim]
         return attended, None if weights is None else weights.flatten(0, 1)
 
