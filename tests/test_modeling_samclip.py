@@ -539,6 +539,9 @@ class TestVisionConfig:
         assert config.vision_config.num_hidden_layers == 6
         with pytest.raises(Exception, match="the image encoder needs at least one"):
             SamClipVisionConfig(num_hidden_layers=2, clip_head_config={"num_hidden_layers": 2})
+        with pytest.raises(ValueError, match=r"num_hidden_layers is 2 .* the image encoder needs at least one"):
+            config.num_hidden_layers = 2
+        assert config.vision_config.num_hidden_layers == 6
 
     def test_is_saved_by_part(self, model, tmp_path):
         nested = SamClipVisionConfig(
@@ -609,6 +612,35 @@ class TestBackbone:
         model.save_pretrained(tmp_path)
         backbone, info = SamClipBackbone.from_pretrained(tmp_path, out_indices=[3, 6], output_loading_info=True)
         assert not any(info.values()) and backbone.out_features == ["stage3", "stage6"]
+
+    @pytest.mark.parametrize(
+        ("arguments", "features"),
+        [
+            ({}, ["stage5"]),
+            ({"out_indices": [-1]}, ["stage5"]),
+            ({"out_features": ["stem", "stage4"]}, ["stem", "stage4"]),
+        ],
+    )
+    def test_outputs_follow_a_change_of_the_number_of_layers(self, model, tmp_path, arguments, features):
+        SamClipVisionConfig(
+            vision_config=model.config.vision_config, clip_head_config=model.config.clip_head_config, **arguments
+        ).save_pretrained(tmp_path)
+        saved = json.loads((tmp_path / "config.json").read_text())
+        assert {name: saved[name] for name in ("out_features", "out_indices") if saved.get(name)} == arguments
+        config = SamClipVisionConfig.from_pretrained(tmp_path, num_hidden_layers=5)
+        backbone = SamClipBackbone(config)
+        assert config.out_features == backbone.out_features == features
+        assert len(backbone(random_images()).feature_maps) == len(backbone.channels) == len(features)
+        backbone.out_indices = [1, 2]
+        assert config.out_features == ["stage1", "stage2"]
+
+    def test_layers_that_do_not_exist_raise(self, model):
+        with pytest.raises(Exception, match="out_features must be a subset of stage_names"):
+            SamClipVisionConfig(out_features=["stage16"])
+        config = SamClipVisionConfig(out_features=["stage15"])
+        config.num_hidden_layers = 5
+        with pytest.raises(ValueError, match="out_features must be a subset of stage_names"):
+            SamClipBackbone(config)
 
 
 class TestLlava:

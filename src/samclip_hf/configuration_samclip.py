@@ -280,12 +280,7 @@ class SamClipVisionConfig(BackboneConfigMixin, PreTrainedConfig):
         if num_layers is not None:
             if head_layers is None:
                 head_layers = head["num_hidden_layers"] = max(0, min(3, num_layers - 1))
-            encoder["num_hidden_layers"] = num_layers - head_layers
-            if encoder["num_hidden_layers"] < 1:
-                raise ValueError(
-                    f"num_hidden_layers is {num_layers} for image encoder and CLIP head together, but the CLIP head "
-                    f"alone has {head_layers}: the image encoder needs at least one."
-                )
+            encoder["num_hidden_layers"] = _encoder_layers(num_layers, head_layers)
         if encoder or not isinstance(self.vision_config, PreTrainedConfig):
             self.vision_config = SamVisionConfig(**(_to_dict(self.vision_config) | encoder))
         if head or not isinstance(self.clip_head_config, PreTrainedConfig):
@@ -307,12 +302,32 @@ class SamClipVisionConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @num_hidden_layers.setter
     def num_hidden_layers(self, value: int):
-        self.vision_config.num_hidden_layers = value - self.clip_head_config.num_hidden_layers
+        self.vision_config.num_hidden_layers = _encoder_layers(value, self.clip_head_config.num_hidden_layers)
 
     @property
     def stage_names(self) -> list[str]:
         """Names of the `hidden_states`, for backbones."""
         return ["stem", *(f"stage{index}" for index in range(1, self.num_hidden_layers + 1))]
+
+    def set_output_features_output_indices(self, out_features: list | None, out_indices: list | None):
+        """As in [`BackboneConfigMixin`], but stores only the given values, so that the default and `out_indices=[-1]`
+        are the last layer after a change of `num_hidden_layers`, too."""
+        super().set_output_features_output_indices(out_features, out_indices)
+        self._out_features, self._out_indices = out_features, None if out_indices is None else list(out_indices)
+
+    @BackboneConfigMixin.out_features.getter
+    def out_features(self) -> list[str]:
+        """Names of the layers whose outputs [`SamClipBackbone`] returns."""
+        if self._out_features is None:
+            return [self.stage_names[index] for index in self.out_indices]
+        return self._out_features
+
+    @BackboneConfigMixin.out_indices.getter
+    def out_indices(self) -> list[int]:
+        """Indices of the layers whose outputs [`SamClipBackbone`] returns."""
+        if self._out_indices is None and self._out_features is not None:
+            return [self.stage_names.index(name) for name in self._out_features]
+        return [len(self.stage_names) - 1] if self._out_indices is None else self._out_indices
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict, dict]:
@@ -352,6 +367,16 @@ VISION_AUTO_MAP = {
     "AutoModel": "modeling_samclip.SamClipVisionModel",
     "AutoBackbone": "modeling_samclip.SamClipBackbone",
 }
+
+
+def _encoder_layers(num_layers: int, head_layers: int) -> int:
+    """Number of layers of the image encoder, from that of both parts. Raises `ValueError` if it has none."""
+    if num_layers <= head_layers:
+        raise ValueError(
+            f"num_hidden_layers is {num_layers} for image encoder and CLIP head together, but the CLIP head alone has "
+            f"{head_layers}: the image encoder needs at least one."
+        )
+    return num_layers - head_layers
 
 
 def _to_dict(config: dict | PreTrainedConfig | None) -> dict:

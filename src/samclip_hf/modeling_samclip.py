@@ -408,6 +408,16 @@ class SamClipBackbone(BackboneMixin, SamClipVisionModel):
         super().__init__(config)
         self.num_features = [config.hidden_size] * len(config.stage_names)
 
+    @BackboneMixin.out_features.getter
+    def out_features(self) -> list[str]:
+        """As in [`BackboneMixin`], which reads a private attribute of the configuration."""
+        return self.config.out_features
+
+    @BackboneMixin.out_indices.getter
+    def out_indices(self) -> list[int]:
+        """As `out_features`."""
+        return self.config.out_indices
+
     @can_return_tuple
     def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BackboneOutput:  # type: ignore[override]
         r"""
