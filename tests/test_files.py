@@ -1,5 +1,8 @@
 """Atomic writes."""
 
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
 import pytest
 
 from samclip_hf.files import atomic_path, write_atomically
@@ -43,3 +46,39 @@ def test_an_error_before_anything_is_written_is_raised_as_it_is(tmp_path):
     with pytest.raises(RuntimeError), atomic_path(tmp_path / "file"):
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
+
+
+def test_threads_that_write_the_same_file_do_not_share_a_temporary_file(tmp_path):
+    path, barrier = tmp_path / "file", Barrier(4)
+
+    def write(content):
+        with atomic_path(path) as temporary:
+            temporary.write_text(content)
+            barrier.wait(timeout=10)  # all have written, none has replaced the file
+            return temporary.read_text()
+
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(write, "abcd")) == list("abcd")
+    assert path.read_text() in "abcd" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("target", ["existing", "new"])
+def test_a_symbolic_link_stays_and_its_target_is_written(tmp_path, target):
+    link, file = tmp_path / "link", tmp_path / "folder" / "file"
+    file.parent.mkdir()
+    if target == "existing":
+        file.write_text("old")
+    link.symlink_to("folder/file")
+    write_atomically(link, "new")
+    assert link.is_symlink() and file.read_text() == "new"
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_permissions_are_those_of_open(tmp_path):
+    expected, path = tmp_path / "open", tmp_path / "file"
+    expected.touch()
+    write_atomically(path, "new")
+    assert path.stat().st_mode == expected.stat().st_mode
+    path.chmod(0o640)
+    write_atomically(path, "newer")
+    assert path.stat().st_mode & 0o777 == 0o640 and path.read_text() == "newer"

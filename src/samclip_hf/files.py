@@ -1,7 +1,8 @@
 """Atomic writes: even if the process is killed, a file has either its old or its new content."""
 
 import os
-import zlib
+import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,8 +13,9 @@ def atomic_path(path: str | os.PathLike[str], overwrite: bool = True) -> Iterato
     """
     Context manager that yields the path of a temporary file in the folder of `path`. The block writes the temporary
     file, which replaces `path` when the block ends. If the block raises an error, the temporary file is deleted and
-    `path` is unchanged. If several processes write the same path, the file of the last one remains or, with
-    `overwrite=False`, that of the first one.
+    `path` is unchanged. If several threads or processes, even on different machines, write the same path, the file of
+    the last one remains or, with `overwrite=False`, that of the first one. As with `open`, a symbolic link is followed
+    and an existing file keeps its permissions.
 
     With `overwrite=False`, raises `FileExistsError` at the end of the block if `path` exists, even as a broken link.
 
@@ -22,14 +24,17 @@ def atomic_path(path: str | os.PathLike[str], overwrite: bool = True) -> Iterato
         pyarrow.parquet.write_table(table, temporary)
     ```
     """
-    path = Path(path)
-    # Of the name only the start, so that `path` may have the longest name that the file system accepts.
-    checksum = zlib.crc32(os.fsencode(path.name))
-    temporary = path.with_name(f".{path.name[:40]}.{os.getpid()}-{checksum:08x}.partial")
+    path = Path(os.path.realpath(path)) if overwrite else Path(path)
+    # Of the name only the start, so that `path` may have the longest name that the file system accepts. Random,
+    # because process ids are not unique among threads and machines. Not from `tempfile`, whose files only their owner
+    # can read: the block creates the file with the permissions of a new one.
+    temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}.partial")
     try:
         yield temporary
         if not overwrite:
             path.open("xb").close()  # reserves the name: a check and a replacement would not be one step
+        elif path.exists():
+            shutil.copymode(path, temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
