@@ -475,6 +475,17 @@ class TestVisionModel:
             assert_same(actual, weights)
         assert outputs.attentions[-1].shape == (2 * 2, 40, 40)
 
+    def test_whole_model_reads_its_outputs_from_the_configuration(self, model):
+        model.set_attn_implementation("eager")
+        model.config.output_hidden_states = model.config.output_attentions = True
+        with torch.no_grad():
+            outputs = model(random_images(), input_points=random_points())
+            assert len(outputs.mask_decoder_attentions) == 2
+            model.vision_encoder.config.output_hidden_states = True
+            assert len(model.vision_encoder(random_images()).hidden_states) == 4
+            model.config.return_dict = False
+            assert isinstance(model(random_images()), tuple)
+
     def test_tuples_and_config_defaults(self, tower):
         pixel_values = random_images()
         with torch.no_grad():

@@ -38,7 +38,6 @@ from .transformers_internals_samclip import (
     SamPromptEncoder,
     SamTwoWayAttentionBlock,
     capture_outputs,
-    merge_with_config_defaults,
 )
 from .vision_encoder_samclip import (
     SamClipPatchGroups,
@@ -797,7 +796,6 @@ class SamClipModel(SamClipPreTrainedModel):
         outputs.pooler_output = self.text_projection(outputs.pooler_output)
         return outputs
 
-    @merge_with_config_defaults
     @capture_outputs
     def forward(
         self,

@@ -10,13 +10,11 @@ Checked on transformers 5.17.0 and 5.24.0.
   transformers does.
 - `sdpa_attention_forward`, `flex_attention_forward`: transformers' entries of `AttentionInterface`. SAM-CLIP's own
   attention computes what they compute, unless another function is registered under their name.
-- `merge_with_config_defaults`: lets the configuration request them too (`config.output_hidden_states = True`).
 """
 
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.sam.modeling_sam import SamMaskDecoder, SamPromptEncoder, SamTwoWayAttentionBlock
-from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 __all__ = [
@@ -26,6 +24,5 @@ __all__ = [
     "SamTwoWayAttentionBlock",
     "capture_outputs",
     "flex_attention_forward",
-    "merge_with_config_defaults",
     "sdpa_attention_forward",
 ]

@@ -23,7 +23,6 @@ from transformers.utils import TransformersKwargs
 from .transformers_internals_samclip import (
     capture_outputs,
     flex_attention_forward,
-    merge_with_config_defaults,
     sdpa_attention_forward,
 )
 
@@ -558,7 +557,6 @@ class SamClipVisionEncoder(SamClipVisionPreTrainedModel):
             hidden_states = layer(hidden_states)
         return hidden_states
 
-    @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
         self, pixel_values: torch.Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
