@@ -198,6 +198,11 @@ def build_trainer(args: "SamClipTrainingArguments") -> "SamClipTrainer":
     set_seed(args.seed)  # parts of a new student have random weights; Trainer sets the seed only later
     if args.model is None and args.stage == 3:
         raise ValueError("Stage 3 continues from a merged model: pass the output of stage 2 as --model.")
+    if args.model is None and args.stage == 2 and args.clip_head_initialization is None:
+        raise ValueError(
+            "Stage 2 continues from a trained CLIP head: pass the output of stage 1 as --model. To train a new CLIP "
+            "head without stage 1, pass --clip_head_initialization copied or random."
+        )
     if args.model is not None and args.sam_student is not None:
         raise ValueError("Pass only one of model and sam_student: both set what the student starts from.")
     sam = miniature.sam_teacher() if args.sam_teacher == "miniature" else args.sam_teacher
@@ -210,7 +215,7 @@ def build_trainer(args: "SamClipTrainingArguments") -> "SamClipTrainer":
         base = args.sam_student or (sam_teacher.model if sam_teacher else sam)
         head = {"num_hidden_layers": args.clip_head_layers, "pooling": args.clip_head_pooling}
         clip_model = clip_teacher.model if isinstance(clip_teacher, ClipTeacher) else clip
-        model = SamClipModel.from_teachers(base, clip_model, head, args.clip_head_initialization)
+        model = SamClipModel.from_teachers(base, clip_model, head, args.clip_head_initialization or "copied")
         image_processor = SamClipImageProcessor.from_dict(
             AutoImageProcessor.from_pretrained(args.sam_student or sam).to_dict()
         )
@@ -242,9 +247,7 @@ def run(argv: Sequence[str]) -> int:
         if results.is_file():
             sys.exit(f"Training did not start. {checkpoint} has completed all {args.max_steps} steps.")
         try:
-            trainer._load_from_checkpoint(
-                str(checkpoint)
-            )  # the run stopped between its last step and saving the model
+            trainer.load_finished_run(checkpoint)  # the run stopped between its last step and saving the model
         except (OSError, DataError) as error:
             sys.exit(f"Training did not start. {error}")
         save(trainer, {})
@@ -259,9 +262,11 @@ def run(argv: Sequence[str]) -> int:
         sys.exit(f"Training did not start. {error}")
     if trainer.preemption.signal is not None and trainer.state.global_step < args.max_steps:
         trainer.save_state()
+        continuation = "Run the same command with --resume_from_checkpoint true to continue."
+        if args.save_only_model:
+            continuation = "The checkpoint has the model only and cannot be resumed, because save_only_model is set."
         print(
-            f"Training interrupted after step {trainer.state.global_step} of {args.max_steps}. Run the same command "
-            "with --resume_from_checkpoint true to continue.",
+            f"Training interrupted after step {trainer.state.global_step} of {args.max_steps}. {continuation}",
             file=sys.stderr,
         )
         return 128 + trainer.preemption.signal

@@ -56,11 +56,8 @@ def make_trainer(model, clip_teacher, sam_teacher, processor, photos, sa1b, tmp_
         settings = {
             "output_dir": str(tmp_path / "run"),
             "clip_data": [str(photos)],
-            "sam_data": [str(sa1b)],
             "clip_resolutions": [32, 64],
             "clip_batch_size": 4,
-            "sam_batch_size": 2,
-            "masks_per_image": 2,
             "shuffle_buffer": 4,
             "max_steps": 3,
             "learning_rate": 1e-3,
@@ -71,7 +68,10 @@ def make_trainer(model, clip_teacher, sam_teacher, processor, photos, sa1b, tmp_
             "report_to": "none",
             "disable_tqdm": True,
             "use_cpu": True,
-        } | arguments
+        }
+        if stage == 2:
+            settings |= {"sam_data": [str(sa1b)], "sam_batch_size": 2, "masks_per_image": 2}
+        settings |= arguments
         args = SamClipTrainingArguments(stage=stage, **settings)
         return trainer_class(model, args, clip_teacher, sam_teacher, processing_class=processor)
 

@@ -115,7 +115,10 @@ def test_encoder_and_mask_decoder_have_a_tenth_of_the_learning_rate(make_trainer
         for parameter in group["params"]:
             name = names[id(parameter)]
             assert group["lr"] == pytest.approx(1e-3 if name.startswith("clip_head.") else 1e-4)
-            assert group["weight_decay"] == (0 if name.endswith("bias") or "norm" in name else 0.1)
+            *_, module, last = name.split(".")
+            without_decay = {"pos_embed", "rel_pos_h", "rel_pos_w", "mask_tokens", "iou_token"} & {module, last}
+            has_decay = not (without_decay or last == "bias" or "norm" in name)
+            assert group["weight_decay"] == (0.1 if has_decay else 0), name
 
 
 def test_the_log_has_all_losses_metrics_and_gradient_norms(make_trainer):

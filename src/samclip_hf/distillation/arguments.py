@@ -2,11 +2,17 @@
 
 import functools
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal
 
 from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+SCHEDULES_WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")  # of transformers.get_scheduler
 
 # Old name -> new name. Old names are accepted for one release, with a `FutureWarning`.
 DEPRECATED_ARGUMENTS = {
@@ -24,6 +30,103 @@ DEPRECATED_ARGUMENTS = {
     "max_step_grad_norm": "skip_step_grad_norm",
     "panel_texts": "eval_prompts",
 }
+
+
+def _never(args: "SamClipTrainingArguments") -> bool:
+    return False
+
+
+# Arguments that have no effect, or only under a condition: their names, the condition, and what to do instead. Any
+# value but the default raises an error if the condition does not hold. All other arguments have an effect.
+WITHOUT_EFFECT: tuple[tuple[tuple[str, ...], Callable[["SamClipTrainingArguments"], bool], str], ...] = (
+    (("num_train_epochs",), _never, "The data are endless streams: set max_steps."),
+    (("per_device_train_batch_size",), _never, "Set clip_batch_size and, in stage 2, sam_batch_size."),
+    (("auto_find_batch_size",), _never, "Set clip_batch_size and, in stage 2, sam_batch_size to what fits in memory."),
+    (
+        ("per_device_eval_batch_size", "eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object"),
+        _never,
+        "Evaluations use micro-batches of the size of the training's: set eval_batches.",
+    ),
+    (
+        ("prediction_loss_only", "include_for_metrics", "batch_eval_metrics", "do_predict"),
+        _never,
+        "Evaluations compute the losses and their metrics.",
+    ),
+    (("do_eval",), lambda args: args.eval_strategy != "no", "Set eval_strategy."),
+    (("eval_on_start",), lambda args: args.eval_strategy != "no", "Set eval_strategy too."),
+    (("bf16_full_eval", "fp16_full_eval"), _never, "Evaluations use the precision of the training: set bf16 or fp16."),
+    (
+        ("label_smoothing_factor", "label_names", "average_tokens_across_devices"),
+        _never,
+        "The losses compare student and teachers: there are no labels.",
+    ),
+    (
+        ("include_num_input_tokens_seen",),
+        lambda args: args.include_num_input_tokens_seen == "no",
+        "The log has the number of images.",
+    ),
+    (
+        ("neftune_noise_alpha", "use_cache", "use_liger_kernel", "liger_kernel_config"),
+        _never,
+        "It is made for language models.",
+    ),
+    (("optim_target_modules",), _never, "Optimizers with parameter groups of their own are not supported."),
+    (("lr_scheduler_kwargs",), lambda args: args.lr_scheduler_type != "constant", "Set lr_scheduler_type."),
+    (("torch_empty_cache_steps",), _never, "Set clip_batch_size and sam_batch_size to what fits in memory."),
+    (("enable_jit_checkpoint",), _never, "SIGTERM always ends the training with a checkpoint."),
+    (("parallelism_config",), _never, "Use DDP or FSDP."),
+    (("data_seed",), _never, "seed determines the order of the samples too."),
+    (
+        (
+            *("remove_unused_columns", "dataloader_drop_last", "train_sampling_strategy", "length_column_name"),
+            *("group_by_length", "dataloader_persistent_workers", "dataloader_in_order"),
+            "dataloader_multiprocessing_context",
+        ),
+        _never,
+        "This package reads endless streams and builds the batches.",
+    ),
+    (("dataloader_pin_memory",), lambda args: args.use_cpu, "Memory is not pinned."),
+    (("ignore_data_skip",), _never, "Streams resume by themselves."),
+    (
+        (
+            *("sam_data", "sam_shard_fraction", "sam_batch_size", "sam_resolutions"),
+            *("masks_per_image", "max_box_noise", "sam_shuffle_buffer"),
+            *("sam_loss_weight", "focal_weight", "dice_weight", "iou_head_weight"),
+        ),
+        lambda args: args.stage == 2,
+        "Only stage 2 has the SAM loss.",
+    ),
+    (
+        ("clip_head_layers", "clip_head_pooling", "clip_head_initialization"),
+        lambda args: args.model is None,
+        "The CLIP head is that of model.",
+    ),
+)
+
+
+def check_effects(args: "SamClipTrainingArguments") -> None:
+    """Raises `ValueError` for an argument that is set but has no effect."""
+    defaults = {
+        field.name: field.default if field.default_factory is MISSING else field.default_factory()
+        for field in fields(args)
+    }
+    for names, has_effect, remedy in WITHOUT_EFFECT:
+        for name in defaults.keys() & set(names):
+            value = getattr(args, name)
+            if value != defaults[name] and not has_effect(args):
+                raise ValueError(f"{name} has no effect here, but is {value!r}. {remedy}")
+
+
+def check_reports(report_to: list[str]) -> None:
+    """Raises `ValueError` if the package of a logging integration is not installed."""
+    available = get_available_reporting_integrations()
+    for name in report_to:
+        # flyte is not in the list of transformers. Names that transformers does not know raise an error in `Trainer`.
+        if name not in available and name != "flyte":
+            raise ValueError(
+                f"report_to is {name!r}, but no package of this name is installed. Install it, or set report_to to "
+                f"one of: {', '.join(['none', *available])}."
+            )
 
 
 def rename_deprecated_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,10 +179,11 @@ class SamClipTrainingArguments(TrainingArguments):
     The arguments of [`TrainingArguments`] and those of the paper's training (section 4, "Implementation details").
 
     `max_steps` is the number of optimizer steps of the stage. `clip_batch_size` and `sam_batch_size` replace
-    `per_device_train_batch_size`, which has no effect.
+    `per_device_train_batch_size`. Arguments of [`TrainingArguments`] that have no effect raise an error: see
+    `WITHOUT_EFFECT`.
 
     Raises:
-        ValueError: If a value is out of its range, or if arguments do not fit together.
+        ValueError: If a value is out of its range, if arguments do not fit together, or if one has no effect.
     """
 
     stage: Literal[1, 2, 3] = field(
@@ -125,11 +229,12 @@ class SamClipTrainingArguments(TrainingArguments):
     clip_head_pooling: Literal["max", "mean"] = field(
         default="max", metadata={"help": "Pooling of the CLIP head of a new model (paper, section 3: max)."}
     )
-    clip_head_initialization: Literal["copied", "random"] = field(
-        default="copied",
+    clip_head_initialization: Literal["copied", "random"] | None = field(
+        default=None,
         metadata={
             "help": "Initialization of the layers in the CLIP head of a new model. copied: from the last layer of "
-            "SAM's image encoder (paper, appendix A). random: random weights (a reading of section 3)."
+            "SAM's image encoder (paper, appendix A). random: random weights (a reading of section 3). By default "
+            "copied in stage 1. Stage 2 builds a new model only if this is set."
         },
     )
     clip_data: list[str] = field(
@@ -274,16 +379,31 @@ class SamClipTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must be false: this package builds the batches."}
     )
-    dataloader_drop_last: bool = field(default=False, metadata={"help": "No effect: the data is an endless stream."})
     ignore_data_skip: bool = field(
         default=True, metadata={"help": "Must be true: streams resume from the positions in the checkpoint."}
     )
     save_total_limit: int | None = field(default=2, metadata={"help": "Number of checkpoints to keep."})
 
     def __post_init__(self):
+        check_effects(self)  # before other values are derived
         super().__post_init__()
         if self.max_steps <= 0:
             raise ValueError("max_steps must be set for streaming data: the number of optimizer steps of this stage.")
+        if self.warmup_steps and self.lr_scheduler_type in SCHEDULES_WITHOUT_WARMUP:
+            # Not an error: recipes set warmup_steps, and the command line may choose another schedule.
+            logger.warning(f"{self.lr_scheduler_type.value} has no warm-up: warmup_steps is set to 0.")
+            self.warmup_steps = 0
+        if (warmup_steps := self.get_warmup_steps(self.max_steps)) > self.max_steps:
+            raise ValueError(
+                f"The warm-up is longer than the run: warmup_steps is {warmup_steps}, max_steps {self.max_steps}. "
+                "Values of warmup_steps below 1 are a fraction of max_steps."
+            )
+        if self.save_only_model and self.resume_from_checkpoint not in (None, "false", "False"):
+            raise ValueError(
+                "save_only_model saves checkpoints that cannot be resumed. Leave out save_only_model or "
+                "resume_from_checkpoint."
+            )
+        check_reports(self.report_to)
         if self.push_to_hub and self.hub_token is not None:
             raise ValueError(
                 "hub_token is not supported with push_to_hub: it would be published in training_args.bin. Log in with "
@@ -345,6 +465,8 @@ class SamClipTrainingArguments(TrainingArguments):
             raise ValueError(f"stage must be 1, 2 or 3, got {self.stage}.")
         if self.lora_r and self.stage != 2:
             raise ValueError(f"lora_r is supported in stage 2 only, got lora_r {self.lora_r} in stage {self.stage}.")
+        if self.clip_head_initialization is None and self.model is None and self.stage == 1:
+            self.clip_head_initialization = "copied"
         # A micro-batch of one task leaves parameters of the other task without gradients.
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = self.stage == 2

@@ -7,10 +7,11 @@ import json
 import re
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
@@ -63,7 +64,9 @@ def write_stream_state(folder: Path, run: dict[str, Any], processes: Sequence[di
 def read_stream_state(folder: Path) -> dict[str, Any]:
     """Reads `stream_state.json` of a checkpoint. Names that earlier releases wrote are replaced by current ones."""
     state = json.loads((folder / STREAM_STATE_NAME).read_text())
-    state["order"] = rename_deprecated_arguments(state["order"])
+    for part in ("order", "settings"):
+        if part in state:
+            state[part] = rename_deprecated_arguments(state[part])
     state["streams"] = {DEPRECATED_STATE_NAMES.get(name, name): value for name, value in state["streams"].items()}
     return state
 
@@ -82,3 +85,11 @@ def shards_checksum(names: Sequence[str]) -> str:
     change."""
     checksum = zlib.crc32(repr([Path(name).name for name in names]).encode())
     return f"{len(names)} of checksum {checksum:08x}"  # checkpoints contain this text, and resuming compares it
+
+
+def weights_checksum(parameters: Iterable[Tensor]) -> str:
+    """Returns a checksum of the first values of every parameter. It is fast, and changes in any training."""
+    checksum = 0
+    for parameter in parameters:
+        checksum = zlib.crc32(parameter.detach().flatten()[:16].float().cpu().numpy().tobytes(), checksum)
+    return f"{checksum:08x}"

@@ -9,6 +9,7 @@ those of the first `num_crops` epochs of a training with the same seed. In later
 """
 
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -140,6 +141,11 @@ class EmbeddingCache:
                 f"{self.folder} contains embeddings of other data: numbers or names of shards differ. The embedding "
                 f"cache has {cached} shards, clip_data has {given}."
             )
+
+    def checksum(self) -> str:
+        """Returns a checksum of the description, without the teacher's name or folder, which may change."""
+        description = asdict(self.description) | {"teacher": None}
+        return f"{zlib.crc32(json.dumps(description).encode()):08x}"
 
     def attach(self, streams: list[Stream]) -> list[Stream]:
         """Returns the streams with the embeddings of each sample, `embeds` `(num_crops, projection_dim)`."""

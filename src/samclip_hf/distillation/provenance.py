@@ -13,63 +13,82 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from transformers import TrainingArguments
+from transformers.utils import logging
 
 from ..files import write_atomically
-from .arguments import SamClipTrainingArguments, rename_deprecated_arguments
+from .arguments import WITHOUT_EFFECT, SamClipTrainingArguments, rename_deprecated_arguments
+
+logger = logging.get_logger(__name__)
 
 FILE_NAME = "provenance.json"
 PACKAGES = ("samclip-hf", "torch", "transformers", "accelerate", "datasets")
 # The arguments of transformers that are recorded, in addition to all arguments of this package.
 RECORDED_ARGUMENTS = {
-    *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim"),
+    *("max_steps", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay"),
+    *("max_grad_norm", "optim", "optim_args"),
     *("adam_beta1", "adam_beta2", "adam_epsilon", "gradient_accumulation_steps", "seed", "bf16", "fp16"),
 }
 
 
-def read(folder: str | Path) -> list[dict[str, Any]]:
+def read(model: str | Path) -> list[dict[str, Any]]:
     """
     Reads the training stages of a checkpoint, oldest first.
 
     Deprecated argument names, which earlier releases wrote, are replaced by the current ones.
 
+    Args:
+        model (`str` or `Path`):
+            A folder, or a repository on the Hub.
+
     Returns:
-        `list[dict]`: One entry for each stage. Empty if `folder` has no `provenance.json`.
+        `list[dict]`: One entry for each stage. Empty if `model` has no `provenance.json`.
     """
-    path = Path(folder) / FILE_NAME
+    path = Path(model) / FILE_NAME
+    if model and not Path(model).is_dir():
+        try:
+            path = Path(hf_hub_download(str(model), FILE_NAME))
+        except LocalEntryNotFoundError:  # no connection
+            logger.warning(f"The earlier training stages of {model} are not known: {FILE_NAME} is not in the cache.")
+            return []
+        except (EntryNotFoundError, HFValidationError, RepositoryNotFoundError):
+            return []
     if not path.is_file():
         return []
     stages = json.loads(path.read_text())["stages"]
     return [stage | {"arguments": rename_deprecated_arguments(stage["arguments"])} for stage in stages]
 
 
-def write(args: SamClipTrainingArguments, metrics: dict[str, float], commits: dict[str, str | None]) -> None:
+def write(args: SamClipTrainingArguments, stage: dict[str, Any], earlier_stages: Sequence[dict[str, Any]]) -> None:
     """
-    Writes `provenance.json` into `args.output_dir`: the stages of `args.model`, and this one.
+    Writes `provenance.json` into `args.output_dir`: the earlier stages, and this one.
 
     Args:
         args ([`SamClipTrainingArguments`]):
             Arguments of this stage.
-        metrics (`dict[str, float]`):
-            Metrics of `Trainer.train`. After a resumed run, `train_runtime` covers the time since the last resume.
-        commits (`dict[str, str | None]`):
-            Hub commits of the teachers by argument name, `None` for a folder.
+        stage (`dict[str, Any]`):
+            What happened in this stage: `arguments` ([`recorded_arguments`]), `teachers` and their `commits` by
+            argument, `steps`, `images_seen`, `seconds`. After a resumed run, `seconds` is the time since the last
+            resume.
+        earlier_stages (`Sequence[dict]`):
+            The stages that led to the model that this one started from.
     """
     stage = {
         "stage": args.stage,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "arguments": recorded_arguments(args),
-        "teachers": {"sam_teacher": args.sam_teacher, "clip_teacher": args.clip_teacher},
-        "commits": commits,
-        "steps": args.max_steps,
-        "images_seen": metrics.get("train_images_seen"),
-        "seconds": metrics.get("train_runtime"),
+        **stage,
         "processes": args.world_size,
         "device": torch.cuda.get_device_name() if args.device.type == "cuda" else platform.machine(),
         "versions": {name: _version(name) for name in PACKAGES},
     }
-    stages = [*(read(args.model) if args.model is not None else []), stage]
-    text = json.dumps({"stages": stages}, indent=2, default=str) + "\n"
+    text = json.dumps({"stages": [*earlier_stages, stage]}, indent=2, default=str) + "\n"
     write_atomically(Path(args.output_dir) / FILE_NAME, text)
 
 
@@ -81,8 +100,10 @@ def _version(name: str) -> str | None:
 
 
 def recorded_arguments(args: SamClipTrainingArguments) -> dict[str, Any]:
-    """Returns the arguments that determine the weights: those of this package and `RECORDED_ARGUMENTS`."""
+    """Returns the arguments that determine the weights: those of this package and `RECORDED_ARGUMENTS`, except those
+    that have no effect in the stage."""
     excluded = {field.name for field in fields(TrainingArguments)} - RECORDED_ARGUMENTS | {"model"}
+    excluded |= {name for names, has_effect, _ in WITHOUT_EFFECT if not has_effect(args) for name in names}
     values = {field.name: getattr(args, field.name) for field in fields(args) if field.name not in excluded}
     return {name: "inf" if value == float("inf") else value for name, value in values.items()}  # JSON has no infinity
 
@@ -91,8 +112,8 @@ def teachers(stages: Sequence[dict[str, Any]]) -> dict[tuple[str, str], str | No
     """
     Collects the models that a checkpoint was distilled from.
 
-    The SAM teacher of stage 3 is ignored, because stage 3 does not use it. Only stage 2 records the commit of the SAM
-    teacher.
+    The SAM teacher of stage 3 is ignored: stage 3 does not use it, and earlier releases recorded it. Only stage 2
+    records the commit of the SAM teacher.
 
     Returns:
         `dict[tuple[str, str], str | None]`: Commit on the Hub, if known, by role ("SAM", "CLIP", "SAM as the start"
@@ -103,7 +124,8 @@ def teachers(stages: Sequence[dict[str, Any]]) -> dict[tuple[str, str], str | No
         if start := stage["arguments"].get("sam_student"):
             found.setdefault(("SAM as the start", start), None)
         for argument, role in (("sam_teacher", "SAM"), ("clip_teacher", "CLIP")):
-            if argument == "clip_teacher" or stage["stage"] < 3 or len(stages) == 1:
+            used = argument == "clip_teacher" or stage["stage"] < 3 or len(stages) == 1
+            if used and argument in stage["teachers"]:
                 key = role, stage["teachers"][argument]
                 found[key] = stage["commits"].get(argument) or found.get(key)
     return found

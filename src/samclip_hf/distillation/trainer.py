@@ -7,7 +7,9 @@ learning rates, `losses` for other losses or teachers, and `make_tasks` for othe
 
 import contextlib
 import dataclasses
+import json
 import math
+import re
 import shutil
 import sys
 import time
@@ -23,10 +25,11 @@ from accelerate.utils import gather_object
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import ProgressCallback, Trainer, TrainerControl, TrainerState
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
+from .. import miniature
 from ..datasets.streams import DataError, open_stream
 from ..images import normalize
 from ..modeling_samclip import SamClipModel
@@ -36,7 +39,7 @@ from . import provenance
 from .arguments import SamClipTrainingArguments
 from .averages import RunningAverages
 from .callbacks import PreemptionCallback
-from .checkpoints import last_checkpoint, read_stream_state, shards_checksum, write_stream_state
+from .checkpoints import last_checkpoint, read_stream_state, shards_checksum, weights_checksum, write_stream_state
 from .collation import ClipBatches, SamBatches, StepLoader, StepStream, TaskBatches
 from .embedding_cache import EmbeddingCache
 from .losses import cosine_distillation_loss, mask_distillation_loss, mask_iou
@@ -54,15 +57,27 @@ logger = logging.get_logger(__name__)
 
 MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes
 MAX_SKIPPED_STEPS = 10  # in a row, before training stops
+# Recorded arguments that may change when a run is resumed: they have no influence on the weights, or take effect, or
+# what they name is compared otherwise.
+MAY_CHANGE = {
+    *("max_steps", "max_corrupt_fraction", "eval_batches", "eval_prompts", "num_readers", "shuffle_buffer"),
+    *("sam_shuffle_buffer", "clip_data", "sam_data", "clip_data_weights", "sam_data_weights", "sam_shard_fraction"),
+    *("clip_teacher", "clip_embedding_cache", "sam_teacher", "sam_student"),
+    *("clip_batch_size", "sam_batch_size", "gradient_accumulation_steps"),
+}
 
 # The modules with LoRA adapters: all linear layers of the image encoder and of the mask decoder's transformer.
 ADAPTED_MODULES = (
     r"vision_encoder\.layers\.\d+\.(attn\.(qkv|proj)|mlp\.lin[12])"
     r"|mask_decoder\.transformer\..*\.([qkv]_proj|out_proj|mlp\.lin[12])"
 )
+COPIED_HEAD = "base_model.model.clip_head.modules_to_save.default."  # peft's copy of the CLIP head, which is trained
 # The parts of the model that each stage trains (paper, section 4). The prompt encoder, SAM's positional embedding and
 # the text tower are always frozen.
 TRAINED_PARTS = {1: ("clip_head",), 2: ("vision_encoder", "mask_decoder", "clip_head"), 3: ("clip_head",)}
+# Positions, and mask and IoU tokens of the mask decoder: weight decay would pull them to zero, which means nothing for
+# them, and rows of a table without gradient would vanish.
+WITHOUT_WEIGHT_DECAY = re.compile(r"\.(pos_embed|rel_pos_[hw]|mask_tokens\.weight|iou_token\.weight)$")
 
 
 class SamClipTrainer(Trainer):
@@ -75,8 +90,9 @@ class SamClipTrainer(Trainer):
 
     Args:
         model ([`SamClipModel`]):
-            The student. Parts that the stage does not train are frozen. Weights in half precision are converted to
-            float32; `bf16` and `fp16` of the arguments select mixed precision.
+            The student. Parts that the stage does not train are frozen, and parameters that are frozen already stay
+            frozen. Weights in half precision are converted to float32; `bf16` and `fp16` of the arguments select mixed
+            precision.
         args ([`SamClipTrainingArguments`]):
             The training arguments.
         clip_teacher ([`ClipTeacher`] or [`EmbeddingCache`]):
@@ -89,11 +105,13 @@ class SamClipTrainer(Trainer):
             Called in the main process with the output folder and the repository id before the folder is pushed to the
             Hub. [`samclip_hf.publishing.prepare_push`] adds the model code and the model card. By default, the model
             card of [`Trainer`] and no model code is pushed.
-        kwargs:
-            Further arguments of [`Trainer`].
+        callbacks, optimizers, optimizer_cls_and_kwargs:
+            As in [`Trainer`]. An optimizer that is passed has the learning rates and the weight decay that it was made
+            with. Without `optimizers`, parameters have the groups of `parameter_group`.
 
     Raises:
-        ValueError: If an argument is missing, or if student, teachers, resolutions and embedding cache do not match.
+        ValueError: If an argument is missing, if student, teachers, resolutions, embedding cache and optimizer do not
+            match, or if all parameters of the trained parts are frozen.
     """
 
     args: SamClipTrainingArguments
@@ -108,7 +126,9 @@ class SamClipTrainer(Trainer):
         sam_teacher: SamTeacher | None = None,
         processing_class: SamClipProcessor | None = None,
         prepare_push: Callable[[Path, str], None] | None = None,
-        **kwargs,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
     ):
         if args.stage == 2 and sam_teacher is None:
             raise ValueError("Stage 2 requires sam_teacher.")
@@ -120,6 +140,7 @@ class SamClipTrainer(Trainer):
                 raise ValueError(f"{name} must be multiples of the student's patch size, {patch_size}: got {invalid}.")
         self.args = args
         self.prepare_push = prepare_push
+        self.earlier_stages = provenance.read(args.model or model.name_or_path)
         self.clip_teacher = clip_teacher
         self.sam_teacher = sam_teacher if args.stage == 2 else None
         if self.sam_teacher is not None:
@@ -139,19 +160,39 @@ class SamClipTrainer(Trainer):
             model.float()
             for part in (model.config, *(getattr(model.config, name) for name in model.config.sub_configs)):
                 part.dtype = torch.float32
-        freeze(model, self.trained_parts())
+        self.frozen_by_user = freeze(model, self.trained_parts())
+        # With LoRA, checkpoints contain only the adapters and the CLIP head. The rest must be the same to resume.
+        rest = (parameter for name, parameter in model.named_parameters() if not name.startswith("clip_head."))
+        self._base_checksum = weights_checksum(rest)
         student = add_adapters(model, args.lora_r) if args.lora_r else model
         trainable = sum(p.numel() for p in student.parameters() if p.requires_grad)
         total = sum(p.numel() for p in student.parameters())
         if args.should_log:
             logger.warning(f"Training {trainable / 1e6:.2f} of {total / 1e6:.2f} M parameters.")
+            if self.frozen_by_user:
+                logger.warning(f"Stay frozen, as they were: {', '.join(self.frozen_by_user)}.")
+        if not trainable:
+            raise ValueError(
+                f"All parameters of {', '.join(self.trained_parts())} are frozen: there is nothing to train. Set "
+                "requires_grad of those to be trained."
+            )
+        if optimizers[0] is not None:
+            given = {parameter for group in optimizers[0].param_groups for parameter in group["params"]}
+            missing = [name for name, p in student.named_parameters() if p.requires_grad and p not in given]
+            if missing:
+                raise ValueError(
+                    f"The optimizer lacks {len(missing)} of the parameters that are trained, such as {missing[0]}. "
+                    "Freeze them before the trainer is built, or leave out optimizers."
+                )
         super().__init__(
             model=student,
             args=args,
             processing_class=processing_class,
             train_dataset=train_dataset,
             eval_dataset=self._read_held_out(train_dataset, args.eval_batches) if args.eval_strategy != "no" else None,
-            **kwargs,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
         if self.is_deepspeed_enabled:
             raise ValueError(
@@ -160,12 +201,16 @@ class SamClipTrainer(Trainer):
             )
         if self.is_fsdp_enabled and args.lora_r:
             raise ValueError("lora_r is not supported with FSDP. Use DDP: LoRA needs little memory.")
+        if optimizers[0] is None:
+            self._optimizer_class_and_arguments()  # raises an error now instead of in `train`
         dynamo_plugin = self.accelerator.state.dynamo_plugin
         if args.torch_compile and dynamo_plugin.dynamic is None:
             # One graph for each resolution: torch 2.14 fails to compile the backward pass with symbolic sizes.
             dynamo_plugin.dynamic = False
         self.preemption = PreemptionCallback()
         self.add_callback(self.preemption)
+        self._optimizer_is_given = optimizers[0] is not None
+        self._settings = self._make_settings()
         self._loader = StepLoader(
             self.train_dataset,
             max_corrupt_fraction=args.max_corrupt_fraction,
@@ -310,27 +355,47 @@ class SamClipTrainer(Trainer):
         """Returns the loader of this process's micro-batches, which accelerate does not shard again."""
         return self._loader
 
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """As in [`Trainer`], without positions and tokens: `WITHOUT_WEIGHT_DECAY`."""
+        return [name for name in super().get_decay_parameter_names(model) if not WITHOUT_WEIGHT_DECAY.search(name)]
+
+    def _optimizer_class_and_arguments(self) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+        if self.optimizer_cls_and_kwargs is not None:
+            optimizer_class, arguments = self.optimizer_cls_and_kwargs
+            return optimizer_class, {"lr": self.args.learning_rate, **arguments}
+        try:
+            optimizer_class, arguments = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        except ImportError as error:
+            raise ValueError(f"optim {self.args.optim.value} needs another package. {error}") from error
+        is_optimizer = isinstance(optimizer_class, type) and issubclass(optimizer_class, torch.optim.Optimizer)
+        if not is_optimizer or arguments.keys() & {"params", "model", "optimizer_dict"}:
+            raise ValueError(
+                f"optim {self.args.optim.value} makes parameter groups of its own, which is not supported. Use "
+                "another one, such as adamw_torch."
+            )
+        return optimizer_class, arguments
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Creates the optimizer with the groups of `parameter_group`, each split by weight decay."""
         model = self.model if model is None else model
         if self.optimizer is None:
+            optimizer_class, arguments = self._optimizer_class_and_arguments()
             decayed = set(self.get_decay_parameter_names(model))
             groups: dict[tuple[str, float, bool], list[nn.Parameter]] = defaultdict(list)
             for name, parameter in model.named_parameters():
                 if parameter.requires_grad:
                     groups[*self.parameter_group(name), name in decayed].append(parameter)
-            optimizer_class, optimizer_arguments = self.get_optimizer_cls_and_kwargs(self.args, model)
             self.optimizer = optimizer_class(
                 [
                     {
                         "params": parameters,
-                        "lr": self.args.learning_rate * lr_multiplier,
-                        "weight_decay": self.args.weight_decay if has_decay else 0.0,
+                        "lr": arguments["lr"] * lr_multiplier,
+                        "weight_decay": arguments.get("weight_decay", self.args.weight_decay) if has_decay else 0.0,
                         "name": group,
                     }
                     for (group, lr_multiplier, has_decay), parameters in groups.items()
                 ],
-                **optimizer_arguments,
+                **arguments,
             )
         return self.optimizer
 
@@ -354,7 +419,8 @@ class SamClipTrainer(Trainer):
                 self._images += len(batch["images"])
             # DDP averages the gradients in every backward pass. It averages the sum of earlier gradients again, which
             # does not change it.
-            self.accelerator.backward(loss / self.current_gradient_accumulation_steps)
+            if loss.requires_grad:  # not if all parts that it trains are frozen
+                self.accelerator.backward(loss / self.current_gradient_accumulation_steps)
             total += loss.detach()
         self.record({"loss": total})
         return total / self.current_gradient_accumulation_steps
@@ -387,7 +453,8 @@ class SamClipTrainer(Trainer):
     @torch.no_grad()
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Evaluates the losses and their metrics on `eval_batches` held-out micro-batches, which are the same in every
-        evaluation. Saves a panel of the first one as `panels/step_*.png`."""
+        evaluation. `eval_loss` is the sum of the tasks' losses, as `loss` is in training. Saves a panel of the first
+        micro-batch as `panels/step_*.png`."""
         batches = self.eval_dataset if eval_dataset is None else eval_dataset
         model = self.accelerator.unwrap_model(self.model).eval()
         losses = self.losses()
@@ -397,10 +464,12 @@ class SamClipTrainer(Trainer):
                 usable_fractions = inputs.pop("usable_fractions")
                 inputs = {task: tensors for task, tensors in inputs.items() if usable_fractions[task] > 0}
                 for task, tensors in inputs.items():
-                    losses[task](model, **tensors)
+                    self.record({f"loss of {task}": losses[task](model, **tensors)})
                 if number == 0:
                     self._draw_panel(model, inputs)
-            metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._averages.compute().items()}
+            averages = self._averages.compute()
+            averages["loss"] = sum(averages.pop(f"loss of {task}", 0.0) for task in losses)
+            metrics = {f"{metric_key_prefix}_{name}": value for name, value in averages.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -413,7 +482,8 @@ class SamClipTrainer(Trainer):
         if "loss" in logs:
             logs.update(self._averages.compute())
             logs.pop("learning_rate", None)
-            logs.update({f"learning_rate_{group['name']}": group["lr"] for group in self.optimizer.param_groups})
+            for number, group in enumerate(self.optimizer.param_groups):
+                logs[f"learning_rate_{group.get('name', number)}"] = float(group["lr"])  # foreign groups have no name
             now = time.perf_counter()
             logs["images_per_second"] = (images - self._images_at_log) / (now - self._time_at_log)
             self._images_at_log, self._time_at_log = images, now
@@ -449,13 +519,59 @@ class SamClipTrainer(Trainer):
                 Metrics that `train` returned.
         """
         if self.is_world_process_zero():
-            teachers = {"sam_teacher": self.sam_teacher, "clip_teacher": self.clip_teacher}
-            commits = {
-                name: getattr(teacher.model.config, "_commit_hash", None)  # None for a folder
-                for name, teacher in teachers.items()
-                if isinstance(teacher, SamTeacher | ClipTeacher)
+            teachers = self._teacher_names()
+            models = {"sam_teacher": self.sam_teacher, "clip_teacher": self.clip_teacher}
+            stage = {
+                "arguments": self._recorded_arguments() | teachers,
+                "teachers": teachers,
+                "commits": {
+                    name: getattr(teacher.model.config, "_commit_hash", None)  # None for a folder
+                    for name, teacher in models.items()
+                    if isinstance(teacher, SamTeacher | ClipTeacher)
+                },
+                "steps": self.state.global_step,
+                "images_seen": metrics.get("train_images_seen", self._images),
+                "seconds": metrics.get("train_runtime"),
             }
-            provenance.write(self.args, metrics, commits)
+            if self.frozen_by_user:
+                stage["frozen"] = self.frozen_by_user
+            if self.args.load_best_model_at_end:
+                stage["best_step"] = self.state.best_global_step
+            provenance.write(self.args, stage, self.earlier_stages)
+
+    def _teacher_names(self) -> dict[str, str]:
+        """The names of the teachers that were used, by argument, and of the SAM that a new student starts from."""
+        names = {}
+        if isinstance(self.sam_teacher, SamTeacher):
+            names["sam_teacher"] = self.sam_teacher.model.name_or_path
+        elif self.args.model is None:
+            names["sam_teacher"] = self.args.sam_teacher
+        if isinstance(self.clip_teacher, EmbeddingCache):
+            names["clip_teacher"] = self.clip_teacher.description.teacher
+        elif isinstance(self.clip_teacher, ClipTeacher):
+            names["clip_teacher"] = self.clip_teacher.model.name_or_path
+        packaged = (miniature.sam_teacher(), miniature.clip_teacher())
+        return {argument: "miniature" if name in packaged else name for argument, name in names.items()}
+
+    def _recorded_arguments(self) -> dict[str, Any]:
+        """The arguments that determined the weights. Precision and optimizer may come from elsewhere."""
+        arguments = provenance.recorded_arguments(self.args)
+        for precision in ("bf16", "fp16"):  # `accelerate launch` sets it too
+            arguments[precision] = self.accelerator.mixed_precision == precision
+        if self._optimizer_is_given:
+            groups = self.optimizer.param_groups
+            arguments = {name: value for name, value in arguments.items() if not name.startswith(("adam_", "optim_"))}
+            arguments |= {
+                "optim": type(self.optimizer).__name__,
+                "learning_rate": [float(group.get("initial_lr", group["lr"])) for group in groups],
+                "weight_decay": [group.get("weight_decay") for group in groups],
+                "encoder_lr_multiplier": None,
+            }
+        elif self.optimizer_cls_and_kwargs is not None:
+            optimizer_class, optimizer_arguments = self.optimizer_cls_and_kwargs
+            arguments = {name: value for name, value in arguments.items() if not name.startswith("adam_")}
+            arguments |= {"optim": optimizer_class.__name__, "optim_args": repr(optimizer_arguments)}
+        return arguments
 
     # Checkpoints.
 
@@ -474,6 +590,26 @@ class SamClipTrainer(Trainer):
             order[f"{name}_data's shards"] = [shards_checksum(stream.shards.names) for stream in task.streams]
         return order
 
+    def _make_settings(self) -> dict[str, Any]:
+        """Everything else that determines the weights and must be equal to resume. Models and data are compared by
+        content, because their folders may move, and batch sizes as those of all processes together."""
+        args = self.args
+        settings = {name: value for name, value in self._recorded_arguments().items() if name not in MAY_CHANGE}
+        for name in ("clip_batch_size", "sam_batch_size"):
+            if name == "clip_batch_size" or args.stage == 2:
+                settings[f"{name} of all processes"] = (
+                    getattr(args, name) * args.world_size * args.gradient_accumulation_steps
+                )
+        for name, teacher in (("clip_teacher", self.clip_teacher), ("sam_teacher", self.sam_teacher)):
+            if isinstance(teacher, EmbeddingCache):
+                settings[f"{name}'s checksum"] = teacher.checksum()
+            elif teacher is not None:
+                settings[f"{name}'s checksum"] = weights_checksum(teacher.parameters())
+        if args.lora_r:
+            settings["model's checksum"] = self._base_checksum
+        settings["frozen"] = self.frozen_by_user
+        return json.loads(json.dumps(settings, default=str))  # as it is read from a checkpoint
+
     def _save_checkpoint(self, model: nn.Module, trial) -> None:
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         processes = gather_object(
@@ -483,7 +619,13 @@ class SamClipTrainer(Trainer):
             if self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)  # an incomplete checkpoint of an earlier run
                 folder.mkdir(parents=True)
-                run = {"order": self._data_order, "skipped_steps": self._skipped_steps}
+                run = {
+                    "order": self._data_order,
+                    "settings": self._settings,
+                    "earlier_stages": self.earlier_stages,
+                    "save_only_model": self.args.save_only_model,
+                    "skipped_steps": self._skipped_steps,
+                }
                 write_stream_state(folder, run, processes)
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:  # a full disk, in Python, torch and safetensors
@@ -500,24 +642,42 @@ class SamClipTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        state = read_stream_state(Path(resume_from_checkpoint))
+        if read_stream_state(Path(resume_from_checkpoint)).get("save_only_model"):
+            raise DataError(
+                f"{resume_from_checkpoint} was saved with save_only_model and cannot be resumed. Start a new run from "
+                "its weights with --model."
+            )
+        self._load_weights_and_counters(resume_from_checkpoint, model)
+
+    def _load_weights_and_counters(self, checkpoint: str, model: nn.Module | None = None) -> None:
+        state = read_stream_state(Path(checkpoint))
         saved, current = state["order"], self._data_order
-        if changed := [name for name in {**saved, **current} if saved.get(name) != current.get(name)]:
+        changed = [name for name in {**saved, **current} if saved.get(name) != current.get(name)]
+        if "settings" in state:
+            changed += [
+                name
+                for name, value in state["settings"].items()
+                if name not in current and value != self._settings.get(name)
+            ]
+            saved, current = {**state["settings"], **saved}, {**self._settings, **current}
+        else:
+            logger.warning(
+                f"{checkpoint} is of an earlier release, which did not record all arguments: pass the same."
+            )
+        if changed:
             changes = "; ".join(f"{name} from {saved.get(name)} to {current.get(name)}" for name in changed)
             raise DataError(
-                f"{resume_from_checkpoint} cannot be resumed with other settings: {changes}. Start a new run from its "
-                "weights with --model."
+                f"{checkpoint} cannot be resumed with other settings: {changes}. Start a new run from its weights "
+                "with --model."
             )
+        trainable = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
+        super()._load_from_checkpoint(checkpoint, model)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(trainable[name])  # peft makes all of the CLIP head trainable
         # `Trainer` reads its own state later.
-        step = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME)).global_step
-        micro_batches = step * self.args.gradient_accumulation_steps
-        if micro_batches != state["streams"]["micro_batches"]:
-            logger.warning(
-                f"{resume_from_checkpoint} was saved with other gradient_accumulation_steps. The order of the samples "
-                "stays the same, but they are divided into steps differently."
-            )
-        streams = state["streams"] | {"micro_batches": micro_batches}
+        step = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).global_step
+        # Another number of processes may go with other gradient_accumulation_steps.
+        streams = state["streams"] | {"micro_batches": step * self.args.gradient_accumulation_steps}
         is_first = self.args.process_index == 0
         if not is_first:
             streams |= {"seen": 0, "skipped": {}}
@@ -525,8 +685,34 @@ class SamClipTrainer(Trainer):
         self._images = state["images"] if is_first else 0
         self._images_at_log = state["images"]
         self._skipped_steps = state["skipped_steps"]
+        self.earlier_stages = state.get("earlier_stages", self.earlier_stages)
         if self.args.process_index < len(state["logs"]):
             self._averages.load_state(state["logs"][self.args.process_index])
+
+    def load_finished_run(self, checkpoint: Path) -> None:
+        """
+        Loads the result of a run that has completed all steps, but stopped before its model was saved.
+
+        Args:
+            checkpoint (`Path`):
+                The last checkpoint of the run.
+
+        Raises:
+            DataError: If the settings of the run differ from this trainer's.
+        """
+        self._load_weights_and_counters(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            self._load_best_model()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except ValueError as error:  # of torch, which compares the sizes of the parameter groups
+            raise DataError(
+                f"{checkpoint} cannot be resumed: its optimizer has other groups of parameters, for example because "
+                "an earlier release saved it. Start a new run from its weights with --model."
+            ) from error
 
     # Evaluation.
 
@@ -566,19 +752,65 @@ class SamClipTrainer(Trainer):
 
 def add_adapters(model: SamClipModel, rank: int) -> nn.Module:
     """
-    Adds LoRA adapters to image encoder and mask decoder. The CLIP head stays fully trainable.
+    Adds LoRA adapters to image encoder and mask decoder. The CLIP head stays fully trainable. Frozen layers get no
+    adapters, and frozen parameters of the CLIP head stay frozen.
 
     Returns:
         `peft.PeftModel`: A model whose `merge_and_unload()` returns a [`SamClipModel`].
     """
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=ADAPTED_MODULES, modules_to_save=["clip_head"])
-    return get_peft_model(model, config)
+    frozen_layers = [
+        name
+        for name, module in model.named_modules()
+        if re.fullmatch(ADAPTED_MODULES, name) and not any(p.requires_grad for p in module.parameters())
+    ]
+    frozen = [name for name, parameter in model.clip_head.named_parameters() if not parameter.requires_grad]
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=ADAPTED_MODULES,
+        exclude_modules=frozen_layers or None,
+        modules_to_save=["clip_head"],
+    )
+    # peft freezes the weights, and `merge_and_unload` leaves them frozen.
+    by_peft = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    model._frozen_by_trainer = getattr(model, "_frozen_by_trainer", set()) | by_peft
+    adapted = get_peft_model(model, config)
+    for name, parameter in adapted.named_parameters():
+        if name.startswith(COPIED_HEAD) and name.removeprefix(COPIED_HEAD) in frozen:
+            parameter.requires_grad_(False)  # peft trains all of the copy that it makes
+    return adapted
 
 
-def freeze(model: SamClipModel, trained_parts: Sequence[str]) -> None:
-    """Freezes all parameters except those of the named submodules."""
-    model.requires_grad_(False)
+def freeze(model: SamClipModel, trained_parts: Sequence[str]) -> list[str]:
+    """
+    Freezes all parameters except those of the named submodules. Parameters of these submodules that the user has
+    frozen stay frozen.
+
+    Returns:
+        `list[str]`: What the user has frozen in the named submodules: names of submodules, or of single parameters.
+    """
+    # The parameters that an earlier call has frozen: one model may pass through all stages in one process.
+    earlier: set[str] = getattr(model, "_frozen_by_trainer", set())
+    parameters = dict(model.named_parameters())
+    by_user = {name for name, parameter in parameters.items() if not parameter.requires_grad} - earlier
+    trained = {
+        name for name in parameters if name not in by_user and name.startswith(tuple(f"{p}." for p in trained_parts))
+    }
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name in trained)
+    model._frozen_by_trainer = parameters.keys() - trained - by_user
+
+    frozen: list[str] = []
     for part in trained_parts:
-        model.get_submodule(part).requires_grad_(True)
+        for name, module in model.get_submodule(part).named_modules(prefix=part):
+            inside = {f"{name}.{parameter}" for parameter, _ in module.named_parameters()}
+            if inside and inside <= by_user and not any(name.startswith(f"{other}.") for other in frozen):
+                frozen.append(name)
+        frozen += [
+            name
+            for name in parameters
+            if name in by_user and name.startswith(f"{part}.") and not any(name.startswith(f"{f}.") for f in frozen)
+        ]
+    return frozen

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+WARMUP_STEPS = {1: 50, 2: 50, 3: 20}  # of the recipes, by stage: short runs have as many
+
 
 def train(
     title: str,
@@ -27,7 +29,8 @@ def train(
         options (`Sequence[str]`): Further options of the command.
     """
     command: list[object] = ["train", f"miniature_stage{stage}", "--output_dir", output_dir]
-    command += ["--seed", seed, "--max_steps", max_steps, *options]
+    command += ["--seed", seed, "--max_steps", max_steps, "--warmup_steps", min(WARMUP_STEPS[stage], max_steps)]
+    command += options
     if model is not None:
         command += ["--model", model]
     run(title, command)

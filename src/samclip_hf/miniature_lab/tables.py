@@ -73,7 +73,14 @@ RUNS = {
     "lora": Run(
         "LoRA, rank 16, encoder learning rate x1", 2, "stage1", "--lora_r 16 --encoder_lr_multiplier 1", "stage2"
     ),
-    "no_stage1": Run("without stage 1, same number of steps", 2, None, "", "stage2", STEPS[1] + STEPS[2]),
+    "no_stage1": Run(
+        "without stage 1, same number of steps",
+        2,
+        None,
+        "--clip_head_initialization copied",
+        "stage2",
+        STEPS[1] + STEPS[2],
+    ),
 }
 STAGES = ("stage1", "stage2", "stage3")
 FAST_TASKS = ("classification", "semantic", "prompts", "composed")  # for all runs
