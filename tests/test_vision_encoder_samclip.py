@@ -31,6 +31,33 @@ def explicit_scores(attention, hidden_states):
     return torch.einsum("bqnc,bknc->bnqk", query, key) * 8**-0.5 + bias, value
 
 
+@pytest.mark.parametrize("size", [2, 5, 14, 28, 55, 64, 80])
+def test_every_row_of_the_relative_positions_has_a_gradient_at_every_size(size):
+    attention = SamClipVisionAttention(SamVisionConfig(hidden_size=4, num_attention_heads=1), window_size=0)
+    table = torch.nn.init.normal_(attention.rel_pos_h)
+    rows = attention.get_rel_pos(size, table)
+    with torch.no_grad():  # outputs are equal with and without gradients, and not antialiased
+        assert torch.equal(rows, attention.get_rel_pos(size, table))
+        linear = F.interpolate(table.T[None], size=2 * size - 1, mode="linear")[0].T
+        position = torch.arange(size)
+        assert torch.equal(rows, linear[position[:, None] - position + size - 1])
+    rows.sum().backward()
+    assert (table.grad > 0).all()
+    torch.testing.assert_close(table.grad.sum(), torch.tensor(4.0 * size**2))  # nothing is lost
+
+
+def test_at_the_trained_size_the_gradient_is_exact():
+    attention = SamClipVisionAttention(SamVisionConfig(hidden_size=4, num_attention_heads=1, image_size=80), 0)
+    table = torch.nn.init.normal_(attention.rel_pos_h)
+    weights = torch.randn(5, 5, 4)
+    (attention.get_rel_pos(5, table) * weights).sum().backward()
+    expected = torch.zeros(9, 4)
+    for row in range(5):
+        for column in range(5):
+            expected[row - column + 4] += weights[row, column]
+    torch.testing.assert_close(table.grad, expected)
+
+
 def brute_force(attention, hidden_states, visible=True):
     """Attention weights under the mask `visible`, and the output of the attention."""
     scores, value = explicit_scores(attention, hidden_states)

@@ -256,7 +256,8 @@ def run(argv: Sequence[str]) -> int:
         results.unlink(missing_ok=True)  # it marks the model in the folder as the result of a complete run
     try:
         result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    except (OSError, DataError, FloatingPointError) as error:  # full disk, corrupt data, gradients that are not finite
+    # A full disk, corrupt data, gradients that are not finite, an argument that only the training can check.
+    except (OSError, DataError, FloatingPointError, ValueError) as error:
         if trainer.state.global_step:
             sys.exit(f"Training stopped after step {trainer.state.global_step}. {error}")
         sys.exit(f"Training did not start. {error}")

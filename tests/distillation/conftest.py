@@ -47,7 +47,7 @@ def make_trainer(model, clip_teacher, sam_teacher, processor, photos, sa1b, tmp_
 
     def make(
         stage: int = 2,
-        model=model,
+        student=model,
         clip_teacher=clip_teacher,
         sam_teacher=sam_teacher,
         trainer_class=SamClipTrainer,
@@ -72,7 +72,9 @@ def make_trainer(model, clip_teacher, sam_teacher, processor, photos, sa1b, tmp_
         if stage == 2:
             settings |= {"sam_data": [str(sa1b)], "sam_batch_size": 2, "masks_per_image": 2}
         settings |= arguments
+        passed = ("callbacks", "optimizers", "optimizer_cls_and_kwargs")
+        of_trainer = {name: settings.pop(name) for name in passed if name in settings}
         args = SamClipTrainingArguments(stage=stage, **settings)
-        return trainer_class(model, args, clip_teacher, sam_teacher, processing_class=processor)
+        return trainer_class(student, args, clip_teacher, sam_teacher, processing_class=processor, **of_trainer)
 
     return make

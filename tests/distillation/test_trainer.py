@@ -18,6 +18,7 @@ from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
+    EarlyStoppingCallback,
     SamConfig,
     SamImageProcessor,
     SamModel,
@@ -30,8 +31,10 @@ from samclip_hf import SamClipModel
 from samclip_hf.distillation import (
     ClipTeacher,
     DataError,
+    SamClipTrainer,
     SamTeacher,
     last_checkpoint,
+    provenance,
 )
 from samclip_hf.images import normalize
 
@@ -343,12 +346,12 @@ def test_teachers_saved_in_half_precision_train_a_float32_student(
 
     student = SamClipModel.from_teachers(str(tmp_path / "sam"), str(tmp_path / "clip"))
     assert {p.dtype for p in student.parameters()} == {torch.float32}
-    trainer = make_trainer(model=student, clip_teacher=half_clip, sam_teacher=half_sam, max_steps=1)
+    trainer = make_trainer(student=student, clip_teacher=half_clip, sam_teacher=half_sam, max_steps=1)
     assert math.isfinite(trainer.train().metrics["train_loss"])
 
 
 def test_a_half_precision_student_is_trained_and_saved_in_float32(make_trainer, model, tmp_path, caplog):
-    trainer = make_trainer(model=copy.deepcopy(model).to(torch.bfloat16), max_steps=2)
+    trainer = make_trainer(student=copy.deepcopy(model).to(torch.bfloat16), max_steps=2)
     assert "converted to float32" in caplog.text
     before = {name: parameter.clone() for name, parameter in trainer.model.named_parameters()}
     trainer.train()
@@ -409,6 +412,193 @@ def test_a_clip_teacher_with_another_text_tower_raises(model, clip_teacher):
 def test_invalid_arguments_raise(make_trainer, arguments, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         make_trainer(**arguments)
+
+
+# ---- resuming with other settings ----
+
+
+@pytest.mark.parametrize(
+    ("arguments", "change"),
+    [
+        ({"learning_rate": 2e-3}, r"learning_rate from 0\.001 to 0\.002"),
+        ({"weight_decay": 0.1}, r"weight_decay from 0\.0 to 0\.1"),
+        ({"clip_resolutions": [32]}, r"clip_resolutions from \[32, 64\] to \[32\]"),
+        ({"sam_resolutions": [32]}, r"sam_resolutions from \[\] to \[32\]"),
+        ({"sam_loss_weight": 5.0}, r"sam_loss_weight from 10\.0 to 5\.0"),
+        ({"optim": "sgd"}, "optim from adamw_torch.* to sgd"),
+        ({"lora_r": 2}, "lora_r from 0 to 2"),
+        ({"clip_batch_size": 8}, "clip_batch_size of all processes from 4 to 8"),
+        ({"gradient_accumulation_steps": 2}, "clip_batch_size of all processes from 4 to 8"),
+        ({"lr_scheduler_type": "cosine"}, "lr_scheduler_type from linear to cosine"),
+        ({"bf16": True}, "bf16 from False to True"),
+    ],
+)
+def test_a_checkpoint_is_not_resumed_with_other_settings(make_trainer, stage2_checkpoint, arguments, change):
+    with pytest.raises(DataError, match=f"cannot be resumed with other settings: .*{change}.*Start a new run"):
+        make_trainer(max_steps=2, **arguments).train(resume_from_checkpoint=stage2_checkpoint)
+
+
+@pytest.fixture
+def stage2_checkpoint(make_trainer, tmp_path) -> str:
+    make_trainer(max_steps=1, save_strategy="steps", save_steps=1).train()
+    return str(tmp_path / "run" / "checkpoint-1")
+
+
+def test_a_checkpoint_is_not_resumed_with_another_teacher(make_trainer, stage2_checkpoint, clip_teacher):
+    other = copy.deepcopy(clip_teacher)
+    with torch.no_grad():
+        other.model.visual_projection.weight += 0.01
+    with pytest.raises(DataError, match="clip_teacher's checksum from"):
+        make_trainer(max_steps=2, clip_teacher=other).train(resume_from_checkpoint=stage2_checkpoint)
+
+
+def test_the_same_batch_may_be_divided_otherwise_on_resume(make_trainer, stage2_checkpoint):
+    parts = {"clip_batch_size": 2, "sam_batch_size": 1, "gradient_accumulation_steps": 2}
+    trainer = make_trainer(max_steps=2, **parts)
+    trainer.train(resume_from_checkpoint=stage2_checkpoint)
+    assert trainer.state.global_step == 2
+
+
+def test_adapters_are_not_resumed_on_another_model(make_trainer, model, tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 1, "lora_r": 2}
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.vision_encoder.patch_embed.projection.weight += 0.01
+    make_trainer(max_steps=1, **settings).train()
+    with pytest.raises(DataError, match="model's checksum from"):
+        make_trainer(max_steps=2, student=other, **settings).train(str(tmp_path / "run" / "checkpoint-1"))
+
+
+def test_a_checkpoint_of_the_model_alone_is_not_resumed(make_trainer, tmp_path):
+    make_trainer(1, max_steps=1, save_strategy="steps", save_steps=1, save_only_model=True).train()
+    with pytest.raises(DataError, match="was saved with save_only_model and cannot be resumed"):
+        make_trainer(1, max_steps=2).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+
+
+def test_other_parameter_groups_of_the_optimizer_are_an_error(make_trainer, stage2_checkpoint):
+    class OneGroup(SamClipTrainer):
+        def parameter_group(self, name):
+            return "all", 1.0
+
+    with pytest.raises(DataError, match="its optimizer has other groups of parameters"):
+        make_trainer(max_steps=2, trainer_class=OneGroup).train(resume_from_checkpoint=stage2_checkpoint)
+
+
+# ---- optimizers, frozen layers, provenance ----
+
+
+def test_an_optimizer_and_a_schedule_can_be_passed(make_trainer, model, tmp_path):
+    parameters = [*model.clip_head.parameters()]
+    optimizer = torch.optim.SGD([{"params": parameters[:5], "lr": 0.1}, {"params": parameters[5:], "lr": 0.2}])
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    before = [parameter.clone() for parameter in parameters]
+    trainer = make_trainer(1, max_steps=2, optimizers=(optimizer, schedule))
+    metrics = trainer.train().metrics
+    assert any(not torch.equal(old, new) for old, new in zip(before, parameters, strict=True))
+    assert trainer.state.log_history[1]["learning_rate_0"] == pytest.approx(0.025)
+    assert trainer.state.log_history[1]["learning_rate_1"] == pytest.approx(0.05)
+    trainer.save_provenance(metrics)
+    (stage,) = provenance.read(tmp_path / "run")
+    assert (stage["arguments"]["optim"], stage["arguments"]["learning_rate"]) == ("SGD", [0.1, 0.2])
+    with pytest.raises(ValueError, match=r"The optimizer lacks .* that are trained, such as vision_enc"):
+        make_trainer(2, optimizers=(optimizer, None))
+
+
+def test_a_class_of_optimizers_gets_the_parameter_groups(make_trainer, model):
+    trainer = make_trainer(1, max_steps=1, optimizer_cls_and_kwargs=(torch.optim.SGD, {"momentum": 0.9}))
+    trainer.train()
+    assert isinstance(trainer.optimizer.optimizer, torch.optim.SGD)
+    assert {(group["name"], group["initial_lr"], group["momentum"]) for group in trainer.optimizer.param_groups} == {
+        ("head", 1e-3, 0.9)
+    }
+
+
+def test_optimizers_that_cannot_be_used_raise_before_the_training(make_trainer):
+    for optim in ("adamw_bnb_8bit", "galore_adamw", "lomo"):
+        with pytest.raises(ValueError, match=f"optim {optim} (needs another package|makes parameter groups)"):
+            make_trainer(1, optim=optim)
+
+
+@pytest.mark.parametrize("lora_r", [0, 2])
+def test_layers_that_the_user_has_frozen_stay_frozen_and_are_recorded(make_trainer, model, tmp_path, lora_r):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.vision_encoder.layers[0].requires_grad_(False)
+    model.clip_head.layers[1].mlp.requires_grad_(False)
+    model.vision_encoder.pos_embed.requires_grad_(False)
+    frozen = ("vision_encoder.layers.0.", "clip_head.layers.1.mlp.", "vision_encoder.pos_embed")
+    settings = {"learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 4, "lora_r": lora_r, "seed": 1}
+    trainer = make_trainer(max_steps=4, **settings)
+    metrics = trainer.train().metrics
+    trainer.save_provenance(metrics)
+    if lora_r:
+        trainer.model.merge_and_unload()
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert not [name for name in changed if name.startswith(frozen)]
+    assert any(name.startswith("vision_encoder.layers.1.") for name in changed)
+    assert any(name.startswith("clip_head.layers.1.attn.") for name in changed)
+    (stage,) = provenance.read(tmp_path / "run")
+    assert set(stage["frozen"]) == {name.rstrip(".") for name in frozen}
+
+    checkpoint = str(tmp_path / "run" / "checkpoint-4")
+    resumed = make_trainer(max_steps=6, **settings | {"save_steps": 6})
+    if not lora_r:  # the weights of the model have changed
+        resumed.train(resume_from_checkpoint=checkpoint)
+        changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+        assert not [name for name in changed if name.startswith(frozen)]
+        model.requires_grad_(True)
+        with pytest.raises(DataError, match=r"frozen from .* to"):
+            make_trainer(max_steps=6, **settings).train(resume_from_checkpoint=checkpoint)
+
+
+def test_one_model_can_pass_through_all_stages(make_trainer, model):
+    for stage in (1, 2, 3, 2):
+        trainer = make_trainer(stage, max_steps=1)
+        assert not trainer.frozen_by_user
+        trained = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert trained == {part.rstrip(".") for part in TRAINED[stage]}
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="All parameters of clip_head are frozen"):
+        make_trainer(1)
+
+
+def test_the_sam_loss_is_a_metric_if_all_that_it_trains_is_frozen(make_trainer, model):
+    model.vision_encoder.requires_grad_(False)
+    model.mask_decoder.requires_grad_(False)
+    trainer = make_trainer(2, max_steps=1)
+    trainer.train()
+    assert trainer.state.log_history[0]["sam_loss"] == pytest.approx(0, abs=1e-6)
+
+
+def test_provenance_records_what_happened(make_trainer, model, teacher_folders, tmp_path):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 2
+
+    trainer = make_trainer(2, max_steps=5, bf16=True, callbacks=[Stop()])
+    metrics = trainer.train().metrics
+    trainer.save_model()
+    trainer.save_provenance(metrics)
+    (first,) = provenance.read(tmp_path / "run")
+    assert first["steps"] == 2 and first["arguments"]["max_steps"] == 5
+    assert first["arguments"]["bf16"] is True and first["arguments"]["sam_loss_weight"] == 10
+    folders = {f"{name}_teacher": str(folder) for name, folder in teacher_folders.items()}
+    assert first["teachers"] == folders
+    assert {name: first["arguments"][name] for name in folders} == folders
+
+    student = SamClipModel.from_pretrained(tmp_path / "run")
+    settings = {"output_dir": str(tmp_path / "next"), "model": str(tmp_path / "run"), "save_strategy": "steps"}
+    third = make_trainer(3, student=student, max_steps=1, save_steps=1, **settings)
+    third.save_provenance(third.train().metrics)
+    stages = provenance.read(tmp_path / "next")
+    assert [stage["stage"] for stage in stages] == [2, 3] and stages[0] == first
+    assert "sam_teacher" not in stages[1]["teachers"]
+    assert not {"sam_loss_weight", "sam_data", "clip_head_layers"} & stages[1]["arguments"].keys()
+
+    (tmp_path / "run" / "provenance.json").unlink()  # the checkpoint has the earlier stages
+    resumed = make_trainer(3, student=student, max_steps=2, save_steps=1, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "next" / "checkpoint-1"))
+    resumed.save_provenance({})
+    assert provenance.read(tmp_path / "next")[0] == first
 
 
 # ---- LoRA ----
@@ -500,6 +690,60 @@ def test_an_evaluation_uses_held_out_samples_and_does_not_change_the_training(ma
 def test_an_evaluation_requires_held_out_samples(make_trainer):
     with pytest.raises(ValueError, match="eval_fraction is 0"):
         make_trainer(eval_strategy="steps", eval_steps=2, eval_fraction=0.0)
+
+
+EVALUATIONS = {"eval_strategy": "steps", "eval_steps": 1, "eval_fraction": 0.4, "eval_batches": 2}
+
+
+def test_eval_loss_is_the_weighted_sum_of_the_losses(make_trainer, model):
+    torch.nn.init.normal_(model.vision_encoder.pos_embed)  # so that the SAM loss is not zero
+    metrics = make_trainer(2, sam_loss_weight=3.0, **EVALUATIONS).evaluate()
+    expected = metrics["eval_clip_loss"] + 3 * metrics["eval_sam_loss"]
+    assert metrics["eval_loss"] == pytest.approx(expected, rel=1e-5) and metrics["eval_sam_loss"] > 0
+
+
+@pytest.mark.parametrize("lora_r", [0, 2])
+def test_the_best_model_is_loaded_at_the_end(make_trainer, tmp_path, lora_r):
+    class Spoil(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **kwargs):
+            if state.global_step == 3:
+                with torch.no_grad():
+                    for name, parameter in model.named_parameters():
+                        if parameter.requires_grad and "clip_head" in name:
+                            parameter.neg_()
+
+    best = {"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 5}
+    trainer = make_trainer(2, max_steps=3, lora_r=lora_r, callbacks=[Spoil()], **EVALUATIONS, **best)
+    trainer.train()
+    losses = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
+    step = min(losses, key=losses.get)
+    assert step < 3 and trainer.state.best_model_checkpoint == str(tmp_path / "run" / f"checkpoint-{step}")
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[step], rel=1e-5)
+    trainer.save_provenance({})
+    (stage,) = provenance.read(tmp_path / "run")
+    assert (stage["steps"], stage["best_step"]) == (3, step)
+
+
+def test_the_learning_rate_is_reduced_on_a_plateau(make_trainer):
+    plateau = {"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": {"patience": 0, "threshold": 10.0}}
+    trainer = make_trainer(1, max_steps=3, learning_rate=1e-3, **plateau, **EVALUATIONS)
+    trainer.train()
+    rates = [entry["learning_rate_head"] for entry in trainer.state.log_history if "learning_rate_head" in entry]
+    assert rates == pytest.approx([1e-3, 1e-4, 1e-5])
+
+
+def test_training_stops_early(make_trainer):
+    best = {"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 1}
+    early = EarlyStoppingCallback(early_stopping_patience=1, early_stopping_threshold=10.0)
+    trainer = make_trainer(1, max_steps=9, callbacks=[early], **EVALUATIONS, **best)
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_an_unknown_metric_for_the_best_model_is_an_error(make_trainer):
+    best = {"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 1, "metric_for_best_model": "acc"}
+    with pytest.raises(ValueError, match="metric_for_best_model is 'acc', but an evaluation has eval_clip_loss, "):
+        make_trainer(1, max_steps=1, **EVALUATIONS, **best).train()
 
 
 def test_the_student_may_have_other_resolutions_than_the_sam_teacher(make_trainer, model):

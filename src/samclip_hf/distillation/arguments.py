@@ -62,7 +62,7 @@ WITHOUT_EFFECT: tuple[tuple[tuple[str, ...], Callable[["SamClipTrainingArguments
     ),
     (
         ("include_num_input_tokens_seen",),
-        lambda args: args.include_num_input_tokens_seen == "no",
+        lambda args: args.include_num_input_tokens_seen in ("no", False),
         "The log has the number of images.",
     ),
     (

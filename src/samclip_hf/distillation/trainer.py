@@ -470,6 +470,12 @@ class SamClipTrainer(Trainer):
             averages = self._averages.compute()
             averages["loss"] = sum(averages.pop(f"loss of {task}", 0.0) for task in losses)
             metrics = {f"{metric_key_prefix}_{name}": value for name, value in averages.items()}
+        best = self.args.metric_for_best_model
+        if metric_key_prefix == "eval" and best is not None and f"eval_{best.removeprefix('eval_')}" not in metrics:
+            raise ValueError(
+                f"metric_for_best_model is {best!r}, but an evaluation has {', '.join(sorted(metrics))}. Set it to "
+                "one of them."
+            )
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -562,7 +568,7 @@ class SamClipTrainer(Trainer):
             groups = self.optimizer.param_groups
             arguments = {name: value for name, value in arguments.items() if not name.startswith(("adam_", "optim_"))}
             arguments |= {
-                "optim": type(self.optimizer).__name__,
+                "optim": type(getattr(self.optimizer, "optimizer", self.optimizer)).__name__,  # accelerate wraps it
                 "learning_rate": [float(group.get("initial_lr", group["lr"])) for group in groups],
                 "weight_decay": [group.get("weight_decay") for group in groups],
                 "encoder_lr_multiplier": None,
