@@ -15,10 +15,16 @@ import yaml
 
 from . import CommandError
 from .models import check_model
+from .outputs import check_writable
 
 if TYPE_CHECKING:
     from samclip_hf.distillation import SamClipTrainer, SamClipTrainingArguments
 
+# Files of a model that `save` writes.
+WRITTEN_FILES = (
+    *("config.json", "model.safetensors", "model.safetensors.index.json", "processor_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "provenance.json", "train_results.json"),
+)
 USAGE = "samclip train [RECIPE] [--argument value ...]"
 HELP = """\
 usage: {usage}
@@ -235,6 +241,7 @@ def run(argv: Sequence[str]) -> int:
     # processes, a training step then takes several times as long. OpenMP reads this when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     args = parse_arguments(argv)
+    check_writable(args.output_dir, "--output_dir")
     from samclip_hf.distillation import DataError
 
     try:
@@ -286,6 +293,7 @@ def find_checkpoint(args: "SamClipTrainingArguments") -> Path | None:
     if args.resume_from_checkpoint in ("true", "True"):
         if latest is None:
             print(f"{args.output_dir} has no checkpoint yet: training starts from the beginning.", file=sys.stderr)
+            check_no_model(Path(args.output_dir))
         return None if latest is None else Path(latest)
     if args.resume_from_checkpoint in (None, "false", "False"):
         if latest is not None:
@@ -293,8 +301,19 @@ def find_checkpoint(args: "SamClipTrainingArguments") -> Path | None:
                 f"Training did not start. {latest} belongs to an earlier run. Pass --resume_from_checkpoint true to "
                 "continue it, or another --output_dir."
             )
+        check_no_model(Path(args.output_dir))
         return None
     return Path(args.resume_from_checkpoint)
+
+
+def check_no_model(output_dir: Path) -> None:
+    """Exits if a folder has a file that the end of a training would replace."""
+    for name in WRITTEN_FILES:
+        if (output_dir / name).exists():
+            sys.exit(
+                f"Training did not start. It would replace {output_dir / name}. Pass another --output_dir, or delete "
+                "the files of the earlier model."
+            )
 
 
 def completed_steps(checkpoint: Path) -> int:

@@ -219,6 +219,64 @@ def test_teachers_that_a_run_does_not_load_need_not_exist(train, recipe):
     assert train.models_to_load(args) == {"model": miniature.checkpoint()}
 
 
+def test_a_finished_model_and_files_of_the_user_are_not_replaced(train, recipe, tmp_path):
+    lines = ["stage: 1", "max_steps: 1", "clip_resolutions: [64]", "clip_batch_size: 2", "shuffle_buffer: 2"]
+    path = recipe("\n".join([*lines, "save_strategy: 'no'"]))
+    train.run([path])
+    before = {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir() if file.is_file()}
+    for options in ([], ["--model", str(tmp_path / "run")], ["--resume_from_checkpoint", "true"]):
+        with pytest.raises(SystemExit, match=r"It would replace .*/run/config.json. Pass another --output_dir"):
+            train.run([path, *options])
+    assert {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir() if file.is_file()} == before
+
+
+def test_stage_2_without_a_model_requires_a_word(train, recipe):
+    with pytest.raises(SystemExit, match=r"pass the output of stage 1 as --model\. .* --clip_head_initialization"):
+        train.run([recipe("stage: 2\nmax_steps: 1\nclip_resolutions: [64]")])
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "change"),
+    [
+        ("optim", "sgd", "optim from adamw_torch.* to sgd"),
+        ("lora_r", "3", "lora_r from 2 to 3"),
+        ("learning_rate", "0.1", "learning_rate from 5e-05 to 0.1"),
+        ("sam_loss_weight", "1", "sam_loss_weight from 10.0 to 1.0"),
+    ],
+)
+def test_a_changed_setting_ends_a_resume_with_a_sentence(train, recipe, two_steps, argument, value, change):
+    with pytest.raises(SystemExit, match=f"Training did not start. .*checkpoint-1 cannot be resumed .*: {change}"):
+        train.run([two_steps, f"--{argument}", value])
+
+
+@pytest.fixture
+def two_steps(train, recipe, tmp_path) -> str:
+    """A recipe of stage 2 with adapters that is resumed after its first step."""
+    lines = ["stage: 2", NEW_HEAD, "clip_resolutions: [64]", "clip_batch_size: 2", "sam_batch_size: 1", "lora_r: 2"]
+    lines += ["masks_per_image: 2", "shuffle_buffer: 16", "save_steps: 1", "lr_scheduler_type: constant"]
+    train.run([recipe("\n".join([*lines, "max_steps: 1"]))])
+    return recipe("\n".join([*lines, "max_steps: 2", "resume_from_checkpoint: true"]))
+
+
+def test_the_best_model_is_saved_after_an_interruption_between_training_and_saving(train, recipe, tmp_path):
+    lines = ["stage: 1", "max_steps: 2", "clip_resolutions: [64]", "clip_batch_size: 2", "shuffle_buffer: 16"]
+    lines += ["save_steps: 1", "eval_strategy: steps", "eval_steps: 1", "eval_batches: 1", "eval_fraction: 0.3"]
+    path = recipe("\n".join([*lines, "load_best_model_at_end: true", "metric_for_best_model: loss"]))
+    train.run([path, "--greater_is_better", "true"])  # the first step is the best: the loss falls
+    run = tmp_path / "run"
+    state = json.loads((run / "trainer_state.json").read_text())
+    assert state["best_global_step"] in (1, 2)
+    best = load_file(run / f"checkpoint-{state['best_global_step']}" / "model.safetensors")
+    saved = (run / "model.safetensors").read_bytes()
+    for name in ("model.safetensors", "train_results.json"):
+        (run / name).unlink()
+    train.run([path, "--greater_is_better", "true", "--resume_from_checkpoint", "true"])
+    assert (run / "model.safetensors").read_bytes() == saved
+    assert all(torch.equal(value, best[name]) for name, value in load_file(run / "model.safetensors").items())
+    (stage,) = json.loads((run / "provenance.json").read_text())["stages"]
+    assert (stage["steps"], stage["best_step"]) == (2, state["best_global_step"]) and stage["images_seen"] > 0
+
+
 def test_stage_3_requires_a_model(train, recipe):
     with pytest.raises(SystemExit, match="Stage 3 continues from a merged model"):
         train.run([recipe("stage: 3\nmax_steps: 1\nclip_resolutions: [64]")])

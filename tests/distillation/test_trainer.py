@@ -704,24 +704,19 @@ def test_eval_loss_is_the_weighted_sum_of_the_losses(make_trainer, model):
 
 @pytest.mark.parametrize("lora_r", [0, 2])
 def test_the_best_model_is_loaded_at_the_end(make_trainer, tmp_path, lora_r):
-    class Spoil(TrainerCallback):
-        def on_step_end(self, args, state, control, model, **kwargs):
-            if state.global_step == 3:
-                with torch.no_grad():
-                    for name, parameter in model.named_parameters():
-                        if parameter.requires_grad and "clip_head" in name:
-                            parameter.neg_()
+    class Worse(SamClipTrainer):
+        def clip_loss(self, model, **batch):
+            return super().clip_loss(model, **batch) + self.state.global_step
 
     best = {"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 5}
-    trainer = make_trainer(2, max_steps=3, lora_r=lora_r, callbacks=[Spoil()], **EVALUATIONS, **best)
+    trainer = make_trainer(2, max_steps=3, lora_r=lora_r, trainer_class=Worse, **EVALUATIONS, **best)
     trainer.train()
     losses = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
-    step = min(losses, key=losses.get)
-    assert step < 3 and trainer.state.best_model_checkpoint == str(tmp_path / "run" / f"checkpoint-{step}")
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[step], rel=1e-5)
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "run" / "checkpoint-1")
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[1] + 2, rel=1e-5)  # the weights of step 1
     trainer.save_provenance({})
     (stage,) = provenance.read(tmp_path / "run")
-    assert (stage["steps"], stage["best_step"]) == (3, step)
+    assert (stage["steps"], stage["best_step"]) == (3, 1)
 
 
 def test_the_learning_rate_is_reduced_on_a_plateau(make_trainer):

@@ -75,6 +75,7 @@ def test_the_provenance_of_the_shipped_miniature_is_complete(folder, tmp_path):
         recipe = yaml.safe_load((RECIPES / f"miniature_stage{stage['stage']}.yaml").read_text())
         for name in ("dataloader_num_workers", "logging_steps", "save_steps", "report_to"):
             recipe.pop(name)
+        recipe["warmup_steps"] = recipe["warmup_steps"] * recipe["max_steps"]  # a fraction in the recipes
         assert stage["arguments"] == recipe | {"seed": 42}
         assert stage["steps"] == recipe["max_steps"]
     stages, licenses = publish_provenance(miniature.checkpoint(), tmp_path)

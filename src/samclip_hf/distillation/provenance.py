@@ -66,11 +66,15 @@ def read(model: str | Path) -> list[dict[str, Any]]:
     return [stage | {"arguments": rename_deprecated_arguments(stage["arguments"])} for stage in stages]
 
 
-def write(args: SamClipTrainingArguments, stage: dict[str, Any], earlier_stages: Sequence[dict[str, Any]]) -> None:
+def write(
+    folder: Path, args: SamClipTrainingArguments, stage: dict[str, Any], earlier_stages: Sequence[dict[str, Any]]
+) -> None:
     """
-    Writes `provenance.json` into `args.output_dir`: the earlier stages, and this one.
+    Writes `provenance.json` into the folder of a checkpoint: the earlier stages, and this one.
 
     Args:
+        folder (`Path`):
+            The folder.
         args ([`SamClipTrainingArguments`]):
             Arguments of this stage.
         stage (`dict[str, Any]`):
@@ -89,7 +93,7 @@ def write(args: SamClipTrainingArguments, stage: dict[str, Any], earlier_stages:
         "versions": {name: _version(name) for name in PACKAGES},
     }
     text = json.dumps({"stages": [*earlier_stages, stage]}, indent=2, default=str) + "\n"
-    write_atomically(Path(args.output_dir) / FILE_NAME, text)
+    write_atomically(folder / FILE_NAME, text)
 
 
 def _version(name: str) -> str | None:

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, CLIPModel, PreTrainedModel, SamModel, SiglipModel, SiglipTextConfig
 
-from ..images import normalize
+from ..images import mean_and_std, normalize
 from ..modeling_samclip import SamClipModel, load_teacher
 
 
@@ -30,8 +30,7 @@ class Teacher(nn.Module):
         self.model = model.float().requires_grad_(False)
         self.eval()
         image_processor = AutoImageProcessor.from_pretrained(model.name_or_path)
-        self.image_mean: list[float] = image_processor.image_mean
-        self.image_std: list[float] = image_processor.image_std
+        self.image_mean, self.image_std = mean_and_std(image_processor)
         self.resample = Image.Resampling(image_processor.resample)
         self.image_size: int = model.config.vision_config.image_size
 

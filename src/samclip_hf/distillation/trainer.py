@@ -31,7 +31,7 @@ from transformers.utils import logging
 
 from .. import miniature
 from ..datasets.streams import DataError, open_stream
-from ..images import normalize
+from ..images import mean_and_std, normalize
 from ..modeling_samclip import SamClipModel
 from ..processing_samclip import SamClipProcessor
 from ..visualization import save_panel
@@ -145,8 +145,7 @@ class SamClipTrainer(Trainer):
         self.sam_teacher = sam_teacher if args.stage == 2 else None
         if self.sam_teacher is not None:
             self.sam_teacher.check(model)
-        image_processor = processing_class.image_processor
-        self.image_mean, self.image_std = image_processor.image_mean, image_processor.image_std
+        self.image_mean, self.image_std = mean_and_std(processing_class.image_processor)
         train_dataset = StepStream(
             self.make_tasks(model),
             seed=args.seed,
@@ -525,25 +524,28 @@ class SamClipTrainer(Trainer):
                 Metrics that `train` returned.
         """
         if self.is_world_process_zero():
-            teachers = self._teacher_names()
-            models = {"sam_teacher": self.sam_teacher, "clip_teacher": self.clip_teacher}
-            stage = {
-                "arguments": self._recorded_arguments() | teachers,
-                "teachers": teachers,
-                "commits": {
-                    name: getattr(teacher.model.config, "_commit_hash", None)  # None for a folder
-                    for name, teacher in models.items()
-                    if isinstance(teacher, SamTeacher | ClipTeacher)
-                },
-                "steps": self.state.global_step,
-                "images_seen": metrics.get("train_images_seen", self._images),
-                "seconds": metrics.get("train_runtime"),
-            }
-            if self.frozen_by_user:
-                stage["frozen"] = self.frozen_by_user
-            if self.args.load_best_model_at_end:
-                stage["best_step"] = self.state.best_global_step
-            provenance.write(self.args, stage, self.earlier_stages)
+            self._write_provenance(Path(self.args.output_dir), {"train_images_seen": self._images} | metrics)
+
+    def _write_provenance(self, folder: Path, metrics: dict[str, float]) -> None:
+        teachers = self._teacher_names()
+        models = {"sam_teacher": self.sam_teacher, "clip_teacher": self.clip_teacher}
+        stage = {
+            "arguments": self._recorded_arguments() | teachers,
+            "teachers": teachers,
+            "commits": {
+                name: getattr(teacher.model.config, "_commit_hash", None)  # None for a folder
+                for name, teacher in models.items()
+                if isinstance(teacher, SamTeacher | ClipTeacher)
+            },
+            "steps": self.state.global_step,
+            "images_seen": metrics["train_images_seen"],
+            "seconds": metrics.get("train_runtime"),
+        }
+        if self.frozen_by_user:
+            stage["frozen"] = self.frozen_by_user
+        if self.args.load_best_model_at_end and not self.is_in_train:
+            stage["best_step"] = self.state.best_global_step  # the step of the weights
+        provenance.write(folder, self.args, stage, self.earlier_stages)
 
     def _teacher_names(self) -> dict[str, str]:
         """The names of the teachers that were used, by argument, and of the SAM that a new student starts from."""
@@ -562,6 +564,7 @@ class SamClipTrainer(Trainer):
     def _recorded_arguments(self) -> dict[str, Any]:
         """The arguments that determined the weights. Precision and optimizer may come from elsewhere."""
         arguments = provenance.recorded_arguments(self.args)
+        arguments["warmup_steps"] = self.args.get_warmup_steps(self.args.max_steps)  # also of a fraction
         for precision in ("bf16", "fp16"):  # `accelerate launch` sets it too
             arguments[precision] = self.accelerator.mixed_precision == precision
         if self._optimizer_is_given:
@@ -601,6 +604,7 @@ class SamClipTrainer(Trainer):
         content, because their folders may move, and batch sizes as those of all processes together."""
         args = self.args
         settings = {name: value for name, value in self._recorded_arguments().items() if name not in MAY_CHANGE}
+        settings["warmup_steps"] = args.warmup_steps
         for name in ("clip_batch_size", "sam_batch_size"):
             if name == "clip_batch_size" or args.stage == 2:
                 settings[f"{name} of all processes"] = (
@@ -628,11 +632,12 @@ class SamClipTrainer(Trainer):
                 run = {
                     "order": self._data_order,
                     "settings": self._settings,
-                    "earlier_stages": self.earlier_stages,
                     "save_only_model": self.args.save_only_model,
                     "skipped_steps": self._skipped_steps,
                 }
                 write_stream_state(folder, run, processes)
+                images = sum(process["images"] for process in processes)
+                self._write_provenance(folder, {"train_images_seen": images})
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:  # a full disk, in Python, torch and safetensors
             shutil.rmtree(folder, ignore_errors=True)
@@ -691,7 +696,8 @@ class SamClipTrainer(Trainer):
         self._images = state["images"] if is_first else 0
         self._images_at_log = state["images"]
         self._skipped_steps = state["skipped_steps"]
-        self.earlier_stages = state.get("earlier_stages", self.earlier_stages)
+        if stages := provenance.read(checkpoint):
+            self.earlier_stages = stages[:-1]
         if self.args.process_index < len(state["logs"]):
             self._averages.load_state(state["logs"][self.args.process_index])
 
