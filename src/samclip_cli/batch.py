@@ -9,6 +9,7 @@ import io
 import json
 import os
 import sys
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -210,19 +211,23 @@ def plan_outputs(output: str | None, images: Sequence[Path], overwrite: bool) ->
 
 
 def unique_names(images: Sequence[Path]) -> list[str]:
-    """File names without extension, unique without regard to case. If images share a name, a number is appended to all
-    but the first."""
-    taken = {image.stem.casefold() for image in images}
+    """File names without extension, unique without regard to case and to the encoding of accents, as some file systems
+    require. If images share a name, a number is appended to all but the first."""
+
+    def key(name: str) -> str:
+        return unicodedata.normalize("NFC", name).casefold()
+
+    taken = {key(image.stem) for image in images}
     names: list[str] = []
     seen: set[str] = set()
     for image in images:
         name, number = image.stem, 1
-        if name.casefold() in seen:
-            while f"{name}-{number}".casefold() in taken or number == 1:
+        if key(name) in seen:
+            while key(f"{name}-{number}") in taken or number == 1:
                 number += 1
             name = f"{name}-{number}"
-            taken.add(name.casefold())
-        seen.add(name.casefold())
+            taken.add(key(name))
+        seen.add(key(name))
         names.append(name)
     if renamed := [index for index, image in enumerate(images) if names[index] != image.stem]:
         first = renamed[0]

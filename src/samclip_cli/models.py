@@ -3,6 +3,7 @@ Checks that a model exists before it is loaded, and selects its thresholds of ev
 """
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def check_model(name: str, option: str = "--model") -> None:
     if os.path.exists(name):
         raise CommandError(f"{origin} is a file: pass the folder of the model.")
 
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
@@ -42,9 +43,9 @@ def check_model(name: str, option: str = "--model") -> None:
 
     try:
         cached = try_to_load_from_cache(name, "config.json")
-        if isinstance(cached, str) and any(path.suffix in WEIGHTS for path in Path(cached).parent.iterdir()):
-            return  # loaded from the cache if the Hub cannot be reached
+        is_cached = isinstance(cached, str) and any(path.suffix in WEIGHTS for path in Path(cached).parent.iterdir())
         get_hf_file_metadata(hf_hub_url(name, "config.json"))
+        return
     except HFValidationError:
         raise CommandError(f"{origin}: no such folder.") from None
     except GatedRepoError:  # a subclass of RepositoryNotFoundError
@@ -60,15 +61,16 @@ def check_model(name: str, option: str = "--model") -> None:
     except EntryNotFoundError:
         raise CommandError(f"{origin}: the repository contains no model, because it has no config.json.") from None
     except OfflineModeIsEnabled:
-        raise CommandError(
-            f"{origin}: no such folder, and the repository is not in the cache. The Hub is not asked because "
-            "HF_HUB_OFFLINE is set."
-        ) from None
+        problem = "HF_HUB_OFFLINE is set"
     except Exception as error:  # HTTP clients raise many types for connection errors
-        raise CommandError(
-            f"{origin}: no such folder, the repository is not in the cache, and the Hub cannot be reached "
-            f"({first_line(error)})."
-        ) from error
+        problem = f"the Hub cannot be reached ({first_line(error)})"
+    if not is_cached:
+        raise CommandError(f"{origin}: no such folder, the repository is not in the cache, and {problem}.")
+    if not constants.HF_HUB_OFFLINE:
+        print(f"samclip: {problem}: models are read from the cache.", file=sys.stderr)
+        # Otherwise a request for each file that the repository does not have is repeated for 23 seconds.
+        constants.HF_HUB_OFFLINE = True
+        os.environ["HF_HUB_OFFLINE"] = "1"  # for processes that this one starts
 
 
 def mask_generation_options(name: str) -> dict[str, Any]:

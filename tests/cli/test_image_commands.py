@@ -8,6 +8,7 @@ import struct
 import sys
 import zlib
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 import pytest
@@ -129,6 +130,16 @@ def test_masks_equal_those_of_the_pipeline(capsys, folder, monkeypatch):
         assert mask["area"] == np.asarray(reference).sum()
 
 
+def test_no_thresholds_return_empty_masks(capsys):
+    noise = np.random.default_rng(0).integers(90, 160, (107, 150, 3), dtype=np.uint8)
+    Image.fromarray(noise).save("noise.png")
+    save("photo.png")
+    thresholds = ["--pred_iou_thresh", "0", "--stability_score_thresh", "0"]
+    records, _ = samclip(capsys, "masks", "photo.png", "noise.png", "--points_per_crop", "8", *thresholds)
+    masks = [mask for record in records for mask in record["masks"]]
+    assert len(masks) > 10 and all(mask["area"] == decode(mask["segmentation"]).sum() > 0 for mask in masks)
+
+
 @pytest.mark.parametrize("kind", ["random", "empty", "full", "first pixel", "last pixel", "one row", "one column"])
 def test_pycocotools_reads_the_masks(kind):
     mask = np.zeros((7, 11), dtype=bool)
@@ -213,9 +224,10 @@ def test_outputs_of_images_with_the_same_name_do_not_collide(capsys):
 
 
 def test_output_names_are_unique():
-    images = [Path(path) for path in ("a/x.png", "a/x.jpg", "b/x.png", "x-2.png", "x-3.jpg", "X-3.png")]
-    names = unique_names(images)
-    assert len({name.casefold() for name in names}) == len(images)
+    paths = ["a/x.png", "a/x.jpg", "b/x.png", "x-2.png", "x-3.jpg", "X-3.png", "\u00e9.png", "e\u0301.jpg"]
+    images = [Path(path) for path in paths]
+    names = unique_names(images)  # on file systems that ignore case and how an accent is encoded, too
+    assert len({normalize("NFC", name).casefold() for name in names}) == len(images)
     assert names[0] == "x" and names[3:5] == ["x-2", "x-3"]
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import constants, hf_hub_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from samclip_cli import CommandError
 from samclip_cli.models import check_model
@@ -23,6 +24,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     set_address(monkeypatch, NOWHERE)
     return tmp_path
 
@@ -56,26 +58,31 @@ def test_a_folder_needs_a_configuration(folder):
 
 
 @pytest.mark.parametrize("is_offline", [False, True])
-def test_without_a_connection_a_repository_must_be_in_the_cache(monkeypatch, is_offline):
+def test_without_a_connection_a_repository_must_be_in_the_cache(monkeypatch, capsys, is_offline):
     with Hub() as hub:
         set_address(monkeypatch, hub.address)
         hub.repositories["me/model"] = Repository(private=False)
         hub.repositories["me/model"].commit("main", CONFIG | WEIGHTS)
         check_model("me/model")
-        hf_hub_download("me/model", "config.json")
-        set_address(monkeypatch, NOWHERE)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", is_offline)
-        reason = "HF_HUB_OFFLINE is set" if is_offline else "the Hub cannot be reached"
-        start = time.monotonic()
-        assert reason in error("me/model")  # the weights are missing
-        assert reason in error("me/other")
-        assert time.monotonic() - start < 1  # huggingface_hub repeats the request for 23 seconds
-        set_address(monkeypatch, hub.address)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        hf_hub_download("me/model", "model.safetensors")
-        set_address(monkeypatch, NOWHERE)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", is_offline)
-        check_model("me/model")
+        for names in ([], ["config.json"], ["config.json", "model.safetensors"]):
+            set_address(monkeypatch, hub.address)
+            monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+            for name in names:
+                hf_hub_download("me/model", name)
+            set_address(monkeypatch, NOWHERE)
+            monkeypatch.setattr(constants, "HF_HUB_OFFLINE", is_offline)
+            start = time.monotonic()
+            if len(names) < 2:
+                reason = "HF_HUB_OFFLINE is set" if is_offline else "the Hub cannot be reached"
+                assert reason in error("me/model")
+            else:
+                check_model("me/model")
+                assert constants.HF_HUB_OFFLINE
+                assert ("models are read from the cache" in capsys.readouterr().err) == (not is_offline)
+            # huggingface_hub repeats a request for a file that is not in the cache for 23 seconds.
+            with pytest.raises(LocalEntryNotFoundError):
+                hf_hub_download("me/model", "processor_config.json", local_files_only=len(names) < 2)
+            assert time.monotonic() - start < 1
 
 
 def test_a_repository_on_the_hub_must_exist_and_contain_a_model(monkeypatch):
