@@ -74,7 +74,7 @@ def run(argv: Sequence[str]) -> int:
     from tqdm import tqdm
 
     from samclip_hf import miniature
-    from samclip_hf.datasets.streams import UNREADABLE_SHARD, open_stream
+    from samclip_hf.datasets.streams import UNREADABLE_SHARD, DataError, open_stream
     from samclip_hf.distillation import ClipTeacher
     from samclip_hf.distillation.embedding_cache import describe_cache, embed_shards, shard_path, write_description
 
@@ -110,7 +110,7 @@ def run(argv: Sequence[str]) -> int:
                 causes.update(part["causes"])
                 progress.update(part["is_last"])
                 progress.set_postfix(images=num_images, skipped=causes.total())
-        except OSError as error:  # such as a full disk
+        except (OSError, DataError) as error:  # such as a full disk, or a tar in the wrong order
             sys.exit(
                 f"Stopped: {error}\nThe embeddings of complete shards are kept. Run the same command to continue."
             )

@@ -8,7 +8,7 @@ import tarfile
 import pytest
 
 from samclip_hf.datasets.shards import TarShards
-from samclip_hf.datasets.streams import open_stream
+from samclip_hf.datasets.streams import DataError, open_stream
 from samclip_hf.datasets.tar import image_rank, index_samples, iterate_files
 
 from .tars import jpeg, write_tar
@@ -158,14 +158,30 @@ def test_sparse_files_are_read_in_training_and_raise_in_evaluation(tmp_path):
         indexed(tmp_path / "photos.tar")
 
 
-def test_scattered_files_of_a_sample_are_counted_in_training_and_joined_in_evaluation(tmp_path):
-    write_tar(tmp_path / "photos.tar", {name: name.encode() for name in ("0.jpg", "1.jpg", "0.png", "1.png")})
+@pytest.mark.parametrize("masks_are_first", [False, True])
+def test_masks_in_another_part_of_a_tar_are_not_used(tmp_path, masks_are_first):
+    files = [{f"{number}.{extension}": extension.encode() for number in range(9)} for extension in ("jpg", "png")]
+    write_tar(tmp_path / "photos.tar", files[masks_are_first] | files[not masks_are_first])
+    assert set(indexed(tmp_path / "photos.tar").values()) == {b"jpg"}  # evaluation reads the whole tar first
+    if not masks_are_first:
+        assert streamed(tmp_path / "photos.tar") == {str(number): b"jpg" for number in range(9)}
+        return
+    message = r"photos\.tar: 0\.jpg is the image of its sample, but does not follow its other files.*--sort=name"
+    with pytest.raises(DataError, match=message):
+        streamed(tmp_path / "photos.tar")
+    with pytest.raises(DataError, match=message):  # also if the earlier rows are not read
+        list(open_stream(str(tmp_path / "photos.tar")).read(0, start=9))
+
+
+def test_separated_annotations_and_repeated_images_are_counted(tmp_path):
     path = str(tmp_path / "photos.tar")
-    rows = list(TarShards([path], with_masks=False).rows(0, 0, lambda key: True))
-    assert [sample["image"] and sample["image"]["bytes"] for _, sample in rows] == [b"0.jpg", b"1.jpg", None, None]
+    write_tar(path, [("0.jpg", b"first"), ("0.json", b""), ("1.jpg", b"second"), ("0.jpg", b"third"), ("1.json", b"")])
+    rows = list(TarShards([path], with_masks=True).rows(0, 0, lambda key: True))
+    assert [sample["image"] and sample["image"]["bytes"] for _, sample in rows] == [b"first", b"second", None, None]
     assert [sample.get("cause") for _, sample in rows] == [None, None, "scattered files", "scattered files"]
-    assert list(TarShards([path], with_masks=False).rows(0, 3, lambda key: True)) == rows[3:]  # after resuming
-    assert indexed(path) == {"0": b"0.jpg", "1": b"1.jpg"}
-    write_tar(tmp_path / "photos.tar", {"0.jpg": jpeg(0), "1.jpg": jpeg(1), "0.json": b"{}", "1.json": b"{}"})
+    for start in range(5):  # after resuming
+        assert list(TarShards([path], with_masks=True).rows(0, start, lambda key: True)) == rows[start:]
+    assert len(list(TarShards([path], with_masks=False).rows(0, 0, lambda key: True))) == 3
+    write_tar(path, {"0.jpg": jpeg(0), "1.jpg": jpeg(1), "0.json": b"{}", "1.json": b"{}"})
     with pytest.raises(ValueError, match=r"has no json files.*such as 'photos/0'.*--sort=name"):
         open_stream(path, with_masks=True)

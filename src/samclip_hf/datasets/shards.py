@@ -63,6 +63,10 @@ REMEDIES = {
 }
 
 
+class DataError(ValueError):
+    """The data cannot be used for training."""
+
+
 class Shards(Protocol):
     """
     The shards of a stream.
@@ -101,7 +105,8 @@ class TarShards:
         path = self.names[shard]
         names: set[str] = set()
         with fsspec.open(path, "rb") as stream, open_tar(stream) as tar:
-            for row, (name, files) in enumerate(groupby(iterate_files(tar), key=attrgetter("sample"))):
+            samples = groupby(self._check_order(iterate_files(tar), path), key=attrgetter("sample"))
+            for row, (name, files) in enumerate(samples):
                 key, is_known = sample_key(path, name), name in names
                 names.add(name)
                 if row < start or not wanted(key):
@@ -110,6 +115,32 @@ class TarShards:
                     yield row, {"key": key, "image": None, "json": None, "cause": SCATTERED_FILES}
                 else:
                     yield row, {"key": key, **self._read_files(tar, files)}
+
+    def _check_order(self, files: Iterable[SampleFile], path: str) -> Iterator[SampleFile]:
+        """
+        Yields the files without those that other samples separate from their sample and that it does not need, such as
+        masks after all photographs. Raises `DataError` if the image of a sample follows after another file was used in
+        its place, such as photographs after all masks.
+        """
+        lowest_ranks: dict[str, float] = {}
+        previous, is_separated = None, False
+        for file in files:
+            if file.sample != previous:
+                previous, is_separated = file.sample, file.sample in lowest_ranks
+            rank = image_rank(file.extension)
+            lowest = lowest_ranks.setdefault(file.sample, math.inf)
+            if is_separated:
+                if rank is not None and rank < lowest:
+                    raise DataError(
+                        f"{path}: {file.member.name} is the image of its sample, but does not follow its other files. "
+                        "Write the tar again with GNU tar's --sort=name."
+                    )
+                is_needed = file.extension == "json" and self.with_masks if rank is None else rank == lowest
+                if not is_needed:
+                    continue
+            elif rank is not None:
+                lowest_ranks[file.sample] = min(rank, lowest)
+            yield file
 
     def _read_files(self, tar: tarfile.TarFile, files: Iterable[SampleFile]) -> dict[str, Any]:
         """Reads the image and the annotations of a sample."""

@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 from ..images import decode_mask
 from .samples import read_image
-from .shards import ACCEPTED_NAMES, BROKEN_IMAGE, REMEDIES, Shards, TarShards, open_shards
+from .shards import ACCEPTED_NAMES, BROKEN_IMAGE, REMEDIES, DataError, Shards, TarShards, open_shards
 
 logger = logging.get_logger(__name__)
 
@@ -32,10 +32,6 @@ UNREADABLE_SHARD = "unreadable shard"  # the cause that counts the rest of a sha
 BROKEN_ANNOTATION, EMPTY_ANNOTATION = "broken annotation", "empty annotation"
 OTHER_SIZE = "mask and image differ in size"
 MAX_RETRIES = 5  # of a remote read, after 1, 2, 4, 8 and 16 s
-
-
-class DataError(ValueError):
-    """The data cannot be used for training."""
 
 
 class SkippedSampleError(ValueError):
