@@ -58,6 +58,9 @@ def test_deprecated_names_are_accepted_with_a_warning(make_arguments):
     assert args.clip_resolutions == [64]
     with pytest.warns(FutureWarning, match="Use clip_resolutions"):
         assert args.clip_sizes == [64]
+    with pytest.warns(FutureWarning, match="clip_sizes is deprecated"):
+        args.clip_sizes = [128]
+    assert args.clip_resolutions == args.to_dict()["clip_resolutions"] == [128]
     with pytest.warns(FutureWarning), pytest.raises(TypeError, match="deprecated name of min_crop_scale"):
         make_arguments(min_crop=0.1, min_crop_scale=0.2)
 

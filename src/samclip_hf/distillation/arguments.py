@@ -476,3 +476,9 @@ class SamClipTrainingArguments(TrainingArguments):
             warn_of_deprecated_argument(name)
             return getattr(self, DEPRECATED_ARGUMENTS[name])
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in DEPRECATED_ARGUMENTS:
+            warn_of_deprecated_argument(name)
+            name = DEPRECATED_ARGUMENTS[name]
+        super().__setattr__(name, value)
