@@ -174,6 +174,11 @@ class TestAttentionImplementations:
     def test_string_sets_every_part_without_a_warning(self, model, transformers_log):
         model.set_attn_implementation("eager")
         assert set(self.implementations(model).values()) == {"eager"}
+        model.set_attn_implementation({"clip_head_config": None, "text_config": None})
+        assert model.config.clip_head_config._attn_implementation == "sdpa"
+        assert model.text_model.config._attn_implementation == "sdpa"
+        model.set_attn_implementation(None)
+        assert set(self.implementations(model).values()) == {"sdpa"}
         assert not transformers_log.records
 
     @pytest.mark.parametrize("name", ["vision_config", "clip_head_config", "mask_decoder_config", "text_config"])

@@ -496,16 +496,18 @@ class SamClipVisionPreTrainedModel(PreTrainedModel):
             )
         return super().get_correct_attn_implementation(requested_attention, is_init_check)
 
-    def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs) -> None:
+    def set_attn_implementation(self, attn_implementation: str | dict | None, *args, **kwargs) -> None:
         """
         As in [`PreTrainedModel`]: takes a name for the whole model, or a `dict` whose keys are names of
         sub-configurations, or "" for the model itself. There are two differences: prompt encoder, mask decoder and
-        CLIP head, which are not a [`PreTrainedModel`], cause no warning, and unknown keys raise `ValueError`.
+        CLIP head, which are not a [`PreTrainedModel`], cause no warning, and unknown keys raise `ValueError`. `None`
+        means the default.
         """
         sub_configs = self.config.sub_configs
-        requested = attn_implementation
-        if not isinstance(requested, dict):
-            requested = dict.fromkeys(sub_configs, requested)
+        if not isinstance(attn_implementation, dict):
+            attn_implementation = {"": attn_implementation} | dict.fromkeys(sub_configs, attn_implementation)
+        default = self.get_correct_attn_implementation(None)
+        requested = {name: default if value is None else value for name, value in attn_implementation.items()}
         if unknown := sorted(requested.keys() - sub_configs.keys() - {""}):
             raise ValueError(
                 f"{type(self).__name__} has no {', '.join(unknown)}. Keys of attn_implementation are "
@@ -516,7 +518,7 @@ class SamClipVisionPreTrainedModel(PreTrainedModel):
             self.get_correct_attn_implementation(implementation)  # raises before anything has changed
         for name, implementation in parts.items():
             getattr(self.config, name)._attn_implementation = implementation
-        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+        super().set_attn_implementation(requested, *args, **kwargs)
 
 
 class SamClipVisionEncoder(SamClipVisionPreTrainedModel):
