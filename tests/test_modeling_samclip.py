@@ -412,6 +412,9 @@ class TestSaving:
             SamClipConfig(composition_points=0)
         with pytest.raises(Exception, match="must share image_size and patch_size"):
             SamClipConfig(vision_config=SamVisionConfig(image_size=512))
+        for config_class in (SamClipConfig, SamClipVisionConfig):
+            with pytest.raises(Exception, match="hidden_size, 50, is not a multiple of num_attention_heads, 4"):
+                config_class(vision_config={"hidden_size": 50, "num_attention_heads": 4})
 
     def test_checkpoints_of_other_models_raise(self, sam, clip, tmp_path):
         for teacher in (sam, clip):

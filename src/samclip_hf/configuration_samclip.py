@@ -203,6 +203,7 @@ class SamClipConfig(SamConfig):
                 "vision_config and prompt_encoder_config must share image_size and patch_size, got "
                 f"{vision.image_size}/{vision.patch_size} and {prompt_encoder.image_size}/{prompt_encoder.patch_size}."
             )
+        _check_heads(vision)
 
 
 def _size_of(part: str, name: str) -> Any:
@@ -295,6 +296,10 @@ class SamClipVisionConfig(BackboneConfigMixin, PreTrainedConfig):
         save_code(self, save_directory)
         super().save_pretrained(save_directory, push_to_hub, **kwargs)
 
+    def validate_architecture(self):
+        """Part of `@strict`-powered validation."""
+        _check_heads(self.vision_config)
+
     @property
     def num_hidden_layers(self) -> int:
         """Number of layers of image encoder and CLIP head together, one less than the number of `hidden_states`."""
@@ -367,6 +372,15 @@ VISION_AUTO_MAP = {
     "AutoModel": "modeling_samclip.SamClipVisionModel",
     "AutoBackbone": "modeling_samclip.SamClipBackbone",
 }
+
+
+def _check_heads(config: SamVisionConfig) -> None:
+    """As in [`CLIPVisionConfig`]; [`SamVisionConfig`] does not check it."""
+    if config.hidden_size % config.num_attention_heads:
+        raise ValueError(
+            f"hidden_size, {config.hidden_size}, is not a multiple of num_attention_heads, "
+            f"{config.num_attention_heads}."
+        )
 
 
 def _encoder_layers(num_layers: int, head_layers: int) -> int:
