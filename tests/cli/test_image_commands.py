@@ -131,13 +131,12 @@ def test_masks_equal_those_of_the_pipeline(capsys, folder, monkeypatch):
 
 
 def test_no_thresholds_return_empty_masks(capsys):
-    noise = np.random.default_rng(0).integers(90, 160, (107, 150, 3), dtype=np.uint8)
-    Image.fromarray(noise).save("noise.png")
+    Image.new("RGB", (150, 107), (90, 90, 90)).save("flat.png")  # every predicted mask of this image is empty
     save("photo.png")
     thresholds = ["--pred_iou_thresh", "0", "--stability_score_thresh", "0"]
-    records, _ = samclip(capsys, "masks", "photo.png", "noise.png", "--points_per_crop", "8", *thresholds)
+    records, _ = samclip(capsys, "masks", "photo.png", "flat.png", "--points_per_crop", "8", *thresholds)
     masks = [mask for record in records for mask in record["masks"]]
-    assert len(masks) > 10 and all(mask["area"] == decode(mask["segmentation"]).sum() > 0 for mask in masks)
+    assert len(masks) >= 5 and all(mask["area"] == decode(mask["segmentation"]).sum() > 0 for mask in masks)
 
 
 @pytest.mark.parametrize("kind", ["random", "empty", "full", "first pixel", "last pixel", "one row", "one column"])
