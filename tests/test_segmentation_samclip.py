@@ -537,7 +537,7 @@ class TestImageSegmentation:
         old = type(detector).from_pretrained(tmp_path, **load)
         old = old[0] if isinstance(old, tuple) else old
         assert_same(
-            old.label_embeds, detector.label_embeds.to(old.dtype), tolerance=1e-2 if load.get("dtype") else 1e-6
+            old.label_embeds, detector.label_embeds.to(old.dtype), tolerance=5e-2 if load.get("dtype") else 1e-6
         )
         old.save_pretrained(tmp_path / "new")
         new = type(detector).from_pretrained(tmp_path / "new", dtype=torch.float32)
