@@ -1,14 +1,17 @@
 """The published folder and its upload, with the real client and a local server in place of the Hub."""
 
+import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from samclip_hf import SamClipForImageSegmentation, SamClipModel, SamClipProcessor, miniature
-from samclip_hf.publishing import PublishingError, build_repository, create_model_card, push, verify
+from samclip_hf.publishing import PublishingError, build_repository, create_model_card, prepare_push, push, verify
 
 from ..loopback_hub import Repository
 
@@ -141,3 +144,18 @@ print(type(model).__name__, type(processor).__name__, type(backbone).__name__, w
         with pytest.raises(PublishingError, match=message):
             push(folder, repo_id)
         assert not hub.repositories
+
+
+def test_files_of_a_training_output_are_replaced_in_one_step(copy, tmp_path):
+    """A second hard link keeps the old content if a file is replaced, and changes if it is written in place."""
+    shutil.copy(Path(miniature.checkpoint()) / "provenance.json", copy)
+    names = ["config.json", "processor_config.json", "provenance.json", "README.md", "configuration_samclip.py"]
+    (copy / "README.md").write_text("old")
+    before = {}
+    for name in names:
+        (tmp_path / name).hardlink_to(copy / name)
+        before[name] = (tmp_path / name).read_bytes()
+    prepare_push(copy, "me/model")
+    for name in names:
+        assert (tmp_path / name).read_bytes() == before[name] and not (tmp_path / name).samefile(copy / name)
+    assert json.loads((copy / "config.json").read_text())["auto_map"]

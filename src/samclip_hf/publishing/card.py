@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from .. import miniature
 from ..distillation import provenance
+from ..files import write_atomically
 from ..images import convert_to_rgb
 from ..processing_samclip import SamClipProcessor
 from ..segmentation_samclip import SamClipForImageSegmentation
@@ -38,7 +39,7 @@ def prepare_push(folder: Path, repo_id: str) -> None:
     """
     add_code(folder)
     stages, licenses = publish_provenance(folder, folder)
-    create_model_card(folder, repo_id, stages, licenses=licenses).save(folder / "README.md")
+    write_atomically(folder / "README.md", str(create_model_card(folder, repo_id, stages, licenses=licenses)))
 
 
 def create_model_card(
@@ -229,7 +230,7 @@ def publish_provenance(source: str | Path, folder: Path) -> tuple[list[dict[str,
     licenses = {_shorten_paths(name): license for name in teachers if (license := _license(name)) is not None}
     stages = _shorten_paths(stages)
     if stages:
-        (folder / provenance.FILE_NAME).write_text(json.dumps({"stages": stages}, indent=2) + "\n")
+        write_atomically(folder / provenance.FILE_NAME, json.dumps({"stages": stages}, indent=2) + "\n")
     return stages, licenses
 
 

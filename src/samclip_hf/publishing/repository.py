@@ -5,7 +5,6 @@ The repository on the Hub: a folder that loads without this package, and its upl
 """
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, Repo
 
 from .. import modeling_samclip, registration
 from ..configuration_samclip import MINIMUM_TRANSFORMERS_VERSION
+from ..files import write_atomically
 from ..processing_samclip import SamClipProcessor
 from ..segmentation_samclip import SamClipForImageSegmentation
 
@@ -85,7 +85,7 @@ def add_code(folder: Path) -> None:
         folder (`Path`): A model saved with its processor.
     """
     for file in Path(modeling_samclip.__file__).parent.glob(HUB_FILES):
-        shutil.copy(file, folder)
+        write_atomically(folder / file.name, file.read_bytes())
     _update_json(
         folder / "config.json",
         auto_map=AUTO_MAP,
@@ -107,7 +107,7 @@ def add_code(folder: Path) -> None:
 
 
 def _update_json(path: Path, **entries: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | entries, indent=2) + "\n")
+    write_atomically(path, json.dumps(json.loads(path.read_text()) | entries, indent=2) + "\n")
 
 
 def resolve_target(
