@@ -21,7 +21,8 @@ from ..segmentation_samclip import SamClipForImageSegmentation
 HUB_FILES = "*_samclip.py"
 AUTO_MAP = {
     "AutoConfig": "configuration_samclip.SamClipConfig",
-    "SamClipVisionConfig": "configuration_samclip.SamClipVisionConfig",  # for `get_class_from_dynamic_module`
+    # No Auto class reads this entry. It names the class for users who pass it to `get_class_from_dynamic_module`.
+    "SamClipVisionConfig": "configuration_samclip.SamClipVisionConfig",
     **{
         auto_class.__name__: f"{model_class.__module__.rpartition('.')[2]}.{model_class.__name__}"
         for auto_class, model_class in registration.MODELS.items()
