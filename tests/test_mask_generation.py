@@ -22,8 +22,8 @@ from samclip_hf import (
 from samclip_hf.mask_generation_samclip import (
     MASK_GENERATION_DEFAULTS,
     UpsampledMasks,
-    decode_mask,
-    encode_mask,
+    decode_rle,
+    encode_rle,
     mask_to_box,
 )
 from samclip_hf.miniature.scenes import render
@@ -72,7 +72,7 @@ def assert_same(actual, expected, min_masks=5):
         mask, expected_mask = np.asarray(mask), np.asarray(expected_mask)
         # Rounding differs in the encoder and in resizing, so that single pixels at the threshold may differ.
         assert (mask ^ expected_mask).sum() <= 5e-4 * expected_mask.sum()
-        assert np.array_equal(decode_mask(encoding), mask)
+        assert np.array_equal(decode_rle(encoding), mask)
         if np.array_equal(mask, expected_mask):
             assert encoding == expected_encoding
 
@@ -135,7 +135,7 @@ def test_empty_masks_are_dropped(processor_class, deferred):
     upsampled = upsampled if deferred else upsampled + 0
     scores = torch.arange(12).view(4, 3) / 12
     encodings, kept_scores, boxes = processor.filter_masks(upsampled, scores, (64, 64), [0, 0, 64, 64], 0.0, 0.0)
-    assert [decode_mask(encoding).any() for encoding in encodings] == [True, True]
+    assert [decode_rle(encoding).any() for encoding in encodings] == [True, True]
     assert kept_scores.tolist() == [scores[1, 2], scores[3, 0]]
     assert boxes[1].tolist() == [0, 0, 63, 63]
 
@@ -146,7 +146,7 @@ def test_equal_masks_of_one_row_or_column_are_duplicates():
     boxes = torch.tensor([[2, 1, 4, 1], [2, 1, 4, 1], [3, 0, 3, 2], [2, 2, 2, 2], [2, 2, 2, 2]])
     scores = torch.tensor([0.5, 0.9, 0.8, 0.7, 0.6])
     kept, kept_scores, _, _ = SamClipImageProcessor(**SIZES).post_process_for_mask_generation(
-        [encode_mask(mask) for mask in masks], scores, boxes, 0.7
+        [encode_rle(mask) for mask in masks], scores, boxes, 0.7
     )
     assert kept_scores.tolist() == pytest.approx([0.9, 0.8, 0.7])
     assert [mask.numpy().tolist() for mask in kept] == [masks[index].tolist() for index in (1, 2, 3)]
@@ -229,9 +229,9 @@ class TestUpsampledMasks:
     ],
 )
 def test_encoded_masks_decode_to_themselves_and_in_pycocotools(mask, counts):
-    encoding = encode_mask(mask)
+    encoding = encode_rle(mask)
     assert encoding == {"size": list(mask.shape), "counts": counts}
-    assert np.array_equal(decode_mask(encoding), mask)
+    assert np.array_equal(decode_rle(encoding), mask)
     compressed = coco.frPyObjects(encoding, *mask.shape)
     assert compressed == coco.encode(np.asfortranarray(mask, dtype=np.uint8))
     left, top, width, height = coco.toBbox(compressed).astype(int).tolist()
@@ -240,7 +240,7 @@ def test_encoded_masks_decode_to_themselves_and_in_pycocotools(mask, counts):
 
 def test_counts_that_do_not_match_the_size_raise_an_error():
     with pytest.raises(ValueError, match="mask of 2 x 3 pixels add up to 5"):
-        decode_mask({"size": [2, 3], "counts": [2, 3]})
+        decode_rle({"size": [2, 3], "counts": [2, 3]})
 
 
 @pytest.mark.skipif(not is_torchvision_available(), reason="torchvision is not installed")

@@ -12,9 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from .image_processing_samclip import convert_to_rgb
-from .mask_generation_samclip import decode_mask as _decode_uncompressed
-from .mask_generation_samclip import encode_mask as _encode_uncompressed
-from .mask_generation_samclip import mask_to_box
+from .mask_generation_samclip import decode_rle, encode_rle, mask_to_box
 
 
 def open_image(
@@ -97,7 +95,7 @@ def encode_mask(mask: np.ndarray, compressed: bool = False) -> dict[str, Any]:
 
         encoded = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
         return {"size": list(mask.shape), "counts": encoded["counts"].decode("ascii")}
-    return _encode_uncompressed(mask)
+    return encode_rle(mask)
 
 
 def decode_mask(segmentation: dict[str, Any] | list, size: tuple[int, int] | None = None) -> np.ndarray:
@@ -118,7 +116,7 @@ def decode_mask(segmentation: dict[str, Any] | list, size: tuple[int, int] | Non
     if isinstance(segmentation, dict):
         counts = segmentation["counts"]
         counts = counts if isinstance(counts, list) else _decompress_counts(counts)
-        return _decode_uncompressed({"size": segmentation["size"], "counts": counts})
+        return decode_rle({"size": segmentation["size"], "counts": counts})
 
     from pycocotools import mask as coco_mask
 

@@ -150,7 +150,7 @@ class SamClipMaskGenerationMixin:
 
         Returns:
             `tuple[list[dict], torch.Tensor, torch.Tensor]`: The kept masks as run-length encodings of the image (see
-            [`encode_mask`]), their predicted IoUs `(num_kept,)`, and their boxes `(num_kept, 4)`: left, top, right and
+            [`encode_rle`]), their predicted IoUs `(num_kept,)`, and their boxes `(num_kept, 4)`: left, top, right and
             bottom in pixels, all inclusive, as in SAM.
 
         Raises:
@@ -237,7 +237,7 @@ class SamClipMaskGenerationMixin:
             distinct = set(thin[_suppress_overlaps(larger, scores[thin], crops_nms_thresh)].tolist())
             kept = [index for index in kept if not is_thin[index] or index in distinct]
         encodings = [all_masks[index] for index in kept]
-        masks = [decode_mask(encoding) for encoding in encodings]
+        masks = [decode_rle(encoding) for encoding in encodings]
         if not isinstance(self, SamImageProcessorPil):
             masks = [torch.from_numpy(mask) for mask in masks]
         return masks, all_scores[kept], encodings, all_boxes[kept]
@@ -280,7 +280,7 @@ class UpsampledMasks(torch.Tensor):
         return self.upsampled
 
 
-def encode_mask(mask: np.ndarray) -> dict:
+def encode_rle(mask: np.ndarray) -> dict:
     r"""
     Encodes a mask as uncompressed COCO run-length encoding (RLE).
 
@@ -295,13 +295,13 @@ def encode_mask(mask: np.ndarray) -> dict:
     return _encode_window(mask, 0, 0, *mask.shape)
 
 
-def decode_mask(encoding: dict) -> np.ndarray:
+def decode_rle(encoding: dict) -> np.ndarray:
     r"""
     Decodes uncompressed COCO run-length encoding.
 
     Args:
         encoding (`dict`):
-            `size` and `counts`, see [`encode_mask`].
+            `size` and `counts`, see [`encode_rle`].
 
     Returns:
         `np.ndarray`: Boolean mask `(height, width)`.
@@ -386,7 +386,7 @@ def _extents(marked: torch.Tensor) -> tuple[list[int], list[int]]:
 
 
 def _encode_window(window: np.ndarray, left: int, top: int, height: int, width: int) -> dict:
-    """As [`encode_mask`], for a mask `(height, width)` that is empty outside a window `(window_height, window_width)`
+    """As [`encode_rle`], for a mask `(height, width)` that is empty outside a window `(window_height, window_width)`
     at `left` and `top`."""
     columns = np.zeros((window.shape[1], height), dtype=bool)
     columns[:, top : top + window.shape[0]] = window.T
@@ -418,4 +418,4 @@ def _suppress_overlaps(boxes: torch.Tensor, scores: torch.Tensor, max_iou: float
     return kept
 
 
-__all__ = ["MASK_GENERATION_DEFAULTS", "SamClipMaskGenerationMixin", "decode_mask", "encode_mask", "mask_to_box"]
+__all__ = ["MASK_GENERATION_DEFAULTS", "SamClipMaskGenerationMixin", "decode_rle", "encode_rle", "mask_to_box"]
