@@ -11,6 +11,7 @@ import base64
 import io
 import os
 from numbers import Integral
+from typing import Any
 
 import httpx
 import numpy as np
@@ -31,6 +32,12 @@ MAPS_PER_CHUNK = 16
 
 class SamClipImageProcessorMixin:
     """Preprocessing and post-processing for subclasses of SAM's image processors."""
+
+    # Attributes of SAM's image processors.
+    size: Any
+    pad_size: Any
+    mask_size: Any
+    do_resize: bool
 
     def preprocess(self, images, segmentation_maps=None, size=None, pad_size=None, **kwargs):
         r"""

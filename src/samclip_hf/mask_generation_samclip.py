@@ -6,6 +6,8 @@ Post-processing for automatic mask generation ("everything mode"), and the mask 
 never resized to the image.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -28,6 +30,11 @@ CROP_EDGE_TOLERANCE = 20  # pixels, as in SAM: a mask this close to the edge of 
 
 class SamClipMaskGenerationMixin:
     """Mask generation for subclasses of SAM's image processors."""
+
+    # Attributes of SAM's image processors.
+    size: Any
+    pad_size: Any
+    mask_pad_size: Any
 
     def post_process_masks(
         self, masks, original_sizes, reshaped_input_sizes, mask_threshold=0.0, binarize=True, pad_size=None

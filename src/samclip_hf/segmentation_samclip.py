@@ -306,8 +306,9 @@ class SamClipForImageSegmentation(SamClipModel):
         or a threshold is not between 0 and 1.
         """
         groups = to_label_groups(labels)
-        threshold, texts_of_background = None, []
-        if isinstance(background, Real):  # includes numpy's
+        threshold: float | None = None
+        texts_of_background: list[str] = []
+        if isinstance(background, float | Real):  # Real includes numpy's
             threshold = float(background)
             if not 0 < threshold < 1:
                 raise ValueError(f"As a threshold, background must be a probability between 0 and 1, got {threshold}.")
