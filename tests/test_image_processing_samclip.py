@@ -63,20 +63,20 @@ class TestSizes:
             ({}, {"size": {"longest_edge": 128}}),
             ({}, {"size": np.int64(128)}),
             ({}, {"size": 128, "pad_size": {"height": 128, "width": 128}}),
-            ({}, {"do_resize": False}),
+            ({"do_resize": False}, {}),
             ({"size": {"longest_edge": 32}}, {}),  # padded to 64
             ({"size": {"longest_edge": 32}}, {"size": 32}),
             ({"size": {"longest_edge": 32}}, {"size": 128}),
             ({"size": {"longest_edge": 32}, "mask_pad_size": {"height": 256, "width": 256}}, {}),
             # A student of 8 px patches with a SAM's image processor, whose patches have 16 px.
             ({"size": {"longest_edge": 256}, "pad_size": {"height": 256, "width": 256}}, {}),
-            ({"size": {"longest_edge": 256}, "pad_size": {"height": 256, "width": 256}}, {"size": 128}),
+            ({"size": {"longest_edge": 256}, "pad_size": {"height": 256, "width": 256}}, {"size": 64}),
             ({"mask_pad_size": {"height": 256, "width": 256}}, {}),
             ({"mask_pad_size": {"height": 256, "width": 256}}, {"size": 128}),
         ],
     )
     def test_masks_fit_images_of_any_size(self, own, call, sizes):
-        if call.get("do_resize") is False:
+        if own.get("do_resize") is False:
             sizes = [min(62, side) for side in sizes]
         processor = SamClipImageProcessor(**(SIZES | own))
         inputs = processor([smooth_image(*sizes)] * 2, **call, return_tensors="pt")
@@ -107,18 +107,15 @@ class TestSizes:
         with pytest.raises(ValueError, match="16 x 16 do not match images that were resized to 50 x 99"):
             SamClipImageProcessor(**SIZES).post_process_masks(torch.randn(1, 1, 1, 16, 16), [[5, 9]], [[50, 99]])
 
-    def test_padding_that_masks_do_not_determine_raises(self):
-        """Images of 32 px that are not resized: padded to 64 px with patches of 8 px, or not padded with patches of 4
-        px."""
-        processor, masks, sizes = SamClipImageProcessor(**SIZES), torch.randn(1, 1, 1, 32, 32), [[32, 32]]
-        with pytest.raises(ValueError, match=r"padded to 32 x 32 or to 64 x 64 pixels. Pass pad_size\."):
-            processor.post_process_masks(masks, sizes, sizes)
-        for edge in (32, 64):
-            mask = processor.post_process_masks(masks, sizes, sizes, pad_size={"height": edge, "width": edge})[0]
-            content = masks[0, :, :, : 32 * 32 // edge, : 32 * 32 // edge]
-            assert (
-                mask == (torch.nn.functional.interpolate(content, (32, 32), mode="bilinear") > 0)
-            ).float().mean() > 0.9
+    @BOTH_BACKENDS
+    def test_padding_that_masks_do_not_determine_raises(self, processor_class):
+        """Images that one call does not resize are padded like all images, or the whole processor must not resize."""
+        processor = processor_class(**SIZES)
+        with pytest.raises(ValueError, match=r"32 x 32 pixels.*padded to 64 x 64.*Set do_resize=False in the image"):
+            processor(smooth_image(32, 32), do_resize=False)
+        for options in ({"do_pad": False}, {"pad_size": {"height": 32, "width": 32}}):
+            inputs = processor(smooth_image(32, 32), do_resize=False, **options, return_tensors="pt")
+            assert inputs["pixel_values"].shape == (1, 3, 32, 32)
 
     @BOTH_BACKENDS
     @pytest.mark.parametrize(

@@ -80,12 +80,24 @@ class SamClipImageProcessorMixin:
         )
         kwargs["input_data_format"] = "channels_first"
         self._set_sizes(kwargs, size, pad_size, with_maps=segmentation_maps is not None)
-        if segmentation_maps is None:
-            return super().preprocess(images, **kwargs)
-        segmentation_maps = _standardize_maps(segmentation_maps)
+        if segmentation_maps is not None:
+            segmentation_maps = _standardize_maps(segmentation_maps)
         inputs = super().preprocess(images, segmentation_maps, **kwargs)
-        self._check_maps(segmentation_maps, inputs["original_sizes"], inputs["labels"])
+        if self.do_resize and not kwargs.get("do_resize", True) and kwargs.get("do_pad", self.do_pad):
+            self._check_padding(inputs["reshaped_input_sizes"], kwargs.get("pad_size", self.pad_size))
+        if segmentation_maps is not None:
+            self._check_maps(segmentation_maps, inputs["original_sizes"], inputs["labels"])
         return inputs
+
+    def _check_padding(self, sizes, pad_size) -> None:
+        """Raises `ValueError` if images that were not resized are smaller than their padding in both directions."""
+        height, width = (max(int(size[axis]) for size in sizes) for axis in (0, 1))
+        if height != pad_size["height"] and width != pad_size["width"]:
+            raise ValueError(
+                f"Images of {height} x {width} pixels would be padded to {pad_size['height']} x {pad_size['width']}, "
+                "which post_process_masks could not know. Set do_resize=False in the image processor, or pass a "
+                "pad_size that the images fill, or do_pad=False."
+            )
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As SAM's. The image processor of a published checkpoint is saved with the model's code."""
@@ -111,11 +123,11 @@ class SamClipImageProcessorMixin:
             if padding.keys() != {"height", "width"}:
                 raise ValueError(f'pad_size must be {{"height": number, "width": number}}, got {pad_size}.')
             is_own = padding == dict(self.pad_size) and edge == own_edge
-            if not is_own and (not is_resized or max(padding.values()) != edge):
+            if is_resized and not is_own and max(padding.values()) != edge:
                 raise ValueError(
                     f"pad_size is {padding['height']} x {padding['width']}, but images are padded to their longest "
-                    f"edge{f', {edge} pixels' if is_resized else ''}. Pass size={max(padding.values())} and no "
-                    "pad_size to resize the longest edge to that many pixels."
+                    f"edge, {edge} pixels. Pass size={max(padding.values())} and no pad_size to resize the longest "
+                    "edge to that many pixels."
                 )
             kwargs["pad_size"] = padding
         if with_maps:

@@ -35,6 +35,7 @@ class SamClipMaskGenerationMixin:
     size: Any
     pad_size: Any
     mask_pad_size: Any
+    do_resize: bool
 
     def post_process_masks(
         self, masks, original_sizes, reshaped_input_sizes, mask_threshold=0.0, binarize=True, pad_size=None
@@ -65,7 +66,7 @@ class SamClipMaskGenerationMixin:
             ValueError: The sizes of the masks and of the resized images do not match.
         """
         if pad_size is None:
-            pad_size = self._padded_size(masks, original_sizes, reshaped_input_sizes)
+            pad_size = self._padded_size(masks, reshaped_input_sizes)
 
         def upsample(masks, original_sizes, reshaped_input_sizes):
             return super(SamClipMaskGenerationMixin, self).post_process_masks(
@@ -80,19 +81,16 @@ class SamClipMaskGenerationMixin:
             for mask, original_size, reshaped_size in zip(masks, original_sizes, reshaped_input_sizes, strict=True)
         ]
 
-    def _padded_size(self, masks, original_sizes, reshaped_input_sizes) -> dict[str, int]:
+    def _padded_size(self, masks, reshaped_input_sizes) -> dict[str, int]:
         """
         Returns height and width of the padded images to which `masks` belong.
 
         A mask has four cells per patch. The image processor does not know the patch size, but `preprocess` pads images
-        to their longest edge: the longest edge determines the number of pixels in a cell. Exceptions are images of its
-        own `size`, and images that were not resized: they are padded to its own `pad_size`.
+        to their longest edge, so that the longest edge determines the number of pixels in a cell. Images of its own
+        `size` are the exception, and all images if its `do_resize` is `False`: they are padded to its own `pad_size`.
         """
         mask_size = np.array(masks[0].shape[-2:])
-        original, content = (
-            np.array([tuple(map(int, size)) for size in sizes]) for sizes in (original_sizes, reshaped_input_sizes)
-        )
-        largest = content.max(axis=0)
+        largest = np.array([tuple(map(int, size)) for size in reshaped_input_sizes]).max(axis=0)
         tight = mask_size * (largest / mask_size).max()
         own = np.array([self.pad_size["height"], self.pad_size["width"]])
         own_by_masks = mask_size * own / [self.mask_pad_size["height"], self.mask_pad_size["width"]]
@@ -102,14 +100,9 @@ class SamClipMaskGenerationMixin:
             return height == width and 4 * height % 1 == 0 and (padded >= largest).all()
 
         padded = tight if is_possible(tight) else own
-        if is_possible(tight) and is_possible(own) and (tight != own).any():
-            if largest.max() == self.size["longest_edge"]:
-                padded = tight if (own_by_masks == tight).all() else own
-            elif (original == content).all() and (own_by_masks == own).all():
-                raise ValueError(
-                    f"Images of {largest[0]} x {largest[1]} pixels with masks of {mask_size[0]} x {mask_size[1]} were "
-                    f"padded to {tight[0]:.0f} x {tight[1]:.0f} or to {own[0]} x {own[1]} pixels. Pass pad_size."
-                )
+        may_have_own = largest.max() == self.size["longest_edge"] or not self.do_resize
+        if may_have_own and is_possible(tight) and is_possible(own):
+            padded = tight if (own_by_masks == tight).all() else own
         if (padded < largest).any():
             raise ValueError(
                 f"Masks of {mask_size[0]} x {mask_size[1]} do not match images that were resized to "
