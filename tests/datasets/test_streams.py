@@ -186,6 +186,13 @@ class TestImageFiles:
         assert keys(name) == ["a/1.jpg", "a/2.png", "b/1.png", "b/3.JPEG"]
         assert "are not used, because another image has the same name" in transformers_log.text
 
+    def test_folders_of_photographs_and_of_annotations_raise(self, tmp_path):
+        name = write(tmp_path / "labels/data", "images/1.png", "labels/1.png")
+        with pytest.raises(DataError, match=r"has photographs, such as .*images/1\.png, and .*labels/1\.png\."):
+            open_stream(name)
+        assert keys(f"{name}/images") == ["images/1.png"]
+        assert keys(f"{name}/images/*.png") == ["images/1.png"]
+
     def test_other_files_are_counted_and_hidden_ones_are_not_read(self, tmp_path, transformers_log):
         names = "1.jpg", "2.heic", "3.HEIC", "a/b/notes.txt", "._1.jpg", ".cache/4.jpg", "__MACOSX/5.jpg", "6"
         assert len(keys(write(tmp_path, *names))) == 1

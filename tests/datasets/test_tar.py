@@ -185,3 +185,13 @@ def test_separated_annotations_and_repeated_images_are_counted(tmp_path):
     write_tar(path, {"0.jpg": jpeg(0), "1.jpg": jpeg(1), "0.json": b"{}", "1.json": b"{}"})
     with pytest.raises(ValueError, match=r"has no json files.*such as 'photos/0'.*--sort=name"):
         open_stream(path, with_masks=True)
+
+
+@pytest.mark.parametrize("folders", [("images", "labels"), ("photos/images", "photos/Masks"), ("gt", ".")])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_tars_with_folders_of_photographs_and_of_annotations_raise(tmp_path, folders, interleaved):
+    names = [f"{folder}/{number}.png" for folder in folders for number in range(9)]
+    names = sorted(names, key=lambda name: name[-5]) if interleaved else names
+    write_tar(tmp_path / "photos.tar", dict.fromkeys(names, b""))
+    with pytest.raises(DataError, match=r"photos\.tar has photographs, such as .*0\.png, and images in a folder of"):
+        list(open_stream(str(tmp_path)).read(0))

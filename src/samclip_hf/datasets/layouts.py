@@ -26,6 +26,10 @@ HUB_PREFIX = "hf://"  # of names of datasets on the Hub: "hf://owner/name?config
 # Names of files and folders that are not data: hidden ones, such as macOS's `._000.jpg`, and those in double
 # underscores, such as `__MACOSX`, which webdataset leaves out, too.
 IGNORED_NAME = re.compile(r"(^|/)(\.[^./]|__[^/]*__(/|$)|__MACOSX/)")
+# Folders of images that are annotations of other images.
+ANNOTATION_FOLDER = re.compile(
+    r"(^|/)(masks?|labels?|annotations?|segmentations?|segmentationclass|seg|gt|ground_?truth)/", re.IGNORECASE
+)
 COMPRESSED_TAR = re.compile(r"\.(tar\.(gz|bz2|xz|zst|zstd|lz4|lzma|Z)|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
 
 Split = Literal["train", "val"]  # of datasets in `LAYOUTS`; a path has no splits

@@ -26,7 +26,7 @@ import numpy as np
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
 from transformers.utils import logging
 
-from .layouts import IGNORED_NAME, IMAGE_EXTENSIONS, list_files, raise_if_compressed
+from .layouts import ANNOTATION_FOLDER, IGNORED_NAME, IMAGE_EXTENSIONS, list_files, raise_if_compressed
 from .tar import SampleFile, image_rank, iterate_files, open_tar, sample_key
 
 logger = logging.get_logger(__name__)
@@ -120,14 +120,18 @@ class TarShards:
         """
         Yields the files without those that other samples separate from their sample and that it does not need, such as
         masks after all photographs. Raises `DataError` if the image of a sample follows after another file was used in
-        its place, such as photographs after all masks.
+        its place, such as photographs after all masks, or if there are folders of photographs and of annotations.
         """
         lowest_ranks: dict[str, float] = {}
         previous, is_separated = None, False
+        examples: dict[bool, str] = {}  # of images in folders of annotations, and in others
         for file in files:
             if file.sample != previous:
                 previous, is_separated = file.sample, file.sample in lowest_ranks
             rank = image_rank(file.extension)
+            if rank is not None:
+                examples.setdefault(bool(ANNOTATION_FOLDER.search(file.sample)), file.member.name)
+                raise_if_annotations(examples, path)
             lowest = lowest_ranks.setdefault(file.sample, math.inf)
             if is_separated:
                 if rank is not None and rank < lowest:
@@ -168,6 +172,15 @@ def _read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     file = tar.extractfile(member)
     assert file is not None  # `member` is a regular file
     return file.read()
+
+
+def raise_if_annotations(examples: dict[bool, str], name: str) -> None:
+    """Raises `DataError` if there are examples of images in folders of annotations (`True`) and in others."""
+    if len(examples) == 2:
+        raise DataError(
+            f"{name} has photographs, such as {examples[False]}, and images in a folder of annotations, such as "
+            f"{examples[True]}. Pass photographs only: a subfolder, a glob, or a tar without the annotations."
+        )
 
 
 class ImageFile(NamedTuple):
@@ -397,6 +410,8 @@ def _open_images(paths: list[str], others: list[str], name: str, with_masks: boo
             others = others + [member for member, image in zip(members, is_image, strict=True) if not image]
         else:
             files.append(ImageFile(path))
+    root = len(name) if os.path.isdir(name) else 0
+    raise_if_annotations({bool(ANNOTATION_FOLDER.search(file.name[root:])): file.name for file in files}, name)
     ranks = [IMAGE_EXTENSIONS.index(_extension(file.name)) for file in files]
     if len(set(ranks)) > 1:
         names = [os.path.splitext(file.name)[0] for file in files]

@@ -193,6 +193,8 @@ def _first(shards: Shards, shard: int) -> list[dict[str, Any]]:
     try:
         for _, sample in islice(shards.rows(shard, 0, lambda key: True), 8):
             samples.append(sample)
+    except DataError:
+        raise
     except Exception:
         if not samples and shard == len(shards.names) - 1:
             raise
