@@ -6,6 +6,7 @@ import re
 import shlex
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from datetime import timedelta
@@ -295,9 +296,15 @@ def split_cascade(name: str) -> list[str]:
 
 
 def short_names(names: list[str]) -> list[str]:
-    """Names of models for tables: the last parts of their paths, if these are unique."""
-    short = ["+".join(Path(os.path.abspath(part)).name for part in split_cascade(name)) for name in names]
-    return short if len(set(short)) == len(names) else names
+    """Names of models for tables: the last parts of their paths, with as many folders above as distinguish them."""
+    paths = [[Path(os.path.abspath(part)).parts for part in split_cascade(name)] for name in names]
+    short = [""] * len(names)
+    for depth in range(1, 1 + max(len(path) for parts in paths for path in parts)):
+        counts = Counter(short)
+        for index, parts in enumerate(paths):
+            if counts[short[index]] > 1 or depth == 1:
+                short[index] = "+".join("/".join(path[-depth:]) for path in parts)
+    return short
 
 
 def file_name(name: str) -> str:
@@ -382,7 +389,7 @@ def run(argv: Sequence[str]) -> int:
     from samclip_hf.files import write_atomically
 
     teachers = [miniature.sam_teacher(), miniature.clip_teacher()]
-    models = arguments.model or [miniature.checkpoint(), *teachers, "+".join(teachers)]
+    models = list(dict.fromkeys(arguments.model or [miniature.checkpoint(), *teachers, "+".join(teachers)]))
     # One process can draw images, train heads or process a slow image for longer than the default of 30 minutes.
     state = PartialState(timeout=timedelta(days=7))
     evaluators = build_evaluators(arguments)

@@ -174,6 +174,11 @@ def test_files_of_other_programs_are_not_replaced(tmp_path, name):
 def test_names_of_models_and_files_are_short_and_unique(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert evaluate.short_names([".", "runs/stage3/", "owner/clip"]) == [tmp_path.name, "stage3", "clip"]
+    names = ["a/x/student", "b/x/student", "c/student", "sam", "a/x/student+clip", "b/x/student+clip"]
+    assert evaluate.short_names(names) == [
+        *("a/x/student", "b/x/student", "c/student", "sam"),
+        *(f"{folder}/x/student+{tmp_path.parent.name}/{tmp_path.name}/clip" for folder in "ab"),
+    ]
     long = "/".join(["seed0"] * 60)
     assert len(evaluate.file_name(long)) < 210 and evaluate.file_name(long) != evaluate.file_name(long + "x")
     assert evaluate.file_name("a:b@1-ü+c") == "a-b-1--+c"

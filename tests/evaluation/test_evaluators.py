@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from huggingface_hub import ModelCardData
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
-from transformers import BatchFeature, CLIPModel, CLIPProcessor, SamProcessor
+from transformers import BatchFeature, CLIPModel, CLIPProcessor, SamProcessor, pipeline
 
 from samclip_hf import SamClipForImageSegmentation, SamClipModel, SamClipProcessor, miniature
 from samclip_hf.datasets import (
@@ -515,6 +515,16 @@ class TestMiniature:
         evaluator = CascadeSegmentation(segmented_images(1, 2), {"points_per_crop": 4}, templates=["a {}"])
         full, half = (evaluator.run(load_adapter(name, dtype=dtype)) for dtype in (torch.float32, torch.bfloat16))
         assert half.metrics["overall_accuracy"] == pytest.approx(full.metrics["overall_accuracy"], abs=0.1)
+
+    def test_a_samclip_generates_the_masks_of_a_cascade(self, samclip, clip):
+        image = Image.fromarray(evaluation_scene(102, 0).image)
+        thresholds = {"points_per_crop": 4, "pred_iou_thresh": 0.3, "stability_score_thresh": 0.3}
+        masks = samclip.generate_masks(image, **thresholds)
+        generator = pipeline("mask-generation", model=miniature.checkpoint())
+        assert np.array_equal(masks, np.stack([np.asarray(mask) for mask in generator(image, **thresholds)["masks"]]))
+        evaluator = CascadeSegmentation(segmented_images(1, 2), thresholds, templates=["a {}"])
+        assert evaluator.run(CascadeAdapter(samclip, clip)).metrics["overall_accuracy"] > 0.3
+        assert isinstance(samclip.model, SamClipForImageSegmentation)
 
     def test_images_that_are_not_square_are_not_cropped(self, samclip, clip):
         image = Image.fromarray(np.zeros((50, 130, 3), dtype=np.uint8))

@@ -9,6 +9,7 @@ torch.Size([1, 128])
 """
 
 from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoProcessor, CLIPModel, PreTrainedModel, SamModel, SiglipModel, pipeline
 
 from ..images import mask_to_box, mean_and_std, normalize
+from ..modeling_samclip import SamClipModel
 from ..segmentation_samclip import SamClipForImageSegmentation, canonicalize_text
 from .identity import hash_configuration, hash_json, hash_weights
 
@@ -237,11 +239,18 @@ class PromptableAdapter(ModelAdapter):
         outputs = self.model(image_embeddings=image_embeddings, **prompts)
         return outputs.pred_masks, outputs.iou_scores
 
+    def _mask_generator(self) -> PreTrainedModel:
+        """Returns the model for the `mask-generation` pipeline."""
+        return self.model
+
     def generate_masks(self, image: Image.Image, **thresholds) -> np.ndarray:
         """Returns the masks of everything mode `(num_masks, height, width)` of type bool: the result of the stock
         `mask-generation` pipeline with these `thresholds`."""
         generator = pipeline(
-            "mask-generation", model=self.model, image_processor=self.image_processor, device=self.model.device
+            "mask-generation",
+            model=self._mask_generator(),
+            image_processor=self.image_processor,
+            device=self.model.device,
         )
         masks = generator(image, points_per_batch=PROMPT_BATCH_SIZE, **thresholds)["masks"]
         shape = (len(masks), image.height, image.width)
@@ -361,6 +370,11 @@ class SamClipVisionAdapter(PromptableAdapter):
 
     def _decode(self, image_embeddings: Tensor, **prompts) -> tuple[Tensor, Tensor]:
         return self.model.predict_masks(image_embeddings, **prompts)
+
+    def _mask_generator(self) -> PreTrainedModel:
+        model = copy(self.model)  # with the same modules
+        model.__class__ = SamClipModel  # whose `forward` takes points
+        return model
 
     @torch.inference_mode()
     def patch_features(self, images: Sequence[Image.Image], size: int) -> dict[str, Tensor]:

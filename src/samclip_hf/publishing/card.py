@@ -143,7 +143,8 @@ def find_results(results: dict[str, Any], source: str | Path, name: str | None =
     Args:
         results (`dict`): `results.json` of an evaluation.
         source (`str` or `Path`): The checkpoint.
-        name (`str`, *optional*): The model's name in the results. Default: the name that has the checkpoint's weights.
+        name (`str`, *optional*): The model's name in the results. Default: the name with the weights of the
+            checkpoint and, if there are several, with its configuration.
 
     Returns:
         `str`: The name.
@@ -155,14 +156,16 @@ def find_results(results: dict[str, Any], source: str | Path, name: str | None =
     from ..evaluation import load_adapter
 
     try:
-        weights = load_adapter(str(source)).weights
+        adapter = load_adapter(str(source))
     except (OSError, ValueError) as error:
         raise PublishingError(f"{source} cannot be loaded: {error}") from error
-    known = {
-        known: entry.get("weights") for task in results["tasks"].values() for known, entry in task["models"].items()
-    }
+    weights = adapter.weights
+    entries = {known: entry for task in results["tasks"].values() for known, entry in task["models"].items()}
+    known = {known: entry.get("weights") for known, entry in entries.items()}
     if name is None:
         names = [known_name for known_name, of_name in known.items() if of_name == weights]
+        # With the same composition and image processor, if there are such results.
+        names = [other for other in names if entries[other].get("identity") == adapter.identity] or names
         if not names:
             others = ", ".join(f"{other} ({of_name or 'not recorded'})" for other, of_name in known.items())
             raise PublishingError(
@@ -170,7 +173,9 @@ def find_results(results: dict[str, Any], source: str | Path, name: str | None =
                 "checkpoint with samclip evaluate."
             )
         if len(names) > 1:
-            raise PublishingError(f"Pass --results_name with one of: {', '.join(names)}.")
+            raise PublishingError(
+                f"There are several results of these weights. Pass --results_name with one of: {', '.join(names)}."
+            )
         return names[0]
     if name not in known:
         raise PublishingError(f"No results for {name!r}. Pass --results_name with one of: {', '.join(sorted(known))}.")
