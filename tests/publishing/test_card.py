@@ -138,6 +138,12 @@ class TestResults:
         assert find_results(results, miniature.checkpoint()) == "renamed"
         assert find_results(results, miniature.checkpoint(), "renamed") == "renamed"
 
+    def test_of_several_names_that_with_the_configuration_is_found(self, weights):
+        results = self.results(classes=weights, segments=weights, bfloat16=weights)
+        models = results["tasks"]["classification"]["models"]
+        models["segments"] |= {"identity": load_adapter(miniature.checkpoint()).identity}
+        assert find_results(results, miniature.checkpoint()) == "segments"
+
     def test_the_published_dtype_and_vocabulary_do_not_matter(self, weights, tmp_path):
         model = SamClipForImageSegmentation.from_pretrained(miniature.checkpoint())
         model.set_vocabulary(["a cat", "a dog"]).save_pretrained(tmp_path)

@@ -161,7 +161,7 @@ def named(sample: SampleType) -> SampleType:
         except Exception as error:
             raise ValueError(f"{sample.key}: the {kind} cannot be read: {error}") from error
 
-    functions = {
+    functions: dict[str, Any] = {
         field.name: partial(read, field.name.replace("_", " "), getattr(sample, field.name))
         for field in fields(sample)
         if callable(getattr(sample, field.name))

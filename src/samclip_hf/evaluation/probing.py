@@ -80,7 +80,7 @@ class Probing(Evaluator):
                 return self.features(model, images, size)
 
             shapes = feature_shapes(self.train, compute)
-            num_images = sum(len(data.samples) for data in (self.train, self.test))  # type: ignore[arg-type]
+            num_images = len(self.train.samples) + len(self.test.samples)  # type: ignore[arg-type]
             num_bytes = 2 * num_images * sum(math.prod(shape) for shape in shapes.values())  # float16
             require_disk_space(folder, num_bytes, f"{self.name}, {model.name}: the features of {num_images:,} images")
             train, test = (
