@@ -7,8 +7,10 @@ must not wait for them.
 """
 
 import argparse
+import json
 import os
 import sys
+import time
 from collections.abc import Sequence
 from importlib import import_module, metadata
 
@@ -62,8 +64,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             if sys.stdout is not None:
                 sys.stdout.flush()  # here, because at exit Python prints an error if the pipe is closed
     except CommandError as error:
-        print(f"samclip {arguments.command}: {error}", file=sys.stderr)
+        message = f"samclip {arguments.command}: {error}"
+        print(message, file=sys.stderr)
+        tell_launcher(message)
         return 2
+    except SystemExit as error:
+        if isinstance(error.code, str):  # a message, which Python prints
+            tell_launcher(error.code)
+        raise
     except ModuleNotFoundError as error:
         extra = EXTRAS.get(arguments.command)
         if extra is None or not error.name or error.name.startswith("samclip"):
@@ -80,6 +88,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of standard output, such as `head`, has closed it
         discard_standard_output()
         return BROKEN_PIPE
+
+
+def tell_launcher(message: str) -> None:
+    """
+    Writes the error message of this process where torchrun reads it, which `accelerate launch` uses for several
+    processes. torchrun ends with a traceback of its own and this message, instead of a hint at its documentation
+    (https://pytorch.org/docs/stable/elastic/errors.html).
+    """
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with open(path, "w") as file:
+            json.dump({"message": message, "timestamp": int(time.time())}, file)
 
 
 def build_parser() -> argparse.ArgumentParser:

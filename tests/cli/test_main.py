@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 import samclip_cli
 from samclip_cli import COMMANDS, main, masks
@@ -126,6 +127,28 @@ def test_ctrl_c_is_reported_without_a_traceback(capsys, monkeypatch):
     monkeypatch.setattr("samclip_cli.evaluate.run", interrupt)
     assert main(["evaluate"]) == 130
     assert capsys.readouterr().err == "samclip evaluate: interrupted.\n"
+
+
+def test_torchrun_ends_its_report_with_the_message_of_the_command(tmp_path, monkeypatch, capsys):
+    (tmp_path / "recipe.yaml").write_text("learning_rat: 1")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))  # torchrun sets it for each process
+
+    def exit_with_a_message(argv):
+        sys.exit("The output folder is full.")
+
+    monkeypatch.setattr("samclip_cli.evaluate.run", exit_with_a_message)
+    assert main(["train", str(tmp_path / "recipe.yaml")]) == 2
+    message = capsys.readouterr().err.strip()
+    assert "unknown argument 'learning_rat'" in message and reported_by_torchrun(tmp_path / "error.json") == message
+    with pytest.raises(SystemExit, match="The output folder is full"):
+        main(["evaluate"])
+    assert reported_by_torchrun(tmp_path / "error.json") == "The output folder is full."
+
+
+def reported_by_torchrun(path: Path) -> str:
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(path))
+    report = str(ChildFailedError("samclip_cli", {0: failure}))
+    return re.search("Root Cause.*traceback : (.*?)\n", report, re.DOTALL)[1]
 
 
 def test_a_missing_library_is_reported_with_its_extra(capsys, monkeypatch):
