@@ -57,8 +57,8 @@ models:
 output:
   results.json, results.md, an image of sample predictions for every task and model, and a model
   index for the model card of every SAM-CLIP. Results that are already in results.json are not
-  computed again. Results are identified by the weights: those of another model in a folder of the same
-  name, or of another protocol for the same task, have separate names and replace nothing."""
+  computed again. Results are identified by the weights: those of another model in a folder of the
+  same name, or of another protocol for the same task, have separate names and replace nothing."""
 
 PROTOCOLS = (
     *("classification", "retrieval", "instances", "prompts", "semantic", "composed", "cascade"),
