@@ -21,11 +21,10 @@ LAYERS = (
     {"export"},
     {"publishing"},
     {"miniature_lab"},
-    {"samclip_cli", "__main__"},
+    {"samclip_cli"},
 )
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}
-# `python -m` of these runs a command, as the module of a command would.
-ENTRY_POINTS = {"samclip_hf.__main__", "samclip_hf.export.__main__"}
+DEPRECATED_COMMAND = "samclip_hf.export.__main__"  # belongs to the commands
 # What the Hub files may import: every user of a published model has these packages.
 REQUIRED = {"httpx", "huggingface_hub", "numpy", "packaging", "PIL", "tokenizers", "torch", "transformers"}
 
@@ -70,9 +69,7 @@ def test_every_module_has_a_layer():
 @pytest.mark.parametrize("path", FILES, ids=module_name)
 def test_imports_point_downward(path):
     module = module_name(path)
-    own = layer_of(module)
-    if module in ENTRY_POINTS:
-        own = "samclip_cli"
+    own = "samclip_cli" if module == DEPRECATED_COMMAND else layer_of(module)
     for imported in imported_modules(path):
         layer = layer_of(imported)
         assert layer == own or LEVELS[layer] < LEVELS[own], f"{module} ({own}) imports {imported} ({layer})"

@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import re
+import runpy
 import shlex
 import signal
 import subprocess
@@ -211,3 +212,11 @@ def test_numbers_in_help_texts_are_those_of_the_package():
 def test_recipes_of_the_package_are_found_by_name():
     files = (ROOT / "src" / "samclip_hf" / "recipes").glob("*.yaml")
     assert recipe_paths() == {path.stem: path for path in files}
+
+
+def test_the_old_name_of_the_export_command_names_the_new_one(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["export", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module("samclip_hf.export", run_name="__main__")
+    output = capsys.readouterr()
+    assert "deprecated, use samclip export" in output.err and output.out.startswith("usage: samclip export")
