@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import CommandError
 from .argument_types import positive_int
+from .models import check_model
 from .train import collect_arguments, parse_arguments
 
 if TYPE_CHECKING:
@@ -57,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def load_config(config_class: type, name: str, fallback: dict[str, Any]):
-    """The configuration of a teacher, or `config_class(**fallback)` if it cannot be downloaded."""
+    """The configuration of a teacher, or `config_class(**fallback)` and a message if it cannot be read."""
     from transformers import AutoConfig, SamConfig
 
     from samclip_hf import miniature
@@ -65,9 +67,10 @@ def load_config(config_class: type, name: str, fallback: dict[str, Any]):
     if name == "miniature":
         name = miniature.sam_teacher() if config_class is SamConfig else miniature.clip_teacher()
     try:
+        check_model(name, "teacher", needs_weights=False)
         return AutoConfig.from_pretrained(name)
-    except OSError:
-        print(f"samclip cost: {name} cannot be downloaded; assuming SAM ViT-B or CLIP ViT-L/14.", file=sys.stderr)
+    except (CommandError, OSError) as error:
+        print(f"samclip cost: {error} The estimate assumes SAM ViT-B or CLIP ViT-L/14.", file=sys.stderr)
         return config_class(**fallback)
 
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .argument_types import fraction, positive_int
+from .models import check_model
+from .outputs import check_writable
 
 DESCRIPTION = """\
 Precomputes the CLIP teacher's image embeddings, so that training does not run the teacher.
@@ -70,6 +72,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(argv: Sequence[str]) -> int:
     arguments = build_parser().parse_args(argv)
+    if arguments.clip_teacher != "miniature":
+        check_model(arguments.clip_teacher, "--clip_teacher")
+    check_writable(arguments.output_dir, "--output_dir")
+
     from accelerate import PartialState
     from tqdm import tqdm
 

@@ -12,7 +12,7 @@ from . import CommandError, first_line
 WEIGHTS = (".safetensors", ".bin")
 
 
-def check_model(name: str, option: str = "--model") -> None:
+def check_model(name: str, option: str = "--model", needs_weights: bool = True) -> None:
     """
     Checks that a model exists, without importing torch. transformers would report a missing folder as an invalid
     repository name, and without a connection it would repeat every request for half a minute.
@@ -43,7 +43,9 @@ def check_model(name: str, option: str = "--model") -> None:
 
     try:
         cached = try_to_load_from_cache(name, "config.json")
-        is_cached = isinstance(cached, str) and any(path.suffix in WEIGHTS for path in Path(cached).parent.iterdir())
+        is_cached = isinstance(cached, str) and (
+            not needs_weights or any(path.suffix in WEIGHTS for path in Path(cached).parent.iterdir())
+        )
         get_hf_file_metadata(hf_hub_url(name, "config.json"))
         return
     except HFValidationError:

@@ -48,6 +48,8 @@ WRONG_ARGUMENTS = [
     ["export", "--output_dir", "/dev/null"],
     ["classify", __file__, "--labels", "a, b", "--output", __file__],
     ["embed", "--output_dir", "embeddings", "--num_crops", "0"],
+    ["embed", "--output_dir", "embeddings", "--clip_teacher", "./nowhere"],
+    ["embed", "--output_dir", "/dev/null"],
     ["cost"],
     ["cost", "unknown_recipe"],
 ]
