@@ -206,7 +206,8 @@ class TestImageSegmentation:
         own = dict(segmenter.config.id2label)
         for arguments in (
             {"id2label": {0: "a", 1: "b", 2: "c", 3: "d"}},
-            {"id2label": {0: "a", 1: "b"}},
+            {"id2label": {"0": "a", "1": "b"}},
+            {"id2label": ["a", "b", "c", "d"]},
             {"label2id": {"a": 0, "b": 1, "c": 2, "d": 3}},
             {"num_labels": 60},
         ):

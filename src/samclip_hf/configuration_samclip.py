@@ -147,7 +147,8 @@ class SamClipConfig(SamConfig):
             for name, own in (("id2label", id2label), ("label2id", label2id), ("num_labels", len(id2label))):
                 given = kwargs.get(name)
                 if name == "id2label" and given is not None:
-                    given = {int(label_id): label for label_id, label in given.items()}
+                    pairs = given.items() if isinstance(given, dict) else enumerate(given)
+                    given = {int(label_id): label for label_id, label in pairs}
                 if given is not None and given != own:
                     raise ValueError(
                         f"{name} cannot change the labels of this checkpoint, because they are defined by their text "

@@ -147,13 +147,17 @@ class SamClipImageSegmentationPipeline(ImageSegmentationPipeline):
 
 
 def _weights_of_texts(model) -> list:
-    """The memory address, the version and the sum of each weight of the text tower, which change with the weights.
-    Only some changes through `weight.data` change none of them."""
-    weights = [w for part in (model.text_model, model.text_projection) if part is not None for w in part.parameters()]
-    if not weights:
-        return []
-    sums = torch.stack([weight.detach().sum(dtype=torch.float32) for weight in weights]).tolist()
-    return [(w.data_ptr(), w._version, value) for w, value in zip(weights, sums, strict=True)]
+    """What changes with the weights of the text tower: identity, type, number of changes in place, and sum. Only some
+    changes through `weight.data` keep all of them. Quantized weights have no sum."""
+    parts = (part for part in (model.text_model, model.text_projection) if part is not None)
+    weights = [weight for part in parts for weight in part.parameters()]
+    sums = [
+        weight.detach().sum(dtype=torch.float32).item()
+        for weight in weights
+        if type(weight.data) is torch.Tensor and weight.is_floating_point() and weight.element_size() > 1
+    ]
+    versions = (None if weight.is_inference() else weight._version for weight in weights)
+    return [*((id(w), w.dtype, version) for w, version in zip(weights, versions, strict=True)), *sums]
 
 
 def _to_image(mask) -> Image.Image:
