@@ -100,7 +100,7 @@ class OnnxSamClip:
         settings = self.description["image"]
         scale = settings["longest_edge"] / max(image.size)
         width, height = (max(1, int(side * scale + 0.5)) for side in image.size)
-        pixels = np.asarray(image.convert("RGB").resize((width, height), settings["resample"]), dtype=np.float32)
+        pixels = np.asarray(to_rgb(image).resize((width, height), settings["resample"]), dtype=np.float32)
         pixels = (pixels * settings["rescale_factor"] - np.float32(settings["mean"])) / np.float32(settings["std"])
         padded = np.zeros((1, 3, settings["padded_height"], settings["padded_width"]), dtype=np.float32)
         padded[0, :, :height, :width] = pixels.transpose(2, 0, 1)
@@ -271,6 +271,14 @@ class OnnxSamClip:
         return self.description["image"]["padded_height"], self.description["image"]["padded_width"]
 
 
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Converts an image to RGB. PIL alone turns images with 16 bits per channel white."""
+    if image.mode.startswith("I"):
+        pixels = np.asarray(image)
+        image = Image.fromarray((pixels // (257 if pixels.max() > 255 else 1)).astype(np.uint8))
+    return image.convert("RGB")
+
+
 def softmax(logits: np.ndarray) -> np.ndarray:
     """Returns the softmax over the last axis."""
     powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
@@ -339,7 +347,7 @@ def main() -> None:
     try:
         model = OnnxSamClip(arguments.onnx)
         with Image.open(arguments.image) as file:
-            image = ImageOps.exif_transpose(file).convert("RGB")
+            image = to_rgb(ImageOps.exif_transpose(file))
         if arguments.labels:
             vocabulary = model.embed_vocabulary(arguments.labels, arguments.background, arguments.template)
         else:

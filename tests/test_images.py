@@ -1,6 +1,7 @@
 """Opening images, boxes and run lengths of masks, normalization."""
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -88,6 +89,15 @@ class TestConvertToRgb:
         converted = convert_to_rgb(image)
         assert (converted.mode, converted.size) == ("RGB", (6, 4))
         assert np.abs(np.asarray(converted).astype(int) - expected[..., None]).max() <= 3  # YCbCr and HSV round
+
+    def test_the_onnx_example_reads_16_bits_alike(self, monkeypatch):
+        pytest.importorskip("onnxruntime", reason="needs the extra `export`")
+        monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
+        from onnx_segmentation import to_rgb
+
+        gray = Image.fromarray(np.asarray(gradient().convert("L")).astype(np.uint16) * 257)
+        for image in (gray, gray.convert("I"), gradient()):
+            assert np.array_equal(np.asarray(to_rgb(image)), np.asarray(convert_to_rgb(image)))
 
     def test_lab_becomes_rgb(self):
         assert convert_to_rgb(Image.new("LAB", (2, 2), (255, 128, 128))).mode == "RGB"
