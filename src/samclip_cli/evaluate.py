@@ -162,8 +162,8 @@ def build_parser() -> argparse.ArgumentParser:
 def check_tasks(arguments: argparse.Namespace) -> None:
     """Raises `CommandError` for an unknown evaluator, and for an option that affects none of the tasks."""
     others = [name for name in arguments.task if not uses_miniature(name)]
-    for name in others:
-        if name.split(":")[0] not in PROTOCOLS:
+    for name in arguments.task:
+        if re.split("[:@]", name)[0] not in PROTOCOLS and arguments.task != ["all"]:
             raise CommandError(f"{name}: unknown evaluator. Available evaluators: {', '.join(PROTOCOLS)}.")
     for option, protocols in OPTIONS.items():
         is_set = getattr(arguments, option) not in (None, [None])

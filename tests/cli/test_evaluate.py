@@ -199,7 +199,7 @@ def test_processes_wait_for_the_slowest(tmp_path, monkeypatch):
 
 
 def test_unknown_tasks_and_models_are_errors_before_any_evaluation(tmp_path):
-    with pytest.raises(CommandError, match=r"unknown task 'klassification'.*: classification"):
+    with pytest.raises(CommandError, match=r"klassification: unknown evaluator.*: classification"):
         evaluate.run(["--task", "klassification", "--output_dir", str(tmp_path)])
     models = [miniature.checkpoint(), str(tmp_path / "nowhere")]
     with pytest.raises(CommandError, match="nowhere: no such folder"):

@@ -40,6 +40,7 @@ WRONG_ARGUMENTS = [
     ["train", "miniature_stage1", "--learning_rat", "1"],
     ["evaluate", "--share", "7"],
     ["evaluate", "--task", "unknown:data"],
+    ["evaluate", "--task", "classification", "unknown"],
     ["evaluate", "--limit", "5"],
     ["publish"],
     ["export"],
