@@ -49,11 +49,10 @@ def parse_arguments(argv: Sequence[str]) -> "SamClipTrainingArguments":
     """
     Parses the command line, and the recipe if its first argument names one.
 
-    Raises `CommandError` for a recipe that cannot be read and for unknown arguments. Exits with status 2 if a value is
-    invalid, as `argparse` does.
+    Raises `CommandError` for a recipe that cannot be read, for unknown arguments and for invalid values. Exits with
+    status 2 for values that only `argparse` checks.
     """
     words = collect_arguments(argv)
-    # TrainingArguments defines the types of the values, so only this check waits for the import of torch.
     from transformers import HfArgumentParser
 
     from samclip_hf.distillation import SamClipTrainingArguments
@@ -74,8 +73,8 @@ def collect_arguments(argv: Sequence[str]) -> list[str]:
     """
     arguments_file = _package_folder("samclip_hf") / "distillation" / "arguments.py"
     own = _dataclass_fields(arguments_file, "SamClipTrainingArguments")
-    inherited = _dataclass_fields(_package_folder("transformers") / "training_args.py", "TrainingArguments")
-    known = list(own | inherited)
+    inherited = _inherited_fields()
+    known = inherited | own
     deprecated = _dict_literal(arguments_file, "DEPRECATED_ARGUMENTS")
     if "--help" in argv or "-h" in argv:
         print(_format_help(own))
@@ -87,7 +86,7 @@ def collect_arguments(argv: Sequence[str]) -> list[str]:
         if base in deprecated:
             print(f"samclip train: {origin}: {base} is deprecated, use {deprecated[base]}.", file=sys.stderr)
             base = deprecated[base]
-        elif base not in known:
+        elif base not in known and inherited:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"Did you mean {close[0]!r}?" if close else "See samclip train --help."
             raise CommandError(f"{origin}: unknown argument {name!r}. {hint}")
@@ -108,7 +107,31 @@ def collect_arguments(argv: Sequence[str]) -> list[str]:
             name, *value = word[2:].split("=", 1)
             word = "=".join(["--" + current_name(name.replace("-", "_"), "command line"), *value])
         words.append(word)
+    _check_values(words, known)
     return words
+
+
+def _check_values(words: list[str], fields: dict[str, ast.AnnAssign]) -> None:
+    """Raises `CommandError` if a value is not a number or not one of the choices that the type of its field demands.
+    Other types are checked when torch is imported."""
+    numbers = {"int": int, "float": float, "list[int]": int, "list[float]": float}
+    annotation = name = ""
+    for word in words:
+        values = [word]
+        if word.startswith("--"):
+            name, *values = word[2:].split("=", 1)
+            annotation = ast.unparse(fields[name].annotation).removesuffix(" | None") if name in fields else ""
+        for value in values:
+            if annotation.startswith("Literal["):
+                choices = [str(choice) for choice in ast.literal_eval(annotation.removeprefix("Literal"))]
+                if value not in choices:
+                    raise CommandError(f"{name}: {value!r} is not one of {', '.join(choices)}.")
+            elif annotation in numbers:
+                try:
+                    numbers[annotation](value)
+                except ValueError:
+                    kind = "an integer" if numbers[annotation] is int else "a number"
+                    raise CommandError(f"{name}: {value!r} is not {kind}.") from None
 
 
 def recipe_paths() -> dict[str, Path]:
@@ -148,6 +171,15 @@ def _dataclass_fields(path: Path, class_name: str) -> dict[str, ast.AnnAssign]:
     (definition,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name)
     fields = (node for node in definition.body if isinstance(node, ast.AnnAssign))
     return {field.target.id: field for field in fields if isinstance(field.target, ast.Name)}
+
+
+def _inherited_fields() -> dict[str, ast.AnnAssign]:
+    """Fields of transformers' `TrainingArguments`. Empty if its source is not as in transformers 5.24: names are then
+    checked when torch is imported."""
+    try:
+        return _dataclass_fields(_package_folder("transformers") / "training_args.py", "TrainingArguments")
+    except (OSError, ValueError):  # the module or the class has moved
+        return {}
 
 
 def _dict_literal(path: Path, variable: str) -> dict[str, str]:

@@ -66,9 +66,12 @@ def test_the_command_line_overrides_the_recipe(train, recipe):
         ("learning_rat: 1", [], "unknown argument 'learning_rat'. Did you mean 'learning_rate'?"),
         ("zebra: 1", [], "unknown argument 'zebra'. See samclip train --help."),
         ("", ["--max_step", "3"], "unknown argument 'max_step'. Did you mean 'max_steps'?"),
-        ("max_steps: soon", [], "argument --max_steps/--max-steps: invalid int value: 'soon'"),
-        ("stage: 7\nmax_steps: 1", [], "argument --stage: invalid choice"),
-        ("clip_head_pooling: median\nmax_steps: 1", [], "argument --clip_head_pooling/--clip-head-pooling: invalid"),
+        ("max_steps: soon", [], "max_steps: 'soon' is not an integer."),
+        ("learning_rate: fast", [], "learning_rate: 'fast' is not a number."),
+        ("", ["--clip-resolutions", "64", "x"], "clip_resolutions: 'x' is not an integer."),
+        ("bf16: soon", [], "Truthy value expected"),
+        ("stage: 7\nmax_steps: 1", [], "stage: '7' is not one of 1, 2, 3."),
+        ("clip_head_pooling: median\nmax_steps: 1", [], "clip_head_pooling: 'median' is not one of max, mean."),
         ("stage: 1", [], "max_steps must be set for streaming data"),
         ("- 1", [], "must consist of lines of the form 'argument: value'"),
         ("stage: [1", [], "is not valid YAML"),
@@ -96,6 +99,15 @@ def test_deprecated_names_are_replaced_with_a_warning(train, recipe, capsys):
     assert "samclip train: command line: panel_texts is deprecated, use eval_prompts." in warnings
     with pytest.raises(CommandError, match="clip_resolutions is set twice"):
         train.parse_arguments([recipe("clip_resolutions: [64]\nclip_sizes: [64]")])
+
+
+def test_arguments_are_checked_late_if_transformers_defines_them_elsewhere(train, recipe, monkeypatch):
+    folders = {"samclip_hf": train._package_folder("samclip_hf"), "transformers": Path("/nowhere")}
+    monkeypatch.setattr(train, "_package_folder", folders.get)
+    args = train.parse_arguments([recipe("max_steps: 1\nclip_sizes: [64]"), "--learning_rate", "1e-3"])
+    assert (args.learning_rate, args.clip_resolutions) == (1e-3, [64])
+    with pytest.raises(CommandError, match="learning_rat"):
+        train.parse_arguments([recipe("max_steps: 1"), "--learning_rat", "1"])
 
 
 def test_arguments_are_known_without_importing_transformers(train):
