@@ -15,7 +15,7 @@ from PIL import Image
 from samclip_hf.datasets import open_captions, open_classification, open_objects, open_segmentation, open_stream
 from samclip_hf.datasets.streams import decode_image
 from samclip_hf.distillation.embedding_cache import CacheDescription, ShardCrops
-from samclip_hf.images import encode_mask, open_image
+from samclip_hf.images import encode_mask
 
 from .tars import jpeg, write_tar
 
@@ -30,12 +30,19 @@ def encode(pixels: np.ndarray, image_format: str = "PNG", orientation: int = 1) 
     return buffer.getvalue()
 
 
-FLOATS = encode(GRADIENT.astype(np.float32) / 255, "TIFF")
+def encode_frames(*frames: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    first, *others = map(Image.fromarray, frames)
+    first.save(buffer, format="GIF", save_all=True, append_images=others)
+    return buffer.getvalue()
+
+
 # File name, content, and the expected channel of the RGB image.
 IMAGES = {
     "16 bits": ("a.png", encode(GRADIENT.astype(np.uint16) * 257), GRADIENT),
     "EXIF orientation": ("a.png", encode(np.stack([GRADIENT] * 3, axis=2), orientation=6), np.rot90(GRADIENT, -1)),
-    "float TIFF": ("a.tiff", FLOATS, np.asarray(open_image(FLOATS))[:, :, 0]),
+    "float TIFF": ("a.tiff", encode(GRADIENT.astype(np.float32) / 255, "TIFF"), GRADIENT),
+    "animation": ("a.gif", encode_frames(GRADIENT, GRADIENT[::-1]), GRADIENT),
 }
 
 

@@ -6,10 +6,10 @@ import zipfile
 
 import numpy as np
 import pytest
-from datasets import Dataset, DatasetDict, Features, Image, Value, load_from_disk
+from datasets import Dataset, DatasetDict, Features, Image, IterableDataset, Value, load_from_disk
 
 from samclip_hf.datasets import open_captions, streams
-from samclip_hf.datasets.shards import choose_num_shards
+from samclip_hf.datasets.shards import DatasetShards, choose_num_shards
 from samclip_hf.datasets.streams import DataError, SkippedSampleError, decode_image, open_stream
 from samclip_hf.distillation.sampling import Mixture
 
@@ -209,6 +209,17 @@ class TestImageFiles:
         samples = [sample for shard in range(stream.num_shards) for _, sample in stream.read(shard)]
         found = {sample["key"]: sample.get("cause") for sample in samples}
         assert found == {"cat/1.jpg": "broken image", "dog/1.jpg": None, "photos.zip/3.jpg": None}
+
+    def test_images_of_an_archive_on_the_hub_have_keys(self):
+        """`datasets` streams the images of an archive with paths such as these."""
+
+        def rows():
+            for name in ("dog/1.jpg", "cat/1.jpg"):
+                yield {"image": {"bytes": jpeg(0), "path": f"zip://{name}::hf://datasets/owner/name/photos.zip"}}
+
+        stream = IterableDataset.from_generator(rows, features=Features({"image": Image()}))
+        samples = [sample for _, sample in DatasetShards(stream, "owner/name", False).rows(0, 0, lambda key: True)]
+        assert [sample["key"] for sample in samples] == ["dog/1.jpg", "cat/1.jpg"]
 
     def test_annotations_are_read_from_the_json_file_beside_an_image(self, tmp_path):
         write(tmp_path, "1.jpg", "2.jpg")
