@@ -53,7 +53,7 @@ from samclip_hf.evaluation.linear_probing import fit_logistic_regression
 from samclip_hf.evaluation.prompted_segmentation import center_pixel
 from samclip_hf.evaluation.semantic_segmentation import window_starts
 from samclip_hf.images import encode_mask, open_image
-from samclip_hf.miniature.scenes import CLASS_NAMES, HELD_OUT, TEMPLATES, evaluation_scene
+from samclip_hf.miniature.scenes import CLASS_NAMES, HELD_OUT, TEMPLATES, evaluation_scene, render
 from samclip_hf.miniature_lab.report import set_miniature_vocabulary
 from samclip_hf.miniature_lab.tasks import labeled_images, segmented_images, tasks
 
@@ -559,6 +559,15 @@ class TestMiniature:
                 assert metrics["image embedding, GMAC"] == pytest.approx(expected / 1e9, rel=1e-6)
         finally:
             clip.model.set_attn_implementation("sdpa")
+
+    @pytest.mark.parametrize("pooling", ["max", "mean"])
+    def test_linear_probes_of_samclip_read_the_inputs_of_the_mlp(self, samclip, monkeypatch, pooling):
+        monkeypatch.setattr(samclip.model.clip_head, "pooling", pooling)
+        images = [Image.fromarray(render(0, index).image) for index in range(2)]
+        patches, pooled = samclip.patch_features(images, 64), samclip.pooled_features(images, 64)
+        torch.testing.assert_close(pooled["image encoder"], patches["image encoder"].mean(dim=(2, 3)))
+        tokens = getattr(patches["CLIP head"], "amax" if pooling == "max" else "mean")(dim=(2, 3))
+        torch.testing.assert_close(pooled["CLIP head"], samclip.model.clip_head.layer_norm(tokens))
 
     def test_unknown_memory_is_none(self, clip, monkeypatch):
         monkeypatch.setattr(cost, "peak_memory", lambda device: None)

@@ -387,11 +387,9 @@ class SamClipVisionAdapter(PromptableAdapter):
     @torch.inference_mode()
     def pooled_features(self, images: Sequence[Image.Image], size: int) -> dict[str, Tensor]:
         """Returns the mean over the image encoder's patches, and the inputs of the CLIP head's MLP."""
-        features, head = self.patch_features(images, size), self.model.clip_head
-        pooled = {source: patches.mean(dim=(2, 3)) for source, patches in features.items()}
-        if head.pooling == "max":
-            pooled["CLIP head"] = features["CLIP head"].amax(dim=(2, 3))
-        return pooled | {"CLIP head": head.layer_norm(pooled["CLIP head"])}
+        patch_tokens = self.model.vision_encoder(self._preprocess_squares(images, size)).patch_tokens
+        head = self.model.clip_head
+        return {"image encoder": patch_tokens.mean(dim=(1, 2)), "CLIP head": head.pool_tokens(head(patch_tokens))}
 
 
 class SamClipAdapter(ImageTextAdapter, SamClipVisionAdapter):
