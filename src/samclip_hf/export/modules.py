@@ -162,7 +162,10 @@ class MaskDecoder(nn.Module):
 
 
 class SegmentEncoder(nn.Module):
-    """The CLIP head on the patches of one segment, see [`SamClipHead.pool_segments`]."""
+    """
+    The CLIP head on the patches of one segment, see [`SamClipHead.pool_segments`]. That function splits the patches of
+    all segments into groups of different lengths, which cannot be exported. Here, a mask separates the windows.
+    """
 
     def __init__(self, model: SamClipModel):
         super().__init__()
@@ -190,8 +193,7 @@ class SegmentEncoder(nn.Module):
         groups = SamClipPatchGroups(rows, columns, (height, width), mask=same_window)
         for layer in head.layers:
             tokens = layer(tokens, groups)
-        pooled = tokens.amax(dim=0, keepdim=True) if head.pooling == "max" else tokens.mean(dim=0, keepdim=True)
-        return F.normalize(head.mlp(head.layer_norm(pooled)), dim=-1)
+        return F.normalize(head.pool(tokens[None, None]), dim=-1)
 
 
 def create_parts(model: SamClipModel, processor, images: Sequence[Image.Image] | None = None) -> dict[str, Part]:
