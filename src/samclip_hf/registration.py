@@ -16,10 +16,11 @@ from transformers import (
     AutoProcessor,
 )
 
-# Not from `transformers`: without torchvision, transformers 5.17 exports a placeholder that raises an error on use.
+# Not from `transformers`: without torchvision, 5.17 exports a placeholder that raises an error on use, 5.24 does not
+# (https://github.com/huggingface/transformers/issues/48607). Import it from there when 5.17 is not supported any more.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-# Not exported by `transformers`. Checked on 5.17.0 and 5.24.0.
+# Not exported by `transformers`. Checked on 5.17.0 and 5.24.0. Delete both when pipelines look up registered classes.
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES,
     MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING_NAMES,

@@ -230,8 +230,8 @@ class SamClipVisionAttention(nn.Module):
             attend = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
             attended = attend(query, key, value, score_mod=add_bias, scale=self.scale)
         else:
-            # expand and reshape, because the ONNX exporter translates repeat_interleave with a dynamic count wrongly
-            # (onnxscript 0.7.2).
+            # expand and reshape, because the ONNX exporter translates repeat_interleave with a dynamic count wrongly.
+            # Checked on onnxscript 0.7.2. Use repeat_interleave when a later version exports it.
             rows = torch.eye(height, dtype=key.dtype, device=key.device)[:, None].expand(-1, width, -1)
             columns = torch.eye(width, dtype=key.dtype, device=key.device)[None].expand(height, -1, -1)
             positions = torch.cat([rows, columns], dim=-1).reshape(height * width, height + width)
@@ -342,8 +342,11 @@ class SamClipVisionAttention(nn.Module):
 
 @functools.cache
 def _compiled_flex_attention():
-    """Flex attention, compiled for every size: with symbolic sizes, its CPU code is wrong or fails to compile (torch
-    2.14)."""
+    """
+    Flex attention, compiled for every size: with symbolic sizes, its code for CPUs is wrong or fails to compile.
+    Checked on torch 2.14. Delete `dynamic=False` when https://github.com/pytorch/pytorch/issues/147756 is solved and
+    the tests of flex attention pass without it.
+    """
     return torch.compile(flex_attention, dynamic=False)
 
 
@@ -470,8 +473,9 @@ class SamClipVisionPreTrainedModel(PreTrainedModel):
     def is_custom_code(cls) -> bool:
         """
         `False`, because `_init_weights` uses only `transformers.initialization`, which does not change loaded weights.
-        With `True`, transformers (5.23) would skip modules without direct weights, so a text tower that is missing in
-        a checkpoint would not be initialized as CLIP's.
+        With `True`, transformers would skip modules without direct weights, so a text tower that is missing in a
+        checkpoint would not be initialized as CLIP's. Checked on transformers 5.17.0 and 5.24.0. Delete this method
+        when `PreTrainedModel._initialize_weights` does not skip such modules.
         """
         return False
 

@@ -204,7 +204,8 @@ class SamClipTrainer(Trainer):
             self._optimizer_class_and_arguments()  # raises an error now instead of in `train`
         dynamo_plugin = self.accelerator.state.dynamo_plugin
         if args.torch_compile and dynamo_plugin.dynamic is None:
-            # One graph for each resolution: torch 2.14 fails to compile the backward pass with symbolic sizes.
+            # One graph for each resolution: torch fails to compile the backward pass with symbolic sizes. Checked on
+            # torch 2.14. Delete this when `torch_compile` trains without it at several resolutions, as in stage 3.
             dynamo_plugin.dynamic = False
         self.preemption = PreemptionCallback()
         self.add_callback(self.preemption)

@@ -136,7 +136,8 @@ class MaskDecoder(nn.Module):
         no_mask = encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
         grid_positions = model.get_image_wide_positional_embeddings((grid_height, grid_width))
         # Each prompt is decoded as a separate image. For several prompts per image, SAM's mask decoder calls
-        # repeat_interleave, which onnxscript (0.7.2) translates wrongly if the number of repeats is dynamic.
+        # repeat_interleave, which the ONNX exporter translates wrongly if the number of repeats is dynamic. Checked on
+        # onnxscript 0.7.2. Decode all prompts of an image at once when a later version exports it.
         image_embeddings = image_embeddings[:, None].expand(-1, num_prompts, -1, -1, -1).flatten(0, 1)
         sparse_embeddings = sparse_embeddings.flatten(0, 1)[:, None]
         # SAM's mask decoder returns one mask or the other masks, so it runs twice. Both runs compute all masks:

@@ -19,7 +19,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoProcessor, pipeline
 
-# Not from `transformers`: without torchvision, transformers 5.17 exports a placeholder that raises an error on use.
+# Not from `transformers`: without torchvision, 5.17 exports a placeholder that raises an error on use, 5.24 does not
+# (https://github.com/huggingface/transformers/issues/48607). Import it from there when 5.17 is not supported any more.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 AUTO_MODELS = (
