@@ -459,6 +459,8 @@ class SamClipModel(SamClipPreTrainedModel):
     }
     _keys_to_ignore_on_load_missing = [r"^label_embeds$"]  # in checkpoints of version 0.1.0, see embed_label_tokens
     _parts_without_model = ("prompt_encoder_config", "mask_decoder_config", "clip_head_config")
+    class_embeds: torch.Tensor | None  # buffers
+    label_embeds: torch.Tensor | None
 
     def __init__(self, config: SamClipConfig):
         super().__init__(config)
