@@ -702,6 +702,13 @@ def test_eval_loss_is_the_weighted_sum_of_the_losses(make_trainer, model):
     assert metrics["eval_loss"] == pytest.approx(expected, rel=1e-5) and metrics["eval_sam_loss"] > 0
 
 
+def test_an_evaluation_without_a_usable_sample_is_an_error(make_trainer, tmp_path):
+    write_tar(tmp_path / "0.tar", {f"{number}.jpg": b"not an image" for number in range(12)})
+    trainer = make_trainer(1, clip_data=[str(tmp_path / "0.tar")], **EVALUATIONS)
+    with pytest.raises(DataError, match="No held-out sample of clip_data can be used"):
+        trainer.evaluate()
+
+
 @pytest.mark.parametrize("lora_r", [0, 2])
 def test_the_best_model_is_loaded_at_the_end(make_trainer, tmp_path, lora_r):
     class Worse(SamClipTrainer):

@@ -107,6 +107,8 @@ def recorded_arguments(args: SamClipTrainingArguments) -> dict[str, Any]:
     """Returns the arguments that determine the weights: those of this package and `RECORDED_ARGUMENTS`, except those
     that have no effect in the stage."""
     excluded = {field.name for field in fields(TrainingArguments)} - RECORDED_ARGUMENTS | {"model"}
+    if args.stage != 2:
+        excluded.add("sam_data_weights")  # derived in every stage
     excluded |= {name for names, has_effect, _ in WITHOUT_EFFECT if not has_effect(args) for name in names}
     values = {field.name: getattr(args, field.name) for field in fields(args) if field.name not in excluded}
     return {name: "inf" if value == float("inf") else value for name, value in values.items()}  # JSON has no infinity

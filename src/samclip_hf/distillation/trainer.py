@@ -458,17 +458,24 @@ class SamClipTrainer(Trainer):
         batches = self.eval_dataset if eval_dataset is None else eval_dataset
         model = self.accelerator.unwrap_model(self.model).eval()
         losses = self.losses()
+        tasks: dict[str, None] = {}
         with self._averages.isolate(), self.compute_loss_context_manager():
             for number, batch in enumerate(batches):
                 inputs = self._prepare_inputs(dict(batch))
                 usable_fractions = inputs.pop("usable_fractions")
+                tasks |= dict.fromkeys(inputs)
                 inputs = {task: tensors for task, tensors in inputs.items() if usable_fractions[task] > 0}
                 for task, tensors in inputs.items():
                     self.record({f"loss of {task}": losses[task](model, **tensors)})
                 if number == 0:
                     self._draw_panel(model, inputs)
             averages = self._averages.compute()
-            averages["loss"] = sum(averages.pop(f"loss of {task}", 0.0) for task in losses)
+            if unusable := [task for task in tasks if f"loss of {task}" not in averages]:
+                raise DataError(
+                    f"No held-out sample of {unusable[0]}_data can be used for the evaluation. The log has the "
+                    "causes. Raise eval_batches or eval_fraction, or train without evaluation."
+                )
+            averages["loss"] = sum(averages.pop(f"loss of {task}") for task in tasks)
             metrics = {f"{metric_key_prefix}_{name}": value for name, value in averages.items()}
         best = self.args.metric_for_best_model
         if metric_key_prefix == "eval" and best is not None and f"eval_{best.removeprefix('eval_')}" not in metrics:
