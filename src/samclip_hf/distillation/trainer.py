@@ -141,6 +141,7 @@ class SamClipTrainer(Trainer):
         self.args = args
         self.prepare_push = prepare_push
         self.earlier_stages = provenance.read(args.model or model.name_or_path)
+        self._head_config = model.config.clip_head_config
         self.clip_teacher = clip_teacher
         self.sam_teacher = sam_teacher if args.stage == 2 else None
         if self.sam_teacher is not None:
@@ -573,6 +574,9 @@ class SamClipTrainer(Trainer):
         """The arguments that determined the weights. Precision and optimizer may come from elsewhere."""
         arguments = provenance.recorded_arguments(self.args)
         arguments["warmup_steps"] = self.args.get_warmup_steps(self.args.max_steps)  # also of a fraction
+        if self.args.model is None:
+            arguments["clip_head_layers"] = self._head_config.num_hidden_layers
+            arguments["clip_head_pooling"] = self._head_config.pooling
         for precision in ("bf16", "fp16"):  # `accelerate launch` sets it too
             arguments[precision] = self.accelerator.mixed_precision == precision
         if self._optimizer_is_given:
