@@ -1,6 +1,8 @@
 """The published folder and its upload, with the real client and a local server in place of the Hub."""
 
+import filecmp
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from samclip_hf import SamClipForImageSegmentation, SamClipModel, SamClipProcessor, miniature
+from samclip_hf.evaluation import load_adapter
 from samclip_hf.publishing import PublishingError, build_repository, create_model_card, prepare_push, push, verify
 
 from ..loopback_hub import Repository
@@ -52,6 +55,52 @@ class TestFolder:
         build_repository(tmp_path / "small", tmp_path / "new")
         assert verify(tmp_path / "new", image).keys() == {"pred_masks", "iou_scores"}
         assert "zero-shot" not in create_model_card(tmp_path / "new", "me/small").text
+
+
+@pytest.mark.slow
+class TestSavedAgain:
+    """A checkpoint that was loaded from a published folder, by the folder's own code, and saved."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def saved(cls, folder, tmp_path_factory) -> Path:
+        saved = tmp_path_factory.mktemp("saved") / "model"
+        code = """
+import sys; sys.modules["samclip_hf"] = None
+from transformers import AutoModelForImageSegmentation, AutoProcessor
+for auto_class in (AutoModelForImageSegmentation, AutoProcessor):
+    auto_class.from_pretrained(sys.argv[1], trust_remote_code=True).save_pretrained(sys.argv[2])
+"""
+        environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path_factory.mktemp("modules"))}
+        run = subprocess.run(
+            [sys.executable, "-c", code, str(folder), str(saved)], env=environment, capture_output=True, text=True
+        )
+        assert run.returncode == 0, run.stderr
+        return saved
+
+    def test_it_has_the_identity_of_the_original(self, folder, saved):
+        identities = {load_adapter(str(path)).identity for path in (miniature.checkpoint(), folder, saved)}
+        assert len(identities) == 1
+
+    def test_it_is_published_as_the_original(self, folder, saved, tmp_path):
+        build_repository(saved, tmp_path / "new")
+        names = sorted(path.name for path in folder.iterdir())
+        assert sorted(path.name for path in (tmp_path / "new").iterdir()) == names
+        _, differing, unreadable = filecmp.cmpfiles(folder, tmp_path / "new", names, shallow=False)
+        assert unreadable == [] and set(differing) <= {"config.json", "processor_config.json", "tokenizer_config.json"}
+        for name in differing:  # in the order of their entries
+            new, original = (json.loads((path / name).read_text()) for path in (tmp_path / "new", folder))
+            if name == "tokenizer_config.json":
+                del new["auto_map"]  # transformers writes the processor's, which has no effect there
+            assert new == original
+
+    def test_the_trainer_pushes_it_with_the_code(self, folder, saved, tmp_path):
+        output = shutil.copytree(saved, tmp_path / "output")
+        prepare_push(output, "me/merged")
+        for name in ("config.json", "processor_config.json"):
+            own, original = (json.loads((path / name).read_text()) for path in (output, folder))
+            assert own == original
+        assert (output / "modeling_samclip.py").read_bytes() == (folder / "modeling_samclip.py").read_bytes()
 
 
 class TestPush:
