@@ -138,12 +138,13 @@ class TestNames:
         assert "- student@22222222: Model, weights 2222222222222222, float32" in results.protocols()
         assert [entry.metric_value for entry in create_model_index(results.content, "student@22222222")] == [0.2, 0.3]
 
-    def test_the_same_weights_in_another_folder_are_not_evaluated_again(self, tmp_path):
+    def test_the_same_weights_under_another_name_have_results_of_their_own(self, tmp_path):
+        """Two variants of a training may end with equal weights, and a table has a row for each."""
         results = Results(tmp_path, "command")
         results.add("task", WHOLE, ONE, result(0.1))
         copy = Model("copy", ONE.identity)
-        assert results.holds("task", WHOLE, copy)
-        assert results.locate("other", WHOLE, copy) == ("other", "student")
+        assert not results.holds("task", WHOLE, copy)
+        assert results.locate("task", WHOLE, copy) == ("task", "copy")
 
     def test_another_dtype_is_another_result(self, tmp_path):
         results = Results(tmp_path, "command")

@@ -58,10 +58,9 @@ class Results:
         """
         Returns the names of task and model by which a result is stored, whether or not it exists.
 
-        The task's name is `key`, or "key#hash" if the results of `key` have another protocol. If the same weights and
-        configuration have been evaluated with the same dtype, the model's name is that of the earlier results.
-        Otherwise it is `model.name`, with the dtype if that is not float32, or "name@hash" if another model has this
-        name.
+        The task's name is `key`, or "key#hash" if the results of `key` have another protocol. The model's
+        name is `model.name`, with the dtype if that is not float32, or "name@hash" if the results of this name are of
+        other weights or another configuration.
         """
         tasks = self.content["tasks"]
         protocol = to_json(evaluator.describe())
@@ -73,10 +72,8 @@ class Results:
             for name, entry in task["models"].items()
         }
         own = model.identity, dtype_name(model)
-        if own in models.values():
-            return key, next(name for name, other in models.items() if other == own)
         name = model.name if own[1] == "float32" else f"{model.name} ({own[1]})"
-        return key, name if name not in models else f"{name}@{model.identity[:8]}"
+        return key, name if models.get(name, own) == own else f"{name}@{model.identity[:8]}"
 
     def holds(self, key: str, evaluator: Evaluator, model: ModelAdapter) -> bool:
         """Returns whether there is a result of the same protocol for the same model."""
