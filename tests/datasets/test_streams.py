@@ -210,6 +210,13 @@ class TestImageFiles:
         found = {sample["key"]: sample.get("cause") for sample in samples}
         assert found == {"cat/1.jpg": "broken image", "dog/1.jpg": None, "photos.zip/3.jpg": None}
 
+    def test_a_zip_that_is_written_again_is_read_again(self, tmp_path):
+        for name in ("dog/1.jpg", "cat/1.jpg"):
+            with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+                archive.writestr(name, name)
+            os.utime(tmp_path / "photos.zip", ns=(0, len(name) + ord(name[0])))
+            assert keys(tmp_path / "photos.zip") == [name]
+
     def test_images_of_an_archive_on_the_hub_have_keys(self):
         """`datasets` streams the images of an archive with paths such as these."""
 

@@ -218,14 +218,18 @@ class ImageFile(NamedTuple):
         if self.member is None:
             return Path(self.path).read_bytes()
         try:
-            return _open_zip(self.path, os.getpid()).read(self.member)
+            return open_zip(self.path).read(self.member)
         except KeyError as error:
             raise FileNotFoundError(f"{self.path} has no file {self.member}.") from error
 
 
+def open_zip(path: str) -> zipfile.ZipFile:
+    """Opens an archive, once in each process: processes must not share the position in a file."""
+    return _open_zip(path, os.stat(path).st_mtime_ns, os.getpid())
+
+
 @lru_cache(maxsize=8)
-def _open_zip(path: str, process_id: int) -> zipfile.ZipFile:
-    """Opens an archive once in each process: processes must not share the position in a file."""
+def _open_zip(path: str, modified: int, process_id: int) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
 
 
@@ -403,7 +407,7 @@ def _open_images(paths: list[str], others: list[str], name: str, with_masks: boo
     files: list[ImageFile] = []
     for path in paths:
         if path.lower().endswith(".zip"):
-            members = [member for member in _open_zip(path, os.getpid()).namelist() if not member.endswith("/")]
+            members = [member for member in open_zip(path).namelist() if not member.endswith("/")]
             members = [member for member in members if not IGNORED_NAME.search(member)]
             is_image = [KINDS.get(_extension(member)) == "images" for member in members]
             files += [ImageFile(path, member) for member in itertools.compress(members, is_image)]
