@@ -568,6 +568,9 @@ class Page:
     def click_image(self, x: float, y: float) -> None:
         """Clicks at x and y, as fractions of the image, and waits for the mask."""
         before = self.images("by_prompts") + self.images("input_image")
+        # Gradio ignores clicks on an image that is not loaded yet.
+        script = "return (image => image.complete && image.naturalWidth)(document.querySelector('#input_image img'))"
+        self.until(lambda: self.driver.execute_script(script))
         image = self.find("#input_image img")
         offset = (round((x - 0.5) * image.size["width"]), round((y - 0.5) * image.size["height"]))
         ActionChains(self.driver, duration=0).move_to_element_with_offset(image, *offset).click().perform()
