@@ -208,15 +208,15 @@ class SamClipConfig(SamConfig):
 
 
 def _size_of(part: str, name: str) -> Any:
-    """A property that reads and writes `name` of the sub-configuration `part`."""
+    """A property that reads and writes `name` of the sub-configuration `part`: a copy would not follow its changes."""
 
-    def get(self):
+    def read(self):
         return getattr(getattr(self, part), name)
 
-    def set(self, value):
+    def write(self, value):
         setattr(getattr(self, part), name, value)
 
-    return property(get, set)
+    return property(read, write)
 
 
 # Sizes of SamVisionConfig and SamClipHeadConfig that SamClipVisionConfig takes without nesting. `num_hidden_layers` is
