@@ -562,9 +562,8 @@ class TestVisionConfig:
             vision_config=model.config.vision_config.to_dict(),
             clip_head_config=model.config.clip_head_config.to_dict(),
         )
-        flat = SamClipVisionConfig(
-            **{name: getattr(model.config.vision_config, name) for name in ("hidden_size", "image_size", "mlp_dim")}
-        )
+        sizes = ("hidden_size", "num_attention_heads", "image_size", "mlp_dim")
+        flat = SamClipVisionConfig(**{name: getattr(model.config.vision_config, name) for name in sizes})
         for config in (nested, flat):
             config.save_pretrained(tmp_path)
             loaded = AutoConfig.from_pretrained(tmp_path)
