@@ -52,6 +52,7 @@ from samclip_hf.segmentation_samclip import canonicalize_text
 
 from .conftest import randomize
 from .datasets.tars import write_tar
+from .test_clip_tower_samclip import tower_pixels
 
 TRAINING = Path(__file__).parents[1] / "training"
 FILTERS = {"SigLIP": 3, "SigLIP 2": 2}  # bicubic and bilinear, as in their checkpoints
@@ -443,3 +444,24 @@ def test_configuration_has_the_kind_of_text_tower():
     assert config.has_siglip_text and SamClipConfig.from_dict(config.to_dict()).has_siglip_text
     with pytest.raises(ValueError, match="'siglip2_text_model', but must be one of clip_text_model, sig"):
         SamClipConfig(text_config={"model_type": "siglip2_text_model"})
+
+
+@torch.no_grad()
+def test_an_unmerged_model_gives_siglips_embeddings(siglip, siglip_folder):
+    model = SamClipModel.from_teachers(miniature.sam_teacher(), siglip_folder, merged=False).eval()
+    pixel_values = torch.rand(2, 3, 64, 64)
+    embeds = model.get_image_features(pixel_values).pooler_output
+    pixels = tower_pixels(model, pixel_values)
+    expected = siglip.get_image_features(pixels, interpolate_pos_encoding=True).pooler_output
+    assert torch.allclose(embeds, expected, atol=1e-5)
+    tokens = model.get_vision_embeds(pixel_values).patch_tokens
+    grid = tokens.shape[1]
+    segments = torch.ones(2, 2, grid, grid, dtype=torch.bool)
+    segments[:, 1, 0] = False
+    features = model.clip_head.pool_segments(tokens, segments)
+    assert torch.allclose(features[:, 0], expected, atol=1e-5)  # all patches are the whole image
+    hidden = siglip.vision_model.embeddings(pixels, interpolate_pos_encoding=True)[:, grid:]
+    hidden = siglip.vision_model.encoder(inputs_embeds=hidden).last_hidden_state
+    assert torch.allclose(
+        features[:, 1], siglip.vision_model.head(siglip.vision_model.post_layernorm(hidden)), atol=1e-5
+    )

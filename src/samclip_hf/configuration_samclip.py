@@ -8,10 +8,12 @@ from huggingface_hub.dataclasses import strict
 from transformers import (
     BackboneConfigMixin,
     CLIPTextConfig,
+    CLIPVisionConfig,
     PreTrainedConfig,
     SamConfig,
     SamVisionConfig,
     SiglipTextConfig,
+    SiglipVisionConfig,
 )
 
 from .code_samclip import save_code, without_repository
@@ -79,6 +81,15 @@ class SamClipConfig(SamConfig):
         [`SamClipForImageSegmentation.compose_heads_by_class`].
     composition_points (`int`, *optional*, defaults to 16):
         For `"segments"`: the number of points that prompt the SAM head.
+    clip_vision_config (`dict`, [`CLIPVisionConfig`] or [`SiglipVisionConfig`], *optional*):
+        The vision tower of a CLIP or SigLIP, which an unmerged model has in the place of the CLIP head. `None` in a
+        merged model. Set by `from_teachers(..., merged=False)`, like the next five.
+    clip_image_size (`int`, *optional*):
+        Height and width in pixels of the images that the tower gets; a multiple of its patch size. By default its own.
+    image_mean, image_std (`list[float]`, *optional*):
+        The normalization of `pixel_values`, which is SAM's.
+    clip_image_mean, clip_image_std (`list[float]`, *optional*):
+        The normalization of the tower's images.
 
     Example:
 
@@ -90,16 +101,24 @@ class SamClipConfig(SamConfig):
 
     model_type = "samclip"
     # transformers 5.17 reads `sub_configs`, newer versions read `sub_configs_defaults`.
-    sub_configs = {**SamConfig.sub_configs, "text_config": CLIPTextConfig, "clip_head_config": SamClipHeadConfig}
+    sub_configs = {
+        **SamConfig.sub_configs,
+        "text_config": CLIPTextConfig,
+        "clip_head_config": SamClipHeadConfig,
+    }
     sub_configs_defaults = dict(sub_configs)
+    # Newer versions would fill every entry of `sub_configs_defaults`, but a merged model has no clip_vision_config.
+    sub_configs["clip_vision_config"] = CLIPVisionConfig
 
     if TYPE_CHECKING:  # types after __post_init__
         text_config: CLIPTextConfig | SiglipTextConfig
         clip_head_config: SamClipHeadConfig
+        clip_vision_config: CLIPVisionConfig | SiglipVisionConfig | None
         vocabulary_label_ids: list[int]
     else:
         text_config: dict | PreTrainedConfig | None = None
         clip_head_config: dict | PreTrainedConfig | None = None
+        clip_vision_config: dict | PreTrainedConfig | None = None
         vocabulary_label_ids: list[int] | None = None
     logit_scale_init_value: float = 2.6592
     vocabulary_num_labels: int | None = None
@@ -108,6 +127,11 @@ class SamClipConfig(SamConfig):
     has_text_tower: bool = True
     composition: Literal["segments", "classes"] = "segments"
     composition_points: int = 16
+    clip_image_size: int | None = None
+    image_mean: list[float] | None = None
+    image_std: list[float] | None = None
+    clip_image_mean: list[float] | None = None
+    clip_image_std: list[float] | None = None
 
     def __post_init__(self, **kwargs):
         if self.text_config is None:
@@ -123,9 +147,19 @@ class SamClipConfig(SamConfig):
             self.clip_head_config = {}
         if isinstance(self.clip_head_config, dict):
             self.clip_head_config = SamClipHeadConfig(**self.clip_head_config)
+        if isinstance(self.clip_vision_config, dict):
+            vision_kind = SiglipVisionConfig if self.has_siglip_text else CLIPVisionConfig
+            self.clip_vision_config = vision_kind(**self.clip_vision_config)
+        if self.clip_vision_config is not None and self.clip_image_size is None:
+            self.clip_image_size = self.clip_vision_config.image_size
         if self.vocabulary_label_ids is None:
             self.vocabulary_label_ids = []
         super().__post_init__(**kwargs)
+
+    @property
+    def merged(self) -> bool:
+        """Whether one image encoder serves SAM and CLIP. An unmerged model has a vision tower of its own for CLIP."""
+        return self.clip_vision_config is None
 
     @property
     def has_siglip_text(self) -> bool:
@@ -196,6 +230,16 @@ class SamClipConfig(SamConfig):
         """Part of `@strict`-powered validation."""
         if self.composition_points < 1:
             raise ValueError(f"composition_points must be 1 or more, got {self.composition_points}.")
+        if not self.merged:
+            assert self.clip_vision_config is not None and self.clip_image_size is not None
+            if self.clip_image_size < 1 or self.clip_image_size % self.clip_vision_config.patch_size:
+                raise ValueError(
+                    f"clip_image_size must be a multiple of the patch size {self.clip_vision_config.patch_size}, got "
+                    f"{self.clip_image_size}."
+                )
+            normalization = ("image_mean", "image_std", "clip_image_mean", "clip_image_std")
+            if missing := [name for name in normalization if getattr(self, name) is None]:
+                raise ValueError(f"An unmerged model needs {', '.join(missing)}.")
         vision, prompt_encoder = self.vision_config, self.prompt_encoder_config
         if not isinstance(vision, PreTrainedConfig) or not isinstance(prompt_encoder, PreTrainedConfig):
             return
@@ -340,6 +384,11 @@ class SamClipVisionConfig(BackboneConfigMixin, PreTrainedConfig):
         """As in [`PreTrainedConfig`]. Returns the vision tower's part of the configuration of a whole SAM-CLIP."""
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if config_dict.get("model_type") == SamClipConfig.model_type:
+            if config_dict.get("clip_vision_config") is not None:
+                raise ValueError(
+                    f"{pretrained_model_name_or_path} is an unmerged model, which has two encoders. "
+                    "Use the vision tower of its CLIP, or train a merged model."
+                )
             own = (*cls.sub_configs, "initializer_range", "dtype")
             vision_dict = {name: config_dict[name] for name in own if name in config_dict}
             if code := config_dict.get("auto_map", {}).get("AutoConfig"):  # a published folder's

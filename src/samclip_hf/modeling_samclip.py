@@ -17,6 +17,7 @@ from torch import nn
 from transformers import (
     AutoTokenizer,
     BackboneMixin,
+    BaseImageProcessor,
     CLIPModel,
     CLIPTextModel,
     PreTrainedModel,
@@ -31,6 +32,7 @@ from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPoo
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
+from .clip_tower_samclip import SamClipTower, to_image_grid
 from .configuration_samclip import SamClipConfig, SamClipHeadConfig, SamClipVisionConfig
 from .transformers_internals_samclip import (
     OutputRecorder,
@@ -208,6 +210,8 @@ class SamClipPreTrainedModel(SamClipVisionPreTrainedModel):
         """The CLIP head's tokens `(batch_size, grid_height, grid_width, hidden_size)`, and the image in the text space
         `(batch_size, projection_dim)`, not normalized. Padding is not pooled."""
         head_tokens = self.clip_head(patch_tokens)
+        if isinstance(self.clip_head, SamClipTower):  # sees no padding
+            return head_tokens, self.clip_head.pool(head_tokens)
         return head_tokens, self.clip_head.pool(head_tokens, self._content_mask(head_tokens, reshaped_input_sizes))
 
 
@@ -472,7 +476,7 @@ class SamClipModel(SamClipPreTrainedModel):
         self._set_default_attention("mask_decoder_config")
         self.mask_decoder = SamMaskDecoder(config.mask_decoder_config)
         self._set_default_attention("clip_head_config")
-        self.clip_head = SamClipHead(config)
+        self.clip_head: Any = SamClipHead(config) if config.merged else SamClipTower(config)
         projection_dim = config.clip_head_config.projection_dim
         self.text_model: Any = None
         self.text_projection: Any = None
@@ -533,12 +537,18 @@ class SamClipModel(SamClipPreTrainedModel):
         clip: str | os.PathLike | CLIPModel | SiglipModel,
         clip_head_config: dict | SamClipHeadConfig | None = None,
         clip_head_initialization: str = "copied",
+        merged: bool = True,
+        clip_image_size: int | None = None,
     ) -> "SamClipModel":
         r"""
-        Builds a new SAM-CLIP for training, with SAM's weights, CLIP's text tower, and a CLIP head whose layers are
-        copies of the last layer of SAM's image encoder (appendix A). The head's LayerNorm and MLP are new, so the
-        model must be trained before it can classify. Its weights are float32, because training in half precision loses
-        most updates to rounding.
+        With `merged=True`, builds a new SAM-CLIP for training, with SAM's weights, CLIP's text tower, and a CLIP head
+        whose layers are copies of the last layer of SAM's image encoder (appendix A). The head's LayerNorm and MLP are
+        new, so the model must be trained before it can classify. Its weights are float32, because training in half
+        precision loses most updates to rounding.
+
+        With `merged=False`, builds a model that works without training. It has the vision tower of the CLIP in the
+        place of the CLIP head: its masks are SAM's, its image and text embeddings are CLIP's, at the cost of a second
+        encoder. Inputs, outputs, vocabularies and pipelines are those of a merged model.
 
         sam (`str`, `os.PathLike` or [`SamModel`]):
             A SAM of any size: a repository on the Hub, a folder or a model.
@@ -549,10 +559,23 @@ class SamClipModel(SamClipPreTrainedModel):
             Number of layers, pooling and MLP width. The projection size is always the CLIP teacher's.
         clip_head_initialization (`str`, *optional*, defaults to `"copied"`):
             `"random"` initializes the head's layers randomly, which is another reading of the paper's main text.
+        merged (`bool`, *optional*, defaults to `True`):
+            `False` for a model with two encoders that needs no training. Both teachers must then be names or folders
+            with an image processor, whose normalization the model needs.
+        clip_image_size (`int`, *optional*):
+            With `merged=False`: height and width in pixels of the images that CLIP's vision tower gets. A larger size
+            finds smaller objects and costs more. By default twice the tower's own size, but at most the larger of 448
+            (the paper's size for segmentation) and its own size.
 
         Raises `TypeError` if a teacher is another kind of model, and `ValueError` if sizes do not fit, for an unknown
-        key of `clip_head_config` and for an unknown `clip_head_initialization`.
+        key of `clip_head_config`, for an unknown `clip_head_initialization` and for an argument without effect.
         """
+        if not merged and (clip_head_config is not None or clip_head_initialization != "copied"):
+            raise ValueError(
+                "An unmerged model has no CLIP head: remove clip_head_config and clip_head_initialization."
+            )
+        if merged and clip_image_size is not None:
+            raise ValueError("A merged model has one encoder: clip_image_size needs merged=False.")
         if clip_head_initialization not in ("copied", "random"):
             raise ValueError(
                 f'clip_head_initialization must be "copied" or "random", got {clip_head_initialization!r}.'
@@ -588,9 +611,11 @@ class SamClipModel(SamClipPreTrainedModel):
             text_config=text_config,
             clip_head_config=head,
             initializer_range=sam.config.initializer_range,
+            **({} if merged else _tower_config(sam, clip, clip_image_size)),
         )
         for part in (config, *(getattr(config, name) for name in config.sub_configs)):
-            part.dtype = torch.float32  # the teachers' configurations have the types of their weights
+            if part is not None:
+                part.dtype = torch.float32  # the teachers' configurations have the types of their weights
         model = cls(config)
         for name in ("shared_image_embedding", "vision_encoder", "prompt_encoder", "mask_decoder"):
             getattr(model, name).load_state_dict(getattr(sam, name).state_dict())
@@ -600,6 +625,11 @@ class SamClipModel(SamClipPreTrainedModel):
         else:
             model.text_projection.load_state_dict(clip.text_projection.state_dict())
         model.logit_scale.data.copy_(clip.logit_scale.data.squeeze())
+        if not merged:
+            model.clip_head.vision_model.load_state_dict(clip.vision_model.state_dict())
+            if isinstance(clip, CLIPModel):
+                model.clip_head.projection.load_state_dict(clip.visual_projection.state_dict())
+            return model
         layers = "new layers"
         if clip_head_initialization == "copied":
             layers = "copies of the image encoder's last layer"
@@ -729,11 +759,51 @@ class SamClipModel(SamClipPreTrainedModel):
             target_embedding=target_embedding,
         )
 
-    def _encode_once(self, pixel_values, vision_embeds, **kwargs):
+    def _encode_once(self, pixel_values, vision_embeds, reshaped_input_sizes, **kwargs):
         """The [`SamClipVisionEncoderOutput`] of `pixel_values`, or the given one."""
         if (pixel_values is None) == (vision_embeds is None):
             raise ValueError("Pass either pixel_values or vision_embeds, and not both.")
-        return self.vision_encoder(pixel_values, **kwargs) if vision_embeds is None else vision_embeds
+        if vision_embeds is not None:
+            return vision_embeds
+        return self.get_vision_embeds(pixel_values, reshaped_input_sizes, **kwargs)
+
+    def get_vision_embeds(
+        self,
+        pixel_values: torch.Tensor,
+        reshaped_input_sizes: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SamClipVisionEncoderOutput:
+        r"""
+        Encodes images once for any number of calls with `vision_embeds`. For a merged model, this is the output of
+        `vision_encoder`. In an unmerged model, `patch_tokens` are the patch embeddings of CLIP's vision tower.
+
+        pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`):
+            From the image processor.
+        reshaped_input_sizes (`torch.Tensor` of shape `(batch_size, 2)`, *optional*):
+            From the image processor: height and width of each image without its padding, which CLIP's vision tower
+            does not see.
+        """
+        outputs = self.vision_encoder(pixel_values, **kwargs)
+        if not self.config.merged:
+            outputs.patch_tokens = self.clip_head.encode_pixels(pixel_values, reshaped_input_sizes)
+        return outputs
+
+    def _dense_embeds(self, head_tokens, image_embeddings, reshaped_input_sizes) -> torch.Tensor:
+        """Embeddings of the patches of `image_embeddings` in the text space `(batch_size, projection_dim, grid_height,
+        grid_width)`, of length 1."""
+        features = self.clip_head.project_patches(head_tokens)
+        if not self.config.merged:
+            content_sizes = self._content_sizes(image_embeddings, reshaped_input_sizes)
+            features = to_image_grid(features, content_sizes, image_embeddings.shape[-2:])
+        return F.normalize(features, dim=1)
+
+    def _content_sizes(self, image_embeddings, reshaped_input_sizes) -> torch.Tensor:
+        """Height and width of the images without their padding `(batch_size, 2)`, in patches."""
+        batch_size, _, *grid = image_embeddings.shape
+        if reshaped_input_sizes is None:
+            return torch.tensor(grid, device=image_embeddings.device).expand(batch_size, 2)
+        sizes = torch.as_tensor(reshaped_input_sizes, device=image_embeddings.device)
+        return sizes / self.config.vision_config.patch_size
 
     @can_return_tuple
     def get_image_features(
@@ -752,16 +822,16 @@ class SamClipModel(SamClipPreTrainedModel):
             From the image processor: height and width of each image without its padding, which is then excluded from
             the pooling.
         vision_embeds ([`SamClipVisionEncoderOutput`], *optional*):
-            Output of `vision_encoder` for the images, in place of `pixel_values`.
+            From `get_vision_embeds` for the images, in place of `pixel_values`.
 
         Returns `pooler_output` `(batch_size, projection_dim)`, not normalized, and `last_hidden_state`
         `(batch_size, grid_height * grid_width, hidden_size)`, the CLIP head's tokens. `hidden_states` and
         `attentions`, on request, are the image encoder's.
         """
-        vision_outputs = self._encode_once(pixel_values, vision_embeds, **kwargs)
+        vision_outputs = self._encode_once(pixel_values, vision_embeds, reshaped_input_sizes, **kwargs)
         head_tokens, pooled = self._pool_image(vision_outputs.patch_tokens, reshaped_input_sizes)
         return BaseModelOutputWithPooling(
-            last_hidden_state=head_tokens.flatten(1, 2),
+            last_hidden_state=head_tokens.flatten(1, -2),
             pooler_output=pooled,
             hidden_states=vision_outputs.hidden_states,
             attentions=vision_outputs.attentions,
@@ -848,7 +918,7 @@ class SamClipModel(SamClipPreTrainedModel):
         return_loss (`bool`, *optional*):
             Whether to return CLIP's contrastive loss or, with SigLIP's text tower, SigLIP's.
         vision_embeds ([`SamClipVisionEncoderOutput`], *optional*):
-            Output of `vision_encoder` for the images, in place of `pixel_values`.
+            From `get_vision_embeds` for the images, in place of `pixel_values`.
         """
         refuse_labels(kwargs)
         if return_loss and input_ids is None:
@@ -867,7 +937,7 @@ class SamClipModel(SamClipPreTrainedModel):
 
         fields = {}
         if image_embeddings is None:
-            vision_outputs = self._encode_once(pixel_values, vision_embeds, **kwargs)
+            vision_outputs = self._encode_once(pixel_values, vision_embeds, reshaped_input_sizes, **kwargs)
             image_embeddings = vision_outputs.last_hidden_state
             fields["vision_hidden_states"] = vision_outputs.hidden_states
             fields["vision_attentions"] = vision_outputs.attentions
@@ -888,7 +958,7 @@ class SamClipModel(SamClipPreTrainedModel):
         if needs_clip_head:
             head_tokens, pooled = self._pool_image(vision_outputs.patch_tokens, reshaped_input_sizes)
             image_embeds = F.normalize(pooled, dim=-1)
-            dense_embeds = F.normalize(self.clip_head.project_patches(head_tokens), dim=1)
+            dense_embeds = self._dense_embeds(head_tokens, image_embeddings, reshaped_input_sizes)
             fields |= {"image_embeds": image_embeds, "dense_embeds": dense_embeds}
 
         if input_ids is not None:
@@ -972,6 +1042,25 @@ def load_teacher(classes: tuple[type[PreTrainedModel], ...], teacher, argument: 
     raise TypeError(
         f"{argument} must be a {wanted}, but {str(teacher)!r} contains a model of type {model_type!r}.{hint}"
     )
+
+
+def _tower_config(sam: SamModel, clip: CLIPModel | SiglipModel, clip_image_size: int | None) -> dict[str, Any]:
+    """The fields of [`SamClipConfig`] that describe the vision tower of an unmerged model."""
+    vision_config, fields = clip.config.vision_config, {}
+    for prefix, teacher in (("", sam), ("clip_", clip)):
+        if not teacher.name_or_path:
+            raise ValueError(
+                "An unmerged model needs the normalization of both teachers' image processors: pass names or folders, "
+                "or models that were loaded from them."
+            )
+        processor, _ = BaseImageProcessor.get_image_processor_dict(teacher.name_or_path)
+        if not processor.get("do_normalize", True):
+            raise ValueError(f"The image processor of {teacher.name_or_path} does not normalize images.")
+        fields |= {f"{prefix}image_{name}": processor[f"image_{name}"] for name in ("mean", "std")}
+    if clip_image_size is None:
+        own = vision_config.image_size
+        clip_image_size = max(own, min(2 * own, 448) // vision_config.patch_size * vision_config.patch_size)
+    return fields | {"clip_vision_config": vision_config.to_dict(), "clip_image_size": clip_image_size}
 
 
 def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:

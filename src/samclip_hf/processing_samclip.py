@@ -9,6 +9,8 @@ from transformers import BatchFeature, GemmaTokenizer, PreTrainedTokenizerFast, 
 from transformers.processing_utils import ProcessingKwargs, Unpack
 
 from .code_samclip import save_code
+from .image_processing_samclip import SamClipImageProcessor
+from .modeling_samclip import load_tokenizer
 
 POINT_PADDING = -10  # label of a point that SAM's prompt encoder ignores
 
@@ -59,6 +61,18 @@ class SamClipProcessor(ProcessorMixin):
             save_code(self, save_directory)
             self.image_processor.auto_map = self.auto_map
         return super().save_pretrained(save_directory, *args, **kwargs)
+
+    @classmethod
+    def from_teachers(cls, sam, clip) -> "SamClipProcessor":
+        r"""
+        The processor of [`SamClipModel.from_teachers`]: SAM's image processor and CLIP's tokenizer.
+
+        sam, clip (`str` or `os.PathLike`):
+            Repositories on the Hub or folders.
+
+        Raises `ValueError` if there is no tokenizer, and `OSError` if there is no image processor.
+        """
+        return cls(SamClipImageProcessor.from_pretrained(sam), load_tokenizer(str(clip)))
 
     def __call__(
         self,

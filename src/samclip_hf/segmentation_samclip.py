@@ -424,7 +424,7 @@ class SamClipForImageSegmentation(SamClipModel):
         vocabulary ([`SamClipVocabulary`], *optional*):
             From `embed_vocabulary`; by default the checkpoint's.
         vision_embeds ([`SamClipVisionEncoderOutput`], *optional*):
-            Output of `vision_encoder` for the images, in place of `pixel_values`.
+            From `get_vision_embeds` for the images, in place of `pixel_values`.
         """
         vocabulary = self.vocabulary if vocabulary is None else vocabulary
         if prompts := sorted(name for name in kwargs if name.startswith("input_")):
@@ -433,26 +433,20 @@ class SamClipForImageSegmentation(SamClipModel):
                 "changes the texts; SamClipModel accepts points and boxes."
             )
         refuse_labels(kwargs)
-        vision_outputs = self._encode_once(pixel_values, vision_embeds, **kwargs)
-        dense_embeds = self.clip_head.project_patches(self.clip_head(vision_outputs.patch_tokens))
-        dense_embeds = F.normalize(dense_embeds, dim=1)
+        vision_outputs = self._encode_once(pixel_values, vision_embeds, reshaped_input_sizes, **kwargs)
+        image_embeddings, patch_tokens = vision_outputs.last_hidden_state, vision_outputs.patch_tokens
+        dense_embeds = self._dense_embeds(self.clip_head(patch_tokens), image_embeddings, reshaped_input_sizes)
         logits = self.classify(dense_embeds.permute(0, 2, 3, 1), vocabulary).permute(0, 3, 1, 2)
+        content_sizes = self._content_sizes(image_embeddings, reshaped_input_sizes)
         segments = {}
         if both_heads:
-            content_mask = self._content_mask(vision_outputs.patch_tokens, reshaped_input_sizes)
+            content_mask = self._content_mask(image_embeddings.permute(0, 2, 3, 1), reshaped_input_sizes)
             if self.config.composition == "classes":
-                segments = self.compose_heads_by_class(
-                    vision_outputs.last_hidden_state, logits, vocabulary, content_mask
-                )
+                segments = self.compose_heads_by_class(image_embeddings, logits, vocabulary, content_mask)
             else:
                 segments = self.compose_heads(
-                    vision_outputs.last_hidden_state, vision_outputs.patch_tokens, logits, vocabulary, content_mask
+                    image_embeddings, patch_tokens, logits, vocabulary, content_mask, content_sizes
                 )
-
-        patch_size = self.config.vision_config.patch_size
-        if reshaped_input_sizes is None:
-            reshaped_input_sizes = torch.tensor(logits.shape[-2:]).expand(len(logits), 2) * patch_size
-        content_sizes = torch.as_tensor(reshaped_input_sizes, device=logits.device) / patch_size
         return SamClipSegmentationOutput(
             logits=logits,
             **segments,
@@ -474,6 +468,7 @@ class SamClipForImageSegmentation(SamClipModel):
         logits: torch.Tensor,
         vocabulary: SamClipVocabulary,
         content_mask: torch.Tensor | None = None,
+        content_sizes: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         r"""
         Combines both heads by segments. Points are placed where the CLIP head finds a class, and the SAM head predicts
@@ -486,13 +481,17 @@ class SamClipForImageSegmentation(SamClipModel):
         image_embeddings (`torch.Tensor` of shape `(batch_size, output_channels, grid_height, grid_width)`):
             Input of the mask decoder.
         patch_tokens (`torch.Tensor` of shape `(batch_size, grid_height, grid_width, hidden_size)`):
-            Input of the CLIP head.
+            Input of the CLIP head. In an unmerged model, the patch embeddings of its vision tower, on the tower's
+            grid.
         logits (`torch.Tensor` of shape `(batch_size, num_labels, grid_height, grid_width)`):
             The CLIP head's logits of the patches.
         vocabulary ([`SamClipVocabulary`]):
             The vocabulary of `logits`.
         content_mask (`torch.Tensor` of shape `(batch_size, grid_height, grid_width)`, *optional*):
             `False` for padding.
+        content_sizes (`torch.Tensor` of shape `(batch_size, 2)`, *optional*):
+            For an unmerged model: height and width of the images without their padding, in patches. By default there
+            is no padding.
 
         Returns `segment_masks`, `segment_logits`, `segment_embeds` and `segment_scores` as in
         [`SamClipSegmentationOutput`].
@@ -514,11 +513,15 @@ class SamClipForImageSegmentation(SamClipModel):
             found.append((masks.gather(2, best).squeeze(2), scores))
         masks, scores = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
 
-        segments = torch.zeros(*masks.shape[:2], *logits.shape[-2:], device=masks.device, dtype=torch.bool)
+        grid_size = patch_tokens.shape[1], patch_tokens.shape[2]
+        segments = torch.zeros(*masks.shape[:2], *grid_size, device=masks.device, dtype=torch.bool)
         for i in is_class.flatten(1).any(dim=1).nonzero().flatten().tolist():
             kept = _distinct_masks(masks[i], scores[i], max_overlap=0.5)
-            segments[i, kept] = _segments(masks[i, kept], (segments.shape[-2], segments.shape[-1]))
-        if content_mask is not None:
+            rows, columns = masks.shape[-2:]
+            if not self.config.merged and content_sizes is not None:  # the tower does not see the padding
+                rows, columns = (4 * content_sizes[i]).ceil().int().tolist()
+            segments[i, kept] = _segments(masks[i, kept, :rows, :columns], grid_size)
+        if content_mask is not None and self.config.merged:
             segments &= content_mask[:, None]
         is_segment = segments.flatten(2).any(dim=-1)
 

@@ -130,6 +130,11 @@ class SamClipTrainer(Trainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
         optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
     ):
+        if not model.config.merged:
+            raise ValueError(
+                "An unmerged model cannot be trained: it has two encoders. SamClipModel.from_teachers(sam, clip) "
+                "builds a model that merges both."
+            )
         if args.stage == 2 and sam_teacher is None:
             raise ValueError("Stage 2 requires sam_teacher.")
         if processing_class is None:

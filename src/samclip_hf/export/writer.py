@@ -66,7 +66,7 @@ def export(
 
     Raises:
         ImportError: The extra `export` is not installed.
-        ValueError: The model is not a SAM-CLIP, it lacks a part, or the part or opset is unknown.
+        ValueError: The model is not a merged SAM-CLIP, it lacks a part, or the part or opset is unknown.
         FileExistsError: `output_dir` contains files that do not belong to an earlier export.
         RuntimeError: A file differs from PyTorch.
     """
@@ -76,6 +76,8 @@ def export(
     output_dir = Path(output_dir).absolute()
     _check_replaceable(output_dir)
     model, processor = _load(model_name_or_path)
+    if not model.config.merged:
+        raise ValueError(f"{model_name_or_path} is an unmerged model, which cannot be exported to ONNX yet.")
     available = create_parts(model, processor, images)
     selected = list(available) if parts is None else list(dict.fromkeys(parts))
     for name in selected:

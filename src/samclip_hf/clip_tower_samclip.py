@@ -1,0 +1,235 @@
+"""
+The CLIP side of an unmerged SAM-CLIP: the vision tower of a CLIP or SigLIP, in the place of the CLIP head.
+
+It gets the same `pixel_values` as the image encoder. Each image is cut out of its padding, stretched to a square and
+normalized again, so that both towers see the same pixels.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import CLIPVisionModel, SiglipVisionModel
+
+from .configuration_samclip import SamClipConfig
+
+
+class SamClipTower(nn.Module):
+    """
+    A vision tower with the interface of [`SamClipHead`]: patch embeddings -> tokens -> text space.
+
+    `encode_pixels` gives the input of `forward` and `pool_segments`. The tokens of `forward` are those before the last
+    layer of a CLIP, because `pool` and `project_patches` use that layer in two ways, and those after the last layer of
+    a SigLIP.
+    """
+
+    def __init__(self, config: SamClipConfig):
+        super().__init__()
+        vision_config = config.clip_vision_config
+        assert vision_config is not None
+        self.config = config
+        self.image_size = config.clip_image_size
+        self.is_siglip = config.has_siglip_text
+        self.projection: nn.Linear | None = None
+        self.vision_model: Any
+        if self.is_siglip:
+            self.vision_model = SiglipVisionModel._from_config(vision_config)
+        else:
+            self.vision_model = CLIPVisionModel._from_config(vision_config)
+            self.projection = nn.Linear(vision_config.hidden_size, config.clip_head_config.projection_dim, bias=False)
+
+    def encode_pixels(self, pixel_values: torch.Tensor, reshaped_input_sizes: torch.Tensor | None) -> torch.Tensor:
+        r"""
+        pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`):
+            From SAM-CLIP's image processor.
+        reshaped_input_sizes (`torch.Tensor` of shape `(batch_size, 2)`, *optional*):
+            Height and width of each image without its padding.
+
+        Returns the embeddings of the patches `(batch_size, grid_size, grid_size, hidden_size)`, before the first
+        layer.
+        """
+        if reshaped_input_sizes is None:
+            images = self._resize(pixel_values)
+        else:
+            sizes = torch.as_tensor(reshaped_input_sizes).tolist()
+            images = torch.cat(
+                [
+                    self._resize(image[None, :, : round(height), : round(width)])
+                    for image, (height, width) in zip(pixel_values, sizes, strict=True)
+                ]
+            )
+        return self._embed(self._normalize(images).to(self.vision_model.dtype))
+
+    def forward(self, patch_embeds: torch.Tensor) -> torch.Tensor:
+        """Patch embeddings `(batch_size, grid_size, grid_size, hidden_size)` -> tokens `(batch_size, num_tokens,
+        hidden_size)`, with a CLIP's class token first."""
+        tokens = patch_embeds.flatten(1, 2)
+        if not self.is_siglip:
+            tokens = torch.cat([self._class_tokens(len(tokens), 1), tokens], dim=1)
+        layers = self.vision_model.encoder.layers
+        return self._run(tokens, layers if self.is_siglip else layers[:-1])
+
+    def pool(self, tokens: torch.Tensor, content_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Tokens of `forward` -> image features `(batch_size, projection_dim)`, those of the CLIP or SigLIP.
+        `content_mask` is for the interface of [`SamClipHead`]: the tower sees no padding."""
+        if self.is_siglip:
+            return self.vision_model.head(self.vision_model.post_layernorm(tokens))
+        tokens = self._run(tokens, self.vision_model.encoder.layers[-1:])
+        return self._project(tokens[:, 0])
+
+    def project_patches(self, tokens: torch.Tensor) -> torch.Tensor:
+        """
+        Tokens of `forward` -> features of the patches `(batch_size, projection_dim, grid_size, grid_size)`, not
+        normalized. Each patch is pooled as if it were the only one: a CLIP's last attention returns each token's own
+        value and its MLP is skipped, as in MaskCLIP (Zhou et al. 2022, arXiv 2112.01071); a SigLIP's pooling head gets
+        one patch at a time.
+        """
+        if self.is_siglip:
+            head, tokens = self.vision_model.head, self.vision_model.post_layernorm(tokens)
+            attention, size = head.attention, tokens.shape[-1]
+            # The projection to values is the last third of the attention's input projection.
+            values = F.linear(tokens, attention.in_proj_weight[-size:], attention.in_proj_bias[-size:])
+            pooled = attention.out_proj(values)
+            features = pooled + head.mlp(head.layernorm(pooled))
+        else:
+            layer, tokens = self.vision_model.encoder.layers[-1], tokens[:, 1:]
+            values = layer.self_attn.v_proj(layer.layer_norm1(tokens))
+            features = self._project(tokens + layer.self_attn.out_proj(values))
+        grid_size = self.image_size // self.config.clip_vision_config.patch_size
+        return features.transpose(1, 2).unflatten(2, (-1, grid_size))
+
+    def pool_segments(self, patch_embeds: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
+        r"""
+        Embeds every segment as if it were an image: in all layers, its patches and its class token attend to each
+        other only. Disjoint segments need one pass of the tower for each image, whatever their number.
+
+        patch_embeds (`torch.Tensor` of shape `(batch_size, grid_size, grid_size, hidden_size)`):
+            As in `forward`.
+        segments (`torch.Tensor` of shape `(batch_size, num_segments, grid_size, grid_size)`, `bool`):
+            The patches of each segment.
+
+        Returns `(batch_size, num_segments, projection_dim)`, not normalized. The values for a segment without patches
+        have no meaning.
+        """
+        patches, inside = patch_embeds.flatten(1, 2), segments.flatten(2)
+        features = patches.new_zeros(*inside.shape[:2], self.config.clip_head_config.projection_dim)
+        for members in _disjoint_groups(inside):
+            features[:, members] = self._pool_disjoint(patches, inside[:, members]).to(features.dtype)
+        return features
+
+    def _pool_disjoint(self, patches: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
+        """Patches `(batch_size, num_patches, hidden_size)` and segments that do not overlap `(batch_size,
+        num_segments, num_patches)` -> features `(batch_size, num_segments, projection_dim)`."""
+        batch_size, num_segments, _ = inside.shape
+        numbers = torch.arange(1, num_segments + 1, device=inside.device)
+        owner = (inside * numbers[:, None]).amax(dim=1)  # 0 for patches of no segment
+        tokens = patches
+        if not self.is_siglip:
+            tokens = torch.cat([self._class_tokens(batch_size, num_segments), tokens], dim=1)
+            owner = torch.cat([numbers.expand(batch_size, -1), owner], dim=1)
+        tokens = self._run(tokens, self.vision_model.encoder.layers, owner[:, :, None] == owner[:, None, :])
+        if not self.is_siglip:
+            return self._project(tokens[:, :num_segments])
+        head, tokens = self.vision_model.head, self.vision_model.post_layernorm(tokens)
+        tokens = tokens[:, None].expand(-1, num_segments, -1, -1).flatten(0, 1)
+        outside = ~inside.flatten(0, 1)
+        outside &= ~outside.all(dim=1, keepdim=True)  # attention to nothing is not a number
+        probe = head.probe.expand(len(tokens), -1, -1)
+        pooled = head.attention(probe, tokens, tokens, key_padding_mask=outside, need_weights=False)[0]
+        pooled = pooled + head.mlp(head.layernorm(pooled))
+        return pooled.unflatten(0, (batch_size, num_segments)).squeeze(2)
+
+    def _run(self, tokens: torch.Tensor, layers, visible: torch.Tensor | None = None) -> torch.Tensor:
+        """Runs layers on tokens `(batch_size, num_tokens, hidden_size)`. `visible` `(batch_size, num_tokens,
+        num_tokens)` is `True` where a token may attend to another."""
+        mask = None
+        if visible is not None:
+            attention = self.config.clip_vision_config._attn_implementation
+            if attention not in ("sdpa", "eager", None):
+                raise ValueError(
+                    f"Segments of an unmerged model are embedded with the attention 'sdpa' or 'eager', not "
+                    f"{attention!r}: call model.set_attn_implementation('sdpa')."
+                )
+            mask = torch.zeros(visible.shape, dtype=tokens.dtype, device=tokens.device)
+            mask = mask.masked_fill(~visible, torch.finfo(tokens.dtype).min)[:, None]
+        for layer in layers:
+            tokens = layer(tokens, attention_mask=mask)
+        return tokens
+
+    def _project(self, tokens: torch.Tensor) -> torch.Tensor:
+        assert self.projection is not None
+        return self.projection(self.vision_model.post_layernorm(tokens))
+
+    def _embed(self, images: torch.Tensor) -> torch.Tensor:
+        """Square images -> patch embeddings `(batch_size, grid_size, grid_size, hidden_size)`."""
+        embeds = self.vision_model.embeddings(images, interpolate_pos_encoding=True)
+        if not self.is_siglip:
+            embeds = self.vision_model.pre_layrnorm(embeds[:, 1:])
+        return embeds.unflatten(1, (-1, images.shape[-1] // self.config.clip_vision_config.patch_size))
+
+    def _class_tokens(self, batch_size: int, number: int) -> torch.Tensor:
+        """A CLIP's class token before the first layer, `(batch_size, number, hidden_size)`."""
+        embeddings = self.vision_model.embeddings
+        token = embeddings.class_embedding + embeddings.position_embedding.weight[0]
+        return self.vision_model.pre_layrnorm(token).expand(batch_size, number, -1)
+
+    def _resize(self, images: torch.Tensor) -> torch.Tensor:
+        size = (self.image_size, self.image_size)
+        return F.interpolate(images.float(), size=size, mode="bicubic", antialias=True, align_corners=False)
+
+    def _normalize(self, images: torch.Tensor) -> torch.Tensor:
+        """Replaces the normalization of `pixel_values` by the tower's."""
+        mean, std, own_mean, own_std = (
+            torch.tensor(values, device=images.device)[:, None, None]
+            for values in (
+                self.config.image_mean,
+                self.config.image_std,
+                self.config.clip_image_mean,
+                self.config.clip_image_std,
+            )
+        )
+        return (images * std + mean - own_mean) / own_std
+
+
+def to_image_grid(features: torch.Tensor, content_sizes: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
+    r"""
+    Resamples features of a tower, which cover the image without its padding, to the patches of the padded image.
+
+    features (`torch.Tensor` of shape `(batch_size, channels, rows, columns)`):
+        From [`SamClipTower.project_patches`].
+    content_sizes (`torch.Tensor` of shape `(batch_size, 2)`):
+        Height and width of each image without its padding, in patches of the padded image.
+    grid_size (`tuple[int, int]`):
+        Height and width of the padded images in patches.
+
+    Returns `(batch_size, channels, grid_height, grid_width)`. Padding gets the nearest value of the image.
+    """
+    rows, columns = (torch.arange(side, device=features.device) + 0.5 for side in grid_size)
+    y, x = 2 * rows / content_sizes[:, :1] - 1, 2 * columns / content_sizes[:, 1:] - 1
+    grid = torch.stack(
+        [x[:, None, :].expand(-1, grid_size[0], -1), y[:, :, None].expand(-1, -1, grid_size[1])], dim=-1
+    )
+    resampled = F.grid_sample(
+        features.float(), grid.float(), mode="bilinear", padding_mode="border", align_corners=False
+    )
+    return resampled.to(features.dtype)
+
+
+def _disjoint_groups(inside: torch.Tensor) -> list[list[int]]:
+    """Numbers of the segments `(batch_size, num_segments, num_patches)` in groups without overlap, as few as the first
+    fit finds."""
+    counts = inside.float()
+    overlap = (counts @ counts.transpose(1, 2) > 0).any(dim=0).tolist()
+    groups: list[list[int]] = []
+    for number, row in enumerate(overlap):
+        for group in groups:
+            if not any(row[other] for other in group):
+                group.append(number)
+                break
+        else:
+            groups.append([number])
+    return groups
+
+
+__all__ = ["SamClipTower"]
