@@ -378,24 +378,35 @@ class SamClipVisionAdapter(PromptableAdapter):
 
     @torch.inference_mode()
     def patch_features(self, images: Sequence[Image.Image], size: int) -> dict[str, Tensor]:
-        """Returns the outputs of the image encoder's last layer, before the neck, and of the CLIP head's last
-        layer."""
+        """Returns the outputs of the image encoder's last layer, before the neck, and of a merged model's CLIP
+        head."""
         patch_tokens = self.model.vision_encoder(self._preprocess_squares(images, size)).patch_tokens
-        sources = {"image encoder": patch_tokens, "CLIP head": self.model.clip_head(patch_tokens)}
+        sources = {"image encoder": patch_tokens}
+        if self.model.config.merged:
+            sources["CLIP head"] = self.model.clip_head(patch_tokens)
         return {source: tokens.permute(0, 3, 1, 2) for source, tokens in sources.items()}
 
     @torch.inference_mode()
     def pooled_features(self, images: Sequence[Image.Image], size: int) -> dict[str, Tensor]:
-        """Returns the mean over the image encoder's patches, and the inputs of the CLIP head's MLP."""
+        """Returns the mean over the image encoder's patches, and the inputs of the MLP of a merged model's CLIP
+        head."""
         patch_tokens = self.model.vision_encoder(self._preprocess_squares(images, size)).patch_tokens
-        head = self.model.clip_head
-        return {"image encoder": patch_tokens.mean(dim=(1, 2)), "CLIP head": head.pool_tokens(head(patch_tokens))}
+        features, head = {"image encoder": patch_tokens.mean(dim=(1, 2))}, self.model.clip_head
+        if self.model.config.merged:
+            features["CLIP head"] = head.pool_tokens(head(patch_tokens))
+        return features
 
 
 class SamClipAdapter(ImageTextAdapter, SamClipVisionAdapter):
     """Any other SAM-CLIP."""
 
     patch_rule = "CLIP head: LayerNorm and MLP of each patch"
+
+    def __init__(self, name: str, model: PreTrainedModel, processor):
+        super().__init__(name, model, processor)
+        if not model.config.merged:
+            rule = (SiglipAdapter if self.has_siglip_text else ClipAdapter).patch_rule
+            self.patch_rule = f"{rule}; stretched to {model.config.clip_image_size} px"
 
     @property
     def has_siglip_text(self) -> bool:
@@ -405,7 +416,7 @@ class SamClipAdapter(ImageTextAdapter, SamClipVisionAdapter):
         return self.model.get_image_features(**inputs).pooler_output
 
     def _dense_embeds(self, pixel_values: Tensor) -> Tensor:
-        patch_tokens = self.model.vision_encoder(pixel_values).patch_tokens
+        patch_tokens = self.model.get_vision_embeds(pixel_values).patch_tokens
         return self.model.clip_head.project_patches(self.model.clip_head(patch_tokens))
 
 
