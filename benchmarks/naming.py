@@ -70,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             correct[len(drawn.masks)] += [a == b for a, b in zip(found, drawn.class_ids, strict=True)]
         duration = 1000 * (perf_counter() - start) / len(scenes)
         by_number = " / ".join(f"{np.mean(values):.3f}" for values in correct.values() if values)
-        print(f"| {name} | {np.mean(sum(correct.values(), [])):.3f} | {by_number} | {duration:.0f} |", flush=True)
+        mean = sum(map(sum, correct.values())) / num_masks
+        print(f"| {name} | {mean:.3f} | {by_number} | {duration:.0f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -226,9 +226,9 @@ def build_trainer(args: "SamClipTrainingArguments") -> "SamClipTrainer":
     for argument, name in models_to_load(args).items():
         check_model(name, f"--{argument}")
     import torch
-    from transformers import AutoImageProcessor, set_seed
+    from transformers import set_seed
 
-    from samclip_hf import SamClipImageProcessor, SamClipModel, SamClipProcessor, miniature
+    from samclip_hf import SamClipModel, SamClipProcessor, miniature
     from samclip_hf.distillation import ClipTeacher, EmbeddingCache, SamClipTrainer, SamTeacher
     from samclip_hf.modeling_samclip import load_tokenizer
     from samclip_hf.publishing import prepare_push
@@ -254,10 +254,7 @@ def build_trainer(args: "SamClipTrainingArguments") -> "SamClipTrainer":
         head = {"num_hidden_layers": args.clip_head_layers, "pooling": args.clip_head_pooling}
         clip_model = clip_teacher.model if isinstance(clip_teacher, ClipTeacher) else clip
         model = SamClipModel.from_teachers(base, clip_model, head, args.clip_head_initialization or "copied")
-        image_processor = SamClipImageProcessor.from_dict(
-            AutoImageProcessor.from_pretrained(args.sam_student or sam).to_dict()
-        )
-        processor = SamClipProcessor(image_processor, load_tokenizer(clip))
+        processor = SamClipProcessor.from_teachers(args.sam_student or sam, clip)
     else:
         model = SamClipModel.from_pretrained(args.model, use_safetensors=True, dtype=torch.float32)
         load_tokenizer(args.model)  # raises an error if there is none; the processor would have an empty vocabulary
