@@ -27,9 +27,10 @@ class SamClipTower(nn.Module):
     def __init__(self, config: SamClipConfig):
         super().__init__()
         vision_config = config.clip_vision_config
-        assert vision_config is not None
+        assert vision_config is not None and config.clip_image_size is not None
         self.config = config
-        self.image_size = config.clip_image_size
+        self.image_size: int = config.clip_image_size
+        self.patch_size: int = vision_config.patch_size
         self.is_siglip = config.has_siglip_text
         self.projection: nn.Linear | None = None
         self.vision_model: Any
@@ -96,8 +97,7 @@ class SamClipTower(nn.Module):
             layer, tokens = self.vision_model.encoder.layers[-1], tokens[:, 1:]
             values = layer.self_attn.v_proj(layer.layer_norm1(tokens))
             features = self._project(tokens + layer.self_attn.out_proj(values))
-        grid_size = self.image_size // self.config.clip_vision_config.patch_size
-        return features.transpose(1, 2).unflatten(2, (-1, grid_size))
+        return features.transpose(1, 2).unflatten(2, (-1, self.image_size // self.patch_size))
 
     def pool_segments(self, patch_embeds: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
         r"""
@@ -145,7 +145,7 @@ class SamClipTower(nn.Module):
         num_tokens)` is `True` where a token may attend to another."""
         mask = None
         if visible is not None:
-            attention = self.config.clip_vision_config._attn_implementation
+            attention = self.vision_model.config._attn_implementation
             if attention not in ("sdpa", "eager", None):
                 raise ValueError(
                     f"Segments of an unmerged model are embedded with the attention 'sdpa' or 'eager', not "
@@ -166,7 +166,7 @@ class SamClipTower(nn.Module):
         embeds = self.vision_model.embeddings(images, interpolate_pos_encoding=True)
         if not self.is_siglip:
             embeds = self.vision_model.pre_layrnorm(embeds[:, 1:])
-        return embeds.unflatten(1, (-1, images.shape[-1] // self.config.clip_vision_config.patch_size))
+        return embeds.unflatten(1, (-1, images.shape[-1] // self.patch_size))
 
     def _class_tokens(self, batch_size: int, number: int) -> torch.Tensor:
         """A CLIP's class token before the first layer, `(batch_size, number, hidden_size)`."""

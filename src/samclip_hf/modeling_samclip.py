@@ -1046,7 +1046,7 @@ def load_teacher(classes: tuple[type[PreTrainedModel], ...], teacher, argument: 
 
 def _tower_config(sam: SamModel, clip: CLIPModel | SiglipModel, clip_image_size: int | None) -> dict[str, Any]:
     """The fields of [`SamClipConfig`] that describe the vision tower of an unmerged model."""
-    vision_config, fields = clip.config.vision_config, {}
+    vision_config, fields = clip.config.vision_config, dict[str, Any]()
     for prefix, teacher in (("", sam), ("clip_", clip)):
         if not teacher.name_or_path:
             raise ValueError(
