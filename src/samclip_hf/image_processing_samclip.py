@@ -13,10 +13,10 @@ import os
 from numbers import Integral
 from typing import Any
 
-import httpx
 import numpy as np
 import torch
 import torch.nn.functional as F
+from huggingface_hub.utils import httpx  # version 2 uses a successor of httpx
 from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import SamImageProcessorPil
 from transformers.utils import is_torchvision_available, logging

@@ -507,12 +507,12 @@ class SamClipVisionPreTrainedModel(PreTrainedModel):
         CLIP head, which are not a [`PreTrainedModel`], cause no warning, and unknown keys raise `ValueError`. `None`
         means the default.
         """
-        sub_configs = self.config.sub_configs
+        sub_configs = [name for name in self.config.sub_configs if getattr(self.config, name) is not None]
         if not isinstance(attn_implementation, dict):
             attn_implementation = {"": attn_implementation} | dict.fromkeys(sub_configs, attn_implementation)
         default = self.get_correct_attn_implementation(None)
         requested = {name: default if value is None else value for name, value in attn_implementation.items()}
-        if unknown := sorted(requested.keys() - sub_configs.keys() - {""}):
+        if unknown := sorted(requested.keys() - {*sub_configs, ""}):
             raise ValueError(
                 f"{type(self).__name__} has no {', '.join(unknown)}. Keys of attn_implementation are "
                 f'{", ".join(sub_configs)} and "".'

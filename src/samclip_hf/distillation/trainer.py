@@ -164,7 +164,8 @@ class SamClipTrainer(Trainer):
             logger.warning("The student's weights are converted to float32: in half precision, updates round to zero.")
             model.float()
             for part in (model.config, *(getattr(model.config, name) for name in model.config.sub_configs)):
-                part.dtype = torch.float32
+                if part is not None:
+                    part.dtype = torch.float32
         self.frozen_by_user = freeze(model, self.trained_parts())
         # With LoRA, checkpoints contain only the adapters and the CLIP head. The rest must be the same to resume.
         rest = (parameter for name, parameter in model.named_parameters() if not name.startswith("clip_head."))
