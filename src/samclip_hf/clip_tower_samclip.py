@@ -180,16 +180,11 @@ class SamClipTower(nn.Module):
 
     def _normalize(self, images: torch.Tensor) -> torch.Tensor:
         """Replaces the normalization of `pixel_values` by the tower's."""
-        mean, std, own_mean, own_std = (
+        scale, shift = (
             torch.tensor(values, device=images.device)[:, None, None]
-            for values in (
-                self.config.image_mean,
-                self.config.image_std,
-                self.config.clip_image_mean,
-                self.config.clip_image_std,
-            )
+            for values in (self.config.clip_pixel_scale, self.config.clip_pixel_shift)
         )
-        return (images * std + mean - own_mean) / own_std
+        return images * scale + shift
 
 
 def to_image_grid(features: torch.Tensor, content_sizes: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:

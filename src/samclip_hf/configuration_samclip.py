@@ -83,13 +83,12 @@ class SamClipConfig(SamConfig):
         For `"segments"`: the number of points that prompt the SAM head.
     clip_vision_config (`dict`, [`CLIPVisionConfig`] or [`SiglipVisionConfig`], *optional*):
         The vision tower of a CLIP or SigLIP, which an unmerged model has in the place of the CLIP head. `None` in a
-        merged model. Set by `from_teachers(..., merged=False)`, like the next five.
+        merged model. Set by `from_teachers(..., merged=False)`, like the next three.
     clip_image_size (`int`, *optional*):
         Height and width in pixels of the images that the tower gets; a multiple of its patch size. By default its own.
-    image_mean, image_std (`list[float]`, *optional*):
-        The normalization of `pixel_values`, which is SAM's.
-    clip_image_mean, clip_image_std (`list[float]`, *optional*):
-        The normalization of the tower's images.
+    clip_pixel_scale, clip_pixel_shift (`list[float]`, *optional*):
+        For each channel, how `pixel_values`, which have SAM's normalization, get the tower's: they are multiplied by
+        the scale, and the shift is added.
 
     Example:
 
@@ -128,10 +127,8 @@ class SamClipConfig(SamConfig):
     composition: Literal["segments", "classes"] = "segments"
     composition_points: int = 16
     clip_image_size: int | None = None
-    image_mean: list[float] | None = None
-    image_std: list[float] | None = None
-    clip_image_mean: list[float] | None = None
-    clip_image_std: list[float] | None = None
+    clip_pixel_scale: list[float] | None = None
+    clip_pixel_shift: list[float] | None = None
 
     def __post_init__(self, **kwargs):
         if self.text_config is None:
@@ -237,9 +234,8 @@ class SamClipConfig(SamConfig):
                     f"clip_image_size must be a multiple of the patch size {self.clip_vision_config.patch_size}, got "
                     f"{self.clip_image_size}."
                 )
-            normalization = ("image_mean", "image_std", "clip_image_mean", "clip_image_std")
-            if missing := [name for name in normalization if getattr(self, name) is None]:
-                raise ValueError(f"An unmerged model needs {', '.join(missing)}.")
+            if self.clip_pixel_scale is None or self.clip_pixel_shift is None:
+                raise ValueError("An unmerged model needs clip_pixel_scale and clip_pixel_shift.")
         vision, prompt_encoder = self.vision_config, self.prompt_encoder_config
         if not isinstance(vision, PreTrainedConfig) or not isinstance(prompt_encoder, PreTrainedConfig):
             return

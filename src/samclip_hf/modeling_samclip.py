@@ -1046,21 +1046,28 @@ def load_teacher(classes: tuple[type[PreTrainedModel], ...], teacher, argument: 
 
 def _tower_config(sam: SamModel, clip: CLIPModel | SiglipModel, clip_image_size: int | None) -> dict[str, Any]:
     """The fields of [`SamClipConfig`] that describe the vision tower of an unmerged model."""
-    vision_config, fields = clip.config.vision_config, dict[str, Any]()
-    for prefix, teacher in (("", sam), ("clip_", clip)):
+    vision_config, normalizations = clip.config.vision_config, []
+    for teacher in (sam, clip):
         if not teacher.name_or_path:
             raise ValueError(
                 "An unmerged model needs the normalization of both teachers' image processors: pass names or folders, "
                 "or models that were loaded from them."
             )
         processor, _ = BaseImageProcessor.get_image_processor_dict(teacher.name_or_path)
-        if not processor.get("do_normalize", True):
-            raise ValueError(f"The image processor of {teacher.name_or_path} does not normalize images.")
-        fields |= {f"{prefix}image_{name}": processor[f"image_{name}"] for name in ("mean", "std")}
+        mean, std = processor.get("image_mean"), processor.get("image_std")
+        if not processor.get("do_normalize", True) or mean is None or std is None:
+            raise ValueError(f"The image processor of {teacher.name_or_path} states no mean and standard deviation.")
+        normalizations.append((mean, std))
     if clip_image_size is None:
         own = vision_config.image_size
         clip_image_size = max(own, min(2 * own, 448) // vision_config.patch_size * vision_config.patch_size)
-    return fields | {"clip_vision_config": vision_config.to_dict(), "clip_image_size": clip_image_size}
+    (mean, std), (clip_mean, clip_std) = normalizations
+    return {
+        "clip_vision_config": vision_config.to_dict(),
+        "clip_image_size": clip_image_size,
+        "clip_pixel_scale": [a / b for a, b in zip(std, clip_std, strict=True)],
+        "clip_pixel_shift": [(a - b) / c for a, b, c in zip(mean, clip_mean, clip_std, strict=True)],
+    }
 
 
 def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
