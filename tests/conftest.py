@@ -34,6 +34,7 @@ def tiny_sam(image_size: int = 64, patch_size: int = 8, **vision) -> SamModel:
         "num_pos_feats": 8,
     } | vision
     sizes = {"image_size": image_size, "patch_size": patch_size}
+    torch.manual_seed(1)  # transformers initializes weights with the global generator
     config = SamConfig(
         vision_config=SamVisionConfig(**sizes, **vision),
         prompt_encoder_config=SamPromptEncoderConfig(**sizes, hidden_size=16, mask_input_channels=8),
@@ -46,6 +47,7 @@ def tiny_sam(image_size: int = 64, patch_size: int = 8, **vision) -> SamModel:
 
 def tiny_clip(projection_dim: int = 20) -> CLIPModel:
     tower = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(1)
     config = CLIPConfig(
         text_config=tower
         | {

@@ -8,10 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import httpx
 import numpy as np
 import pytest
 import transformers
+from huggingface_hub.utils import httpx
 from PIL import Image
 from transformers import (
     AutoBackbone,
@@ -163,7 +163,8 @@ def test_stock_pipelines_read_16_bits_like_8(source, tmp_path, monkeypatch):
 
 class TestSavedAfterLoadingAPublishedCheckpoint:
     @pytest.fixture(scope="class")
-    def folders(self, tmp_path_factory) -> dict[str, Path]:
+    @classmethod
+    def folders(cls, tmp_path_factory) -> dict[str, Path]:
         """A published checkpoint, and what is saved after loading it with this package."""
         folders = {name: tmp_path_factory.mktemp(name) for name in ("published", "saved", "vision", "pipeline")}
         build_repository(miniature.checkpoint(), folders["published"])
