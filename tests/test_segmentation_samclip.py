@@ -1,9 +1,11 @@
 """Vocabularies, both compositions of the heads, and object detection."""
 
 import json
+from enum import StrEnum
 from itertools import islice
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -143,8 +145,9 @@ class TestImageSegmentation:
             [["cat"], np.array(["sofa"])],
             (name for name in ("cat", "sofa")),
             {0: "cat", 1: "sofa"}.values(),
+            list(StrEnum("Name", {"A": "cat", "B": "sofa"})),
         ],
-        ids=["tuple", "array", "objects", "groups", "mixed groups", "generator", "values"],
+        ids=["tuple", "array", "objects", "groups", "mixed groups", "generator", "values", "enumeration"],
     )
     def test_all_containers_of_names_give_the_same_vocabulary(self, segmenter, same):
         tokenizer = WordTokenizer()
@@ -152,6 +155,13 @@ class TestImageSegmentation:
         vocabulary = segmenter.embed_vocabulary(same, tokenizer=tokenizer)
         assert vocabulary.id2label == plain.id2label and {type(name) for name in vocabulary.id2label.values()} == {str}
         assert torch.equal(vocabulary.class_embeds, plain.class_embeds)
+
+    def test_a_table_is_refused_because_its_columns_are_no_names(self, segmenter):
+        table = pd.DataFrame({"name": ["cat", "sofa"], "number": [0, 1]})
+        with pytest.raises(ValueError, match="labels must be a list"):
+            segmenter.embed_vocabulary(table, tokenizer=WordTokenizer())
+        vocabulary = segmenter.embed_vocabulary(table["name"], tokenizer=WordTokenizer())
+        assert vocabulary.id2label == {0: "cat", 1: "sofa"}
 
     def test_all_containers_of_other_texts_give_the_same_vocabulary(self, segmenter):
         tokenizer = WordTokenizer()

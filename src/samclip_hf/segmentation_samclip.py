@@ -135,11 +135,12 @@ def to_texts(name: str, texts: str | Iterable[str], minimum: int = 0) -> list[st
     listed = [texts] if isinstance(texts, str) else _to_list(name, texts)
     if len(listed) < minimum or not all(isinstance(text, str) and text.strip() for text in listed):
         raise ValueError(f"{name} must be a text or a list of texts, and no text empty; got {texts!r}.")
-    return [str(text) for text in listed]  # numpy has a subclass of str
+    return ["".join(text) for text in listed]  # without subclasses of str, such as numpy's and enumerations
 
 
 def _to_list(name: str, values: Iterable) -> list:
     is_ordered = not isinstance(values, str | bytes | Mapping | set | frozenset)
+    is_ordered = is_ordered and not hasattr(values, "columns")  # iterating over a table gives the names of its columns
     if not is_ordered or not isinstance(values, Iterable) or getattr(values, "ndim", 1) == 0:
         raise ValueError(f'{name} must be a list, such as ["cat", "sofa"]; got {values!r}.')
     return list(values)
