@@ -1,5 +1,6 @@
 """
-Names that transformers does not export. SAM-CLIP's Hub files import them from here and nowhere else.
+Names that transformers does not export. SAM-CLIP's Hub files import them from here and nowhere else. The names that
+only the registration needs are in `registration.py`, so that published code does not depend on them.
 
 Checked on transformers 5.17.0 and 5.24.0.
 
