@@ -186,6 +186,25 @@ class TestImageFiles:
         assert keys(name) == ["a/1.jpg", "a/2.png", "b/1.png", "b/3.JPEG"]
         assert "are not used, because another image has the same name" in transformers_log.text
 
+    @pytest.mark.parametrize("extensions", [("png", "tif"), ("PNG", "bmp"), ("gif", "jp2")])
+    def test_a_png_beside_a_tif_raises(self, tmp_path, extensions):
+        name = write(tmp_path, "a/0.jpg", *(f"a/1.{extension}" for extension in extensions))
+        message = r"a/1\.\w+ and .*a/1\.\w+ have the same name.*Pass the photographs only: a glob of their format"
+        with pytest.raises(DataError, match=message):
+            open_stream(name)
+        assert keys(f"{name}/a/*.{extensions[1]}") == [f"a/1.{extensions[1]}"]
+
+    def test_images_that_are_named_as_masks_of_others_are_left_out_and_logged(self, tmp_path, transformers_log):
+        names = "a/1.jpg", "a/1_mask.png", "a/1.mask.png", "a/2.png", "a/2-depth.png", "b/1_mask.png"
+        assert keys(write(tmp_path, *names)) == ["a/1.jpg", "a/2.png", "b/1_mask.png"]
+        assert "3 images, such as " in transformers_log.text
+        assert "Their names say that they are annotations of other images" in transformers_log.text
+
+    @pytest.mark.parametrize("folder", ["gtFine/val/aachen", "SegmentationObject", "stuffthingmaps", "depth"])
+    def test_folders_of_annotations_of_known_datasets_raise(self, tmp_path, folder):
+        with pytest.raises(DataError, match=f"images in a folder of annotations, such as .*{folder}/1"):
+            open_stream(write(tmp_path, "images/1.jpg", f"{folder}/1.png"))
+
     def test_folders_of_photographs_and_of_annotations_raise(self, tmp_path):
         name = write(tmp_path / "labels/data", "images/1.png", "labels/1.png")
         with pytest.raises(DataError, match=r"has photographs, such as .*images/1\.png, and .*labels/1\.png\."):

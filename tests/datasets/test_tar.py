@@ -75,7 +75,8 @@ def indexed(path) -> dict:
         ("webp", "png"),
         ("png", "seg.png"),
         ("jpg", "jpeg"),
-        ("png", "bmp"),
+        ("webp", "bmp"),
+        ("png", "h5"),  # which Pillow recognizes, but does not read
         ("rgb.png", "json", "txt", "cls"),
         ("jpg", "depth.png", "mask.png"),
     ],
@@ -90,11 +91,21 @@ def test_the_image_of_a_sample_does_not_depend_on_the_order_of_its_files(tmp_pat
 def test_photographs_rank_before_formats_of_masks():
     shuffled = ["x.jpg", "png", "jpg", "tiff", "jpeg", "webp"]
     assert sorted(shuffled, key=image_rank) == ["jpg", "jpeg", "webp", "png", "tiff", "x.jpg"]
+    assert image_rank("png") == image_rank("gif") == image_rank("tiff") == image_rank("bmp")
     assert image_rank("json") is image_rank("npy") is image_rank("jpg.txt") is None
 
 
 @pytest.mark.parametrize(
-    "names", [("a.left.jpg", "a.right.jpg"), ("2026.11.1.jpg", "2026.11.2.jpg"), ("a.jpg", "a.JPG")]
+    "names",
+    [
+        ("a.left.jpg", "a.right.jpg"),
+        ("2026.11.1.jpg", "2026.11.2.jpg"),
+        ("a.jpg", "a.JPG"),
+        ("a.png", "a.tif"),
+        ("a.BMP", "a.png"),
+        ("a.gif", "a.jp2"),
+        ("a.png", "a.seg.png", "a.tiff"),
+    ],
 )
 def test_several_images_of_a_sample_raise(tmp_path, names):
     path = tmp_path / "photos.tar"
@@ -195,3 +206,63 @@ def test_tars_with_folders_of_photographs_and_of_annotations_raise(tmp_path, fol
     write_tar(tmp_path / "photos.tar", dict.fromkeys(names, b""))
     with pytest.raises(DataError, match=r"photos\.tar has photographs, such as .*0\.png, and images in a folder of"):
         list(open_stream(str(tmp_path)).read(0))
+
+
+def test_an_equal_candidate_for_the_image_in_another_part_of_a_tar_raises(tmp_path):
+    write_tar(tmp_path / "photos.tar", dict.fromkeys(["0.png", "1.png", "0.tif", "1.tif"], b""))
+    with pytest.raises(DataError, match=r"0\.tif may be the image of its sample.*--sort=name"):
+        open_stream(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "folders",
+    [
+        ("JPEGImages", "SegmentationObject"),
+        ("JPEGImages/train", "SegmentationClassAug/train"),
+        ("leftImg8bit", "gtFine"),
+        ("images", "stuffthingmaps"),
+        ("val2017", "panoptic_val2017"),
+        ("rgb", "depth"),
+    ],
+)
+def test_folders_of_annotations_of_known_datasets_raise(tmp_path, folders):
+    write_tar(tmp_path / "photos.tar", dict.fromkeys([f"{folder}/0.png" for folder in folders], b""))
+    with pytest.raises(DataError, match=rf"images in a folder of annotations, such as {folders[1]}/0\.png"):
+        open_stream(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["0_mask.png", "0_seg.png", "0-mask.PNG", "0_label.png", "0_gt.png", "0_depth.tif"])
+def test_images_that_are_named_as_masks_of_others_are_left_out_and_logged(tmp_path, name, transformers_log):
+    path = tmp_path / "photos.tar"
+    write_tar(path, {"0.jpg": b"0", name: b"mask", "0.json": b"{}", "1_mask.jpg": b"1"})
+    for _ in range(2):
+        rows = list(open_stream(str(path), with_masks=False).read(0))
+        assert [(row, sample["image"]["bytes"]) for row, sample in rows] == [(0, b"0"), (1, b"1")]
+    assert f"photos.tar: images such as {name} are not used" in transformers_log.text
+    rows = list(TarShards([str(path)], with_masks=True).rows(0, 0, lambda key: True))
+    assert [sample["json"] for _, sample in rows] == [b"{}", None]
+
+
+def test_a_photograph_after_its_mask_raises(tmp_path):
+    write_tar(tmp_path / "photos.tar", {"0-mask.png": b"mask", "0.jpg": b"0"})  # GNU tar's --sort=name
+    with pytest.raises(DataError, match=r"0-mask\.png seems to be an annotation of 0\.jpg, which follows it"):
+        open_stream(str(tmp_path))
+
+
+def test_concatenated_tars_and_corrupt_headers_raise(tmp_path):
+    names = [f"{number}.jpg" for number in range(9)]  # more than `open_stream` reads
+    write_tar(tmp_path / "photos.tar", dict.fromkeys(names, b"image"))
+    content = (tmp_path / "photos.tar").read_bytes()
+    (tmp_path / "photos.tar").write_bytes(content + bytes(1 << 21))  # padding
+    assert len(streamed(tmp_path / "photos.tar")) == len(indexed(tmp_path / "photos.tar")) == 9
+    (tmp_path / "photos.tar").write_bytes(content + bytes(1 << 21) + content)
+    message = r"photos\.tar is not a readable tar: data follow its end.*\(tar -A\)"
+    with pytest.raises(DataError, match=message):
+        list(open_stream(str(tmp_path)).read(0))
+    with pytest.raises(ValueError, match=message):
+        indexed(tmp_path / "photos.tar")
+    (tmp_path / "photos.tar").write_bytes(content.replace(b"5.jpg", b"6.jpg", 1))  # its checksum is wrong
+    with pytest.raises(ValueError, match=r"photos\.tar is not a readable tar: the header at byte 5120 is corrupt"):
+        indexed(tmp_path / "photos.tar")
+    samples = [sample for _, sample in open_stream(str(tmp_path)).read(0)]
+    assert [sample.get("cause") for sample in samples] == [None] * 4 + ["unreadable shard"]

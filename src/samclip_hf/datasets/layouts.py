@@ -12,24 +12,28 @@ from typing import Any, Literal, NoReturn
 from PIL import Image
 
 _PREFERRED_EXTENSIONS = (".jpg", ".jpeg", ".webp", ".png")
-# All that Pillow reads. Of several files with one name, the first of these is the image and the others are left out:
-# photographs before the formats of masks.
+_STUBS = ("BUFR", "GRIB", "HDF5", "MPEG")  # formats that Pillow recognizes, but does not read
+# All that Pillow reads, the formats of photographs first.
 IMAGE_EXTENSIONS = (
     *_PREFERRED_EXTENSIONS,
     *sorted(
         extension
         for extension, name in Image.registered_extensions().items()
-        if name in Image.OPEN and extension not in _PREFERRED_EXTENSIONS
+        if name in Image.OPEN and name not in _STUBS and extension not in _PREFERRED_EXTENSIONS
     ),
 )
 HUB_PREFIX = "hf://"  # of names of datasets on the Hub: "hf://owner/name?config=...&split=...&classes=..."
 # Names of files and folders that are not data: hidden ones, such as macOS's `._000.jpg`, and those in double
 # underscores, such as `__MACOSX`, which webdataset leaves out, too.
 IGNORED_NAME = re.compile(r"(^|/)(\.[^./]|__[^/]*__(/|$)|__MACOSX/)")
-# Folders of images that are annotations of other images.
+# Folders of images that are annotations of other images, those of the datasets in `LAYOUTS` among them.
 ANNOTATION_FOLDER = re.compile(
-    r"(^|/)(masks?|labels?|annotations?|segmentations?|segmentationclass|seg|gt|ground_?truth)/", re.IGNORECASE
+    r"(^|/)(masks?|labels?|annotations?|segmentations?|segmentation(class|object)\w*|seg|gt|gt(fine|coarse)|"
+    r"ground_?truth|stuffthingmaps\w*|panoptic_\w+|depths?|disparity)/",
+    re.IGNORECASE,
 )
+# Names, without an extension, of images that are annotations of the image `stem`, if it is beside them.
+ANNOTATION_NAME = re.compile(r"(?P<stem>.+)[._-](masks?|seg|segmentation|labels?|gt|depth)", re.IGNORECASE)
 COMPRESSED_TAR = re.compile(r"\.(tar\.(gz|bz2|xz|zst|zstd|lz4|lzma|Z)|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
 
 Split = Literal["train", "val"]  # of datasets in `LAYOUTS`; a path has no splits

@@ -26,8 +26,15 @@ import numpy as np
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
 from transformers.utils import logging
 
-from .layouts import ANNOTATION_FOLDER, IGNORED_NAME, IMAGE_EXTENSIONS, list_files, raise_if_compressed
-from .tar import SampleFile, image_rank, iterate_files, open_tar, sample_key
+from .layouts import (
+    ANNOTATION_FOLDER,
+    ANNOTATION_NAME,
+    IGNORED_NAME,
+    IMAGE_EXTENSIONS,
+    list_files,
+    raise_if_compressed,
+)
+from .tar import ConcatenatedTarError, SampleFile, image_rank, iterate_files, open_tar, sample_key
 
 logger = logging.get_logger(__name__)
 
@@ -54,10 +61,15 @@ ACCEPTED_NAMES = (
     "Hub, or 'miniature'."
 )
 BROKEN_IMAGE = "broken image"
+NO_IMAGE = (math.inf, "")  # rank and extension
+IS_ANNOTATION = "Their names say that they are annotations of other images. Rename them if they are not."
 # Causes for which samples of tars cannot be used, and what to do.
 SEVERAL_IMAGES, SCATTERED_FILES, LINK = "several images", "scattered files", "link in a tar"
 REMEDIES = {
-    SEVERAL_IMAGES: "It has several images. Name the one to use KEY.jpg or KEY.png, with no other dot in the name.",
+    SEVERAL_IMAGES: (
+        "It has several images. Name the one to use KEY.jpg, whatever its format and with no other dot in the name, "
+        "or remove the others."
+    ),
     SCATTERED_FILES: "Its files do not follow each other in the tar. Write the tar again with GNU tar's --sort=name.",
     LINK: "It is a link. Write the tar again with GNU tar's --dereference --hard-dereference.",
 }
@@ -99,10 +111,16 @@ class TarShards:
 
     def __init__(self, names: list[str], with_masks: bool):
         self.names, self.with_masks = names, with_masks
+        self.has_logged_annotations = False  # a line in the log for all tars
         self.is_remote = any("://" in name for name in names)
 
     def rows(self, shard: int, start: int, wanted: Callable[[str], bool]) -> Iterator[tuple[int, dict[str, Any]]]:
-        path = self.names[shard]
+        try:
+            yield from self._rows(self.names[shard], start, wanted)
+        except ConcatenatedTarError as error:
+            raise DataError(f"{self.names[shard]} is not a readable tar: {error}.") from error
+
+    def _rows(self, path: str, start: int, wanted: Callable[[str], bool]) -> Iterator[tuple[int, dict[str, Any]]]:
         names: set[str] = set()
         with fsspec.open(path, "rb") as stream, open_tar(stream) as tar:
             samples = groupby(self._check_order(iterate_files(tar), path), key=attrgetter("sample"))
@@ -119,31 +137,48 @@ class TarShards:
     def _check_order(self, files: Iterable[SampleFile], path: str) -> Iterator[SampleFile]:
         """
         Yields the files without those that other samples separate from their sample and that it does not need, such as
-        masks after all photographs. Raises `DataError` if the image of a sample follows after another file was used in
-        its place, such as photographs after all masks, or if there are folders of photographs and of annotations.
+        masks after all photographs, and without images of `ANNOTATION_NAME`, which are logged.
+
+        Raises `DataError` if the image of a sample, or another candidate for it, follows after another file was used
+        in its place, such as photographs after all masks, if a photograph follows its image of `ANNOTATION_NAME`, or
+        if there are folders of photographs and of annotations.
         """
-        lowest_ranks: dict[str, float] = {}
+        lowest: dict[str, tuple[float, str]] = {}  # rank and extension of each sample's image
+        annotations: dict[str, str] = {}  # images of `ANNOTATION_NAME` that were used, by the photograph to expect
         previous, is_separated = None, False
         examples: dict[bool, str] = {}  # of images in folders of annotations, and in others
         for file in files:
             if file.sample != previous:
-                previous, is_separated = file.sample, file.sample in lowest_ranks
+                previous, is_separated = file.sample, file.sample in lowest
             rank = image_rank(file.extension)
             if rank is not None:
                 examples.setdefault(bool(ANNOTATION_FOLDER.search(file.sample)), file.member.name)
                 raise_if_annotations(examples, path)
-            lowest = lowest_ranks.setdefault(file.sample, math.inf)
-            if is_separated:
-                if rank is not None and rank < lowest:
+                if file.sample in annotations:
                     raise DataError(
-                        f"{path}: {file.member.name} is the image of its sample, but does not follow its other files. "
-                        "Write the tar again with GNU tar's --sort=name."
+                        f"{path}: {annotations[file.sample]} seems to be an annotation of {file.member.name}, which "
+                        "follows it. Write the tar again without annotations, or rename the file if it is not one."
                     )
-                is_needed = file.extension == "json" and self.with_masks if rank is None else rank == lowest
+                if match := ANNOTATION_NAME.fullmatch(file.sample):
+                    if lowest.get(match["stem"], NO_IMAGE) != NO_IMAGE:
+                        if not self.has_logged_annotations:
+                            self.has_logged_annotations = True
+                            logger.warning(f"{path}: images such as {file.member.name} are not used. {IS_ANNOTATION}")
+                        continue
+                    annotations.setdefault(match["stem"], file.member.name)
+            lowest_rank, extension = lowest.setdefault(file.sample, NO_IMAGE)
+            if is_separated:
+                if rank is not None and (rank, file.extension) != (lowest_rank, extension) and rank <= lowest_rank:
+                    is_image = "is" if rank < lowest_rank else "may be"
+                    raise DataError(
+                        f"{path}: {file.member.name} {is_image} the image of its sample, but does not follow its "
+                        "other files. Write the tar again with GNU tar's --sort=name."
+                    )
+                is_needed = file.extension == "json" and self.with_masks if rank is None else rank == lowest_rank
                 if not is_needed:
                     continue
-            elif rank is not None:
-                lowest_ranks[file.sample] = min(rank, lowest)
+            elif rank is not None and rank < lowest_rank:
+                lowest[file.sample] = rank, file.extension
             yield file
 
     def _read_files(self, tar: tarfile.TarFile, files: Iterable[SampleFile]) -> dict[str, Any]:
@@ -402,39 +437,68 @@ def _split_of(path: str) -> str | None:
 
 
 def _open_images(paths: list[str], others: list[str], name: str, with_masks: bool) -> Shards:
-    """Opens images and zip archives of images. Of several images with one name, the first of `IMAGE_EXTENSIONS` is
-    used, as in tars."""
+    """Opens images and zip archives of images. Of several images with one name, the one with the lowest
+    [`image_rank`] is used, as in tars. Raises `DataError` if there are several. Images of `ANNOTATION_NAME` are left
+    out."""
     files: list[ImageFile] = []
     for path in paths:
         if path.lower().endswith(".zip"):
             members = [member for member in open_zip(path).namelist() if not member.endswith("/")]
             members = [member for member in members if not IGNORED_NAME.search(member)]
-            is_image = [KINDS.get(_extension(member)) == "images" for member in members]
+            is_image = [_extension(member) in IMAGE_EXTENSIONS for member in members]
             files += [ImageFile(path, member) for member in itertools.compress(members, is_image)]
             others = others + [member for member, image in zip(members, is_image, strict=True) if not image]
         else:
             files.append(ImageFile(path))
     root = len(name) if os.path.isdir(name) else 0
     raise_if_annotations({bool(ANNOTATION_FOLDER.search(file.name[root:])): file.name for file in files}, name)
-    ranks = [IMAGE_EXTENSIONS.index(_extension(file.name)) for file in files]
-    if len(set(ranks)) > 1:
-        names = [os.path.splitext(file.name)[0] for file in files]
-        lowest: dict[str, int] = {}
-        for stem, rank in zip(names, ranks, strict=True):
-            lowest[stem] = min(rank, lowest.get(stem, rank))
-        is_lowest = [rank == lowest[stem] for stem, rank in zip(names, ranks, strict=True)]
-        if left_out := [file.name for file, is_used in zip(files, is_lowest, strict=True) if not is_used]:
-            logger.warning(
-                f"{name!r}: {len(left_out)} images, such as {left_out[0]}, are not used, because another image has "
-                "the same name. Rename them if they are not masks."
-            )
-        files = list(itertools.compress(files, is_lowest))
+    stems = {os.path.splitext(file.name)[0] for file in files}
+    photographs = [file for file in files if not _is_annotation(file, stems)]
+    if left_out := len(files) - len(photographs):
+        example = next(file.name for file in files if _is_annotation(file, stems))
+        logger.warning(f"{name!r}: {left_out} images, such as {example}, are not used. {IS_ANNOTATION}")
+    files = _choose_images(photographs, name)
     others = [file for file in others if not (with_masks and file.endswith(".json"))]
     if others:
         logger.warning(f"{name!r} has {len(files)} images. Other files are not used: {_count(others)}.")
     if not files:
         raise ValueError(f"{name!r} has no images, but {_count(others)}. {ACCEPTED_NAMES}")
     return ImageShards(files, name, with_masks)
+
+
+def _is_annotation(file: ImageFile, stems: set[str]) -> bool:
+    """Returns whether an image's name is that of an annotation of an image with one of the `stems`."""
+    match = ANNOTATION_NAME.fullmatch(os.path.splitext(file.name)[0])
+    return match is not None and match["stem"] in stems
+
+
+def _choose_images(files: list[ImageFile], name: str) -> list[ImageFile]:
+    """Returns the files without those that are not the image of their name, see [`image_rank`]."""
+    lowest: dict[str, tuple[float, str]] = {}
+    ranks: list[int] = []
+    for file in files:
+        stem, extension = os.path.splitext(file.name)
+        rank = image_rank(extension[1:].lower())
+        assert rank is not None  # all are images
+        ranks.append(rank)
+        lowest[stem] = min((rank, extension.lower()), lowest.get(stem, NO_IMAGE))
+    used: list[ImageFile] = []
+    left_out: list[ImageFile] = []
+    for file, rank in zip(files, ranks, strict=True):
+        stem, extension = os.path.splitext(file.name)
+        lowest_rank, image_extension = lowest[stem]
+        if rank == lowest_rank and extension.lower() != image_extension:
+            raise DataError(
+                f"{name!r}: {file.name} and {stem}{image_extension} have the same name, and either may be the image. "
+                "Pass the photographs only: a glob of their format, or a folder without the other files."
+            )
+        (used if rank == lowest_rank else left_out).append(file)
+    if left_out:
+        logger.warning(
+            f"{name!r}: {len(left_out)} images, such as {left_out[0].name}, are not used, because another image has "
+            "the same name. Rename them if they are not masks."
+        )
+    return used
 
 
 def _extension(path: str) -> str:

@@ -23,6 +23,13 @@ from .samples import read_image
 MAGIC_NUMBERS = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "zstd -d"}
 
 
+_ZEROS = bytes(tarfile.BLOCKSIZE)  # a block that marks the end of a tar
+
+
+class ConcatenatedTarError(tarfile.ReadError):
+    """Data follow the end of a tar, such as another tar."""
+
+
 class SampleFile(NamedTuple):
     """
     A file in a tar.
@@ -53,7 +60,9 @@ def open_tar(file: IO[bytes]) -> tarfile.TarFile:
 
 def iterate_files(tar: tarfile.TarFile) -> Iterator[SampleFile]:
     """Yields the files and links of an open tar in their order, without those of `IGNORED_NAME` and those without an
-    extension. The content of one can be read until the next is yielded."""
+    extension. The content of one can be read until the next is yielded.
+
+    Raises [`ConcatenatedTarError`] if data follow the end of the tar, and `tarfile.ReadError` for a corrupt header."""
     while (member := tar.next()) is not None:
         tar.members.clear()  # type: ignore[attr-defined]  # otherwise memory grows with the number of files
         name = posixpath.normpath(member.name)
@@ -61,18 +70,37 @@ def iterate_files(tar: tarfile.TarFile) -> Iterator[SampleFile]:
         stem, _, extension = base_name.partition(".")
         if extension and not member.isdir() and not IGNORED_NAME.search(name):
             yield SampleFile(posixpath.join(folder, stem), extension.lower(), member)
+    _check_end(tar)
+
+
+def _check_end(tar: tarfile.TarFile) -> None:
+    """Raises an error if not only zeros follow where `tarfile` stops reading: at a block of zeros, but also at a
+    corrupt header."""
+    file = tar.fileobj
+    assert file is not None  # `tar` is open
+    file.seek(tar.offset)  # type: ignore[attr-defined]
+    if (block := file.read(tarfile.BLOCKSIZE)) != _ZEROS[: len(block)]:
+        raise tarfile.ReadError(f"the header at byte {tar.offset} is corrupt")  # type: ignore[attr-defined]
+    while chunk := file.read(1 << 20):
+        if any(chunk):
+            raise ConcatenatedTarError(
+                "data follow its end, as in tars that are joined with cat. Join them with GNU tar's --concatenate "
+                "(tar -A), or keep them as separate files"
+            )
 
 
 def image_rank(extension: str) -> int | None:
     """
     Returns the rank of a file among the images of a sample, or `None` if it is not an image. The image with the lowest
-    rank is used. The order is jpg, jpeg, webp, png, other formats, so a png next to a jpg, which may be a mask, is not
-    used. Extensions with a dot, such as "rgb.png", share the highest rank. Two files of the lowest rank are ambiguous.
+    rank is used. The order is jpg, jpeg, webp, other formats, so a png next to a jpg, which may be a mask, is not
+    used. The other formats share a rank, because a png next to a tif may be its mask or the same photograph.
+    Extensions with a dot, such as "rgb.png", share the highest rank. Two files of the lowest rank are ambiguous.
     """
     first, _, last = extension.rpartition(".")
     if f".{last}" not in IMAGE_EXTENSIONS:
         return None
-    return len(IMAGE_EXTENSIONS) if first else IMAGE_EXTENSIONS.index(f".{last}")
+    png = IMAGE_EXTENSIONS.index(".png")
+    return png + 1 if first else min(png, IMAGE_EXTENSIONS.index(f".{last}"))
 
 
 def sample_key(path: str | Path, sample: str) -> str:
@@ -118,8 +146,8 @@ class TarSample(NamedTuple):
             raise ValueError(f"{self.path}: {self.name!r} has no image.")
         if len(extensions) > 1:
             raise ValueError(
-                f"{self.path}: {self.name!r} has several images, {', '.join(extensions)}. Rename one of them to "
-                f"{self.name}.jpg or {self.name}.png."
+                f"{self.path}: {self.name!r} has several images, {', '.join(extensions)}. Rename the one to use "
+                f"to {self.name}.jpg, whatever its format, or remove the others."
             )
         return extensions[0]
 
