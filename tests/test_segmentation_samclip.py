@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from samclip_hf import SamClipForImageSegmentation, SamClipModel, segmentation_samclip
+from samclip_hf.modeling_samclip import load_complete_model
 from samclip_hf.segmentation_samclip import (
     _distinct_masks,
     _segments,
@@ -565,6 +566,7 @@ class TestImageSegmentation:
 
     def test_names_of_version_0_1_0_are_embedded_when_the_text_tower_is_in_memory(self, detector, tokenizer, tmp_path):
         self.save_as_version_0_1_0(detector, tmp_path, tokenizer(["cat", "sofa", "tree"])["input_ids"])
+        assert load_complete_model(type(detector), tmp_path).label_embeds.any()  # not missing
         assert type(detector).from_pretrained(tmp_path, device_map="meta").config.label_tokens
         model = type(detector)(AutoConfig.from_pretrained(tmp_path)).eval()
         model.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)

@@ -230,7 +230,7 @@ def build_trainer(args: "SamClipTrainingArguments") -> "SamClipTrainer":
 
     from samclip_hf import SamClipModel, SamClipProcessor, miniature
     from samclip_hf.distillation import ClipTeacher, EmbeddingCache, SamClipTrainer, SamTeacher
-    from samclip_hf.modeling_samclip import load_tokenizer
+    from samclip_hf.modeling_samclip import load_complete_model, load_tokenizer
     from samclip_hf.publishing import prepare_push
 
     set_seed(args.seed)  # parts of a new student have random weights; Trainer sets the seed only later
@@ -256,7 +256,7 @@ def build_trainer(args: "SamClipTrainingArguments") -> "SamClipTrainer":
         model = SamClipModel.from_teachers(base, clip_model, head, args.clip_head_initialization or "copied")
         processor = SamClipProcessor.from_teachers(args.sam_student or sam, clip)
     else:
-        model = SamClipModel.from_pretrained(args.model, use_safetensors=True, dtype=torch.float32)
+        model = load_complete_model(SamClipModel, args.model, use_safetensors=True, dtype=torch.float32)
         load_tokenizer(args.model)  # raises an error if there is none; the processor would have an empty vocabulary
         processor = SamClipProcessor.from_pretrained(args.model)
     return SamClipTrainer(

@@ -1008,6 +1008,26 @@ def _check_pairs(logits_per_text: torch.Tensor) -> None:
         raise ValueError(f"return_loss needs one text per image, got {tuple(logits_per_text.shape)} (texts, images).")
 
 
+def load_complete_model(model_class: type[PreTrainedModel], name_or_path: str | os.PathLike, **options) -> Any:
+    """
+    Loads a model that has all of its weights. `from_pretrained` would initialize missing weights randomly.
+
+    model_class (`type[PreTrainedModel]`):
+        The class of the model.
+    name_or_path (`str` or `os.PathLike`):
+        A repository on the Hub or a folder.
+    options:
+        Arguments of `from_pretrained`.
+
+    Raises `OSError` if there is no such model, `ValueError` if its files lack weights.
+    """
+    model, loading_info = model_class.from_pretrained(name_or_path, output_loading_info=True, **options)
+    if missing := sorted(loading_info["missing_keys"]):
+        names = ", ".join([*missing[:5], *(["..."] if len(missing) > 5 else [])])
+        raise ValueError(f"{name_or_path} lacks weights, which would be random: {names}.")
+    return model
+
+
 def load_teacher(classes: tuple[type[PreTrainedModel], ...], teacher, argument: str):
     """
     Loads a teacher. Weights are read from safetensors files only.
@@ -1019,7 +1039,7 @@ def load_teacher(classes: tuple[type[PreTrainedModel], ...], teacher, argument: 
     argument (`str`):
         Name of the caller's argument, for error messages.
 
-    Raises `TypeError` for another kind of model, `OSError` if there is none.
+    Raises `TypeError` for another kind of model, `OSError` if there is none, `ValueError` if its files lack weights.
     """
     if isinstance(teacher, classes):
         return teacher
@@ -1035,7 +1055,7 @@ def load_teacher(classes: tuple[type[PreTrainedModel], ...], teacher, argument: 
     model_type = config.get("model_type")
     for cls in classes:
         if model_type == cls.config_class.model_type:
-            return cls.from_pretrained(teacher, use_safetensors=True)
+            return load_complete_model(cls, teacher, use_safetensors=True)
     hint = ""
     if model_type == "siglip2":
         hint = " Use a SigLIP 2 checkpoint with a fixed image size, not NaFlex: google/siglip2-base-patch16-224."

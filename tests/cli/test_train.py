@@ -1,6 +1,7 @@
 """`samclip train` and `samclip cost`: arguments, recipes, and what a run leaves in its output folder."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -217,7 +218,35 @@ def test_models_without_tokenizer_are_refused(train, recipe, tmp_path):
             train.run([recipe(text + line)])
 
 
-@pytest.mark.parametrize("argument", ["model", "clip_teacher", "sam_teacher", "sam_student"])
+MODELS = {
+    "model": miniature.checkpoint(),
+    "clip_teacher": miniature.clip_teacher(),
+    "sam_teacher": miniature.sam_teacher(),
+    "sam_student": miniature.sam_teacher(),
+}
+
+
+@pytest.fixture(params=MODELS)
+def damaged(request, tmp_path) -> tuple[str, Path]:
+    """A line of a recipe that names the copy of a model, and the copy's weights, for a test to damage."""
+    folder = Path(shutil.copytree(MODELS[request.param], tmp_path / request.param))
+    lines = ["stage: 2", "max_steps: 1", "clip_resolutions: [64]", f"{request.param}: {folder}"]
+    return "\n".join(lines if request.param == "model" else [*lines, NEW_HEAD]), folder / "model.safetensors"
+
+
+def test_models_without_some_of_their_weights_are_refused(train, recipe, damaged):
+    text, weights = damaged
+    state = load_file(weights)
+    missing = sorted(name for name in state if name.startswith(("mask_decoder.iou_token", "visual_projection")))
+    for name in missing:
+        del state[name]
+    save_file(state, weights, metadata={"format": "pt"})
+    sentence = f"Training did not start. {weights.parent} lacks weights, which would be random: {missing[0]}."
+    with pytest.raises(SystemExit, match=re.escape(sentence)):
+        train.run([recipe(text)])
+
+
+@pytest.mark.parametrize("argument", MODELS)
 def test_a_model_that_does_not_exist_is_reported(recipe, capsys, monkeypatch, argument):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     text = "stage: 2\nmax_steps: 1\nclip_resolutions: [64]\n"

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoProcessor, CLIPModel, PreTrainedModel, SamModel, SiglipModel, pipeline
 
 from ..images import mask_to_box, mean_and_std, normalize
-from ..modeling_samclip import SamClipModel
+from ..modeling_samclip import SamClipModel, load_complete_model
 from ..segmentation_samclip import SamClipForImageSegmentation, canonicalize_text
 from .identity import hash_configuration, hash_json, hash_weights
 
@@ -572,9 +572,7 @@ def load_adapter(name: str, device: torch.device | str = "cpu", dtype: torch.dty
     """
     adapters = []
     for part, (model_class, adapter_class) in zip(split_cascade(name), adapter_classes(name), strict=True):
-        model, loading_info = model_class.from_pretrained(part, dtype=torch.float32, output_loading_info=True)
-        if missing := sorted(loading_info["missing_keys"]):
-            raise ValueError(f"{part} lacks weights, which would be random: {', '.join(missing[:5])}.")
+        model = load_complete_model(model_class, part, dtype=torch.float32)
         adapter = adapter_class(part, model, AutoProcessor.from_pretrained(part))
         adapter.to(device, dtype)
         adapters.append(adapter)

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoProcessor
 from transformers.utils import logging
 
+from ..modeling_samclip import load_complete_model
 from ..segmentation_samclip import SamClipForImageSegmentation
 from .modules import MAX_PATCHES, PART_NAMES, Part, create_parts
 
@@ -66,7 +67,7 @@ def export(
 
     Raises:
         ImportError: The extra `export` is not installed.
-        ValueError: The model is not a merged SAM-CLIP, it lacks a part, or the part or opset is unknown.
+        ValueError: The model is not a merged SAM-CLIP, it lacks weights or a part, or the part or opset is unknown.
         FileExistsError: `output_dir` contains files that do not belong to an earlier export.
         RuntimeError: A file differs from PyTorch.
     """
@@ -154,8 +155,12 @@ def _load(model_name_or_path: str | os.PathLike) -> tuple[SamClipForImageSegment
         raise ValueError(
             f"The image processor of {model_name_or_path} disables {', '.join(disabled)}, which the export requires."
         )
-    model = SamClipForImageSegmentation.from_pretrained(
-        model_name_or_path, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True
+    model = load_complete_model(
+        SamClipForImageSegmentation,
+        model_name_or_path,
+        dtype=torch.float32,
+        attn_implementation="sdpa",
+        use_safetensors=True,
     )
     return model.eval(), processor
 
