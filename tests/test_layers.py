@@ -26,7 +26,7 @@ LAYERS = (
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}
 DEPRECATED_COMMAND = "samclip_hf.export.__main__"  # belongs to the commands
 # What the Hub files may import: every user of a published model has these packages.
-REQUIRED = {"huggingface_hub", "numpy", "packaging", "PIL", "tokenizers", "torch", "transformers"}
+REQUIRED = {"huggingface_hub", "numpy", "packaging", "PIL", "safetensors", "tokenizers", "torch", "transformers"}
 
 
 def module_name(path: Path) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoTokenizer,
@@ -1019,9 +1020,15 @@ def load_complete_model(model_class: type[PreTrainedModel], name_or_path: str | 
     options:
         Arguments of `from_pretrained`.
 
-    Raises `OSError` if there is no such model, `ValueError` if its files lack weights.
+    Raises `OSError` if there is no such model or its weights cannot be read, `ValueError` if its files lack weights.
     """
-    model, loading_info = model_class.from_pretrained(name_or_path, output_loading_info=True, **options)
+    try:
+        model, loading_info = model_class.from_pretrained(name_or_path, output_loading_info=True, **options)
+    except SafetensorError as error:
+        raise OSError(
+            f"The weights of {name_or_path} cannot be read: a safetensors file is truncated or damaged ({error}). "
+            "Copy or download it again."
+        ) from error
     if missing := sorted(loading_info["missing_keys"]):
         names = ", ".join([*missing[:5], *(["..."] if len(missing) > 5 else [])])
         raise ValueError(f"{name_or_path} lacks weights, which would be random: {names}.")
@@ -1039,7 +1046,8 @@ def load_teacher(classes: tuple[type[PreTrainedModel], ...], teacher, argument: 
     argument (`str`):
         Name of the caller's argument, for error messages.
 
-    Raises `TypeError` for another kind of model, `OSError` if there is none, `ValueError` if its files lack weights.
+    Raises `TypeError` for another kind of model, `OSError` if there is none or its weights cannot be read, and
+    `ValueError` if its files lack weights.
     """
     if isinstance(teacher, classes):
         return teacher

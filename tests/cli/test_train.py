@@ -246,6 +246,16 @@ def test_models_without_some_of_their_weights_are_refused(train, recipe, damaged
         train.run([recipe(text)])
 
 
+def test_a_truncated_file_of_weights_is_reported(train, recipe, damaged):
+    text, weights = damaged
+    weights.write_bytes(weights.read_bytes()[:-1])
+    sentence = (
+        f"Training did not start. The weights of {weights.parent} cannot be read: a safetensors file is truncated"
+    )
+    with pytest.raises(SystemExit, match=re.escape(sentence)):
+        train.run([recipe(text)])
+
+
 @pytest.mark.parametrize("argument", MODELS)
 def test_a_model_that_does_not_exist_is_reported(recipe, capsys, monkeypatch, argument):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

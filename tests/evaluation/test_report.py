@@ -121,6 +121,16 @@ class TestIdentity:
         with pytest.raises(ValueError, match=r"lacks weights, which would be random: text_projection\.weight"):
             load_adapter(str(tmp_path))
 
+    def test_a_truncated_file_of_weights_is_named(self, clip, tmp_path):
+        clip.model.save_pretrained(tmp_path)
+        clip.processor.save_pretrained(tmp_path)
+        weights = tmp_path / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-1])
+        with pytest.raises(
+            OSError, match=f"The weights of {tmp_path} cannot be read: a safetensors file is truncated"
+        ):
+            load_adapter(str(tmp_path))
+
 
 class TestNames:
     def test_two_models_of_one_name_are_kept_apart(self, tmp_path):

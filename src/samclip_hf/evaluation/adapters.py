@@ -568,7 +568,7 @@ def load_adapter(name: str, device: torch.device | str = "cpu", dtype: torch.dty
 
     Raises:
         ValueError: The model has another type, or its files lack weights.
-        OSError: There is no such model.
+        OSError: There is no such model, or its weights cannot be read.
     """
     adapters = []
     for part, (model_class, adapter_class) in zip(split_cascade(name), adapter_classes(name), strict=True):

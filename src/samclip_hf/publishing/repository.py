@@ -55,17 +55,15 @@ def build_repository(source: str | Path, folder: Path, dtype: str | None = None,
     if folder.exists() and any(folder.iterdir()):
         raise PublishingError(f"{folder} is not empty. Use a new or empty folder.")
     try:
-        model, loading_info = SamClipForImageSegmentation.from_pretrained(
-            source, dtype=getattr(torch, dtype) if dtype else "auto", use_safetensors=True, output_loading_info=True
+        model = modeling_samclip.load_complete_model(
+            SamClipForImageSegmentation,
+            source,
+            dtype=getattr(torch, dtype) if dtype else "auto",
+            use_safetensors=True,
         )
         processor = SamClipProcessor.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise PublishingError(f"{source} cannot be loaded as a SAM-CLIP with its processor: {error}") from error
-    if loading_info["missing_keys"]:
-        raise PublishingError(
-            f"{source} lacks weights: {sorted(loading_info['missing_keys'])[:5]}. Randomly initialized weights are "
-            "not published."
-        )
     try:
         model.save_pretrained(folder, max_shard_size=max_shard_size)
     except ValueError as error:
