@@ -339,6 +339,28 @@ class TestFolder:
         with pytest.raises(FileExistsError, match="is a file"):
             export(checkpoint, tmp_path / "tokenizer.json")
 
+    def test_files_with_the_names_of_an_export_are_not_replaced(self, checkpoint, model, tmp_path):
+        """samclip.json must describe an export, and this export must have written the other files."""
+        (tmp_path / "tokenizer.json").write_text("{}")
+        no_parts = json.dumps(dict.fromkeys(writer.DESCRIPTION_KEYS))
+        for text in ('{"model": "mine", "parts": []}', '["model", "parts"]', "no JSON", no_parts):
+            (tmp_path / "samclip.json").write_text(text)
+            with pytest.raises(FileExistsError, match=r"earlier export: samclip\.json, tokenizer\.json\."):
+                export(checkpoint, tmp_path)
+            assert (tmp_path / "samclip.json").read_text() == text
+        processor = SamClipProcessor.from_pretrained(checkpoint)
+        writer._describe(model, processor, tmp_path, checkpoint, ["text_encoder"], 18)
+        (tmp_path / "text_encoder.onnx").touch()
+        writer._check_replaceable(tmp_path)
+        (tmp_path / "mask_decoder.onnx").touch()
+        with pytest.raises(FileExistsError, match=r"earlier export: mask_decoder\.onnx\."):
+            export(checkpoint, tmp_path)
+        (tmp_path / "mask_decoder.onnx").unlink()
+        writer._describe(model, processor, tmp_path, checkpoint, ["mask_decoder"], 18)
+        (tmp_path / "text_encoder.onnx").rename(tmp_path / "mask_decoder.onnx")
+        with pytest.raises(FileExistsError, match=r"earlier export: tokenizer\.json\."):
+            export(checkpoint, tmp_path)
+
 
 class TestErrors:
     def test_other_models_raise_an_error(self, tmp_path):

@@ -30,7 +30,10 @@ TOLERANCE = 1e-4  # largest accepted difference from PyTorch, relative to the la
 MERGED_VALUES = 2**20  # weights with up to this number of values are stored once if they occur twice
 EXTERNAL_DATA_BYTES = 2**31 - 2**24  # weights above this size are stored next to the graph: protobuf's limit is 2 GB
 
-SHARED_FILES = ("samclip.json", "tokenizer.json", "class_embeds.npy")
+# The keys that samclip.json has for every export.
+DESCRIPTION_KEYS = {
+    *("model", "parts", "opset", "tolerance", "image", "logit_scale", "logit_bias", "composition_points"),
+}
 
 
 def export(
@@ -128,12 +131,27 @@ def _check_replaceable(folder: Path) -> None:
         return
     if not folder.is_dir():
         raise FileExistsError(f"{folder} is a file. Choose a folder.")
-    names = sorted(path.name for path in folder.iterdir())
-    known = {f"{part}.onnx{suffix}" for part in PART_NAMES for suffix in ("", ".data")} | set(SHARED_FILES)
-    others = [name for name in names if name not in known]
-    if others or (names and "samclip.json" not in names):
-        shown = ", ".join((others or names)[:5])
-        raise FileExistsError(f"{folder} contains files that do not belong to an earlier export: {shown}.")
+    known = _files_of_export(folder / "samclip.json")
+    if others := sorted(path.name for path in folder.iterdir() if path.name not in known or not path.is_file()):
+        raise FileExistsError(
+            f"{folder} contains files that do not belong to an earlier export: {', '.join(others[:5])}."
+        )
+
+
+def _files_of_export(path: Path) -> set[str]:
+    """Names of the files of the export that the samclip.json at `path` describes. Empty if there is no such file, or
+    if it is not the description of an export."""
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return set()
+    if not isinstance(description, dict) or not description.keys() >= DESCRIPTION_KEYS:
+        return set()
+    if not isinstance(description["parts"], list):
+        return set()
+    names = {f"{part}.onnx{suffix}" for part in PART_NAMES if part in description["parts"] for suffix in ("", ".data")}
+    optional = {"text": "tokenizer.json", "vocabulary": "class_embeds.npy"}
+    return names | {"samclip.json"} | {name for key, name in optional.items() if key in description}
 
 
 def _load(model_name_or_path: str | os.PathLike) -> tuple[SamClipForImageSegmentation, Any]:
