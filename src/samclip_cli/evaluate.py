@@ -88,7 +88,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--model",
         nargs="+",
         metavar="NAME",
-        help="folders or repositories on the Hub (default: the shipped miniature, its teachers, and their cascade)",
+        help="folders or repositories on the Hub (default: those of the shipped miniature, its teachers, and their "
+        "cascade that support the tasks)",
     )
     parser.add_argument(
         "--task",
@@ -323,22 +324,33 @@ def index_name(model: str) -> str:
     return f"{file_name(model)}-model-index.yaml"
 
 
-def check_models(names: list[str], evaluators: dict[str, "Evaluator"]) -> None:
-    """Raises `CommandError` for a model that cannot be evaluated, or that supports none of the tasks. Reads only
-    configurations."""
+def select_models(names: list[str], evaluators: dict[str, "Evaluator"], are_defaults: bool) -> list[str]:
+    """
+    The models that support at least one of the tasks. Reads only configurations.
+
+    are_defaults (`bool`):
+        Whether the user has named no models. Those that support none of the tasks are then left out.
+
+    Raises `CommandError` for a model that cannot be evaluated, and for one that the user has named and that supports
+    none of the tasks.
+    """
     from samclip_hf.evaluation import CascadeAdapter, adapter_classes
 
+    selected = []
     for name in names:
         try:
             classes = [adapter_class for _, adapter_class in adapter_classes(name)]
         except (ValueError, OSError) as error:
             raise CommandError(f"{name} cannot be loaded: {error}") from error
         adapter_class = classes[0] if len(classes) == 1 else CascadeAdapter
-        if not any(evaluator.applies_to(adapter_class) for evaluator in evaluators.values()):
+        if any(evaluator.applies_to(adapter_class) for evaluator in evaluators.values()):
+            selected.append(name)
+        elif not are_defaults:
             raise CommandError(
                 f"{name} ({adapter_class.__name__.removesuffix('Adapter')}) supports none of the tasks: "
                 f"{', '.join(evaluators)}. 'samclip evaluate --help' lists which models each task is for."
             )
+    return selected
 
 
 def open_results(folder: Path, command: str, files: Iterable[str]) -> "Results":
@@ -393,7 +405,7 @@ def run(argv: Sequence[str]) -> int:
     # One process can draw images, train heads or process a slow image for longer than the default of 30 minutes.
     state = PartialState(timeout=timedelta(days=7))
     evaluators = build_evaluators(arguments)
-    check_models(models, evaluators)
+    models = select_models(models, evaluators, are_defaults=not arguments.model)
     output_dir = arguments.output_dir
     names = short_names(models)
     files = [index_name(name) for name in names] + [panel_name(key, name) for key in evaluators for name in names]

@@ -156,6 +156,17 @@ def test_models_that_support_none_of_the_tasks_are_errors_before_any_evaluation(
     assert not (tmp_path / "out").exists()
 
 
+def test_default_models_that_support_none_of_the_tasks_are_left_out(tmp_path):
+    samclip, sam, clip = miniature.checkpoint(), miniature.sam_teacher(), miniature.clip_teacher()
+    defaults = [samclip, sam, clip, f"{sam}+{clip}"]
+    for task, expected in (("prompts", [samclip, sam]), ("cascade", defaults[3:]), ("retrieval", [samclip, clip])):
+        evaluators = evaluate.build_evaluators(evaluate.build_parser().parse_args(["--task", task]))
+        assert evaluate.select_models(defaults, evaluators, are_defaults=True) == expected
+    evaluate.run(["--task", "classification:miniature@64", "--share", "0.01", "--output_dir", str(tmp_path)])
+    (task,) = json.loads((tmp_path / "results.json").read_text())["tasks"].values()
+    assert task["models"].keys() == {"samclip", "clip"}
+
+
 @pytest.mark.parametrize("name", ["results.md", "classification-miniature-64-clip.png", "clip-model-index.yaml"])
 def test_files_of_other_programs_are_not_replaced(tmp_path, name):
     (tmp_path / name).write_text("mine")
