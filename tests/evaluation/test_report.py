@@ -35,8 +35,8 @@ class Model(ModelAdapter):
     models = property(lambda self: self.parts)
 
 
-class Protocol(Evaluator):
-    """A protocol with a description and without a computation."""
+class DescribedEvaluator(Evaluator):
+    """An evaluator with a description. The tests add results by hand and never run it."""
 
     name = "protocol"
 
@@ -47,7 +47,7 @@ class Protocol(Evaluator):
         return self.description
 
     def run(self, model):
-        raise NotImplementedError
+        raise AssertionError("The tests of this file run no evaluator.")
 
 
 def result(value: float) -> EvaluationResult:
@@ -62,7 +62,7 @@ def values(results: Results) -> dict[tuple[str, str], float]:
     }
 
 
-WHOLE, QUICK = Protocol(data="photos"), Protocol(data="photos", only="the first 3 samples")
+WHOLE, QUICK = DescribedEvaluator(data="photos"), DescribedEvaluator(data="photos", only="the first 3 samples")
 ONE, TWO = Model("student", "1111111111111111"), Model("student", "2222222222222222")
 
 
@@ -193,7 +193,7 @@ def test_results_of_older_versions_are_read_and_kept(tmp_path):
     path.write_text(json.dumps(older_results()))
     assert create_model_index(read_results(path), "student")[0].metric_value == 0.7
     results = Results(tmp_path, "command")
-    results.add("classification:imagenet@336", Protocol(size=336), ONE, result(0.8))
+    results.add("classification:imagenet@336", DescribedEvaluator(size=336), ONE, result(0.8))
     assert [value for _, value in sorted(values(results).items())] == [0.7, 0.8]
     assert "- student: SamClipAdapter, weights not recorded (older version), float32" in results.protocols()
 
