@@ -80,23 +80,12 @@ class SamClipTower(nn.Module):
         return self._project(tokens[:, 0])
 
     def project_patches(self, tokens: torch.Tensor) -> torch.Tensor:
-        """
-        Tokens of `forward` -> features of the patches `(batch_size, projection_dim, grid_size, grid_size)`, not
-        normalized. Each patch is pooled as if it were the only one: a CLIP's last attention returns each token's own
-        value and its MLP is skipped, as in MaskCLIP (Zhou et al. 2022, arXiv 2112.01071); a SigLIP's pooling head gets
-        one patch at a time.
-        """
+        """Tokens of `forward` -> features of the patches `(batch_size, projection_dim, grid_size, grid_size)`, not
+        normalized."""
         if self.is_siglip:
-            head, tokens = self.vision_model.head, self.vision_model.post_layernorm(tokens)
-            attention, size = head.attention, tokens.shape[-1]
-            # The projection to values is the last third of the attention's input projection.
-            values = F.linear(tokens, attention.in_proj_weight[-size:], attention.in_proj_bias[-size:])
-            pooled = attention.out_proj(values)
-            features = pooled + head.mlp(head.layernorm(pooled))
+            features = project_siglip_patches(self.vision_model, self.vision_model.post_layernorm(tokens))
         else:
-            layer, tokens = self.vision_model.encoder.layers[-1], tokens[:, 1:]
-            values = layer.self_attn.v_proj(layer.layer_norm1(tokens))
-            features = self._project(tokens + layer.self_attn.out_proj(values))
+            features = self._project(replace_attention_by_values(self.vision_model, tokens[:, 1:]))
         return features.transpose(1, 2).unflatten(2, (-1, self.image_size // self.patch_size))
 
     def pool_segments(self, patch_embeds: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
@@ -185,6 +174,31 @@ class SamClipTower(nn.Module):
             for values in (self.config.clip_pixel_scale, self.config.clip_pixel_shift)
         )
         return images * scale + shift
+
+
+def replace_attention_by_values(vision_model: CLIPVisionModel, tokens: torch.Tensor) -> torch.Tensor:
+    """
+    Patch tokens `(..., hidden_size)` before the last layer of a CLIP -> patch tokens to be projected like its class
+    token. In the last layer, the attention returns each token's own value, as in MaskCLIP (Zhou et al. 2022, arXiv
+    2112.01071), but the MLP is skipped. MaskCLIP keeps it
+    (https://github.com/chongzhou96/MaskCLIP/blob/245d31f/mmseg/models/backbones/vit.py#L96-L104). In the miniature,
+    the mIoU is twice that of unmodified tokens.
+    """
+    layer = vision_model.encoder.layers[-1]
+    return tokens + layer.self_attn.out_proj(layer.self_attn.v_proj(layer.layer_norm1(tokens)))
+
+
+def project_siglip_patches(vision_model: SiglipVisionModel, tokens: torch.Tensor) -> torch.Tensor:
+    """
+    Patch tokens `(..., hidden_size)` after the last LayerNorm of a SigLIP -> features of the patches in the text
+    space, `(..., hidden_size)`: the attention pooling head gets each patch as if it were the only one, as MaskCLIP does
+    for CLIPs with attention pooling (Zhou et al. 2022, arXiv 2112.01071).
+    """
+    head, size = vision_model.head, tokens.shape[-1]
+    # The projection to values is the last third of the attention's input projection.
+    values = F.linear(tokens, head.attention.in_proj_weight[-size:], head.attention.in_proj_bias[-size:])
+    pooled = head.attention.out_proj(values)
+    return pooled + head.mlp(head.layernorm(pooled))
 
 
 def to_image_grid(features: torch.Tensor, content_sizes: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:

@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoConfig, AutoProcessor, CLIPModel, PreTrainedModel, SamModel, SiglipModel, pipeline
 
+from ..clip_tower_samclip import project_siglip_patches, replace_attention_by_values
 from ..images import mask_to_box, mean_and_std, normalize
 from ..modeling_samclip import SamClipModel, load_complete_model
 from ..segmentation_samclip import SamClipForImageSegmentation, canonicalize_text
@@ -303,14 +304,8 @@ class ClipAdapter(ImageTextAdapter):
         return tokens[:, 1:].transpose(1, 2).unflatten(2, (rows, columns))
 
     def _dense_embeds(self, pixel_values: Tensor) -> Tensor:
-        """Projects the patch tokens as CLIP projects its class token. In the last layer, the attention returns each
-        token's own value, as in MaskCLIP (Zhou et al. 2022, arXiv 2112.01071), but the MLP is skipped. MaskCLIP keeps
-        it (https://github.com/chongzhou96/MaskCLIP/blob/245d31f/mmseg/models/backbones/vit.py#L96-L104). In the
-        miniature, the mIoU is twice that of unmodified tokens."""
         vision = self.model.vision_model
-        last = vision.encoder.layers[-1]
-        tokens = self._tokens(pixel_values)[-2]
-        tokens = tokens + last.self_attn.out_proj(last.self_attn.v_proj(last.layer_norm1(tokens)))
+        tokens = replace_attention_by_values(vision, self._tokens(pixel_values)[-2])
         return self._to_grid(self.model.visual_projection(vision.post_layernorm(tokens)), pixel_values)
 
     @torch.inference_mode()
@@ -347,12 +342,8 @@ class SiglipAdapter(ImageTextAdapter):
         return tokens.unflatten(1, (rows, columns))
 
     def _dense_embeds(self, pixel_values: Tensor) -> Tensor:
-        """Applies the attention pooling head to each patch as if it were the only one, as MaskCLIP does for CLIPs with
-        attention pooling (Zhou et al. 2022, arXiv 2112.01071)."""
-        head, tokens = self.model.vision_model.head, self._grid_tokens(pixel_values)
-        weight, bias = (p[-tokens.shape[-1] :] for p in (head.attention.in_proj_weight, head.attention.in_proj_bias))
-        pooled = head.attention.out_proj(F.linear(tokens, weight, bias))  # the value projection, the last of three
-        return (pooled + head.mlp(head.layernorm(pooled))).permute(0, 3, 1, 2)
+        tokens = self._grid_tokens(pixel_values)
+        return project_siglip_patches(self.model.vision_model, tokens).permute(0, 3, 1, 2)
 
     @torch.inference_mode()
     def patch_features(self, images: Sequence[Image.Image], size: int) -> dict[str, Tensor]:
