@@ -191,8 +191,8 @@ def replace_attention_by_values(vision_model: CLIPVisionModel, tokens: torch.Ten
 def project_siglip_patches(vision_model: SiglipVisionModel, tokens: torch.Tensor) -> torch.Tensor:
     """
     Patch tokens `(..., hidden_size)` after the last LayerNorm of a SigLIP -> features of the patches in the text
-    space, `(..., hidden_size)`: the attention pooling head gets each patch as if it were the only one, as MaskCLIP does
-    for CLIPs with attention pooling (Zhou et al. 2022, arXiv 2112.01071).
+    space, `(..., hidden_size)`: the attention pooling head gets each patch as if it were the only one, as MaskCLIP
+    does for CLIPs with attention pooling (Zhou et al. 2022, arXiv 2112.01071).
     """
     head, size = vision_model.head, tokens.shape[-1]
     # The projection to values is the last third of the attention's input projection.

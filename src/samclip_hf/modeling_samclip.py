@@ -802,7 +802,7 @@ class SamClipModel(SamClipPreTrainedModel):
         """Height and width of the images without their padding `(batch_size, 2)`, in patches."""
         batch_size, _, *grid = image_embeddings.shape
         if reshaped_input_sizes is None:
-            return torch.tensor(grid, device=image_embeddings.device).expand(batch_size, 2)
+            return torch.tensor(grid, dtype=torch.float32, device=image_embeddings.device).expand(batch_size, 2)
         sizes = torch.as_tensor(reshaped_input_sizes, device=image_embeddings.device)
         return sizes / self.config.vision_config.patch_size
 
