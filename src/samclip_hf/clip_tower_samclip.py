@@ -1,8 +1,8 @@
 """
-The CLIP side of an unmerged SAM-CLIP: the vision tower of a CLIP or SigLIP, in the place of the CLIP head.
+The vision tower of a CLIP or SigLIP, which an unmerged SAM-CLIP has in place of the CLIP head.
 
-It gets the same `pixel_values` as the image encoder. Each image is cut out of its padding, stretched to a square and
-normalized again, so that both towers see the same pixels.
+Its input is the `pixel_values` of the image encoder: the padding of each image is removed, the image is resized to a
+square, and SAM's normalization is replaced by CLIP's.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ from .configuration_samclip import SamClipConfig
 
 class SamClipTower(nn.Module):
     """
-    A vision tower with the interface of [`SamClipHead`]: patch embeddings -> tokens -> text space.
+    A vision tower with the methods of [`SamClipHead`]: patch embeddings -> tokens -> text space.
 
     `encode_pixels` gives the input of `forward` and `pool_segments`. The tokens of `forward` are those before the last
     layer of a CLIP, because `pool` and `project_patches` use that layer in two ways, and those after the last layer of
@@ -71,9 +71,8 @@ class SamClipTower(nn.Module):
         layers = self.vision_model.encoder.layers
         return self._run(tokens, layers if self.is_siglip else layers[:-1])
 
-    def pool(self, tokens: torch.Tensor, content_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Tokens of `forward` -> image features `(batch_size, projection_dim)`, those of the CLIP or SigLIP.
-        `content_mask` is for the interface of [`SamClipHead`]: the tower sees no padding."""
+    def pool(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens of `forward` -> image features `(batch_size, projection_dim)`, those of the CLIP or SigLIP."""
         if self.is_siglip:
             return self.vision_model.head(self.vision_model.post_layernorm(tokens))
         tokens = self._run(tokens, self.vision_model.encoder.layers[-1:])

@@ -211,7 +211,7 @@ class SamClipPreTrainedModel(SamClipVisionPreTrainedModel):
         """The CLIP head's tokens `(batch_size, grid_height, grid_width, hidden_size)`, and the image in the text space
         `(batch_size, projection_dim)`, not normalized. Padding is not pooled."""
         head_tokens = self.clip_head(patch_tokens)
-        if isinstance(self.clip_head, SamClipTower):  # sees no padding
+        if isinstance(self.clip_head, SamClipTower):  # its input has no padding
             return head_tokens, self.clip_head.pool(head_tokens)
         return head_tokens, self.clip_head.pool(head_tokens, self._content_mask(head_tokens, reshaped_input_sizes))
 
