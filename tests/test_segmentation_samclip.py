@@ -322,6 +322,11 @@ class TestImageSegmentation:
         assert outputs.segment_scores.shape == (2, 16)
         assert outputs.content_sizes.tolist() == [[6, 4], [2.5, 8]]
 
+    @pytest.mark.parametrize("both_heads", [True, False])
+    def test_sizes_of_another_number_of_images_raise(self, segmenter, both_heads):
+        with pytest.raises(ValueError, match="a height and a width for each of 2 images"), torch.no_grad():
+            segmenter(random_images(2), reshaped_input_sizes=[[48, 32]], both_heads=both_heads)
+
     def test_no_points_in_padding(self, segmenter, monkeypatch):
         prompts = []
         predict_masks = segmenter.predict_masks

@@ -192,19 +192,27 @@ class SamClipPreTrainedModel(SamClipVisionPreTrainedModel):
                 if embeds is not None:
                     init.zeros_(embeds)
 
-    def _content_mask(self, patch_tokens: torch.Tensor, reshaped_input_sizes) -> torch.Tensor | None:
-        """`(batch_size, grid_height, grid_width)`: `True` for patches that show a part of the image, `False` for
-        padding."""
+    def _content_sizes(self, patch_tokens: torch.Tensor, reshaped_input_sizes) -> torch.Tensor:
+        """Height and width of the images without their padding `(batch_size, 2)`, in patches of `patch_tokens`
+        `(batch_size, grid_height, grid_width, hidden_size)`."""
         if reshaped_input_sizes is None:
-            return None
+            grid = torch.tensor(patch_tokens.shape[1:3], dtype=torch.float32, device=patch_tokens.device)
+            return grid.expand(patch_tokens.shape[0], 2)
         sizes = torch.as_tensor(reshaped_input_sizes, device=patch_tokens.device)
         if sizes.shape != (patch_tokens.shape[0], 2):
             raise ValueError(
                 f"reshaped_input_sizes must be a height and a width for each of {patch_tokens.shape[0]} images, got "
                 f"shape {tuple(sizes.shape)}."
             )
-        rows, columns = (torch.arange(n, device=sizes.device) for n in patch_tokens.shape[1:3])
-        patches = sizes / self.config.vision_config.patch_size
+        return sizes / self.config.vision_config.patch_size
+
+    def _content_mask(self, patch_tokens: torch.Tensor, reshaped_input_sizes) -> torch.Tensor | None:
+        """`(batch_size, grid_height, grid_width)`: `True` for patches that show a part of the image, `False` for
+        padding."""
+        if reshaped_input_sizes is None:
+            return None
+        patches = self._content_sizes(patch_tokens, reshaped_input_sizes)
+        rows, columns = (torch.arange(n, device=patches.device) for n in patch_tokens.shape[1:3])
         return (rows < patches[:, :1])[:, :, None] & (columns < patches[:, 1:])[:, None, :]
 
     def _pool_image(self, patch_tokens: torch.Tensor, reshaped_input_sizes) -> tuple[torch.Tensor, torch.Tensor]:
@@ -794,17 +802,9 @@ class SamClipModel(SamClipPreTrainedModel):
         grid_width)`, of length 1."""
         features = self.clip_head.project_patches(head_tokens)
         if not self.config.merged:
-            content_sizes = self._content_sizes(image_embeddings, reshaped_input_sizes)
+            content_sizes = self._content_sizes(image_embeddings.permute(0, 2, 3, 1), reshaped_input_sizes)
             features = to_image_grid(features, content_sizes, image_embeddings.shape[-2:])
         return F.normalize(features, dim=1)
-
-    def _content_sizes(self, image_embeddings, reshaped_input_sizes) -> torch.Tensor:
-        """Height and width of the images without their padding `(batch_size, 2)`, in patches."""
-        batch_size, _, *grid = image_embeddings.shape
-        if reshaped_input_sizes is None:
-            return torch.tensor(grid, dtype=torch.float32, device=image_embeddings.device).expand(batch_size, 2)
-        sizes = torch.as_tensor(reshaped_input_sizes, device=image_embeddings.device)
-        return sizes / self.config.vision_config.patch_size
 
     @can_return_tuple
     def get_image_features(

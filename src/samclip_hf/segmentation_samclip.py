@@ -438,10 +438,11 @@ class SamClipForImageSegmentation(SamClipModel):
         image_embeddings, patch_tokens = vision_outputs.last_hidden_state, vision_outputs.patch_tokens
         dense_embeds = self._dense_embeds(self.clip_head(patch_tokens), image_embeddings, reshaped_input_sizes)
         logits = self.classify(dense_embeds.permute(0, 2, 3, 1), vocabulary).permute(0, 3, 1, 2)
-        content_sizes = self._content_sizes(image_embeddings, reshaped_input_sizes)
+        image_grid = image_embeddings.permute(0, 2, 3, 1)
+        content_sizes = self._content_sizes(image_grid, reshaped_input_sizes)
         segments = {}
         if both_heads:
-            content_mask = self._content_mask(image_embeddings.permute(0, 2, 3, 1), reshaped_input_sizes)
+            content_mask = self._content_mask(image_grid, reshaped_input_sizes)
             if self.config.composition == "classes":
                 segments = self.compose_heads_by_class(image_embeddings, logits, vocabulary, content_mask)
             else:
