@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.trainer_utils import set_seed
 
-from samclip_hf import SamClipModel
+from samclip_hf import SamClipModel, miniature
 from samclip_hf.distillation import (
     ClipTeacher,
     DataError,
@@ -599,6 +599,12 @@ def test_provenance_records_what_happened(make_trainer, model, teacher_folders, 
     resumed.train(resume_from_checkpoint=str(tmp_path / "next" / "checkpoint-1"))
     resumed.save_provenance({})
     assert provenance.read(tmp_path / "next")[0] == first
+
+
+def test_a_new_student_has_no_earlier_stages(make_trainer, sam, clip, monkeypatch):
+    monkeypatch.chdir(miniature.checkpoint())  # the folder of another model
+    student = SamClipModel.from_teachers(sam, clip)
+    assert make_trainer(1, student=student).earlier_stages == []
 
 
 # ---- LoRA ----

@@ -46,13 +46,15 @@ def read(model: str | Path) -> list[dict[str, Any]]:
 
     Args:
         model (`str` or `Path`):
-            A folder, or a repository on the Hub.
+            A folder, or a repository on the Hub. An empty string if the model was not loaded from one.
 
     Returns:
         `list[dict]`: One entry for each stage. Empty if `model` has no `provenance.json`.
     """
+    if not model:  # `Path("")` would be the working directory
+        return []
     path = Path(model) / FILE_NAME
-    if model and not Path(model).is_dir():
+    if not Path(model).is_dir():
         try:
             path = Path(hf_hub_download(str(model), FILE_NAME))
         except LocalEntryNotFoundError:  # no connection
