@@ -834,13 +834,10 @@ def freeze(model: SamClipModel, trained_parts: Sequence[str]) -> list[str]:
 
     frozen: list[str] = []
     for part in trained_parts:
-        for name, module in model.get_submodule(part).named_modules(prefix=part):
-            inside = {f"{name}.{parameter}" for parameter, _ in module.named_parameters()}
-            if inside and inside <= by_user and not any(name.startswith(f"{other}.") for other in frozen):
+        module = model.get_submodule(part)
+        for name, _ in [*module.named_modules(prefix=part), *module.named_parameters(prefix=part)]:
+            inside = {parameter for parameter in parameters if f"{parameter}.".startswith(f"{name}.")}
+            is_listed = any(name.startswith(f"{other}.") for other in frozen)
+            if inside and inside <= by_user and not is_listed:
                 frozen.append(name)
-        frozen += [
-            name
-            for name in parameters
-            if name in by_user and name.startswith(f"{part}.") and not any(name.startswith(f"{f}.") for f in frozen)
-        ]
     return frozen
