@@ -24,7 +24,7 @@ crops. An embedding takes 2 bytes per value: 1.5 KB per crop for 768 dimensions.
 
 The embeddings of a shard are written when the shard is complete; running the command again
 continues with the remaining shards. Under accelerate launch -m samclip_cli embed, the processes
-divide the shards among them."""
+divide the shards among themselves."""
 
 
 def build_parser() -> argparse.ArgumentParser:

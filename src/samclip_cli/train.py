@@ -205,7 +205,7 @@ def _format_help(fields: dict[str, ast.AnnAssign]) -> str:
 
 
 def models_to_load(args: "SamClipTrainingArguments") -> dict[str, str]:
-    """The models that a run loads, by argument. Those of the miniature are excluded, as parts of the package."""
+    """The models that a run loads, by argument, except the miniature's, which are part of the package."""
     is_new = args.model is None
     names = {
         "model": args.model,

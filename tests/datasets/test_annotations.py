@@ -1,4 +1,4 @@
-"""SA-1B's annotations of training images: all forms of masks are read, and a bad one costs only itself."""
+"""SA-1B's annotations of training images: all forms of masks are read, and only invalid masks are skipped."""
 
 import json
 from collections import Counter
@@ -109,7 +109,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_a_bad_annotation_costs_only_itself_and_is_counted(kind):
+def test_only_the_invalid_annotation_is_skipped_and_counted(kind):
     bad, cause = BAD[kind]
     drawn, skipped = draw({"annotations": [annotation(MASKS[0]), bad, annotation(MASKS[1])]}, num_masks=3)
     assert set(indices(drawn)) == {0, 1} and len(drawn) == 3

@@ -218,7 +218,7 @@ class TestImageFiles:
         expected = "has 1 images. Other files are not used: 2 .heic, 1 without an extension, 1 .txt"
         assert expected in transformers_log.text
 
-    def test_images_of_a_zip_have_keys_and_a_broken_one_costs_only_itself(self, tmp_path):
+    def test_images_of_a_zip_have_keys_and_only_the_broken_one_is_skipped(self, tmp_path):
         with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
             for name in ("dog/1.jpg", "cat/1.jpg", "3.jpg", "__MACOSX/._3.jpg", "notes.txt"):
                 archive.writestr(name, name.encode() * 50)

@@ -13,7 +13,7 @@ from PIL import Image
 
 _PREFERRED_EXTENSIONS = (".jpg", ".jpeg", ".webp", ".png")
 _STUBS = ("BUFR", "GRIB", "HDF5", "MPEG")  # formats that Pillow recognizes, but does not read
-# All that Pillow reads, the formats of photographs first.
+# Extensions of all formats that Pillow reads, those of photographs first.
 IMAGE_EXTENSIONS = (
     *_PREFERRED_EXTENSIONS,
     *sorted(
@@ -26,7 +26,7 @@ HUB_PREFIX = "hf://"  # of names of datasets on the Hub: "hf://owner/name?config
 # Names of files and folders that are not data: hidden ones, such as macOS's `._000.jpg`, and those in double
 # underscores, such as `__MACOSX`, which webdataset leaves out, too.
 IGNORED_NAME = re.compile(r"(^|/)(\.[^./]|__[^/]*__(/|$)|__MACOSX/)")
-# Folders of images that are annotations of other images, those of the datasets in `LAYOUTS` among them.
+# Folders of images that are annotations of other images, including those of the datasets in `LAYOUTS`.
 ANNOTATION_FOLDER = re.compile(
     r"(^|/)(masks?|labels?|annotations?|segmentations?|segmentation(class|object)\w*|seg|gt|gt(fine|coarse)|"
     r"ground_?truth|stuffthingmaps\w*|panoptic_\w+|depths?|disparity)/",

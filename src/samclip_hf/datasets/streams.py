@@ -228,7 +228,7 @@ def draw_masks(
     r"""
     Draws `num_masks` of a sample's masks at random, without repetition if there are enough. Masks that are empty,
     corrupt or of another size than the image are skipped, and masks that cover more than 90 % of the image are left
-    out. Only the drawn masks are decoded.
+    out. Only the drawn masks and those of annotations without an area are decoded.
 
     Args:
         sample (`dict`):

@@ -68,7 +68,7 @@ WITHOUT_EFFECT: tuple[tuple[tuple[str, ...], Callable[["SamClipTrainingArguments
     (
         ("neftune_noise_alpha", "use_cache", "use_liger_kernel", "liger_kernel_config"),
         _never,
-        "It is made for language models.",
+        "It is for language models only.",
     ),
     (("optim_target_modules",), _never, "Optimizers with parameter groups of their own are not supported."),
     (("lr_scheduler_kwargs",), lambda args: args.lr_scheduler_type != "constant", "Set lr_scheduler_type."),

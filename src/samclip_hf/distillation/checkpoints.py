@@ -88,7 +88,7 @@ def shards_checksum(names: Sequence[str]) -> str:
 
 
 def weights_checksum(parameters: Iterable[Tensor]) -> str:
-    """Returns a checksum of the first values of every parameter. It is fast, and changes in any training."""
+    """Returns a checksum of the first values of every parameter. It is fast to compute and changes in any training."""
     checksum = 0
     for parameter in parameters:
         checksum = zlib.crc32(parameter.detach().flatten()[:16].float().cpu().numpy().tobytes(), checksum)

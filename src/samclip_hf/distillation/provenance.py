@@ -80,11 +80,11 @@ def write(
         args ([`SamClipTrainingArguments`]):
             Arguments of this stage.
         stage (`dict[str, Any]`):
-            What happened in this stage: `arguments` ([`recorded_arguments`]), `teachers` and their `commits` by
+            The record of this stage: `arguments` ([`recorded_arguments`]), `teachers` and their `commits` by
             argument, `steps`, `images_seen`, `seconds`. After a resumed run, `seconds` is the time since the last
             resume.
         earlier_stages (`Sequence[dict]`):
-            The stages that led to the model that this one started from.
+            The stages of the model that this stage started from.
     """
     stage = {
         "stage": args.stage,

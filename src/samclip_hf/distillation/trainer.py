@@ -57,8 +57,8 @@ logger = logging.get_logger(__name__)
 
 MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes
 MAX_SKIPPED_STEPS = 10  # in a row, before training stops
-# Recorded arguments that may change when a run is resumed: they have no influence on the weights, or take effect, or
-# what they name is compared otherwise.
+# Recorded arguments that may change when a run is resumed: some do not influence the weights, some apply from the
+# resumed step on, and teachers, data and batch sizes are compared by content or in total.
 MAY_CHANGE = {
     *("max_steps", "max_corrupt_fraction", "eval_batches", "eval_prompts", "num_readers", "shuffle_buffer"),
     *("sam_shuffle_buffer", "clip_data", "sam_data", "clip_data_weights", "sam_data_weights", "sam_shard_fraction"),
@@ -75,8 +75,8 @@ COPIED_HEAD = "base_model.model.clip_head.modules_to_save.default."  # peft's co
 # The parts of the model that each stage trains (paper, section 4). The prompt encoder, SAM's positional embedding and
 # the text tower are always frozen.
 TRAINED_PARTS = {1: ("clip_head",), 2: ("vision_encoder", "mask_decoder", "clip_head"), 3: ("clip_head",)}
-# Positions, and mask and IoU tokens of the mask decoder: weight decay would pull them to zero, which means nothing for
-# them, and rows of a table without gradient would vanish.
+# Positional embeddings, and mask and IoU tokens of the mask decoder: zero has no special meaning for them, and weight
+# decay would reduce rows without gradients to zero.
 WITHOUT_WEIGHT_DECAY = re.compile(r"\.(pos_embed|rel_pos_[hw]|mask_tokens\.weight|iou_token\.weight)$")
 
 
@@ -106,8 +106,8 @@ class SamClipTrainer(Trainer):
             Hub. [`samclip_hf.publishing.prepare_push`] adds the model code and the model card. By default, the model
             card of [`Trainer`] and no model code is pushed.
         callbacks, optimizers, optimizer_cls_and_kwargs:
-            As in [`Trainer`]. An optimizer that is passed has the learning rates and the weight decay that it was made
-            with. Without `optimizers`, parameters have the groups of `parameter_group`.
+            As in [`Trainer`]. An optimizer that is passed keeps its learning rates and weight decay. Without
+            `optimizers`, the parameters are grouped by `parameter_group`.
 
     Raises:
         ValueError: If an argument is missing, if student, teachers, resolutions, embedding cache and optimizer do not
@@ -176,7 +176,7 @@ class SamClipTrainer(Trainer):
         if args.should_log:
             logger.warning(f"Training {trainable / 1e6:.2f} of {total / 1e6:.2f} M parameters.")
             if self.frozen_by_user:
-                logger.warning(f"Stay frozen, as they were: {', '.join(self.frozen_by_user)}.")
+                logger.warning(f"These parameters were frozen and stay frozen: {', '.join(self.frozen_by_user)}.")
         if not trainable:
             raise ValueError(
                 f"All parameters of {', '.join(self.trained_parts())} are frozen: there is nothing to train. Set "
@@ -363,7 +363,7 @@ class SamClipTrainer(Trainer):
         return self._loader
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """As in [`Trainer`], without positions and tokens: `WITHOUT_WEIGHT_DECAY`."""
+        """Returns the names of [`Trainer`] except those that match `WITHOUT_WEIGHT_DECAY`."""
         return [name for name in super().get_decay_parameter_names(model) if not WITHOUT_WEIGHT_DECAY.search(name)]
 
     def _optimizer_class_and_arguments(self) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
@@ -426,7 +426,7 @@ class SamClipTrainer(Trainer):
                 self._images += len(batch["images"])
             # DDP averages the gradients in every backward pass. It averages the sum of earlier gradients again, which
             # does not change it.
-            if loss.requires_grad:  # not if all parts that it trains are frozen
+            if loss.requires_grad:  # false if all parameters that it trains are frozen
                 self.accelerator.backward(loss / self.current_gradient_accumulation_steps)
             total += loss.detach()
         self.record({"loss": total})
@@ -503,7 +503,8 @@ class SamClipTrainer(Trainer):
             logs.update(self._averages.compute())
             logs.pop("learning_rate", None)
             for number, group in enumerate(self.optimizer.param_groups):
-                logs[f"learning_rate_{group.get('name', number)}"] = float(group["lr"])  # foreign groups have no name
+                name = group.get("name", number)  # the groups of a passed optimizer may have no names
+                logs[f"learning_rate_{name}"] = float(group["lr"])
             now = time.perf_counter()
             logs["images_per_second"] = (images - self._images_at_log) / (now - self._time_at_log)
             self._images_at_log, self._time_at_log = images, now
@@ -577,7 +578,7 @@ class SamClipTrainer(Trainer):
         return {argument: "miniature" if name in packaged else name for argument, name in names.items()}
 
     def _recorded_arguments(self) -> dict[str, Any]:
-        """The arguments that determined the weights. Precision and optimizer may come from elsewhere."""
+        """The arguments that determined the weights, with the precision and the optimizer that were used."""
         arguments = provenance.recorded_arguments(self.args)
         arguments["warmup_steps"] = self.args.get_warmup_steps(self.args.max_steps)  # also of a fraction
         if self.args.model is None:
@@ -619,7 +620,7 @@ class SamClipTrainer(Trainer):
 
     def _make_settings(self) -> dict[str, Any]:
         """Everything else that determines the weights and must be equal to resume. Models and data are compared by
-        content, because their folders may move, and batch sizes as those of all processes together."""
+        content, because their folders may move. Batch sizes are compared in total, over all processes."""
         args = self.args
         settings = {name: value for name, value in self._recorded_arguments().items() if name not in MAY_CHANGE}
         settings["warmup_steps"] = args.warmup_steps
@@ -691,7 +692,8 @@ class SamClipTrainer(Trainer):
             saved, current = {**state["settings"], **saved}, {**self._settings, **current}
         else:
             logger.warning(
-                f"{checkpoint} is of an earlier release, which did not record all arguments: pass the same."
+                f"{checkpoint} was saved by an earlier release, which did not record all arguments. Pass the same "
+                "ones."
             )
         if changed:
             changes = "; ".join(f"{name} from {saved.get(name)} to {current.get(name)}" for name in changed)
@@ -705,7 +707,7 @@ class SamClipTrainer(Trainer):
             parameter.requires_grad_(trainable[name])  # peft makes all of the CLIP head trainable
         # `Trainer` reads its own state later.
         step = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).global_step
-        # Another number of processes may go with other gradient_accumulation_steps.
+        # The number of processes and gradient_accumulation_steps may change together.
         streams = state["streams"] | {"micro_batches": step * self.args.gradient_accumulation_steps}
         is_first = self.args.process_index == 0
         if not is_first:
