@@ -11,6 +11,7 @@ from samclip_hf import SamClipForImageSegmentation, miniature
 from samclip_hf.evaluation import (
     CascadeAdapter,
     ClipAdapter,
+    Cost,
     EvaluationResult,
     Evaluator,
     ModelAdapter,
@@ -113,6 +114,15 @@ class TestIdentity:
         cascade = CascadeAdapter(sam, clip)
         assert cascade.weights == f"{sam.weights}+{clip.weights}"
         assert len({CascadeAdapter(*pair).identity for pair in ((sam, clip), (clip, sam), (sam, sam))}) == 3
+
+    def test_settings_of_a_cascade_have_the_sizes_of_both_models(self, clip):
+        cascade = CascadeAdapter(load_adapter(miniature.sam_teacher()), clip)
+        sizes = {
+            "image size of SAM": "longest edge 128 px",
+            "image size of CLIP": "shortest edge 64 px, center 64 x 64 px",
+        }
+        assert Cost(32, 32, ["a"]).describe_settings(cascade) == sizes
+        assert Cost(32, 32, ["a"]).describe_settings(clip) == {"image size": sizes["image size of CLIP"]}
 
     def test_models_without_some_of_their_weights_raise(self, clip, tmp_path):
         state = {name: value for name, value in clip.model.state_dict().items() if "text_projection" not in name}

@@ -469,8 +469,15 @@ def describe_crop(size: int | None) -> dict[str, Any]:
     return {"size": size or by_model, "crop": "middle square" if size else by_model}
 
 
-def describe_own_size(model: ModelAdapter) -> str:
-    """Describes the size to which a model's own image processor brings images, for [`Evaluator.describe_settings`]."""
+def describe_own_size(model: ModelAdapter) -> dict[str, str]:
+    """Describes the sizes to which a model's own image processors resize images, for
+    [`Evaluator.describe_settings`]."""
+    if isinstance(model, CascadeAdapter):
+        return {"image size of SAM": _resized_size(model.sam), "image size of CLIP": _resized_size(model.clip)}
+    return {"image size": _resized_size(model)}
+
+
+def _resized_size(model: ModelAdapter) -> str:
     processor = model.image_processor.to_dict()
     if not processor.get("do_resize", True):
         return "not resized"

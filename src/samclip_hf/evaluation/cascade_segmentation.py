@@ -49,7 +49,7 @@ class CascadeSegmentation(LabelMapEvaluator):
         }
 
     def describe_settings(self, model: CascadeAdapter) -> dict[str, Any]:
-        return {"image size of SAM": describe_own_size(model.sam), "of CLIP": describe_own_size(model.clip)}
+        return describe_own_size(model)
 
     def prepare(self, model: CascadeAdapter) -> None:
         self.text_embeds, self.labels = self.embed_vocabulary(model.clip)

@@ -51,7 +51,7 @@ class ZeroShotClassification(SampleEvaluator[LabeledImage]):
         }
 
     def describe_settings(self, model: ImageTextAdapter) -> dict[str, Any]:
-        return {} if self.size else {"image size": describe_own_size(model)}
+        return {} if self.size else describe_own_size(model)
 
     def new_metrics(self) -> dict[str, AccumulatingMetric]:
         return {"top_k": TopK(num_labels=len(self.class_names))}

@@ -48,11 +48,8 @@ class ComposedSegmentation(LabelMapEvaluator):
         points = f"{POINTS_PER_CLASS} per class"  # the paper's composition
         if config.composition == "segments":
             points = f"{config.composition_points} per image"
-        return {
-            "composition": config.composition,
-            "points": points,
-            "image size": f"longest edge {self.size} px" if self.size else describe_own_size(model),
-        }
+        size = {"image size": f"longest edge {self.size} px"} if self.size else describe_own_size(model)
+        return {"composition": config.composition, "points": points, **size}
 
     def prepare(self, model: SamClipAdapter) -> None:
         text_embeds, labels = self.embed_vocabulary(model)

@@ -82,9 +82,7 @@ class Cost(Evaluator):
         }
 
     def describe_settings(self, model: ModelAdapter) -> dict[str, Any]:
-        if isinstance(model, CascadeAdapter):
-            return {"image size of SAM": describe_own_size(model.sam), "of CLIP": describe_own_size(model.clip)}
-        return {"image size": describe_own_size(model)}
+        return describe_own_size(model)
 
     def run(self, model: ModelAdapter) -> EvaluationResult | None:
         """Measures on the main process only; the others wait."""

@@ -43,7 +43,7 @@ class ZeroShotInstanceSegmentation(SampleEvaluator[ImageWithObjects]):
         }
 
     def describe_settings(self, model: PromptableAdapter) -> dict[str, Any]:
-        return {"image size": describe_own_size(model)}
+        return describe_own_size(model)
 
     def new_metrics(self) -> dict[str, AccumulatingMetric]:
         categories = self.data.description.get("categories")

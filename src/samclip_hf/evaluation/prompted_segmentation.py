@@ -48,7 +48,7 @@ class PromptedSegmentation(SampleEvaluator[ImageWithObjects]):
         }
 
     def describe_settings(self, model: PromptableAdapter) -> dict[str, Any]:
-        return {"image size": describe_own_size(model)}
+        return describe_own_size(model)
 
     def new_metrics(self) -> dict[str, AccumulatingMetric]:
         return {name: MaskIoU() for name in ("point_miou", "point_oracle_miou", "box_miou")}

@@ -40,7 +40,7 @@ class Retrieval(SampleEvaluator[CaptionedImage]):
         }
 
     def describe_settings(self, model: ImageTextAdapter) -> dict[str, Any]:
-        return {} if self.size else {"image size": describe_own_size(model)}
+        return {} if self.size else describe_own_size(model)
 
     def new_metrics(self) -> dict[str, AccumulatingMetric]:
         return {"recall": RecallAtK()}
