@@ -170,6 +170,10 @@ class TestResults:
         with pytest.raises(PublishingError, match=message):
             find_results(self.results(**models), miniature.checkpoint(), name)
 
+    def test_a_wrong_name_raises_before_the_checkpoint_is_loaded(self, tmp_path):
+        with pytest.raises(PublishingError, match=r"No results for 'c'"):
+            find_results(self.results(a="0a1b"), tmp_path / "nowhere", "c")
+
     def test_a_card_needs_results_of_one_model(self, folder):
         with pytest.raises(PublishingError, match="no results of 'stage2', but of stage3"):
             create_model_card(folder, "me/merged", results=RESULTS, results_name="stage2")

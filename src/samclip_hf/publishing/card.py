@@ -155,40 +155,42 @@ def find_results(results: dict[str, Any], source: str | Path, name: str | None =
     # Imported here because training imports this module and needs no evaluation.
     from ..evaluation import load_adapter
 
+    entries = {known: entry for task in results["tasks"].values() for known, entry in task["models"].items()}
+    if name is not None and name not in entries:
+        raise PublishingError(
+            f"No results for {name!r}. Pass --results_name with one of: {', '.join(sorted(entries))}."
+        )
+    recorded = {known: entry.get("weights") for known, entry in entries.items()}
+    if name is not None and recorded[name] is None:
+        raise PublishingError(
+            f"The results of {name!r} do not record the weights, because they are of a version before 0.2.0. Evaluate "
+            "the checkpoint again."
+        )
     try:
         adapter = load_adapter(str(source))
     except (OSError, ValueError) as error:
         raise PublishingError(f"{source} cannot be loaded: {error}") from error
     weights = adapter.weights
-    entries = {known: entry for task in results["tasks"].values() for known, entry in task["models"].items()}
-    known = {known: entry.get("weights") for known, entry in entries.items()}
-    if name is None:
-        names = [known_name for known_name, of_name in known.items() if of_name == weights]
-        # With the same composition and image processor, if there are such results.
-        names = [other for other in names if entries[other].get("identity") == adapter.identity] or names
-        if not names:
-            others = ", ".join(f"{other} ({of_name or 'not recorded'})" for other, of_name in known.items())
+    if name is not None:
+        if recorded[name] != weights:
             raise PublishingError(
-                f"There are no results of the weights of {source} ({weights}), but of {others}. Evaluate this "
-                "checkpoint with samclip evaluate."
+                f"The results of {name!r} are of other weights ({recorded[name]}) than those of {source} ({weights})."
             )
-        if len(names) > 1:
-            raise PublishingError(
-                f"There are several results of these weights. Pass --results_name with one of: {', '.join(names)}."
-            )
-        return names[0]
-    if name not in known:
-        raise PublishingError(f"No results for {name!r}. Pass --results_name with one of: {', '.join(sorted(known))}.")
-    if known[name] is None:
+        return name
+    names = [known for known in entries if recorded[known] == weights]
+    # With the same composition and image processor, if there are such results.
+    names = [known for known in names if entries[known].get("identity") == adapter.identity] or names
+    if not names:
+        others = ", ".join(f"{known} ({of_known or 'not recorded'})" for known, of_known in recorded.items())
         raise PublishingError(
-            f"The results of {name!r} do not record the weights, because they are of a version before 0.2.0. Evaluate "
-            "the checkpoint again."
+            f"There are no results of the weights of {source} ({weights}), but of {others}. Evaluate this checkpoint "
+            "with samclip evaluate."
         )
-    if known[name] != weights:
+    if len(names) > 1:
         raise PublishingError(
-            f"The results of {name!r} are of other weights ({known[name]}) than those of {source} ({weights})."
+            f"There are several results of these weights. Pass --results_name with one of: {', '.join(names)}."
         )
-    return name
+    return names[0]
 
 
 def _results_of_model(results: dict[str, Any], name: str) -> dict[str, Any]:
