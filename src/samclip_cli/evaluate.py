@@ -57,8 +57,9 @@ models:
 output:
   results.json, results.md, an image of sample predictions for every task and model, and a model
   index for the model card of every SAM-CLIP. Results that are already in results.json are not
-  computed again. Results are identified by the weights: those of another model in a folder of the
-  same name, or of another protocol for the same task, have separate names and replace nothing."""
+  computed again. Results are identified by weights and protocol: results of another model in a
+  folder of the same name, and of another protocol of the same task, have separate names. No result
+  is replaced."""
 
 PROTOCOLS = (
     *("classification", "retrieval", "instances", "prompts", "semantic", "composed", "cascade"),
@@ -134,7 +135,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--background_templates",
         action="store_true",
         default=None,
-        help="use the templates of the class names also for the texts of the background",
+        help="apply the templates of the class names also to the texts that describe the background",
     )
     parser.add_argument("--limit", type=positive_int, metavar="N", help="evaluate only the first N samples")
     parser.add_argument(

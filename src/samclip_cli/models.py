@@ -1,6 +1,4 @@
-"""
-Checks that a model exists before it is loaded, and selects its thresholds of everything mode.
-"""
+"""Checks that a model exists before it is loaded, and selects its thresholds of everything mode."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""What results belong to: a model's weights and configuration, not the name of its folder."""
+"""Hashes that identify a model by its weights and configuration instead of the name of its folder."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ IGNORED_ENTRIES = {
     *("transformers_version", "background_label_id", "background_threshold", "id2label", "label2id"),
     *("vocabulary_label_ids", "vocabulary_num_labels"),
 }
-# Shows capitals, punctuation, digits and the special tokens of a tokenizer.
+# Its tokens depend on how a tokenizer treats capitals, punctuation, digits and accents, and on its special tokens.
 PROBE_TEXT = "A photo of 2 Cats, isn't it? (café)"
 
 
@@ -36,8 +36,8 @@ def hash_weights(model: PreTrainedModel) -> str:
 
 
 def hash_configuration(model: PreTrainedModel, processor: Any) -> str:
-    """Returns a hash of what else determines a model's outputs: its configuration, its image processor, and how its
-    tokenizer splits a text."""
+    """Returns a hash of everything besides the weights that determines a model's outputs: its configuration, its image
+    processor, and the tokens of a text."""
     tokenizer = getattr(processor, "tokenizer", None)
     return hash_json(
         {

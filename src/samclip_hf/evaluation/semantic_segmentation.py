@@ -38,8 +38,8 @@ class LabelMapEvaluator(SampleEvaluator[SegmentedImage]):
         For data with background: a pixel is background if no class has at least this probability. By default, a pixel
         is background if one of the texts that describe the background is more similar than any class.
     background_templates (`bool`, *optional*, defaults to `False`):
-        Whether the texts for background go through the templates, all of them, as names of classes do. By default,
-        none does.
+        Whether the templates are also applied to all texts that describe the background. By default, these texts are
+        used without templates.
     """
 
     batch_size = 8
@@ -58,7 +58,7 @@ class LabelMapEvaluator(SampleEvaluator[SegmentedImage]):
             raise ValueError(f"background_threshold cannot be used: {data.name} has no background.")
         has_texts = bool(data.background) and background_threshold is None
         if background_templates and not has_texts:
-            raise ValueError(f"{data.name} has no texts for background that could go through templates.")
+            raise ValueError(f"background_templates cannot be used: {data.name} has no texts for background.")
         if data.background is not None and background_threshold is None and not has_texts:
             raise ValueError(f"{data.name} has a background without texts: pass background_threshold.")
         self.templates, self.background_templates = templates, background_templates

@@ -6,7 +6,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-WARMUP_STEPS = {1: 50, 2: 50, 3: 20}  # of the recipes, by stage: short runs have as many
+# Warmup steps of the recipes, by stage. The recipes state them as fractions of their own `max_steps`; shorter runs use
+# the same numbers of steps.
+WARMUP_STEPS = {1: 50, 2: 50, 3: 20}
 
 
 def train(
