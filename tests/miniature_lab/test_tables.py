@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from samclip_hf.miniature_lab import tables
+from samclip_cli.train import read_recipe
+from samclip_hf.miniature_lab import commands, tables
 
 
 def results_of_seed(seed: int) -> dict:
@@ -103,3 +104,9 @@ def test_a_failed_run_exits_with_its_title(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "RUNS", {"stage1": replace(tables.RUNS["stage1"], options="--no_such_option 1")})
     with pytest.raises(SystemExit, match=r"Seed 0: after stage 1 failed with exit code 2"):
         tables.train("stage1", 0, tmp_path, fraction=0.01)
+
+
+def test_short_runs_have_as_many_warmup_steps_as_the_recipes():
+    recipes = {stage: read_recipe(f"miniature_stage{stage}") for stage in commands.WARMUP_STEPS}
+    steps = {stage: recipe["warmup_steps"] * recipe["max_steps"] for stage, recipe in recipes.items()}
+    assert steps == commands.WARMUP_STEPS
