@@ -428,11 +428,8 @@ def _to_8_bits(pixels):
     if isinstance(pixels, torch.Tensor):
         is_float, is_bool = pixels.is_floating_point(), pixels.dtype == torch.bool
         is_number, uint8 = not pixels.is_complex(), torch.uint8
-        if not is_bool and pixels.dtype not in (
-            uint8,
-            torch.float32,
-            torch.float64,
-        ):  # other types have few operations
+        # Other types support few operations.
+        if not is_bool and pixels.dtype not in (uint8, torch.float32, torch.float64):
             pixels = pixels.to(torch.float32 if is_float else torch.int64)
     else:
         is_float, is_bool = pixels.dtype.kind == "f", pixels.dtype.kind == "b"
@@ -446,9 +443,7 @@ def _to_8_bits(pixels):
         raise ValueError(f"An image must have numbers as pixels, got {pixels.dtype}.")
     if pixels.dtype == uint8 or is_bool:
         return as_uint8(pixels) * 255 if is_bool else pixels
-    lowest, highest = float(pixels.min()), float(pixels.max())
-    if not np.isfinite([lowest, highest]).all():
-        raise ValueError("An image contains pixels that are not finite numbers.")
+    lowest, highest = _value_range(pixels)
     if lowest < 0 or highest > 65535:
         raise ValueError(
             f"An image has values from {lowest:g} to {highest:g}. Scale them to 0 to 255, or floats to 0 to 1. If the "
@@ -457,6 +452,14 @@ def _to_8_bits(pixels):
     if is_float:
         return pixels * 255 if highest <= 1 else pixels / 257 if highest > 255 else pixels
     return as_uint8(pixels // 257 if highest > 255 else pixels)
+
+
+def _value_range(pixels) -> tuple[float, float]:
+    """The lowest and the highest value of an array or tensor. Raises `ValueError` for values that are not finite."""
+    lowest, highest = float(pixels.min()), float(pixels.max())
+    if not np.isfinite([lowest, highest]).all():
+        raise ValueError("An image contains pixels that are not finite numbers.")
+    return lowest, highest
 
 
 def _standardize(images, do_rescale: bool, num_channels: int | None, input_data_format=None) -> list:
@@ -483,8 +486,7 @@ def _standardize(images, do_rescale: bool, num_channels: int | None, input_data_
     images = _channels_first(images, num_channels, input_data_format)
     if do_rescale or "float" not in str(images.dtype):
         return [_to_8_bits(images)]
-    if not np.isfinite([float(images.min()), float(images.max())]).all():
-        raise ValueError("An image contains pixels that are not finite numbers.")
+    _value_range(images)  # raises for values that are not finite
     return [images]
 
 
