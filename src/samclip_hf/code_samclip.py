@@ -28,10 +28,11 @@ def save_code(saved: Any, folder: str | Path) -> None:
     auto_map = getattr(saved, "auto_map", None)
     if not auto_map:
         return
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    for file in Path(__file__).parent.glob("*_samclip.py"):
-        if file.parent.resolve() != Path(folder).resolve():
-            shutil.copy(file, folder)
+    source, target = Path(__file__).parent, Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    if source.resolve() != target.resolve():
+        for file in source.glob("*_samclip.py"):
+            shutil.copy(file, target)
     saved.auto_map = {name: without_repository(reference) for name, reference in auto_map.items()}
 
 
