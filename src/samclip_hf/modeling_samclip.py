@@ -53,6 +53,8 @@ from .vision_encoder_samclip import (
 
 logger = logging.get_logger(__name__)
 
+HALF_PRECISION = (torch.float16, torch.bfloat16)
+
 
 class _InputName(str):
     """
@@ -76,9 +78,6 @@ def refuse_labels(kwargs: Any) -> None:
                 f"This model does not accept {name}, because it has no such loss. SamClipTrainer trains SamClipModel "
                 "by distillation; a SamClipModel returns CLIP's or SigLIP's loss for texts with return_loss=True."
             )
-
-
-HALF_PRECISION = (torch.float16, torch.bfloat16)
 
 
 @dataclass

@@ -20,11 +20,7 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
-from .transformers_internals_samclip import (
-    capture_outputs,
-    flex_attention_forward,
-    sdpa_attention_forward,
-)
+from .transformers_internals_samclip import capture_outputs, flex_attention_forward, sdpa_attention_forward
 
 ALL_ATTENTION_FUNCTIONS = AttentionInterface()  # includes functions that AttentionInterface.register adds
 # Implementations that SamClipVisionAttention computes by itself, and transformers' functions of these names.

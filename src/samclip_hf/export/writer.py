@@ -32,7 +32,14 @@ EXTERNAL_DATA_BYTES = 2**31 - 2**24  # weights above this size are stored next t
 
 # The keys that samclip.json has for every export.
 DESCRIPTION_KEYS = {
-    *("model", "parts", "opset", "tolerance", "image", "logit_scale", "logit_bias", "composition_points"),
+    "model",
+    "parts",
+    "opset",
+    "tolerance",
+    "image",
+    "logit_scale",
+    "logit_bias",
+    "composition_points",
 }
 
 
@@ -145,9 +152,8 @@ def _files_of_export(path: Path) -> set[str]:
         description = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return set()
-    if not isinstance(description, dict) or not description.keys() >= DESCRIPTION_KEYS:
-        return set()
-    if not isinstance(description["parts"], list):
+    is_export = isinstance(description, dict) and description.keys() >= DESCRIPTION_KEYS
+    if not is_export or not isinstance(description["parts"], list):
         return set()
     names = {f"{part}.onnx{suffix}" for part in PART_NAMES if part in description["parts"] for suffix in ("", ".data")}
     optional = {"text": "tokenizer.json", "vocabulary": "class_embeds.npy"}
