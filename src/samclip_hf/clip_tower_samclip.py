@@ -89,16 +89,16 @@ class SamClipTower(nn.Module):
 
     def pool_segments(self, patch_embeds: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
         r"""
-        Embeds every segment as if it were an image: in all layers, its patches and its class token attend to each
-        other only. Disjoint segments need one pass of the tower for each image, whatever their number.
+        Embeds every segment as if it were an image: in all layers, its patches and its class token attend only to each
+        other. Segments that do not overlap are embedded in the same forward pass.
 
         patch_embeds (`torch.Tensor` of shape `(batch_size, grid_size, grid_size, hidden_size)`):
             As in `forward`.
         segments (`torch.Tensor` of shape `(batch_size, num_segments, grid_size, grid_size)`, `bool`):
             The patches of each segment.
 
-        Returns `(batch_size, num_segments, projection_dim)`, not normalized. The values for a segment without patches
-        have no meaning.
+        Returns `(batch_size, num_segments, projection_dim)`, not normalized. Values for segments without patches are
+        undefined.
         """
         patches, inside = patch_embeds.flatten(1, 2), segments.flatten(2)
         features = patches.new_zeros(*inside.shape[:2], self.config.clip_head_config.projection_dim)
@@ -122,7 +122,7 @@ class SamClipTower(nn.Module):
         head, tokens = self.vision_model.head, self.vision_model.post_layernorm(tokens)
         tokens = tokens[:, None].expand(-1, num_segments, -1, -1).flatten(0, 1)
         outside = ~inside.flatten(0, 1)
-        outside &= ~outside.all(dim=1, keepdim=True)  # attention to nothing is not a number
+        outside &= ~outside.all(dim=1, keepdim=True)  # if all keys are masked, attention returns NaN
         probe = head.probe.expand(len(tokens), -1, -1)
         pooled = head.attention(probe, tokens, tokens, key_padding_mask=outside, need_weights=False)[0]
         pooled = pooled + head.mlp(head.layernorm(pooled))
@@ -211,7 +211,7 @@ def to_image_grid(features: torch.Tensor, content_sizes: torch.Tensor, grid_size
     grid_size (`tuple[int, int]`):
         Height and width of the padded images in patches.
 
-    Returns `(batch_size, channels, grid_height, grid_width)`. Padding gets the nearest value of the image.
+    Returns `(batch_size, channels, grid_height, grid_width)`. Padding has the nearest value of the image.
     """
     rows, columns = (torch.arange(side, device=features.device) + 0.5 for side in grid_size)
     y, x = 2 * rows / content_sizes[:, :1] - 1, 2 * columns / content_sizes[:, 1:] - 1
@@ -225,8 +225,8 @@ def to_image_grid(features: torch.Tensor, content_sizes: torch.Tensor, grid_size
 
 
 def _disjoint_groups(inside: torch.Tensor) -> list[list[int]]:
-    """Numbers of the segments `(batch_size, num_segments, num_patches)` in groups without overlap, as few as the first
-    fit finds."""
+    """Splits segments `(batch_size, num_segments, num_patches)` into groups of segments that do not overlap. Each
+    segment is added to the first group that it fits (first-fit algorithm). Returns the indices of each group."""
     counts = inside.float()
     overlap = (counts @ counts.transpose(1, 2) > 0).any(dim=0).tolist()
     groups: list[list[int]] = []

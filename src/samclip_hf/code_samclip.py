@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    # Never executed. The Hub's copier follows these lines, so that it fetches all files with any of them.
+    # Never executed. transformers downloads a file together with the files of its relative imports. Because of these
+    # imports, it downloads all files with any of them.
     from .pipeline_samclip import SamClipImageSegmentationPipeline  # noqa: F401
     from .processing_samclip import SamClipProcessor  # noqa: F401
 
@@ -21,7 +22,7 @@ def save_code(saved: Any, folder: str | Path) -> None:
 
     Args:
         saved ([`PreTrainedConfig`] or a processor):
-            If it has an `auto_map`, the code is copied, and `auto_map` refers to the copy from now on.
+            If it has an `auto_map`, the code is copied, and `auto_map` is changed to refer to the copy.
         folder (`str` or `Path`):
             The folder, which is created if it does not exist.
     """

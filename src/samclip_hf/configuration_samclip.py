@@ -82,13 +82,14 @@ class SamClipConfig(SamConfig):
     composition_points (`int`, *optional*, defaults to 16):
         For `"segments"`: the number of points that prompt the SAM head.
     clip_vision_config (`dict`, [`CLIPVisionConfig`] or [`SiglipVisionConfig`], *optional*):
-        The vision tower of a CLIP or SigLIP, which an unmerged model has in the place of the CLIP head. `None` in a
-        merged model. Set by `from_teachers(..., merged=False)`, like the next three.
+        The vision tower of a CLIP or SigLIP, which an unmerged model has in place of the CLIP head. `None` in a merged
+        model. [`SamClipModel.from_teachers`] with `merged=False` sets this and the following three arguments.
     clip_image_size (`int`, *optional*):
-        Height and width in pixels of the images that the tower gets; a multiple of its patch size. By default its own.
+        Height and width in pixels of the tower's input, a multiple of its patch size. Defaults to
+        `clip_vision_config.image_size`.
     clip_pixel_scale, clip_pixel_shift (`list[float]`, *optional*):
-        For each channel, how `pixel_values`, which have SAM's normalization, get the tower's: they are multiplied by
-        the scale, and the shift is added.
+        Factors and offsets of the channels that convert `pixel_values` from SAM's normalization to the tower's:
+        `pixel_values * clip_pixel_scale + clip_pixel_shift`.
 
     Example:
 
@@ -155,7 +156,7 @@ class SamClipConfig(SamConfig):
 
     @property
     def merged(self) -> bool:
-        """Whether one image encoder serves SAM and CLIP. An unmerged model has a vision tower of its own for CLIP."""
+        """Whether one image encoder serves SAM and CLIP. An unmerged model has a separate vision tower for CLIP."""
         return self.clip_vision_config is None
 
     @property

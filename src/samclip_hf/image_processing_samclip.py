@@ -362,8 +362,9 @@ def _standardize_map(label_map) -> np.ndarray:
 
 def load_image(image: str | os.PathLike | Image.Image, timeout: float | None = None) -> Image.Image:
     r"""
-    Loads an image as RGB, rotated by its EXIF orientation. Differs from transformers' function of this name in what
-    [`convert_to_rgb`] reads: transformers turns images with 16 bits per channel white and float images black.
+    Loads an image as RGB and rotates it according to its EXIF orientation. Unlike `load_image` of transformers, it
+    converts pixels with [`convert_to_rgb`]: transformers turns images with 16 bits per channel white and float images
+    black.
 
     Args:
         image (`str`, `os.PathLike` or `PIL.Image.Image`):
@@ -386,21 +387,22 @@ def load_image(image: str | os.PathLike | Image.Image, timeout: float | None = N
         encoded = image.partition(",")[2] if image.startswith("data:image/") else image
         return load_image(Image.open(io.BytesIO(base64.b64decode("".join(encoded.split()), validate=True))))
     except (ValueError, UnidentifiedImageError) as error:
-        raise ValueError(f"{image[:200]!r} is no image file, and neither a URL nor an image in base64.") from error
+        raise ValueError(f"{image[:200]!r} is not an image file, a URL or an image in base64.") from error
 
 
 def convert_to_rgb(image: Image.Image, apply_orientation: bool = False) -> Image.Image:
     r"""
     Converts a PIL image of any mode to RGB. An alpha channel is dropped, as in `image.convert("RGB")`.
 
-    Unlike that, images with more than 8 bits per channel are scaled: values up to 65535, if there are any above 255,
-    and float values from 0 to 1. Only the first frame of an animated image is read, with a warning.
+    Unlike `image.convert`, this function scales images with more than 8 bits per channel: values up to 65535, if any
+    value is above 255, and float values from 0 to 1. Only the first frame of an animated image is read, and a warning
+    is logged.
 
     Args:
         image (`PIL.Image.Image`):
             The image.
         apply_orientation (`bool`, *optional*, defaults to `False`):
-            Whether to rotate and flip the image as its EXIF orientation says.
+            Whether to rotate and flip the image according to its EXIF orientation.
 
     Raises:
         ValueError: The image has no pixels, or values out of these ranges.
@@ -413,7 +415,7 @@ def convert_to_rgb(image: Image.Image, apply_orientation: bool = False) -> Image
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         return Image.fromarray(_to_8_bits(np.asarray(image)).round().astype(np.uint8)).convert("RGB")
-    if image.mode in ("La", "RGBa"):  # colors multiplied by alpha, for which PIL has one conversion only
+    if image.mode in ("La", "RGBa"):  # colors multiplied by alpha, which PIL converts only to this mode
         image = image.convert(image.mode[:-1] + "A")
     return image.convert("RGB")
 

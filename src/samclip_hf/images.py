@@ -128,9 +128,9 @@ def decode_mask(segmentation: dict[str, Any] | list, size: tuple[int, int] | Non
 def _decompress_counts(text: str | bytes) -> list[int]:
     """
     Returns the run lengths of COCO's compressed run-length encoding, see `rleFrString` in
-    https://github.com/cocodataset/cocoapi/blob/master/common/maskApi.c: a character has five bits of a number, lowest
-    first, and a bit that tells whether more follow. From the fourth on, numbers are differences from the run length
-    two places before.
+    https://github.com/cocodataset/cocoapi/blob/master/common/maskApi.c: each character
+    encodes five bits of a number, lowest first, and a bit that is set if more characters of the number follow. From
+    the fourth number on, numbers are differences from the run length two places before.
     """
     characters = np.frombuffer(text.encode("ascii") if isinstance(text, str) else text, np.uint8).astype(np.int64) - 48
     is_last = characters & 32 == 0

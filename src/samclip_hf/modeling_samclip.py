@@ -571,9 +571,9 @@ class SamClipModel(SamClipPreTrainedModel):
             `False` for a model with two encoders that needs no training. Both teachers must then be names or folders
             with an image processor, whose normalization the model needs.
         clip_image_size (`int`, *optional*):
-            With `merged=False`: height and width in pixels of the images that CLIP's vision tower gets. A larger size
-            finds smaller objects and costs more. By default twice the tower's own size, but at most the larger of 448
-            (the paper's size for segmentation) and its own size.
+            With `merged=False`: height and width in pixels of the input of CLIP's vision tower. With a larger size,
+            smaller objects are found, at a higher cost. By default twice the tower's own size, but at most the larger
+            of 448 (the paper's size for segmentation) and its own size.
 
         Raises `TypeError` if a teacher is another kind of model, and `ValueError` if sizes do not fit, for an unknown
         key of `clip_head_config`, for an unknown `clip_head_initialization` and for an argument without effect.
@@ -1083,7 +1083,7 @@ def _tower_config(sam: SamModel, clip: CLIPModel | SiglipModel, clip_image_size:
         processor, _ = BaseImageProcessor.get_image_processor_dict(teacher.name_or_path)
         mean, std = processor.get("image_mean"), processor.get("image_std")
         if not processor.get("do_normalize", True) or mean is None or std is None:
-            raise ValueError(f"The image processor of {teacher.name_or_path} states no mean and standard deviation.")
+            raise ValueError(f"The image processor of {teacher.name_or_path} has no mean and standard deviation.")
         normalizations.append((mean, std))
     if clip_image_size is None:
         own = vision_config.image_size

@@ -147,8 +147,9 @@ class SamClipImageSegmentationPipeline(ImageSegmentationPipeline):
 
 
 def _weights_of_texts(model) -> list:
-    """What changes with the weights of the text tower: identity, type, number of changes in place, and sum. Only some
-    changes through `weight.data` keep all of them. Quantized weights have no sum."""
+    """Properties that differ after almost any change of the weights of the text tower: identity, type, number of
+    in-place operations, and sum. Some changes through `weight.data` cannot be detected, because they change none of
+    these. Sums are not computed for quantized weights."""
     parts = (part for part in (model.text_model, model.text_projection) if part is not None)
     weights = [weight for part in parts for weight in part.parameters()]
     sums = [

@@ -23,11 +23,11 @@ class SamClipProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[cal
 
 
 class SamClipBatchFeature(BatchFeature):
-    """The outputs of [`SamClipProcessor`]. Coordinates stay float32 when the others are cast to another type: in
-    bfloat16, coordinates between 512 and 1024 have steps of 4 pixels."""
+    """The outputs of [`SamClipProcessor`]. Coordinates remain float32 when the other tensors are cast to another type,
+    because bfloat16 rounds coordinates between 512 and 1024 to multiples of 4."""
 
     def to(self, *args, **kwargs) -> "SamClipBatchFeature":
-        """As in [`BatchFeature`], but `input_points` and `input_boxes` change their device only."""
+        """As in [`BatchFeature`], but `input_points` and `input_boxes` are only moved to the device, not cast."""
         coordinates = {name: self[name] for name in ("input_points", "input_boxes") if name in self}
         super().to(*args, **kwargs)
         for name, value in coordinates.items():
@@ -43,8 +43,8 @@ class SamClipProcessor(ProcessorMixin):
     image_processor ([`SamClipImageProcessor`]):
         SAM's preprocessing.
     tokenizer ([`PreTrainedTokenizerBase`]):
-        The tokenizer of the CLIP or SigLIP teacher. To SigLIP 2's, which is Gemma's, a conversion to lower case
-        is added, because SigLIP 2 was trained on texts in lower case.
+        The tokenizer of the CLIP or SigLIP teacher. A conversion to lower case is added to SigLIP 2's tokenizer, which
+        is Gemma's, because SigLIP 2 was trained on texts in lower case.
     """
 
     valid_processor_kwargs = SamClipProcessorKwargs

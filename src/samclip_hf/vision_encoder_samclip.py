@@ -310,7 +310,8 @@ class SamClipVisionAttention(nn.Module):
         """
         function = self._registered_function()
         is_eager = function is None and self.config._attn_implementation == "eager"
-        # Otherwise sdpa. Also for segments with flex_attention: they have many lengths, and it is compiled for each.
+        # All other implementations of this module use sdpa here. flex_attention does so for segments, because it would
+        # be compiled for every length of a segment.
         is_sdpa = function is None and not is_eager
         dropout = self.dropout if self.training else 0.0
         is_inference = not (query.requires_grad or torch.compiler.is_compiling())
