@@ -1,6 +1,7 @@
 """
-Names the true masks of drawn scenes with all 48 class names, and compares three ways to embed a mask: the cascade's
-masked crops, the segments of an unmerged model at several sizes of CLIP's images, and those of the shipped SAM-CLIP.
+Classifies the ground-truth masks of the miniature's scenes among all 48 class names, and compares three methods of
+embedding a mask: masked crops of the cascade, segments of an unmerged model at several image sizes of CLIP, and
+segments of the shipped SAM-CLIP.
 
     python benchmarks/naming.py --num_scenes 60
 """
@@ -22,11 +23,13 @@ from samclip_hf.miniature_lab.tasks import scene
 
 
 def by_crops(cascade: CascadeAdapter) -> Callable[[Scene], Tensor]:
+    """Returns a function that computes the logits of the masks of a scene `(num_masks, 48)` from masked crops."""
     texts = cascade.clip.embed_names(CLASS_NAMES, TEMPLATES)
     return lambda drawn: cascade.name_masks(Image.fromarray(drawn.image), np.stack(drawn.masks), texts)
 
 
 def by_segments(model: SamClipForImageSegmentation, processor: SamClipProcessor) -> Callable[[Scene], Tensor]:
+    """Returns a function that computes the logits of the masks of a scene `(num_masks, 48)` from segments."""
     vocabulary = model.eval().embed_vocabulary(CLASS_NAMES, templates=TEMPLATES, tokenizer=processor.tokenizer)
 
     @torch.inference_mode()
@@ -49,24 +52,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 96, 128], help="sizes of CLIP's images")
     arguments = parser.parse_args(argv)
     sam, clip = miniature.sam_teacher(), miniature.clip_teacher()
-    ways = {"masked crops of the cascade": by_crops(load_adapter(f"{sam}+{clip}"))}
+    methods = {"masked crops of the cascade": by_crops(load_adapter(f"{sam}+{clip}"))}
     processor = SamClipProcessor.from_teachers(sam, clip)
     for size in arguments.sizes:
         model = SamClipForImageSegmentation.from_teachers(sam, clip, merged=False, clip_image_size=size)
-        ways[f"segments of the unmerged model, {size} px"] = by_segments(model, processor)
+        methods[f"segments of the unmerged model, {size} px"] = by_segments(model, processor)
     merged = SamClipForImageSegmentation.from_pretrained(miniature.checkpoint())
-    ways["segments of the shipped SAM-CLIP"] = by_segments(merged, processor)
+    methods["segments of the shipped SAM-CLIP"] = by_segments(merged, processor)
 
     scenes = [scene(arguments.seed, index) for index in range(arguments.num_scenes)]
     scenes = [drawn for drawn in scenes if all(mask.any() for mask in drawn.masks)]
     num_masks = sum(len(drawn.masks) for drawn in scenes)
     print(f"{num_masks} masks of {len(scenes)} scenes, seed {arguments.seed}, {len(CLASS_NAMES)} names\n")
-    print("| way | named correctly | by number of objects: 1, 2, 3, 4 | ms per scene |\n|---|---|---|---|")
-    for name, way in ways.items():
+    print("| method | accuracy | by number of objects: 1, 2, 3, 4 | ms per scene |\n|---|---|---|---|")
+    for name, method in methods.items():
         correct: dict[int, list[bool]] = {number: [] for number in (1, 2, 3, 4)}
         start = perf_counter()
         for drawn in scenes:
-            found = way(drawn).argmax(dim=-1).tolist()
+            found = method(drawn).argmax(dim=-1).tolist()
             correct[len(drawn.masks)] += [a == b for a, b in zip(found, drawn.class_ids, strict=True)]
         duration = 1000 * (perf_counter() - start) / len(scenes)
         by_number = " / ".join(f"{np.mean(values):.3f}" for values in correct.values() if values)

@@ -520,7 +520,7 @@ class SamClipForImageSegmentation(SamClipModel):
         for i in is_class.flatten(1).any(dim=1).nonzero().flatten().tolist():
             kept = _distinct_masks(masks[i], scores[i], max_overlap=0.5)
             rows, columns = masks.shape[-2:]
-            if not self.config.merged and content_sizes is not None:  # the tower does not see the padding
+            if not self.config.merged and content_sizes is not None:  # the tower's input has no padding
                 rows, columns = (4 * content_sizes[i]).ceil().int().tolist()
             segments[i, kept] = _segments(masks[i, kept, :rows, :columns], grid_size)
         if content_mask is not None and self.config.merged:
