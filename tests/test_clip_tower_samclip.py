@@ -1,5 +1,8 @@
 """Unmerged models: SAM and the vision tower of a CLIP or SigLIP behind the interface of SAM-CLIP."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -155,6 +158,20 @@ def test_arguments_without_effect_raise(tmp_path):
         SamClipModel.from_teachers(sam, clip, merged=False, clip_image_size=60)
     with pytest.raises(ValueError, match="pass names or folders"):
         SamClipModel.from_teachers(SamModel(SamModel.config_class()), clip, merged=False)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [({"do_normalize": False}, "states no mean"), ({"rescale_factor": 1.0}, "does not rescale pixels by 1/255")],
+)
+def test_another_normalization_of_a_teacher_raises(tmp_path, setting, message):
+    shutil.copytree(miniature.clip_teacher(), tmp_path / "clip")
+    path = tmp_path / "clip" / "processor_config.json"
+    content = json.loads(path.read_text())
+    content["image_processor"] |= setting
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        SamClipModel.from_teachers(miniature.sam_teacher(), tmp_path / "clip", merged=False)
 
 
 def test_the_vision_tower_of_an_unmerged_model_raises(folder):
