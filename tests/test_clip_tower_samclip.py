@@ -162,7 +162,7 @@ def test_arguments_without_effect_raise(tmp_path):
 
 @pytest.mark.parametrize(
     ("setting", "message"),
-    [({"do_normalize": False}, "states no mean"), ({"rescale_factor": 1.0}, "does not rescale pixels by 1/255")],
+    [({"do_normalize": False}, "has no mean"), ({"rescale_factor": 1.0}, "does not rescale pixels by 1/255")],
 )
 def test_another_normalization_of_a_teacher_raises(tmp_path, setting, message):
     shutil.copytree(miniature.clip_teacher(), tmp_path / "clip")

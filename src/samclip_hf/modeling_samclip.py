@@ -1084,7 +1084,7 @@ def _tower_config(sam: SamModel, clip: CLIPModel | SiglipModel, clip_image_size:
         processor, _ = BaseImageProcessor.get_image_processor_dict(teacher.name_or_path)
         mean, std = processor.get("image_mean"), processor.get("image_std")
         if not processor.get("do_normalize", True) or mean is None or std is None:
-            raise ValueError(f"The image processor of {teacher.name_or_path} states no mean and standard deviation.")
+            raise ValueError(f"The image processor of {teacher.name_or_path} has no mean and standard deviation.")
         if not processor.get("do_rescale", True) or not math.isclose(
             processor.get("rescale_factor", 1 / 255), 1 / 255
         ):
