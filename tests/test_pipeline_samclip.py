@@ -130,6 +130,17 @@ def test_a_vocabulary_is_embedded_again_when_weights_change(images):
         assert embeds() is after
 
 
+def test_a_call_reads_the_weights_of_the_text_tower_in_one_transfer(segmenter, images):
+    """On a GPU, each transfer waits for all work that is queued."""
+    arguments = {"candidate_labels": ["red fuzzy shape"], "hypothesis_template": "a {}"}
+    segmenter(images[0], **arguments)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        segmenter._sanitize_parameters(**arguments)
+    transfers = {event.key: event.count for event in profiler.key_averages()}
+    assert "aten::_local_scalar_dense" not in transfers and "aten::item" not in transfers, transfers
+    assert transfers["aten::sum"] > 10
+
+
 def test_generators_of_labels_are_read_once(segmenter, images):
     labels = ["red fuzzy shape", "green zigzag shape", "red dotted shape"]
     made = pipeline(

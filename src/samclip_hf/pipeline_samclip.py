@@ -149,16 +149,21 @@ class SamClipImageSegmentationPipeline(ImageSegmentationPipeline):
 def _weights_of_texts(model) -> list:
     """Properties that differ after almost any change of the weights of the text tower: identity, type, number of
     in-place operations, and sum. Some changes through `weight.data` cannot be detected, because they change none of
-    these. Sums are not computed for quantized weights."""
+    these. Sums are not computed for quantized and offloaded weights. All sums are read in one transfer, because each
+    transfer from a GPU waits for it."""
     parts = (part for part in (model.text_model, model.text_projection) if part is not None)
     weights = [weight for part in parts for weight in part.parameters()]
     sums = [
-        weight.detach().sum(dtype=torch.float32).item()
+        weight.detach().sum(dtype=torch.float32)
         for weight in weights
-        if type(weight.data) is torch.Tensor and weight.is_floating_point() and weight.element_size() > 1
+        if type(weight.data) is torch.Tensor
+        and weight.is_floating_point()
+        and weight.element_size() > 1
+        and not weight.is_meta
     ]
+    values = torch.stack([value.to(sums[0].device) for value in sums]).tolist() if sums else []
     versions = (None if weight.is_inference() else weight._version for weight in weights)
-    return [*((id(w), w.dtype, version) for w, version in zip(weights, versions, strict=True)), *sums]
+    return [*((id(w), w.dtype, version) for w, version in zip(weights, versions, strict=True)), *values]
 
 
 def _to_image(mask) -> Image.Image:
