@@ -41,6 +41,13 @@ def first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
+def log(message: str) -> None:
+    """Prints a message of an image command on standard error. `print` would break a progress bar on a terminal."""
+    from tqdm import tqdm
+
+    tqdm.write(f"samclip: {message}", file=sys.stderr)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """
     Runs a command line, by default that of this process.

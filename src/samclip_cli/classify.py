@@ -4,16 +4,11 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .batch import (
-    CommandError,
-    Prediction,
-    check_template,
-    create_parser,
-    load_pipeline,
-    parse_names,
-    prepare,
-    process_images,
-)
+from . import CommandError
+from .batch import prepare, process_images
+from .formats import Prediction
+from .image_arguments import check_template, create_parser, parse_names
+from .models import load_pipeline
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -5,15 +5,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from .argument_types import positive_int, probability
-from .batch import (
-    Prediction,
-    coco_annotation,
-    create_parser,
-    load_pipeline,
-    prepare,
-    process_images,
-)
-from .models import mask_generation_options
+from .batch import prepare, process_images
+from .formats import Prediction, coco_annotation
+from .image_arguments import create_parser
+from .models import load_pipeline, mask_generation_options
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -1,11 +1,14 @@
-"""Checks that a model exists before it is loaded, and selects its thresholds of everything mode."""
+"""Checks that a model exists before it is loaded, loads it, and selects its thresholds of everything mode."""
 
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from . import CommandError, first_line
+from . import CommandError, first_line, log
+
+if TYPE_CHECKING:
+    from transformers import Pipeline
 
 WEIGHTS = (".safetensors", ".bin")
 
@@ -86,3 +89,41 @@ def mask_generation_options(name: str) -> dict[str, Any]:
 
     is_miniature = os.path.realpath(name) == os.path.realpath(miniature.checkpoint())
     return dict(miniature.MASK_GENERATION if is_miniature else MASK_GENERATION_DEFAULTS)
+
+
+def load_pipeline(task: str, model: str | None, device: str | None, **options) -> "Pipeline":
+    """
+    The pipeline of a SAM-CLIP checkpoint.
+
+    task (`str`):
+        Task of [`~transformers.pipeline`].
+    model (`str`, *optional*):
+        A folder or a repository on the Hub. By default the shipped miniature.
+    device (`str`, *optional*):
+        A torch device. By default a GPU if one is available.
+
+    Raises `CommandError` if the device or the checkpoint cannot be used.
+    """
+    import torch
+    from transformers import AutoConfig, pipeline
+    from transformers.utils import logging
+
+    from samclip_hf import SamClipConfig, miniature
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    if device is not None:
+        try:
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError) as error:  # torch without CUDA raises AssertionError
+            raise CommandError(f"--device {device}: {first_line(error)}") from error
+    if model is None:
+        log("using the shipped miniature, which is trained on synthetic scenes, not on photographs; see --model.")
+        model = miniature.checkpoint()
+    try:
+        config = AutoConfig.from_pretrained(model)
+        if isinstance(config, SamClipConfig):
+            return pipeline(task, model=model, device=device, **options)
+    except Exception as error:  # a faulty checkpoint can raise any exception of the libraries that read it
+        raise CommandError(f"--model {model} cannot be loaded: {first_line(error)}") from error
+    raise CommandError(f"--model {model} is not a SAM-CLIP: its model type is {config.model_type!r}.")

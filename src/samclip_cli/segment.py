@@ -5,19 +5,12 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from . import CommandError, first_line
 from .argument_types import probability
-from .batch import (
-    CommandError,
-    Prediction,
-    check_template,
-    coco_annotation,
-    create_parser,
-    first_line,
-    load_pipeline,
-    parse_names,
-    prepare,
-    process_images,
-)
+from .batch import prepare, process_images
+from .formats import Prediction, coco_annotation
+from .image_arguments import check_template, create_parser, parse_names
+from .models import load_pipeline
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -17,7 +17,8 @@ from pycocotools import mask as coco
 from transformers import pipeline
 
 from samclip_cli import batch, main
-from samclip_cli.batch import coco_annotation, unique_names
+from samclip_cli.batch import unique_names
+from samclip_cli.formats import coco_annotation
 from samclip_hf import SamClipForImageSegmentation, SamClipModel, miniature
 from samclip_hf.miniature.scenes import render
 from samclip_hf.visualization import color_of, draw_segments
