@@ -14,7 +14,7 @@ LAYERS = (
     {"registration", "templates"},
     {"miniature"},
     {"samclip_hf"},
-    {"images", "files"},
+    {"images", "files", "identity"},
     {"visualization"},
     {"datasets"},
     {"distillation", "evaluation"},

@@ -21,7 +21,7 @@ from samclip_hf.evaluation import (
     read_results,
     results_of_model,
 )
-from samclip_hf.evaluation.identity import hash_weights
+from samclip_hf.identity import hash_weights
 
 
 class Model(ModelAdapter):

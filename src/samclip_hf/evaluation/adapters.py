@@ -21,10 +21,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoProcessor, CLIPModel, PreTrainedModel, SamModel, SiglipModel, pipeline
 
 from ..clip_tower_samclip import project_siglip_patches, replace_attention_by_values
+from ..identity import hash_configuration, hash_json, hash_weights
 from ..images import mask_to_box, mean_and_std, normalize
 from ..modeling_samclip import SamClipModel, load_complete_model
 from ..segmentation_samclip import SamClipForImageSegmentation, canonicalize_text
-from .identity import hash_configuration, hash_json, hash_weights
 
 TEXT_BATCH_SIZE = 256
 PROMPT_BATCH_SIZE = 64  # of one image; it determines the memory of the mask decoder

@@ -14,9 +14,9 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from ..datasets.samples import DataSet, SampleType
+from ..identity import hash_json
 from ..templates import IMAGENET_TEMPLATES
 from .adapters import ModelAdapter
-from .identity import hash_json
 from .metrics import AccumulatingMetric
 
 

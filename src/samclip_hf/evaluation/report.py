@@ -13,10 +13,10 @@ from accelerate import PartialState
 from huggingface_hub import EvalResult
 
 from ..files import write_atomically
+from ..identity import hash_json
 from ..visualization import save_panel
 from .adapters import ModelAdapter, SamClipAdapter, SamClipVisionAdapter
 from .evaluator import EvaluationResult, Evaluator, SampleEvaluator
-from .identity import hash_json
 
 SAMCLIP_KINDS = {SamClipAdapter.__name__, SamClipVisionAdapter.__name__}
 PER_CLASS_PREFIX = "iou: "  # of metrics of single classes, which are not in tables
