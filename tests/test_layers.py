@@ -11,7 +11,8 @@ HUB_FILES = {path.stem for path in (SRC / "samclip_hf").glob("*_samclip.py")}
 # From the bottom up. A module imports its own layer and those below. The names of a layer do not import one another.
 LAYERS = (
     {"hub files"},
-    {"registration", "templates"},
+    {"stock_pipelines", "templates"},
+    {"registration"},
     {"miniature"},
     {"samclip_hf"},
     {"images", "files", "identity"},

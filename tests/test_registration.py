@@ -1,6 +1,5 @@
 """Registration with transformers, and the check of its version."""
 
-import base64
 import json
 import os
 import shutil
@@ -8,10 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import transformers
-from huggingface_hub.utils import httpx
 from PIL import Image
 from transformers import (
     AutoBackbone,
@@ -32,7 +29,6 @@ from samclip_hf import (
     SamClipVisionConfig,
     SamClipVisionModel,
     miniature,
-    registration,
 )
 from samclip_hf.configuration_samclip import MINIMUM_TRANSFORMERS_VERSION
 from samclip_hf.miniature.scenes import render
@@ -137,28 +133,6 @@ def test_private_names_of_transformers_are_imported_in_one_file():
             if line.startswith("from transformers."):
                 module = line.split()[1].removeprefix("transformers.")
                 assert module in public, f"{file.name}: {line}"
-
-
-@pytest.mark.parametrize("source", ["path", "image", "data", "url"])
-def test_stock_pipelines_read_16_bits_like_8(source, tmp_path, monkeypatch):
-    scene = np.asarray(Image.fromarray(render(seed=0, index=8).image).convert("L"))
-    seen = []
-    for name, image in (("8", Image.fromarray(scene)), ("16", Image.fromarray(scene.astype(np.uint16) * 257))):
-        path = tmp_path / f"{name}.png"
-        image.save(path)
-        if source == "path":
-            image = str(path)
-        elif source == "data":
-            image = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
-        elif source == "url":
-            image = f"https://example.com/{name}.png"
-            response = httpx.Response(200, content=path.read_bytes(), request=httpx.Request("GET", image))
-            monkeypatch.setattr(httpx, "get", lambda *_, response=response, **__: response)
-        for module in registration.STOCK_PIPELINES:
-            seen.append(np.asarray(module.load_image(image)))
-    for pixels in seen:
-        assert np.array_equal(pixels, np.stack([scene] * 3, axis=-1))
-    assert not np.array_equal(seen[0], np.full_like(seen[0], 255))
 
 
 class TestSavedAfterLoadingAPublishedCheckpoint:

@@ -48,6 +48,12 @@ def run(argv: Sequence[str]) -> int:
     config = classifier.model.config
     if not config.has_text_tower:
         raise CommandError(f"--model {arguments.model} has no text tower, so it cannot embed labels.")
+    from samclip_hf.stock_pipelines import to_candidate_labels
+
+    try:
+        to_candidate_labels(labels, classifier.tokenizer)
+    except ValueError as error:
+        raise CommandError(f"--labels: {error}") from error
     max_length = config.text_config.max_position_embeddings
     for label in labels:
         length = len(classifier.tokenizer(template.format(label))["input_ids"])

@@ -1,7 +1,7 @@
 """
 Registers SAM-CLIP with transformers: Auto classes, pipelines, and the tables of names that stock pipelines read.
 
-Everything in this package that changes a registry of transformers is in `register`. Importing `samclip_hf` calls it.
+Everything in this package that changes transformers is called by `register`. Importing `samclip_hf` calls it.
 """
 
 from transformers import (
@@ -25,21 +25,15 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES,
     MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING_NAMES,
 )
-from transformers.pipelines import (
-    PIPELINE_REGISTRY,
-    image_feature_extraction,
-    image_segmentation,
-    mask_generation,
-    zero_shot_image_classification,
-    zero_shot_object_detection,
-)
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_samclip import SamClipConfig, SamClipVisionConfig
-from .image_processing_samclip import SamClipImageProcessor, SamClipImageProcessorPil, load_image
+from .image_processing_samclip import SamClipImageProcessor, SamClipImageProcessorPil
 from .modeling_samclip import SamClipBackbone, SamClipModel, SamClipVisionModel
 from .pipeline_samclip import SamClipImageSegmentationPipeline
 from .processing_samclip import SamClipProcessor
 from .segmentation_samclip import SamClipForImageSegmentation, SamClipForObjectDetection
+from .stock_pipelines import extend_stock_pipelines
 
 MODELS = {
     AutoModel: SamClipModel,
@@ -50,13 +44,6 @@ MODELS = {
     AutoModelForZeroShotObjectDetection: SamClipForObjectDetection,
 }
 TASK = "zero-shot-image-segmentation"
-STOCK_PIPELINES = (
-    image_feature_extraction,
-    image_segmentation,
-    mask_generation,
-    zero_shot_image_classification,
-    zero_shot_object_detection,
-)
 
 
 def register() -> None:
@@ -85,7 +72,4 @@ def register() -> None:
     # they log an error that the model is not supported, although they can run it.
     MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES["samclip"] = "SamClipForImageSegmentation"
     MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING_NAMES["samclip"] = "SamClipForObjectDetection"
-    # Stock pipelines load images before any image processor sees them, and turn those with 16 bits per channel white.
-    # This is also corrected for other models in this process. Images with 8 bits per channel are read as before.
-    for module in STOCK_PIPELINES:
-        module.load_image = load_image
+    extend_stock_pipelines()

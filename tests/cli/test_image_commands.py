@@ -442,6 +442,13 @@ def test_a_label_that_is_too_long_is_an_error_before_the_first_image(capsys, com
     assert records == [] and "at most 32 tokens" in messages[-1]
 
 
+def test_labels_of_classify_with_the_same_tokens_are_an_error(capsys):
+    save("photo.png")
+    records, messages = samclip(capsys, "classify", "photo.png", "--labels", "Cat, dog, cat", status=2)
+    assert records == [] and "--labels: The tokenizer cannot distinguish" in messages[-1]
+    assert "['Cat', 'cat']" in messages[-1]
+
+
 @pytest.mark.parametrize("value", ["2", "nan", "-0.1", "much"])
 def test_a_threshold_must_be_a_probability(capsys, value):
     with pytest.raises(SystemExit, match="2"):
