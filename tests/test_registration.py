@@ -175,7 +175,9 @@ class TestSavedAfterLoadingAPublishedCheckpoint:
         AutoProcessor.from_pretrained(miniature.checkpoint()).save_pretrained(tmp_path)
         assert not list(tmp_path.glob("*.py"))
 
-    def test_the_package_loads_it_without_trusting_code(self, folders):
+    def test_the_package_loads_it_without_asking_whether_to_trust_code(self, folders, monkeypatch):
+        questions: list[str] = []  # transformers continues without some of the files if nobody answers
+        monkeypatch.setattr("builtins.input", lambda question="": questions.append(question) or "n")
         image = Image.fromarray(render(seed=0, index=8).image)
         labels = {"candidate_labels": ["red fuzzy shape"], "background": ["an empty scene"]}
         results = []
@@ -184,6 +186,9 @@ class TestSavedAfterLoadingAPublishedCheckpoint:
             assert type(segmenter) is SamClipImageSegmentationPipeline
             results.append([segment["score"] for segment in segmenter(image, **labels)])
         assert results[0] and results[0] == results[1] == results[2]
+        for task in ("image-segmentation", "mask-generation", "zero-shot-image-classification"):
+            pipeline(task, model=str(folders["pipeline"]))
+        assert questions == []
 
     @pytest.mark.slow
     def test_it_works_without_the_package_and_so_does_what_that_saves(self, folders, tmp_path):

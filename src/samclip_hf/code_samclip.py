@@ -37,8 +37,11 @@ def save_code(saved: Any, folder: str | Path) -> None:
     saved.auto_map = {name: without_repository(reference) for name, reference in auto_map.items()}
 
 
-def without_repository(reference: str) -> str:
-    """A reference to a class without the repository on the Hub: "owner/name--file.Class" becomes "file.Class"."""
+def without_repository(reference: Any) -> Any:
+    """A reference to a class, or a list of references, without the repository on the Hub: "owner/name--file.Class"
+    becomes "file.Class"."""
+    if isinstance(reference, list | tuple):
+        return [without_repository(part) for part in reference]
     return reference.rpartition("--")[2]
 
 

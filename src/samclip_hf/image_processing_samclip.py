@@ -102,8 +102,13 @@ class SamClipImageProcessorMixin:
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As SAM's. The image processor of a published checkpoint is saved with the model's code."""
         save_code(self, save_directory)
-        if getattr(self, "auto_map", None):  # without the class, AutoProcessor asks whether to trust the code
+        if auto_map := getattr(self, "auto_map", None):
+            # Without the class, AutoProcessor asks whether to trust the code. AutoVideoProcessor, which pipelines try,
+            # asks the same if there is one class instead of one for each backend.
             self.processor_class = "SamClipProcessor"
+            module = "image_processing_samclip"
+            classes = [f"{module}.SamClipImageProcessorPil", f"{module}.SamClipImageProcessor"]
+            self.auto_map = auto_map | {"AutoImageProcessor": classes}
         return super().save_pretrained(save_directory, *args, **kwargs)
 
     def _set_sizes(self, kwargs: dict, size, pad_size, with_maps: bool) -> None:
