@@ -106,6 +106,8 @@ class SamClipOutput(ModelOutput):
         Embeddings of the images in the text space, of length 1.
     dense_embeds (`torch.Tensor` of shape `(batch_size, projection_dim, grid_height, grid_width)`):
         Embeddings of the patches in the text space, of length 1.
+    segment_embeds (`torch.Tensor` of shape `(batch_size, num_segments, projection_dim)`):
+        With `segments`: their embeddings in the text space, of length 1. Undefined for segments without patches.
     image_embeddings (`torch.Tensor` of shape `(batch_size, output_channels, grid_height, grid_width)`):
         Input of the mask decoder. Pass it as `image_embeddings` to prompt the same image again.
     """
@@ -121,6 +123,7 @@ class SamClipOutput(ModelOutput):
     text_embeds: torch.Tensor | None = None
     image_embeds: torch.Tensor | None = None
     dense_embeds: torch.Tensor | None = None
+    segment_embeds: torch.Tensor | None = None
     image_embeddings: torch.Tensor | None = None
 
 
@@ -889,6 +892,7 @@ class SamClipModel(SamClipPreTrainedModel):
         num_prompts: torch.Tensor | None = None,
         return_loss: bool | None = None,
         vision_embeds: SamClipVisionEncoderOutput | None = None,
+        segments: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> SamClipOutput:
         r"""
@@ -920,6 +924,8 @@ class SamClipModel(SamClipPreTrainedModel):
             Whether to return CLIP's contrastive loss or, with SigLIP's text tower, SigLIP's.
         vision_embeds ([`SamClipVisionEncoderOutput`], *optional*):
             From `get_vision_embeds` for the images, in place of `pixel_values`.
+        segments (`torch.Tensor` of shape `(batch_size, num_segments, grid_height, grid_width)`, `bool`, *optional*):
+            The patches of segments to embed, on the grid of the CLIP head.
         """
         refuse_labels(kwargs)
         if return_loss and input_ids is None:
@@ -929,7 +935,7 @@ class SamClipModel(SamClipPreTrainedModel):
                 "Pass one of pixel_values, image_embeddings and vision_embeds. For texts alone, use get_text_features."
             )
         has_prompts = any(prompt is not None for prompt in (input_points, input_boxes, input_masks))
-        needs_clip_head = input_ids is not None or not has_prompts
+        needs_clip_head = input_ids is not None or segments is not None or not has_prompts
         if needs_clip_head and image_embeddings is not None:
             raise ValueError(
                 "image_embeddings are the input of the mask decoder, not of the CLIP head. Pass pixel_values or "
@@ -961,6 +967,9 @@ class SamClipModel(SamClipPreTrainedModel):
             image_embeds = F.normalize(pooled, dim=-1)
             dense_embeds = self._dense_embeds(head_tokens, image_embeddings, reshaped_input_sizes)
             fields |= {"image_embeds": image_embeds, "dense_embeds": dense_embeds}
+            if segments is not None:
+                segment_features = self.clip_head.pool_segments(vision_outputs.patch_tokens, segments)
+                fields["segment_embeds"] = F.normalize(segment_features, dim=-1)
 
         if input_ids is not None:
             text_features = self.get_text_features(input_ids, attention_mask, position_ids).pooler_output
@@ -1072,6 +1081,13 @@ def load_teacher(classes: tuple[type[PreTrainedModel], ...], teacher, argument: 
     )
 
 
+def tower_image_size(vision_config) -> int:
+    """The default side in pixels of the images for the vision tower of an unmerged model: twice that of the CLIP or
+    SigLIP, but at most 448 or its own."""
+    own, patch_size = vision_config.image_size, vision_config.patch_size
+    return max(own, min(2 * own, 448) // patch_size * patch_size)
+
+
 def _tower_config(sam: SamModel, clip: CLIPModel | SiglipModel, clip_image_size: int | None) -> dict[str, Any]:
     """The fields of [`SamClipConfig`] that describe the vision tower of an unmerged model."""
     vision_config, normalizations = clip.config.vision_config, []
@@ -1094,8 +1110,7 @@ def _tower_config(sam: SamModel, clip: CLIPModel | SiglipModel, clip_image_size:
             )
         normalizations.append((mean, std))
     if clip_image_size is None:
-        own = vision_config.image_size
-        clip_image_size = max(own, min(2 * own, 448) // vision_config.patch_size * vision_config.patch_size)
+        clip_image_size = tower_image_size(vision_config)
     (mean, std), (clip_mean, clip_std) = normalizations
     return {
         "clip_vision_config": vision_config.to_dict(),

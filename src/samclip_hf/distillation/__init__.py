@@ -7,13 +7,14 @@ from ..datasets.streams import DataError
 from .arguments import SamClipTrainingArguments
 from .checkpoints import last_checkpoint
 from .embedding_cache import EmbeddingCache
-from .teachers import ClipTeacher, SamTeacher
+from .teachers import ClipTeacher, RegionTeacher, SamTeacher
 from .trainer import SamClipTrainer
 
 __all__ = [
     "ClipTeacher",
     "DataError",
     "EmbeddingCache",
+    "RegionTeacher",
     "SamClipTrainer",
     "SamClipTrainingArguments",
     "SamTeacher",

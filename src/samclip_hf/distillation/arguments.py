@@ -89,12 +89,21 @@ WITHOUT_EFFECT: tuple[tuple[tuple[str, ...], Callable[["SamClipTrainingArguments
     (("ignore_data_skip",), _never, "Streams resume by themselves."),
     (
         (
-            *("sam_data", "sam_shard_fraction", "sam_batch_size", "sam_resolutions"),
-            *("masks_per_image", "max_box_noise", "sam_shuffle_buffer"),
-            *("sam_loss_weight", "focal_weight", "dice_weight", "iou_head_weight"),
+            *("sam_data", "sam_shard_fraction", "sam_batch_size", "sam_resolutions", "sam_data_weights"),
+            *("masks_per_image", "sam_shuffle_buffer"),
         ),
+        lambda args: args.reads_masks,
+        "Only stage 2 and the region loss (region_loss_weight, dense_loss_weight) read images with masks.",
+    ),
+    (
+        ("max_box_noise", "sam_loss_weight", "focal_weight", "dice_weight", "iou_head_weight"),
         lambda args: args.stage == 2,
         "Only stage 2 has the SAM loss.",
+    ),
+    (
+        ("regions_per_image", "region_image_size"),
+        lambda args: args.has_region_loss,
+        "There is no region loss: set region_loss_weight or dense_loss_weight.",
     ),
     (
         ("clip_head_layers", "clip_head_pooling", "clip_head_initialization"),
@@ -341,6 +350,30 @@ class SamClipTrainingArguments(TrainingArguments):
     focal_weight: float = field(default=20.0, metadata={"help": "Weight of the focal loss in L_SAM (SAM: 20)."})
     dice_weight: float = field(default=1.0, metadata={"help": "Weight of the dice loss in L_SAM (SAM: 1)."})
     iou_head_weight: float = field(default=1.0, metadata={"help": "Weight of the IoU head's loss in L_SAM (SAM: 1)."})
+    region_loss_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the region loss of segments: the student's embeddings of masks of sam_data against the "
+            "CLIP teacher's, in every stage. 0: the paper's recipe."
+        },
+    )
+    dense_loss_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the region loss of patches: the student's embeddings of the patches in a mask of "
+            "sam_data against the CLIP teacher's embedding of the mask, in every stage. 0: the paper's recipe."
+        },
+    )
+    regions_per_image: int = field(
+        default=8, metadata={"help": "Number of masks per image for the region loss, at most masks_per_image."}
+    )
+    region_image_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Resolution in pixels at which the CLIP teacher embeds regions. By default that of an unmerged "
+            "model: twice the teacher's own resolution, but at most 448 or its own."
+        },
+    )
     encoder_lr_multiplier: float = field(
         default=0.1,
         metadata={
@@ -419,6 +452,7 @@ class SamClipTrainingArguments(TrainingArguments):
             "eval_batches",
             "gradient_accumulation_steps",
             "clip_head_layers",
+            "regions_per_image",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}.")
@@ -427,6 +461,8 @@ class SamClipTrainingArguments(TrainingArguments):
             "focal_weight",
             "dice_weight",
             "iou_head_weight",
+            "region_loss_weight",
+            "dense_loss_weight",
             "learning_rate",
             "encoder_lr_multiplier",
             "max_box_noise",
@@ -470,6 +506,16 @@ class SamClipTrainingArguments(TrainingArguments):
         # A micro-batch of one task leaves parameters of the other task without gradients.
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = self.stage == 2
+
+    @property
+    def has_region_loss(self) -> bool:
+        """Whether the region loss is part of the training loss."""
+        return self.region_loss_weight > 0 or self.dense_loss_weight > 0
+
+    @property
+    def reads_masks(self) -> bool:
+        """Whether the training reads `sam_data`."""
+        return self.stage == 2 or self.has_region_loss
 
     def __getattr__(self, name: str) -> Any:
         if name in DEPRECATED_ARGUMENTS:

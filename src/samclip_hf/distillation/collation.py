@@ -153,6 +153,10 @@ class SamBatches:
             Largest noise of a box in pixels of the model's input.
         shuffle_buffer (`int`):
             Number of samples of a stream that are shuffled together, see [`Mixture`].
+        regions_per_image (`int`):
+            Number of the masks that are also regions for the region loss. 0 without that loss.
+        mask_size (`int`):
+            Side of the regions' masks in pixels, for the padded image.
     """
 
     streams: list[Stream]
@@ -163,6 +167,8 @@ class SamBatches:
     masks_per_image: int
     max_box_noise: float
     shuffle_buffer: int
+    regions_per_image: int = 0
+    mask_size: int = 0
 
     def step_settings(self, rng: np.random.Generator) -> dict[str, Any]:
         """Draws the type of the prompts and the resolution of the student for a step."""
@@ -179,7 +185,9 @@ class SamBatches:
         `images` is the padded image, uint8 `(image_size, image_size, 3)`; `content_sizes` `(2,)` are height and width
         without the padding. `input_points` `(masks_per_image, 1, 2)` with `input_labels`, or `input_boxes`
         `(masks_per_image, 4)`, are in pixels of the padded image. `student_images` is the padded image at the
-        student's resolution, if that is not `image_size`.
+        student's resolution, if that is not `image_size`. `region_masks` `(regions_per_image, mask_size, mask_size)`
+        are the regions' masks on the padded image, uint8 from 0 to 255; of a mask that is drawn several times, all but
+        the first are empty.
         """
         image = decode_image(raw)
         rng = sample_rng(seed, epoch, raw["key"])
@@ -213,7 +221,20 @@ class SamBatches:
         else:
             boxes = [box_from_mask(mask, rng, self.max_box_noise / scale) for mask in masks]
             sample["input_boxes"] = np.stack(boxes) * np.tile(to_input, 2)
+        if self.regions_per_image:
+            sample["region_masks"] = self._region_masks(masks, height, width)
         return sample
+
+    def _region_masks(self, masks: list[np.ndarray], height: int, width: int) -> np.ndarray:
+        """Masks of the image -> masks of the padded image, whose content has this height and width."""
+        scale = self.mask_size / self.image_size
+        size = (max(1, round(width * scale)), max(1, round(height * scale)))
+        region_masks = np.zeros((self.regions_per_image, self.mask_size, self.mask_size), dtype=np.uint8)
+        for number, mask in enumerate(masks[: self.regions_per_image]):
+            if not any(mask is earlier for earlier in masks[:number]):
+                resized = Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.Resampling.BOX)
+                region_masks[number, : size[1], : size[0]] = np.asarray(resized)
+        return region_masks
 
 
 def _pad(image: Image.Image, size: int) -> tuple[np.ndarray, tuple[int, int]]:

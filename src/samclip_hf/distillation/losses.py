@@ -76,6 +76,61 @@ def mask_distillation_loss(
     }
 
 
+def region_distillation_loss(
+    segment_embeds: Tensor, dense_embeds: Tensor, segments: Tensor, teacher_embeds: Tensor
+) -> dict[str, Tensor]:
+    r"""
+    L_region: the student's embeddings of regions against the teacher's. It is not part of the paper, which distills one
+    embedding of each image. CLIPSelf (Wu et al., arXiv 2310.01403) distills embeddings of crops into dense features.
+
+    Args:
+        segment_embeds (`torch.Tensor` of shape `(batch_size, num_regions, projection_dim)`):
+            The student's embeddings of the regions.
+        dense_embeds (`torch.Tensor` of shape `(batch_size, projection_dim, grid_height, grid_width)`):
+            The student's embeddings of the patches, of length 1.
+        segments (`torch.Tensor` of shape `(batch_size, num_regions, grid_height, grid_width)`, `bool`):
+            The patches of each region. Regions without patches are ignored. The loss of an image without regions is 0.
+        teacher_embeds (`torch.Tensor` of shape `(batch_size, num_regions, projection_dim)`):
+            The teacher's embeddings of the regions, normalized or not.
+
+    Returns:
+        `dict[str, torch.Tensor]`: `segment`, the mean of 1 - cos(segment, teacher) over the regions of an image, and
+        `dense`, the mean of 1 - cos(patch, teacher) over the patches of a region and the regions of an image; both are
+        means over the images.
+    """
+    teacher_embeds = F.normalize(teacher_embeds.float(), dim=-1)
+    num_patches = segments.sum(dim=(-2, -1))
+    is_region = num_patches > 0
+    num_regions = is_region.sum(dim=1).clamp_min(1)
+
+    def mean_of_images(losses: Tensor) -> Tensor:  # (batch_size, num_regions)
+        return (losses.masked_fill(~is_region, 0).sum(dim=1) / num_regions).mean()
+
+    segment_cosine = F.cosine_similarity(segment_embeds.float(), teacher_embeds, dim=-1)
+    patch_cosine = (teacher_embeds @ dense_embeds.float().flatten(2)).unflatten(2, dense_embeds.shape[-2:])
+    dense_cosine = (patch_cosine * segments).sum(dim=(-2, -1)) / num_patches.clamp_min(1)
+    return {"segment": mean_of_images(1 - segment_cosine), "dense": mean_of_images(1 - dense_cosine)}
+
+
+def patches_of_masks(masks: Tensor, grid_size: tuple[int, int]) -> Tensor:
+    """
+    Returns the patches of masks.
+
+    Args:
+        masks (`torch.Tensor` of shape `(..., height, width)`):
+            For each cell, the fraction that is inside the mask.
+        grid_size (`tuple[int, int]`):
+            Height and width in patches.
+
+    Returns:
+        `torch.Tensor` of shape `(..., grid_height, grid_width)`, `bool`: The patches of which at least half is inside
+        or, if there are none, those with the largest part inside. Empty masks have no patches.
+    """
+    inside = F.adaptive_avg_pool2d(masks.float().flatten(0, -3), grid_size).unflatten(0, masks.shape[:-2])
+    largest = inside.amax(dim=(-2, -1), keepdim=True)
+    return (inside >= largest.clamp_max(0.5)) & (inside > 0)
+
+
 @torch.no_grad()
 def mask_iou(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """

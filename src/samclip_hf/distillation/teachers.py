@@ -10,8 +10,11 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, CLIPModel, PreTrainedModel, SamModel, SiglipModel, SiglipTextConfig
 
+from ..clip_tower_samclip import SamClipTower
+from ..configuration_samclip import SamClipConfig
 from ..images import mean_and_std, normalize
-from ..modeling_samclip import SamClipModel, load_teacher
+from ..modeling_samclip import SamClipModel, load_teacher, tower_image_size
+from .losses import patches_of_masks
 
 
 class Teacher(nn.Module):
@@ -105,6 +108,73 @@ class ClipTeacher(Teacher):
         """
         pixel_values = normalize(images, self.image_mean, self.image_std)
         return self.model.get_image_features(pixel_values=pixel_values).pooler_output
+
+
+class RegionTeacher(nn.Module):
+    r"""
+    The vision tower of the CLIP teacher as it embeds segments in an unmerged model: in all layers, the patches of a
+    segment attend only to each other. One pass of the tower embeds all regions of an image that do not overlap.
+
+    Args:
+        teacher ([`ClipTeacher`]):
+            The CLIP teacher, whose weights are used.
+        student ([`SamClipModel`]):
+            The student, which has the text space of the teacher.
+        image_size (`int`, *optional*):
+            Side in pixels to which images are resized without their padding. By default that of
+            [`SamClipModel.from_teachers`].
+
+    Raises:
+        ValueError: If `image_size` is not a multiple of the teacher's patch size.
+    """
+
+    def __init__(self, teacher: ClipTeacher, student: SamClipModel, image_size: int | None = None):
+        super().__init__()
+        vision_config = teacher.model.config.vision_config
+        if image_size is not None and image_size % vision_config.patch_size:
+            raise ValueError(
+                f"region_image_size must be a multiple of the CLIP teacher's patch size, {vision_config.patch_size}: "
+                f"got {image_size}."
+            )
+        config = SamClipConfig.from_dict(
+            student.config.to_dict()
+            | {
+                "clip_vision_config": vision_config.to_dict(),
+                "clip_image_size": tower_image_size(vision_config) if image_size is None else image_size,
+                "clip_pixel_scale": [1.0] * 3,
+                "clip_pixel_shift": [0.0] * 3,
+            }
+        )
+        with torch.device("meta"):
+            self.tower = SamClipTower(config)
+        self.tower.vision_model = teacher.model.vision_model
+        self.tower.projection = getattr(teacher.model, "visual_projection", None)
+        self.image_mean, self.image_std = teacher.image_mean, teacher.image_std
+        self.grid_size = (self.tower.image_size // self.tower.patch_size,) * 2
+
+    @torch.no_grad()
+    def forward(self, images: Tensor, content_sizes: Tensor, region_masks: Tensor) -> Tensor:
+        r"""
+        Args:
+            images (`torch.Tensor` of type uint8 and shape `(batch_size, 3, image_size, image_size)`):
+                Images that are padded on the right and at the bottom.
+            content_sizes (`torch.Tensor` of shape `(batch_size, 2)`):
+                Height and width of each image without its padding.
+            region_masks (`torch.Tensor` of type uint8 and shape `(batch_size, num_regions, mask_size, mask_size)`):
+                Masks on the padded images, from 0 to 255.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, num_regions, projection_dim)`: Embeddings, not normalized. Values for
+            empty masks are undefined.
+        """
+        pixel_values = normalize(images, self.image_mean, self.image_std)
+        patch_embeds = self.tower.encode_pixels(pixel_values, content_sizes)
+        scale = region_masks.shape[-1] / images.shape[-1]
+        segments = []
+        for masks, (height, width) in zip(region_masks, content_sizes.tolist(), strict=True):
+            rows, columns = max(1, round(height * scale)), max(1, round(width * scale))
+            segments.append(patches_of_masks(masks[:, :rows, :columns], self.grid_size))
+        return self.tower.pool_segments(patch_embeds, torch.stack(segments))
 
 
 class SamTeacher(Teacher):

@@ -42,9 +42,15 @@ from .callbacks import PreemptionCallback
 from .checkpoints import last_checkpoint, read_stream_state, shards_checksum, weights_checksum, write_stream_state
 from .collation import ClipBatches, SamBatches, StepLoader, StepStream, TaskBatches
 from .embedding_cache import EmbeddingCache
-from .losses import cosine_distillation_loss, mask_distillation_loss, mask_iou
+from .losses import (
+    cosine_distillation_loss,
+    mask_distillation_loss,
+    mask_iou,
+    patches_of_masks,
+    region_distillation_loss,
+)
 from .panel import panel_rows
-from .teachers import ClipTeacher, SamTeacher
+from .teachers import ClipTeacher, RegionTeacher, SamTeacher
 
 try:
     import resource
@@ -84,8 +90,8 @@ class SamClipTrainer(Trainer):
     r"""
     Distills a SAM and a CLIP teacher into a [`SamClipModel`].
 
-    An item of the data loader contains one micro-batch for each task: "clip" for the CLIP loss and, in stage 2, "sam"
-    for the SAM loss. The trainer runs forward and backward passes of one task after the other, so that only one graph
+    An item of the data loader contains one micro-batch for each task: "clip" for the CLIP loss and, in stage 2 or with
+    the region loss, "sam" for the losses on images with masks. The trainer runs forward and backward passes of one task after the other, so that only one graph
     is in memory, and then the optimizer step.
 
     Args:
@@ -146,11 +152,18 @@ class SamClipTrainer(Trainer):
         self.args = args
         self.prepare_push = prepare_push
         self.earlier_stages = provenance.read(args.model or model.name_or_path)
-        self._head_config = model.config.clip_head_config
+        self._head_config, self._patch_size = model.config.clip_head_config, patch_size
         self.clip_teacher = clip_teacher
         self.sam_teacher = sam_teacher if args.stage == 2 else None
         if self.sam_teacher is not None:
             self.sam_teacher.check(model)
+        self.region_teacher: RegionTeacher | None = None
+        if args.has_region_loss:
+            if isinstance(clip_teacher, EmbeddingCache):
+                raise ValueError(
+                    "The region loss needs the CLIP teacher, which embeds the regions: leave out clip_embedding_cache."
+                )
+            self.region_teacher = RegionTeacher(clip_teacher, model, args.region_image_size)
         self.image_mean, self.image_std = mean_and_std(processing_class.image_processor)
         train_dataset = StepStream(
             self.make_tasks(model),
@@ -283,7 +296,10 @@ class SamClipTrainer(Trainer):
                 cache=cache,
             )
         }
-        if self.sam_teacher is not None:
+        if args.reads_masks:
+            image_size = student.config.vision_config.image_size
+            if self.sam_teacher is not None:
+                image_size = self.sam_teacher.image_size
             streams = [
                 open_stream(
                     name,
@@ -296,12 +312,14 @@ class SamClipTrainer(Trainer):
             tasks["sam"] = SamBatches(
                 streams,
                 weights=args.sam_data_weights or [],
-                image_size=self.sam_teacher.image_size,
-                student_image_sizes=args.sam_resolutions or [self.sam_teacher.image_size],
+                image_size=image_size,
+                student_image_sizes=args.sam_resolutions or [image_size],
                 batch_size=args.sam_batch_size,
                 masks_per_image=args.masks_per_image,
                 max_box_noise=args.max_box_noise,
                 shuffle_buffer=args.sam_shuffle_buffer,
+                regions_per_image=min(args.regions_per_image, args.masks_per_image) if args.has_region_loss else 0,
+                mask_size=4 * image_size // student.config.vision_config.patch_size,
             )
         return tasks
 
@@ -323,34 +341,60 @@ class SamClipTrainer(Trainer):
         return loss
 
     def sam_loss(
-        self, model: nn.Module, images: Tensor, content_sizes: Tensor, student_images: Tensor | None = None, **prompts
+        self,
+        model: nn.Module,
+        images: Tensor,
+        content_sizes: Tensor,
+        student_images: Tensor | None = None,
+        region_masks: Tensor | None = None,
+        **prompts,
     ) -> Tensor:
-        """Returns lambda * L_SAM of a micro-batch of [`SamBatches`]. If the student's resolution differs from the
-        teacher's, the teacher's mask logits are resized to the student's."""
-        assert self.sam_teacher is not None
-        prompt = "point" if "input_points" in prompts else "box"
-        prompts["multimask_output"] = prompt == "point"
-        with self.accelerator.autocast():
-            teacher_masks, teacher_iou = self.sam_teacher(images, content_sizes, **prompts)
+        """Returns the losses of a micro-batch of [`SamBatches`], from one pass of the image encoder: lambda * L_SAM in
+        stage 2, and the weighted region losses. If the student's resolution differs from the teacher's, the teacher's
+        mask logits are resized to the student's."""
+        inputs: dict[str, Any] = {}
+        if region_masks is not None:
+            assert self.region_teacher is not None
+            with self.accelerator.autocast():
+                teacher_regions = self.region_teacher(images, content_sizes, region_masks)
+        if self.sam_teacher is not None:
+            prompt = "point" if "input_points" in prompts else "box"
+            inputs = prompts | {"multimask_output": prompt == "point"}
+            with self.accelerator.autocast():
+                teacher_masks, teacher_iou = self.sam_teacher(images, content_sizes, **inputs)
         if student_images is not None:
             scale = student_images.shape[-1] / images.shape[-1]
             images, content_sizes = student_images, (content_sizes * scale).round().long().clamp_min(1)
-            for name in prompts.keys() & {"input_points", "input_boxes"}:
-                prompts[name] = (prompts[name] + 0.5) * scale - 0.5
-        outputs = model(pixel_values=normalize(images, self.image_mean, self.image_std, content_sizes), **prompts)
-        size = outputs.pred_masks.shape[-2:]
-        if teacher_masks.shape[-2:] != size:
-            resized = F.interpolate(teacher_masks.flatten(0, 1).float(), size, mode="bilinear", antialias=True)
-            teacher_masks = resized.view(*teacher_masks.shape[:-2], *size)
-        parts = mask_distillation_loss(outputs.pred_masks, teacher_masks, outputs.iou_scores, teacher_iou)
-        loss = (
-            self.args.focal_weight * parts["focal"]
-            + self.args.dice_weight * parts["dice"]
-            + self.args.iou_head_weight * parts["iou_head"]
-        )
-        self.record({f"sam_{name}": part for name, part in parts.items()})
-        self.record({"sam_loss": loss, f"mask_iou_{prompt}": mask_iou(outputs.pred_masks, teacher_masks)})
-        return self.args.sam_loss_weight * loss
+            for name in inputs.keys() & {"input_points", "input_boxes"}:
+                inputs[name] = (inputs[name] + 0.5) * scale - 0.5
+        if region_masks is not None:
+            side = images.shape[-1] // self._patch_size
+            inputs["segments"] = patches_of_masks(region_masks, (side, side))
+        outputs = model(pixel_values=normalize(images, self.image_mean, self.image_std, content_sizes), **inputs)
+        loss = outputs.image_embeddings.new_zeros(())
+        if self.sam_teacher is not None:
+            size = outputs.pred_masks.shape[-2:]
+            if teacher_masks.shape[-2:] != size:
+                resized = F.interpolate(teacher_masks.flatten(0, 1).float(), size, mode="bilinear", antialias=True)
+                teacher_masks = resized.view(*teacher_masks.shape[:-2], *size)
+            parts = mask_distillation_loss(outputs.pred_masks, teacher_masks, outputs.iou_scores, teacher_iou)
+            sam_loss = (
+                self.args.focal_weight * parts["focal"]
+                + self.args.dice_weight * parts["dice"]
+                + self.args.iou_head_weight * parts["iou_head"]
+            )
+            self.record({f"sam_{name}": part for name, part in parts.items()})
+            self.record({"sam_loss": sam_loss, f"mask_iou_{prompt}": mask_iou(outputs.pred_masks, teacher_masks)})
+            loss = loss + self.args.sam_loss_weight * sam_loss
+        if region_masks is not None:
+            parts = region_distillation_loss(
+                outputs.segment_embeds, outputs.dense_embeds, inputs["segments"], teacher_regions
+            )
+            self.record({f"region_{name}_loss": part for name, part in parts.items()})
+            loss = (
+                loss + self.args.region_loss_weight * parts["segment"] + self.args.dense_loss_weight * parts["dense"]
+            )
+        return loss
 
     def record(self, values: dict[str, Tensor]) -> None:
         """Adds values to the averages of the next log."""
@@ -625,7 +669,7 @@ class SamClipTrainer(Trainer):
         settings = {name: value for name, value in self._recorded_arguments().items() if name not in MAY_CHANGE}
         settings["warmup_steps"] = args.warmup_steps
         for name in ("clip_batch_size", "sam_batch_size"):
-            if name == "clip_batch_size" or args.stage == 2:
+            if name == "clip_batch_size" or args.reads_masks:
                 settings[f"{name} of all processes"] = (
                     getattr(args, name) * args.world_size * args.gradient_accumulation_steps
                 )
