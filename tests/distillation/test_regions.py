@@ -18,7 +18,7 @@ WEIGHTS = {"region_loss_weight": 1.0, "dense_loss_weight": 0.5, "regions_per_ima
 
 
 @pytest.fixture
-def make_region_trainer(make_trainer, sa1b):  # noqa: F811  (pytest fixture)
+def make_region_trainer(make_trainer, sa1b):
     """As `make_trainer`, with the region loss."""
 
     def make(stage: int = 2, **arguments):
@@ -29,8 +29,8 @@ def make_region_trainer(make_trainer, sa1b):  # noqa: F811  (pytest fixture)
 
 
 def test_region_losses_of_a_known_example():
-    # Two images on a grid of 1 x 2 patches. Image 0 has one region of both patches and one without patches, image 1 two
-    # regions of one patch each.
+    # Two images on a grid of 1 x 2 patches. Image 0 has one region of both patches and one without patches, image 1
+    # has two regions of one patch each.
     segments = torch.tensor([[[[1, 1]], [[0, 0]]], [[[1, 0]], [[0, 1]]]], dtype=torch.bool)
     x, y = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
     teacher = torch.stack([torch.stack([2 * x, y]), torch.stack([x, y])])
@@ -169,7 +169,7 @@ def test_a_run_with_regions_resumes_bit_for_bit(make_region_trainer, model, tmp_
     make_region_trainer(3, **settings).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     for name, value in model.state_dict().items():
         assert torch.equal(value, whole[name]), name
-    with pytest.raises(ValueError, match="dense_loss_weight from 0.5 to 0.1"):
+    with pytest.raises(ValueError, match=r"dense_loss_weight from 0\.5 to 0\.1"):
         make_region_trainer(3, **settings, dense_loss_weight=0.1).train(
             resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2")
         )

@@ -80,8 +80,9 @@ def region_distillation_loss(
     segment_embeds: Tensor, dense_embeds: Tensor, segments: Tensor, teacher_embeds: Tensor
 ) -> dict[str, Tensor]:
     r"""
-    L_region: the student's embeddings of regions against the teacher's. It is not part of the paper, which distills one
-    embedding of each image. CLIPSelf (Wu et al., arXiv 2310.01403) distills embeddings of crops into dense features.
+    L_region: the student's embeddings of regions against the teacher's. It is not part of the paper, which distills
+    one embedding of each image. CLIPSelf (Wu et al., arXiv 2310.01403) distills embeddings of crops into dense
+    features.
 
     Args:
         segment_embeds (`torch.Tensor` of shape `(batch_size, num_regions, projection_dim)`):

@@ -91,8 +91,8 @@ class SamClipTrainer(Trainer):
     Distills a SAM and a CLIP teacher into a [`SamClipModel`].
 
     An item of the data loader contains one micro-batch for each task: "clip" for the CLIP loss and, in stage 2 or with
-    the region loss, "sam" for the losses on images with masks. The trainer runs forward and backward passes of one task after the other, so that only one graph
-    is in memory, and then the optimizer step.
+    the region loss, "sam" for the losses on images with masks. The trainer runs forward and backward passes of one
+    task after the other, so that only one graph is in memory, and then the optimizer step.
 
     Args:
         model ([`SamClipModel`]):
