@@ -70,6 +70,21 @@ def test_padded_prompts_give_the_masks_of_single_images(processor, model, image)
             torch.testing.assert_close(own + 0, alone + 0, rtol=0, atol=1e-4 * float(alone.abs().max()))
 
 
+def test_masks_of_padding_prompts_are_empty(processor, model, image):
+    """`post_process_masks` without `num_prompts`, as with SAM's processor, then returns no masks of other objects."""
+    processor.image_processor.mask_size = {"longest_edge": 32}
+    boxes = [[[10, 20, 30, 40]], [[1, 2, 30, 40], [5, 5, 20, 40]]]
+    inputs = processor([image, image], input_boxes=boxes)
+    with torch.no_grad():
+        outputs = model(**inputs)
+        all_prompts = model(**{name: value for name, value in inputs.items() if name != "num_prompts"})
+    masks = processor.post_process_masks(outputs.pred_masks, inputs["original_sizes"], inputs["reshaped_input_sizes"])
+    assert not masks[0][1].any() and outputs.iou_scores[0, 1].tolist() == [0, 0, 0]
+    for name in ("pred_masks", "iou_scores"):
+        for image_index, prompt in ((0, 0), (1, 0), (1, 1)):
+            assert outputs[name][image_index, prompt].equal(all_prompts[name][image_index, prompt])
+
+
 def test_three_levels_of_points_match_sams_processor(processor, image):
     sams = SamProcessor(SamImageProcessor.from_dict(processor.image_processor.to_dict()))
     for points, labels in (([[[30, 40], [9, 5]]], [[1, 0]]), (np.array([[[30, 40]]]), None)):

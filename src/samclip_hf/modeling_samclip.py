@@ -55,6 +55,7 @@ from .vision_encoder_samclip import (
 logger = logging.get_logger(__name__)
 
 HALF_PRECISION = (torch.float16, torch.bfloat16)
+EMPTY_MASK = -1000.0  # mask logits of padding prompts: below every threshold
 
 
 class _InputName(str):
@@ -917,9 +918,12 @@ class SamClipModel(SamClipPreTrainedModel):
         reshaped_input_sizes (`torch.Tensor` of shape `(batch_size, 2)`, *optional*):
             From the image processor: height and width of each image without its padding, which `image_embeds` then
             does not include.
-        original_sizes (`torch.Tensor` of shape `(batch_size, 2)`, *optional*), num_prompts (`(batch_size,)`):
+        original_sizes (`torch.Tensor` of shape `(batch_size, 2)`, *optional*):
             Not used. Accepted because the processor returns them for post-processing and `model(**inputs)` passes
             them.
+        num_prompts (`torch.Tensor` of shape `(batch_size,)`, *optional*):
+            From the processor: the number of prompts of each image without padding. Masks of padding prompts are
+            empty, and their predicted IoUs are 0.
         return_loss (`bool`, *optional*):
             Whether to return CLIP's contrastive loss or, with SigLIP's text tower, SigLIP's.
         vision_embeds ([`SamClipVisionEncoderOutput`], *optional*):
@@ -961,6 +965,11 @@ class SamClipModel(SamClipPreTrainedModel):
                 attention_similarity=attention_similarity,
                 target_embedding=target_embedding,
             )
+            if num_prompts is not None:
+                numbers = torch.arange(fields["iou_scores"].shape[1], device=image_embeddings.device)
+                is_padding = numbers >= num_prompts.to(numbers.device)[:, None]
+                fields["pred_masks"] = fields["pred_masks"].masked_fill(is_padding[..., None, None, None], EMPTY_MASK)
+                fields["iou_scores"] = fields["iou_scores"].masked_fill(is_padding[..., None], 0)
 
         if needs_clip_head:
             head_tokens, pooled = self._pool_image(vision_outputs.patch_tokens, reshaped_input_sizes)
