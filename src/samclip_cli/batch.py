@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from . import INTERRUPTED, CommandError, discard_standard_output, first_line, log
 from .formats import Prediction, encode
-from .models import check_model
+from .models import check_models
 from .outputs import check_outputs, check_writable
 
 if TYPE_CHECKING:  # importing these takes seconds, see the docstring of the package
@@ -30,8 +30,7 @@ def prepare(arguments: argparse.Namespace) -> tuple[list[Path], list[list[Path]]
     output or the model cannot be used. Imports neither torch nor transformers."""
     images = find_images(arguments.images)
     outputs = plan_outputs(arguments.output, images, arguments.overwrite)
-    if arguments.model is not None:
-        check_model(arguments.model)
+    check_models(arguments)
     return images, outputs
 
 
@@ -162,7 +161,10 @@ def process_images(
                 image = read_image(image_path)
                 prediction = predict(image)
                 record = {"image": str(image_path), "height": image.height, "width": image.width} | prediction.record
-                contents = [encode(path.suffix.lower(), image, record, prediction) for path in paths]
+                contents: list[bytes] = []
+                for path in paths:
+                    name = "json" if path.suffix.lower() == ".json" else "overlay"
+                    contents += encode(image, record, prediction, [name], path.stem).values()
             except Exception as error:  # whatever fails for one image, the others are processed
                 failed += 1
                 log(f"{image_path}: {_describe_error(error)}")

@@ -4,11 +4,11 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from . import CommandError
+from . import CommandError, first_line
 from .batch import prepare, process_images
 from .formats import Prediction
-from .image_arguments import check_template, create_parser, parse_names
-from .models import load_pipeline
+from .image_arguments import add_label_arguments, check_template, create_parser, read_labels
+from .models import load_model
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -19,9 +19,10 @@ DESCRIPTION = """\
 Classifies images by text: ranks the labels by their probability.
 
 examples:
-  samclip classify photo.jpg --labels "cat, dog, horse"
-  samclip classify photos/ --labels "cat, dog, horse" > labels.jsonl
-  samclip classify photos/ --labels "cat, dog, horse" --template "a drawing of a {}"
+  samclip classify photo.jpg --sam facebook/sam-vit-base --clip openai/clip-vit-base-patch16 \\
+      --labels "cat, dog, horse"
+  samclip classify photos/ --model runs/stage3 --labels "cat|kitten, dog|puppy" > labels.jsonl
+  samclip classify photos/ --labels_file labels.txt --template "a drawing of a {}" --output out/
 
 Scores are probabilities among the labels, in descending order."""
 
@@ -30,7 +31,7 @@ RECORD = '"labels": [{"label": "cat", "score": 0.93}, ...]'
 
 def build_parser() -> argparse.ArgumentParser:
     parser = create_parser("classify", DESCRIPTION, RECORD, has_masks=False)
-    parser.add_argument("--labels", required=True, metavar='"A, B"', help="comma-separated names")
+    add_label_arguments(parser, None)
     parser.add_argument(
         "--template",
         metavar='"a {}"',
@@ -42,30 +43,36 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(argv: Sequence[str]) -> int:
     arguments = build_parser().parse_args(argv)
-    labels, template = parse_names("--labels", arguments.labels), check_template(arguments.template)
+    labels, template = read_labels(arguments), check_template(arguments.template)
+    if labels is None:
+        raise CommandError('pass --labels, such as "cat, dog", or --labels_file.')
     images, outputs = prepare(arguments)
-    classifier = load_pipeline("zero-shot-image-classification", arguments.model, arguments.device)
-    config = classifier.model.config
-    if not config.has_text_tower:
-        raise CommandError(f"--model {arguments.model} has no text tower, so it cannot embed labels.")
-    from samclip_hf.stock_pipelines import to_candidate_labels
 
+    import torch
+    import torch.nn.functional as F
+
+    loaded = load_model(arguments)
+    if loaded.tokenizer is None:
+        raise CommandError(f"--model {arguments.model} has no text tower, so it cannot embed labels.")
     try:
-        to_candidate_labels(labels, classifier.tokenizer)
+        vocabulary = loaded.model.embed_vocabulary(labels, templates=[template], tokenizer=loaded.tokenizer)
     except ValueError as error:
-        raise CommandError(f"--labels: {error}") from error
-    max_length = config.text_config.max_position_embeddings
-    for label in labels:
-        length = len(classifier.tokenizer(template.format(label))["input_ids"])
-        if length > max_length:
-            raise CommandError(
-                f"--labels: {label!r} in its prompt template has {length} tokens; the text tower accepts "
-                f"at most {max_length} tokens."
-            )
+        raise CommandError(f"--labels: {first_line(error)}") from error
 
     def predict(image: "Image.Image") -> Prediction:
-        scores = classifier(image, candidate_labels=labels, hypothesis_template=template)
-        lines = [f"{score['label']} {score['score']:.2f}" for score in scores[:LEGEND_LENGTH]]
-        return Prediction({"labels": scores}, [(None, line) for line in lines])
+        inputs = loaded.image_processor(image, return_tensors="pt").to(loaded.model.device)
+        with torch.inference_mode():
+            features = loaded.model.get_image_features(
+                inputs["pixel_values"].to(loaded.model.dtype), inputs["reshaped_input_sizes"]
+            ).pooler_output
+            logits = loaded.model.classify(F.normalize(features, dim=-1), vocabulary)
+        scores = logits[0].float().softmax(dim=-1)
+        order = scores.argsort(descending=True, stable=True).tolist()
+        ranking = [{"label": vocabulary.id2label[index], "score": scores[index].item()} for index in order]
+        lines = [f"{label['label']} {label['score']:.2f}" for label in ranking[:LEGEND_LENGTH]]
+        if len(ranking) > LEGEND_LENGTH:
+            lines.append(f"{len(ranking) - LEGEND_LENGTH} more labels in the JSON")
+        record = {"model": loaded.description, "labels": ranking}
+        return Prediction(record, [(None, line) for line in lines], loaded.caption)
 
     return process_images(images, outputs, predict, arguments.overwrite)

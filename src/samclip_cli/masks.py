@@ -1,4 +1,4 @@
-"""`samclip masks`: segments everything in images, without labels ("everything mode")."""
+"""`samclip masks`: segments everything in images ("everything mode")."""
 
 import argparse
 from collections.abc import Sequence
@@ -8,18 +8,19 @@ from .argument_types import positive_int, probability
 from .batch import prepare, process_images
 from .formats import Prediction, coco_annotation
 from .image_arguments import create_parser
-from .models import load_pipeline, mask_generation_options
+from .models import load_model, mask_generation_options
 
 if TYPE_CHECKING:
     from PIL import Image
 
 DESCRIPTION = """\
-Segments everything in images, without labels: prompts the model with a grid of points and filters
-the masks.
+Segments everything in images: prompts the model with a grid of points and filters the masks.
 
 examples:
+  samclip masks photo.jpg --sam facebook/sam-vit-base --clip openai/clip-vit-base-patch16 \\
+      --output out/
   samclip masks photo.jpg --output out.png
-  samclip masks 'photos/*.jpg' --pred_iou_thresh 0.7 --output results/
+  samclip masks 'photos/*.jpg' --pred_iou_thresh 0.7 --output results/ --formats cutouts,jsonl
 
 The score of a mask is its IoU as the model predicts it, in descending order."""
 
@@ -27,7 +28,7 @@ RECORD = '"masks": [{"score": 0.97, "bbox": [...], "area": 5120,\n       "segmen
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = create_parser("masks", DESCRIPTION, RECORD, has_masks=True)
+    parser = create_parser("masks", DESCRIPTION, RECORD, has_masks=True, has_labels=False)
     parser.add_argument(
         "--points_per_crop",
         type=positive_int,
@@ -55,14 +56,16 @@ def run(argv: Sequence[str]) -> int:
     images, outputs = prepare(arguments)
 
     import numpy as np
+    from transformers import MaskGenerationPipeline
 
-    from samclip_hf import miniature
-
-    options = mask_generation_options(arguments.model or miniature.checkpoint())
+    options = mask_generation_options(arguments)
     for name in ("points_per_crop", "pred_iou_thresh", "stability_score_thresh"):
         if getattr(arguments, name) is not None:
             options[name] = getattr(arguments, name)
-    generator = load_pipeline("mask-generation", arguments.model, arguments.device)
+    loaded = load_model(arguments, "SamClipModel")
+    generator = MaskGenerationPipeline(
+        model=loaded.model, image_processor=loaded.image_processor, device=loaded.model.device
+    )
 
     def predict(image: "Image.Image") -> Prediction:
         result = generator(image, output_rle_mask=True, **options)
@@ -73,6 +76,7 @@ def run(argv: Sequence[str]) -> int:
             for score, mask, segmentation in zip(scores, masks, result["rle_mask"], strict=True)
         ]
         text = f"{len(masks)} masks, scores from {min(scores):.2f} to {max(scores):.2f}" if masks else "no masks"
-        return Prediction({"masks": records}, [(None, text)], masks, list(range(len(masks))))
+        record = {"model": loaded.description, "masks": records}
+        return Prediction(record, [(None, text)], loaded.caption, masks, list(range(1, len(masks) + 1)))
 
     return process_images(images, outputs, predict, arguments.overwrite)

@@ -1,15 +1,42 @@
-"""Checks that a model exists before it is loaded, loads it, and selects its thresholds of everything mode."""
+"""
+The models of the image commands: checks that need no torch, loading, and a description for the outputs. `check_model`
+also serves the other commands.
+"""
 
+import argparse
+import json
 import os
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import CommandError, first_line, log
+from .argument_types import positive_int
 
-if TYPE_CHECKING:
-    from transformers import Pipeline
+if TYPE_CHECKING:  # importing these takes seconds, see the docstring of the package
+    from transformers import PreTrainedTokenizerBase
 
+    from samclip_hf import SamClipImageProcessor, SamClipModel
+
+MINIATURE_NOTE = "trained on synthetic scenes of colored shapes, not on photographs"
+# Types of models by their config.json: what they are called, and the option that takes them.
+KINDS = {
+    "samclip": ("a SAM-CLIP", "--model"),
+    "sam": ("a SAM", "--sam"),
+    "clip": ("a CLIP", "--clip"),
+    "siglip": ("a SigLIP", "--clip"),
+}
+WANTED = {
+    "--model": "a SAM-CLIP",
+    "--sam": "a SAM, such as facebook/sam-vit-base",
+    "--clip": "a CLIP or SigLIP, such as openai/clip-vit-base-patch16",
+}
+ADVICE = {
+    "--model": "pass it as --model, without --sam and --clip",
+    "--sam": "pass it as --sam, and a CLIP or SigLIP as --clip",
+    "--clip": "pass it as --clip, and a SAM as --sam",
+}
 WEIGHTS = (".safetensors", ".bin")
 
 
@@ -76,54 +103,158 @@ def check_model(name: str, option: str = "--model", needs_weights: bool = True) 
         os.environ["HF_HUB_OFFLINE"] = "1"  # for processes that this one starts
 
 
-def mask_generation_options(name: str) -> dict[str, Any]:
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds `--model`, `--sam`, `--clip`, `--clip_image_size` and `--device`."""
+    group = parser.add_argument_group(
+        "model",
+        "Without --model, --sam and --clip, the miniature that ships with the package is used. It is\n  trained on "
+        "synthetic scenes, not on photographs; its outputs say so.",
+    )
+    group.add_argument("--model", metavar="NAME", help="a SAM-CLIP: a folder or a repository on the Hub")
+    group.add_argument(
+        "--sam",
+        metavar="NAME",
+        help="a SAM, such as facebook/sam-vit-base; works with --clip, without training",
+    )
+    group.add_argument("--clip", metavar="NAME", help="a CLIP or SigLIP, such as openai/clip-vit-base-patch16")
+    group.add_argument(
+        "--clip_image_size",
+        type=positive_int,
+        metavar="PIXELS",
+        help="height and width of the input of --clip: smaller objects are recognized with a larger size, at a higher "
+        "cost (default: twice the size of its training, up to 448)",
+    )
+    group.add_argument("--device", help="such as cpu, cuda:1 or mps (default: a GPU if one is available)")
+
+
+def check_models(arguments: argparse.Namespace) -> None:
+    """Checks that the models of the command line exist and are of the right kind, without importing torch. Raises
+    `CommandError` otherwise."""
+    if arguments.model is not None and (arguments.sam is not None or arguments.clip is not None):
+        raise CommandError("--model is a whole SAM-CLIP: pass either --model, or --sam and --clip.")
+    for given, missing in (("sam", "clip"), ("clip", "sam")):
+        if getattr(arguments, given) is not None and getattr(arguments, missing) is None:
+            raise CommandError(f"--{given} needs --{missing}, too: {WANTED[f'--{missing}']}.")
+    if arguments.clip_image_size is not None and arguments.clip is None:
+        raise CommandError("--clip_image_size has no effect without --sam and --clip.")
+    for option in ("--model", "--sam", "--clip"):
+        name = getattr(arguments, option[2:])
+        if name is not None:
+            check_model(name, option)
+            _check_kind(name, option)
+
+
+def _check_kind(name: str, option: str) -> None:
+    path = os.path.join(name, "config.json")
+    try:
+        if not os.path.isdir(name):
+            from huggingface_hub import hf_hub_download
+
+            path = hf_hub_download(name, "config.json")
+        with open(path, encoding="utf-8") as file:
+            model_type = json.load(file).get("model_type")
+    except (OSError, ValueError, AttributeError) as error:  # no JSON, or no object
+        raise CommandError(f"{option} {name}: its config.json cannot be read: {first_line(error)}") from error
+    kind, right_option = KINDS.get(model_type, (None, None))
+    if right_option == option:
+        return
+    if kind is not None and right_option is not None:
+        raise CommandError(f"{option} {name} is {kind}: {ADVICE[right_option]}.")
+    hint = " SigLIP 2 works with a fixed image size, such as google/siglip2-base-patch16-224."
+    raise CommandError(
+        f"{option} {name} has the model type {model_type!r}, but must be {WANTED[option]}."
+        + (hint if model_type == "siglip2" else "")
+    )
+
+
+@dataclass
+class LoadedModel:
     """
-    Arguments of the mask generation pipeline for a model: `miniature.MASK_GENERATION` for the shipped miniature,
-    `MASK_GENERATION_DEFAULTS` for any other.
+    A model with its processors.
 
-    name (`str`):
-        A folder or a repository on the Hub.
+    model ([`SamClipModel`]):
+        In evaluation mode, on its device.
+    image_processor ([`SamClipImageProcessor`])
+    tokenizer ([`PreTrainedTokenizerBase`], *optional*):
+        `None` if the model has no text tower.
+    description (`dict`):
+        For the field `model` of the JSON: `name`, or `sam`, `clip` and `clip_image_size`; and a `note` for the
+        miniature.
+    names (`list[str]`):
+        Names of the masks' labels 1, 2, ..., which the command sets; empty if masks have no names.
     """
-    from samclip_hf import miniature
-    from samclip_hf.mask_generation_samclip import MASK_GENERATION_DEFAULTS
 
-    is_miniature = os.path.realpath(name) == os.path.realpath(miniature.checkpoint())
-    return dict(miniature.MASK_GENERATION if is_miniature else MASK_GENERATION_DEFAULTS)
+    model: "SamClipModel"
+    image_processor: "SamClipImageProcessor"
+    tokenizer: "PreTrainedTokenizerBase | None"
+    description: dict[str, Any]
+    names: list[str] = field(default_factory=list)
+
+    @property
+    def caption(self) -> str:
+        """One line for annotated images."""
+        about = self.description
+        name = about["name"] if "name" in about else f"{about['sam']} + {about['clip']}"
+        return f"Model: {name}" + (f", {about['note']}" if "note" in about else "")
 
 
-def load_pipeline(task: str, model: str | None, device: str | None, **options) -> "Pipeline":
-    """
-    The pipeline of a SAM-CLIP checkpoint.
-
-    task (`str`):
-        Task of [`~transformers.pipeline`].
-    model (`str`, *optional*):
-        A folder or a repository on the Hub. By default the shipped miniature.
-    device (`str`, *optional*):
-        A torch device. By default a GPU if one is available.
-
-    Raises `CommandError` if the device or the checkpoint cannot be used.
-    """
+def load_model(arguments: argparse.Namespace, class_name: str = "SamClipForImageSegmentation") -> LoadedModel:
+    """Loads the model of the command line, see [`add_model_arguments`], as the class of this name. Raises
+    `CommandError` if the device or the model cannot be used, or if the model lacks weights."""
     import torch
-    from transformers import AutoConfig, pipeline
+    from transformers import AutoImageProcessor
     from transformers.utils import logging
 
-    from samclip_hf import SamClipConfig, miniature
+    import samclip_hf
+    from samclip_hf import SamClipProcessor, miniature
+    from samclip_hf.modeling_samclip import load_complete_model, load_tokenizer
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    if device is not None:
-        try:
-            torch.empty(1, device=device)
-        except (RuntimeError, AssertionError) as error:  # torch without CUDA raises AssertionError
-            raise CommandError(f"--device {device}: {first_line(error)}") from error
-    if model is None:
-        log("using the shipped miniature, which is trained on synthetic scenes, not on photographs; see --model.")
-        model = miniature.checkpoint()
+    device = arguments.device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
-        config = AutoConfig.from_pretrained(model)
-        if isinstance(config, SamClipConfig):
-            return pipeline(task, model=model, device=device, **options)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises AssertionError
+        raise CommandError(f"--device {device}: {first_line(error)}") from error
+    model_class: Any = getattr(samclip_hf, class_name)
+    name, sam, clip = arguments.model, arguments.sam, arguments.clip
+    if name is None and sam is None:
+        log(
+            "using the shipped miniature, which is trained on synthetic scenes, not on photographs. For photographs, "
+            "pass --sam and --clip, or --model."
+        )
+        name = miniature.checkpoint()
+    try:
+        if sam is not None:
+            model = model_class.from_teachers(sam, clip, merged=False, clip_image_size=arguments.clip_image_size)
+            processor = SamClipProcessor.from_teachers(sam, clip)
+            image_processor, tokenizer = processor.image_processor, processor.tokenizer
+            description = {"sam": sam, "clip": clip, "clip_image_size": model.config.clip_image_size}
+        else:
+            model = load_complete_model(model_class, name)
+            image_processor = AutoImageProcessor.from_pretrained(name)
+            tokenizer = load_tokenizer(name) if model.config.has_text_tower else None
+            description = {"name": "samclip-hf miniature" if _is_same(name, miniature.checkpoint()) else name}
     except Exception as error:  # a faulty checkpoint can raise any exception of the libraries that read it
-        raise CommandError(f"--model {model} cannot be loaded: {first_line(error)}") from error
-    raise CommandError(f"--model {model} is not a SAM-CLIP: its model type is {config.model_type!r}.")
+        given = f"--model {name}" if sam is None else f"--sam {sam} --clip {clip}"
+        raise CommandError(f"{given} cannot be loaded: {first_line(error)}") from error
+    shipped = (miniature.checkpoint(), miniature.sam_teacher(), miniature.clip_teacher())
+    if any(_is_same(part, path) for part in (name, sam, clip) if part is not None for path in shipped):
+        description["note"] = MINIATURE_NOTE
+    return LoadedModel(model.to(device).eval(), image_processor, tokenizer, description)
+
+
+def mask_generation_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of the mask generation pipeline for the model of the command line: `miniature.MASK_GENERATION` for the
+    shipped miniatures, `MASK_GENERATION_DEFAULTS` for any other."""
+    from samclip_hf import miniature
+    from samclip_hf.mask_generation_samclip import MASK_GENERATION_DEFAULTS
+
+    name = arguments.model or arguments.sam or miniature.checkpoint()
+    shipped = (miniature.checkpoint(), miniature.sam_teacher())
+    is_miniature = any(_is_same(name, path) for path in shipped)
+    return dict(miniature.MASK_GENERATION if is_miniature else MASK_GENERATION_DEFAULTS)
+
+
+def _is_same(name: str, folder: str) -> bool:
+    return os.path.realpath(name) == os.path.realpath(folder)

@@ -9,8 +9,8 @@ from . import CommandError, first_line
 from .argument_types import probability
 from .batch import prepare, process_images
 from .formats import Prediction, coco_annotation
-from .image_arguments import check_template, create_parser, parse_names
-from .models import load_pipeline
+from .image_arguments import add_label_arguments, check_template, create_parser, parse_names, read_labels
+from .models import load_model
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -19,24 +19,26 @@ DESCRIPTION = """\
 Segments images by text: finds the regions of every label.
 
 examples:
-  samclip segment photo.jpg --labels "cat, sofa" --background "wall, floor" --output out.png
+  samclip segment photo.jpg --sam facebook/sam-vit-base --clip openai/clip-vit-base-patch16 \\
+      --labels "cat, sofa" --background "wall, floor" --output out/
+  samclip segment photo.jpg --model runs/stage3 --labels "cat|kitten, sofa" --output out.png
+  samclip segment one.jpg 'more/*.jpg' folder/ --labels_file labels.txt \\
+      --output results/ --formats overlay,masks
   samclip segment photo.jpg --labels "cat, sofa" --output out.json
-  samclip segment one.jpg 'more/*.jpg' folder/ --labels "cat, sofa" --output results/
 
 The score of a segment is its label's probability among all labels and background texts. With a
 single label and no --background, every score is 1: describe the rest of the image with
 --background."""
 
 RECORD = (
-    '"segments": [{"label": "cat", "score": 0.93, "bbox": [...], "area": 5120,\n       "segmentation": {...}}, ...]'
+    '"segments": [{"label": "cat", "label_id": 1, "score": 0.93, "bbox": [...], "area": 5120,\n'
+    '       "segmentation": {...}}, ...]'
 )
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = create_parser("segment", DESCRIPTION, RECORD, has_masks=True)
-    parser.add_argument(
-        "--labels", metavar='"A, B"', help="comma-separated names (default: the labels saved with the checkpoint)"
-    )
+    add_label_arguments(parser, "the labels saved with the checkpoint")
     parser.add_argument(
         "--background", metavar='"A, B"', help="comma-separated texts for regions that belong to none of the labels"
     )
@@ -53,11 +55,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(argv: Sequence[str]) -> int:
     arguments = build_parser().parse_args(argv)
-    labels = background = None
-    if arguments.labels is not None:
-        labels = parse_names("--labels", arguments.labels)
-    elif arguments.background is not None or arguments.template is not None:
+    labels, background = read_labels(arguments), None
+    if labels is None and (arguments.background is not None or arguments.template is not None):
         raise CommandError("--background and --template require --labels.")
+    if labels is None and arguments.sam is not None:
+        raise CommandError('--sam and --clip have no labels: pass --labels, such as "cat, sofa".')
     if arguments.background is not None:
         background = parse_names("--background", arguments.background)
     templates = ["a photo of a {}" if arguments.template is None else check_template(arguments.template)]
@@ -73,34 +75,37 @@ def run(argv: Sequence[str]) -> int:
 
     from samclip_hf import SamClipImageSegmentationPipeline
 
-    # The class is passed because a checkpoint from the Hub maps the task's name to the code in its own repository.
-    segmenter = load_pipeline(
-        "zero-shot-image-segmentation",
-        arguments.model,
-        arguments.device,
-        pipeline_class=SamClipImageSegmentationPipeline,
-    )
+    loaded = load_model(arguments)
     try:
         if labels is not None:
-            segmenter.model.set_vocabulary(labels, background, templates, segmenter.tokenizer)
-        names = list(segmenter.model.vocabulary.id2label.values())
+            loaded.model.set_vocabulary(labels, background, templates, loaded.tokenizer)
+        vocabulary = loaded.model.vocabulary
     except ValueError as error:
         raise CommandError(f"--labels: {first_line(error)}") from error
+    loaded.names = [
+        name for label_id, name in vocabulary.id2label.items() if label_id != vocabulary.background_label_id
+    ]
+    segmenter = SamClipImageSegmentationPipeline(
+        model=loaded.model,
+        tokenizer=loaded.tokenizer,
+        image_processor=loaded.image_processor,
+        device=loaded.model.device,
+    )
 
     def predict(image: "Image.Image") -> Prediction:
         segments = segmenter(image, threshold=arguments.threshold)
         masks = [np.asarray(segment["mask"]) > 0 for segment in segments]
+        label_ids = [loaded.names.index(segment["label"]) + 1 for segment in segments]
         records = [
-            {"label": segment["label"], "score": segment["score"]} | coco_annotation(mask)
-            for segment, mask in zip(segments, masks, strict=True)
+            {"label": segment["label"], "label_id": label_id, "score": segment["score"]} | coco_annotation(mask)
+            for segment, label_id, mask in zip(segments, label_ids, masks, strict=True)
         ]
         legend: list[tuple[int | None, str]] = []
-        for index, name in enumerate(names):
-            scores = [segment["score"] for segment in segments if segment["label"] == name]
-            if scores:
-                count = f" ({len(scores)} segments)" if len(scores) > 1 else ""
-                legend.append((index, f"{name} {max(scores):.2f}{count}"))
-        colors = [names.index(segment["label"]) for segment in segments]
-        return Prediction({"segments": records}, legend or [(None, "no segments")], masks, colors)
+        for label_id in sorted(set(label_ids)):
+            scores = [record["score"] for record in records if record["label_id"] == label_id]
+            count = f" ({len(scores)} segments)" if len(scores) > 1 else ""
+            legend.append((label_id, f"{loaded.names[label_id - 1]} {max(scores):.2f}{count}"))
+        record = {"model": loaded.description, "segments": records}
+        return Prediction(record, legend or [(None, "no segments")], loaded.caption, masks, label_ids, loaded.names)
 
     return process_images(images, outputs, predict, arguments.overwrite)

@@ -87,15 +87,35 @@ def encode_mask(mask: np.ndarray, compressed: bool = False) -> dict[str, Any]:
     Args:
         mask (`numpy.ndarray` of shape `(height, width)` and type bool).
         compressed (`bool`, *optional*, defaults to `False`):
-            Whether `"counts"` is the string that `pycocotools` reads and writes instead of a list of integers. Needs
-            `pycocotools`, which the extra `train` installs.
+            Whether `"counts"` is the string that `pycocotools` reads and writes instead of a list of integers.
     """
-    if compressed:
-        from pycocotools import mask as coco_mask
+    encoding = encode_rle(mask)
+    return compress_rle(encoding) if compressed else encoding
 
-        encoded = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
-        return {"size": list(mask.shape), "counts": encoded["counts"].decode("ascii")}
-    return encode_rle(mask)
+
+def compress_rle(encoding: dict[str, Any]) -> dict[str, Any]:
+    r"""
+    Compresses a run-length encoding as `pycocotools` does.
+
+    Args:
+        encoding (`dict`):
+            `"size"` and the list `"counts"`, see [`encode_mask`].
+
+    Returns:
+        `dict`: `"size"` and `"counts"`, a string, see [`decode_mask`].
+    """
+    # The inverse of `_decompress_counts`, which describes the format.
+    counts = np.array(encoding["counts"], dtype=np.int64)
+    numbers = counts.copy()
+    numbers[3:] -= counts[1:-2]
+    shifts = 5 * np.arange(13)  # 13 characters have more bits than 64
+    remainders = numbers[:, None] >> shifts
+    # A character is the last one if the remainder is the repetition of its highest bit.
+    is_last = (remainders >= -16) & (remainders < 16)
+    num_characters = is_last.argmax(axis=1) + 1
+    characters = (remainders & 31) + np.where(is_last, 0, 32) + 48
+    used = np.arange(len(shifts)) < num_characters[:, None]
+    return {"size": list(encoding["size"]), "counts": characters[used].astype(np.uint8).tobytes().decode("ascii")}
 
 
 def decode_mask(segmentation: dict[str, Any] | list, size: tuple[int, int] | None = None) -> np.ndarray:
