@@ -51,10 +51,13 @@ def run(argv: Sequence[str]) -> int:
     import torch
     import torch.nn.functional as F
 
+    from samclip_hf.stock_pipelines import to_candidate_labels
+
     loaded = load_model(arguments)
     if loaded.tokenizer is None:
         raise CommandError(f"--model {arguments.model} has no text tower, so it cannot embed labels.")
     try:
+        to_candidate_labels([name for synonyms in labels for name in synonyms], loaded.tokenizer)
         vocabulary = loaded.model.embed_vocabulary(labels, templates=[template], tokenizer=loaded.tokenizer)
     except ValueError as error:
         raise CommandError(f"--labels: {first_line(error)}") from error
