@@ -22,7 +22,7 @@ from samclip_hf import SamClipForImageSegmentation, SamClipModel, segmentation_s
 from samclip_hf.modeling_samclip import load_complete_model
 from samclip_hf.segmentation_samclip import (
     _distinct_masks,
-    _segments,
+    _patches_of_masks,
     _spread_points,
     _stability,
     apply_background_threshold,
@@ -456,15 +456,40 @@ class TestImageSegmentation:
         masks = torch.tensor([[[5.0, 0.5], [-0.5, -5.0]], [[5.0, 5.0], [-5.0, -5.0]], [[-5.0] * 2] * 2])
         assert _stability(masks).tolist() == pytest.approx([1 / 3, 1, 0])
 
-    def test_patches_go_to_the_best_mask(self):
-        masks = torch.full((4, 8, 8), -1.0)
-        masks[0, :4, :4] = 1  # the best mask
-        masks[1, :4, :8] = 1  # keeps the half that is not in the best mask
-        masks[2, :2, :2] = 1  # inside the best mask: no patches
-        masks[3, 7, 7] = 1  # a quarter of a patch, its largest part
+    def test_patches_of_several_masks_go_to_the_best_mask(self, segmenter, compose, monkeypatch):
+        masks = torch.full((3, 32, 32), -20.0)
+        masks[0, :16, :16] = 20  # the best mask
+        masks[1, :16, :] = 20  # keeps the half that is not in the best mask
+        masks[2, :4, :4] = 20  # inside the best mask: no patches
+        expected = torch.zeros(3, 8, 8, dtype=torch.bool)
+        expected[0, :4, :4] = expected[1, :4, 4:] = True
+        found = []
+        pool = segmenter.clip_head.pool_segments
+        monkeypatch.setattr(segmenter.clip_head, "pool_segments", lambda t, s: found.append(s[0]) or pool(t, s))
+        scores = compose(torch.randn(1, 8, 8, 32), masks)["segment_scores"]
+        assert torch.equal(found[0], expected)
+        assert [score > 0 for score in scores.tolist()] == [True, True, False]
+
+    def test_patches_of_masks_are_those_inside(self):
+        masks = torch.zeros(4, 8, 8, dtype=torch.bool)
+        masks[0, :4, :4] = masks[1, 7, 7] = masks[2, 2:7] = True
         expected = torch.zeros(4, 4, 4, dtype=torch.bool)
-        expected[0, :2, :2] = expected[1, :2, 2:] = expected[3, 3, 3] = True
-        assert torch.equal(_segments(masks, (4, 4)), expected)
+        expected[0, :2, :2] = True
+        expected[1, 3, 3] = True  # a quarter of a patch, its largest part
+        expected[2, 1:] = True  # half of the last row of patches
+        assert torch.equal(_patches_of_masks(masks, (4, 4), (4, 4)), expected)  # the last mask is empty
+        large = masks.repeat_interleave(10, dim=1).repeat_interleave(7, dim=2)
+        assert torch.equal(_patches_of_masks(large, (4, 4), (4, 4)), expected)
+        small = torch.tensor([[[True, False]]])
+        assert _patches_of_masks(small, (4, 4), (4, 4))[0].sum(dim=0).tolist() == [4, 4, 0, 0]
+
+    def test_patches_of_masks_are_in_the_covered_part_of_the_grid(self):
+        everything = torch.ones(1, 30, 50, dtype=torch.bool)
+        patches = _patches_of_masks(everything, (2.25, 4), (4, 6))
+        assert patches[0].sum(dim=1).tolist() == [4, 4, 4, 0]  # a quarter of the third row shows the image
+        lower = everything.clone()
+        lower[:, :15] = False  # from row 1.125
+        assert _patches_of_masks(lower, (2.25, 4), (4, 6))[0].any(dim=1).tolist() == [False, True, True, False]
 
     def test_distinct_masks_drop_empty_and_duplicate_masks(self):
         masks = torch.full((5, 10, 10), -1.0)
@@ -634,7 +659,9 @@ class TestImageSegmentation:
             segmenter.set_vocabulary(["cat", "background"], background=["a wall"], tokenizer=tokenizer)
         with pytest.raises(ValueError, match="does not accept labels"):
             segmenter(random_images(), labels=torch.zeros(2, 64, 64))
-        with pytest.raises(ValueError, match="does not accept input_ids, input_points"):
+        with pytest.raises(ValueError, match="does not accept input_ids"):
+            segmenter(random_images(), input_ids=INPUT_IDS)
+        with pytest.raises(ValueError, match="Prompts give masks without labels"):
             segmenter(random_images(), input_points=random_points(), input_ids=INPUT_IDS)
         with pytest.raises(ValueError, match=r"contain \{\}"):
             segmenter.set_vocabulary(["cat"], templates=["a photo"], tokenizer=tokenizer)

@@ -112,7 +112,11 @@ class SamClipTower(nn.Module):
         batch_size, num_segments, _ = inside.shape
         numbers = torch.arange(1, num_segments + 1, device=inside.device)
         owner = (inside * numbers[:, None]).amax(dim=1)  # 0 for patches of no segment
-        tokens = patches
+        # Only patches of segments are embedded. In a batch, images with fewer of them keep others, which attend to
+        # each other only.
+        kept = (owner > 0).int().argsort(dim=1, descending=True, stable=True)[:, : int((owner > 0).sum(dim=1).max())]
+        owner, inside = owner.gather(1, kept), inside.gather(2, kept[:, None].expand(-1, num_segments, -1))
+        tokens = patches.gather(1, kept[:, :, None].expand(-1, -1, patches.shape[-1]))
         if not self.is_siglip:
             tokens = torch.cat([self._class_tokens(batch_size, num_segments), tokens], dim=1)
             owner = torch.cat([numbers.expand(batch_size, -1), owner], dim=1)

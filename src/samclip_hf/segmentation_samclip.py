@@ -4,6 +4,7 @@ Segmentation and object detection by text: the vocabulary, and the composition o
 `modeling_samclip.py` contains everything that does not depend on a vocabulary.
 """
 
+import math
 import re
 import string
 from collections import Counter
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase
@@ -27,6 +29,7 @@ logger = logging.get_logger(__name__)
 POINTS_PER_CLASS = 3  # paper, section 5: one to three
 TEXTS_PER_BATCH = 256  # texts in one pass of the text tower: 1000 names in 80 templates do not fit at once
 CLASSES_PER_CHUNK = 32  # classes in one pass of the mask decoder
+PATCHES_PER_CHUNK = 2**15  # patches of segments in one pass of the CLIP head: 100 MB for each map of 768 channels
 # Difference in logits between background and classes where one of them is certain: the other has a probability of
 # e^-20. Finite, because maps are resized bilinearly.
 BACKGROUND_LOGIT_MARGIN = 20.0
@@ -77,6 +80,25 @@ class SamClipSegmentationOutput(ModelOutput):
     background_label_ids: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class SamClipMaskClassificationOutput(ModelOutput):
+    r"""
+    Output of [`SamClipForImageSegmentation.classify_masks`]. In a batch, images with fewer masks are padded. The
+    entries of padding and of masks without pixels are 0.
+
+    logits (`torch.Tensor` of shape `(batch_size, max_num_masks, num_labels)`):
+        Logits of each label: scaled cosine similarity to the label's text.
+    scores (`torch.Tensor` of shape `(batch_size, max_num_masks, num_labels)`):
+        Probabilities of the labels, the softmax of `logits`.
+    segment_embeds (`torch.Tensor` of shape `(batch_size, max_num_masks, projection_dim)`):
+        Embeddings of the masks in the text space, of length 1.
+    """
+
+    logits: torch.Tensor | None = None
+    scores: torch.Tensor | None = None
+    segment_embeds: torch.Tensor | None = None
 
 
 @dataclass
@@ -220,7 +242,7 @@ class SamClipForImageSegmentation(SamClipModel):
     """
     SAM-CLIP with a vocabulary: labels (`config.id2label`) and their text embeddings (`class_embeds`) are part of the
     checkpoint, so that the model labels segments without text input. It loads from any SAM-CLIP checkpoint. If the
-    checkpoint has no vocabulary, call `set_vocabulary`.
+    checkpoint has no vocabulary, call `set_vocabulary`. With prompts, it predicts masks as [`SamClipModel`] does.
     """
 
     @property
@@ -426,13 +448,26 @@ class SamClipForImageSegmentation(SamClipModel):
             From `embed_vocabulary`; by default the checkpoint's.
         vision_embeds ([`SamClipVisionEncoderOutput`], *optional*):
             From `get_vision_embeds` for the images, in place of `pixel_values`.
+
+        With points, boxes or masks as prompts, inputs and output are those of [`SamClipModel`], and no vocabulary is
+        used. `classify_masks` labels the masks.
         """
-        vocabulary = self.vocabulary if vocabulary is None else vocabulary
-        if prompts := sorted(name for name in kwargs if name.startswith("input_")):
-            raise ValueError(
-                f"This model segments by its vocabulary and does not accept {', '.join(prompts)}. set_vocabulary "
-                "changes the texts; SamClipModel accepts points and boxes."
+        if any(kwargs.get(name) is not None for name in ("input_points", "input_boxes", "input_masks")):
+            if vocabulary is not None or kwargs.get("input_ids") is not None:
+                raise ValueError(
+                    "Prompts give masks without labels: remove vocabulary and input_ids, and pass the masks to "
+                    "classify_masks to label them."
+                )
+            refuse_labels(kwargs)
+            return super().forward(
+                pixel_values, reshaped_input_sizes=reshaped_input_sizes, vision_embeds=vision_embeds, **kwargs
             )
+        if kwargs.get("input_ids") is not None:
+            raise ValueError(
+                "This model segments by its vocabulary and does not accept input_ids. set_vocabulary changes the "
+                "texts."
+            )
+        vocabulary = self.vocabulary if vocabulary is None else vocabulary
         refuse_labels(kwargs)
         vision_outputs = self._encode_once(pixel_values, vision_embeds, reshaped_input_sizes, **kwargs)
         image_embeddings, patch_tokens = vision_outputs.last_hidden_state, vision_outputs.patch_tokens
@@ -519,21 +554,95 @@ class SamClipForImageSegmentation(SamClipModel):
         segments = torch.zeros(*masks.shape[:2], *grid_size, device=masks.device, dtype=torch.bool)
         for i in is_class.flatten(1).any(dim=1).nonzero().flatten().tolist():
             kept = _distinct_masks(masks[i], scores[i], max_overlap=0.5)
-            rows, columns = masks.shape[-2:]
+            covered = [side / 4 for side in masks.shape[-2:]]
             if not self.config.merged and content_sizes is not None:  # the tower's input has no padding
-                rows, columns = (4 * content_sizes[i]).ceil().int().tolist()
-            segments[i, kept] = _segments(masks[i, kept, :rows, :columns], grid_size)
+                scales = [side / float(size) for side, size in zip(grid_size, content_sizes[i], strict=True)]
+                covered = [side * scale for side, scale in zip(covered, scales, strict=True)]
+            patches = _patches_of_masks(masks[i, kept] > 0, covered, grid_size)
+            segments[i, kept] = patches & (patches.cumsum(dim=0) == 1)  # a patch of several masks: of the best one
         if content_mask is not None and self.config.merged:
             segments &= content_mask[:, None]
-        is_segment = segments.flatten(2).any(dim=-1)
-
-        embeds = F.normalize(self.clip_head.pool_segments(patch_tokens, segments), dim=-1) * is_segment[..., None]
+        embeds, is_segment = self._embed_segments(patch_tokens, segments)
         return {
             "segment_masks": masks,
             "segment_logits": self.classify(embeds, vocabulary),
             "segment_embeds": embeds,
             "segment_scores": scores * is_segment,
         }
+
+    def _embed_segments(self, patch_tokens: torch.Tensor, segments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Patch tokens and the patches of segments `(batch_size, num_segments, grid_height, grid_width)` -> embeddings
+        `(batch_size, num_segments, projection_dim)` of length 1, or 0 for segments without patches, and
+        `(batch_size, num_segments)`: whether a segment has patches."""
+        is_segment = segments.flatten(2).any(dim=-1)
+        sizes = [segments.shape[1]]
+        if self.config.merged:  # CLIP's tower gets each patch once; the CLIP head gets the patches of each segment
+            chunks = segments.sum(dim=(0, 2, 3)).cumsum(dim=0) // PATCHES_PER_CHUNK
+            sizes = chunks.unique_consecutive(return_counts=True)[1].tolist()
+        parts = [self.clip_head.pool_segments(patch_tokens, chunk) for chunk in segments.split(sizes, dim=1)]
+        return F.normalize(torch.cat(parts, dim=1), dim=-1) * is_segment[..., None], is_segment
+
+    def classify_masks(
+        self,
+        masks: Sequence,
+        pixel_values: torch.Tensor | None = None,
+        reshaped_input_sizes: torch.Tensor | None = None,
+        vision_embeds: SamClipVisionEncoderOutput | None = None,
+        vocabulary: SamClipVocabulary | None = None,
+        original_sizes: torch.Tensor | None = None,
+    ) -> SamClipMaskClassificationOutput:
+        r"""
+        Classifies given masks. The CLIP head embeds each mask as if it were an image: the patches of the mask attend
+        to each other only, in one more pass of the CLIP head (unmerged: of CLIP's vision tower, with one pass for all
+        masks that do not overlap). The image encoder runs once, or not at all with `vision_embeds`.
+
+        masks (`Sequence`):
+            For each image, its masks `(num_masks, height, width)`: a tensor, an array, or a list of masks `(height,
+            width)`, such as the `"masks"` of the pipeline `"mask-generation"` or PIL images. Values are booleans, 0
+            and 1, or 0 and 255. Masks cover the image without its padding, at any resolution, and may overlap. An
+            image may have no masks. A mask smaller than a patch is represented by the patch with the largest part of
+            it.
+        pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`):
+            From the image processor.
+        reshaped_input_sizes (`torch.Tensor` of shape `(batch_size, 2)`, *optional*):
+            From the image processor: height and width of each image without its padding. Needed also with
+            `vision_embeds`, if the images have padding.
+        vision_embeds ([`SamClipVisionEncoderOutput`], *optional*):
+            From `get_vision_embeds` for the images, in place of `pixel_values`.
+        vocabulary ([`SamClipVocabulary`], *optional*):
+            From `embed_vocabulary`; by default the checkpoint's. With a background, a mask may be background.
+        original_sizes (`torch.Tensor` of shape `(batch_size, 2)`, *optional*):
+            Not used. Accepted because `model.classify_masks(masks, **inputs)` passes it.
+
+        Returns [`SamClipMaskClassificationOutput`]. A mask without pixels has a score of 0 for all labels.
+
+        Raises `ValueError` if the masks are not for these images: another number of images, another aspect ratio,
+        another number of axes, or other values.
+        """
+        vocabulary = self.vocabulary if vocabulary is None else vocabulary
+        vision_outputs = self._encode_once(pixel_values, vision_embeds, reshaped_input_sizes)
+        patch_tokens = vision_outputs.patch_tokens
+        image_grid = vision_outputs.last_hidden_state.permute(0, 2, 3, 1)
+        content_sizes = self._content_sizes(image_grid, reshaped_input_sizes).tolist()
+        if len(masks) != len(content_sizes):
+            raise ValueError(
+                f"Got masks of {len(masks)} images for {len(content_sizes)} images. Pass a list with the masks of "
+                "each image, (num_masks, height, width)."
+            )
+        checked = [_check_masks(own, size) for own, size in zip(masks, content_sizes, strict=True)]
+        grid_size = patch_tokens.shape[1], patch_tokens.shape[2]
+        segments = torch.zeros(
+            len(checked), max(map(len, checked)), *grid_size, dtype=torch.bool, device=patch_tokens.device
+        )
+        for index, own in enumerate(checked):
+            covered = content_sizes[index] if self.config.merged else grid_size  # the tower's input has no padding
+            for number in range(len(own)):  # one by one, because masks may be large
+                mask = own[number : number + 1].to(segments.device)
+                segments[index, number] = _patches_of_masks(mask, covered, grid_size)[0]
+        embeds, is_segment = self._embed_segments(patch_tokens, segments)
+        logits = self.classify(embeds, vocabulary) * is_segment[..., None]
+        scores = logits.softmax(dim=-1) * is_segment[..., None]
+        return SamClipMaskClassificationOutput(logits=logits, scores=scores, segment_embeds=embeds)
 
     def compose_heads_by_class(
         self,
@@ -693,16 +802,60 @@ def _stability(masks: torch.Tensor) -> torch.Tensor:
     return (masks > 1).sum(dim=(-2, -1)) / around.clamp_min(1)
 
 
-def _segments(masks: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
+def _check_masks(masks, content_size: Sequence[float]) -> torch.Tensor:
+    """Masks of an image as a boolean tensor `(num_masks, height, width)`. `content_size` is height and width of the
+    image without padding, in any unit. Raises `ValueError` for another shape or aspect ratio and for other values."""
+    if isinstance(masks, Sequence):
+        tensors = [torch.as_tensor(mask if isinstance(mask, torch.Tensor) else np.array(mask)) for mask in masks]
+        if len({tensor.shape for tensor in tensors}) > 1:
+            shapes = sorted({tuple(tensor.shape) for tensor in tensors})
+            raise ValueError(f"The masks of an image must have one size, got {shapes}.")
+        masks = torch.stack(tensors) if tensors else torch.zeros(0, 1, 1, dtype=torch.bool)
+    elif not isinstance(masks, torch.Tensor):
+        masks = torch.as_tensor(np.array(masks))
+    if masks.ndim != 3 or (len(masks) and 0 in masks.shape):
+        raise ValueError(
+            f"The masks of an image must be (num_masks, height, width), got shape {tuple(masks.shape)}. Of several "
+            "masks for a prompt, select one: masks[:, 0]."
+        )
+    if masks.dtype != torch.bool and len(masks):
+        highest = masks.max()
+        if highest not in (0, 1, 255) or not ((masks == 0) | (masks == highest)).all():
+            raise ValueError(
+                "Masks must be booleans, 0 and 1, or 0 and 255; got other values. post_process_masks converts mask "
+                "logits to masks of the size of the image."
+            )
+    if len(masks):
+        height, width = masks.shape[1:]
+        expected_height, expected_width = content_size
+        # Either size may be rounded to whole pixels.
+        tolerance = 1 / min(height, width) + 1 / min(expected_height, expected_width)
+        if abs(math.log(height / width * expected_width / expected_height)) > tolerance:
+            raise ValueError(
+                f"Masks of {width} x {height} pixels do not have the aspect ratio of their image, "
+                f"{expected_width:g} : {expected_height:g}. Masks must cover the image without its padding, and "
+                "reshaped_input_sizes must be passed for an image with padding."
+            )
+    return masks > 0
+
+
+def _patches_of_masks(masks: torch.Tensor, covered: Sequence[float], grid_size: tuple[int, int]) -> torch.Tensor:
     """
-    The patches of masks, `(num_masks, grid_height, grid_width)`, from mask logits `(num_masks, height, width)` in
-    descending order of quality. The patches of a mask are those of which at least half is inside or, if there are
-    none, the patch with the largest part inside. A patch of several masks belongs to the first one, so a mask may have
-    no patches.
+    The patches of boolean masks `(num_masks, height, width)`: `(num_masks, grid_height, grid_width)`, `bool`.
+
+    The masks cover the first `covered` rows and columns of the grid, which may be fractions and exceed it. The patches
+    of a mask are those of which at least half is inside or, if there are none, the patch with the largest part inside.
+    A mask without pixels has none.
     """
-    fraction = F.adaptive_avg_pool2d((masks > 0).float(), grid_size)
-    inside = (fraction >= 0.5) | (fraction >= fraction.amax(dim=(1, 2), keepdim=True))
-    return inside & (inside.cumsum(dim=0) == 1)
+    overlaps = []
+    for size, length, side in zip(masks.shape[1:], covered, grid_size, strict=True):
+        edges = torch.arange(size + 1, device=masks.device) * (length / size)  # of the pixels, in patches
+        patch = torch.arange(side, device=masks.device)[:, None]
+        overlap = (edges[1:].clamp_max(patch + 1) - edges[:-1].clamp_min(patch)).clamp_min(0)
+        overlaps.append(overlap / overlap.sum(dim=1, keepdim=True).clamp_min(1e-6))  # a patch of padding has 0
+    fraction = overlaps[0] @ masks.float() @ overlaps[1].T
+    highest = fraction.amax(dim=(1, 2), keepdim=True)
+    return (fraction >= 0.5 - 1e-4) | ((fraction >= highest) & (highest > 0))  # 1e-4: rounding
 
 
 def _spread_points(cells: torch.Tensor, num_points: int) -> torch.Tensor:
@@ -734,6 +887,7 @@ def _distinct_masks(masks: torch.Tensor, scores: torch.Tensor, max_overlap: floa
 __all__ = [
     "SamClipForImageSegmentation",
     "SamClipForObjectDetection",
+    "SamClipMaskClassificationOutput",
     "SamClipObjectDetectionOutput",
     "SamClipSegmentationOutput",
     "SamClipVocabulary",

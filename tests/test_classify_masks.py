@@ -1,0 +1,155 @@
+"""Names of given masks, in the shipped SAM-CLIP and in an unmerged model of the miniature's teachers."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from transformers import SamModel, pipeline
+
+from samclip_hf import SamClipForImageSegmentation, SamClipProcessor, miniature
+from samclip_hf.miniature.scenes import BACKGROUND_PROMPTS, CLASS_NAMES, TEMPLATES, render
+
+SCENE = render(seed=0, index=8)  # a red fuzzy, a green zigzag and a red dotted shape
+MASKS = torch.from_numpy(np.stack(SCENE.masks))
+IMAGE = Image.fromarray(SCENE.image)
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return SamClipProcessor.from_teachers(miniature.sam_teacher(), miniature.clip_teacher())
+
+
+@pytest.fixture(scope="module", params=["merged", "unmerged"])
+def model(request, processor):
+    if request.param == "merged":
+        model = SamClipForImageSegmentation.from_pretrained(miniature.checkpoint())
+    else:
+        teachers = miniature.sam_teacher(), miniature.clip_teacher()
+        model = SamClipForImageSegmentation.from_teachers(*teachers, merged=False).eval()
+    return model.set_vocabulary(CLASS_NAMES, BACKGROUND_PROMPTS, TEMPLATES, processor.tokenizer)
+
+
+@pytest.fixture(autouse=True)
+def inference():
+    with torch.inference_mode():
+        yield
+
+
+def test_true_masks_get_the_names_of_their_classes(model, processor):
+    outputs = model.classify_masks([MASKS], **processor(IMAGE))
+    names = [model.config.id2label[index] for index in outputs.scores[0].argmax(dim=-1).tolist()]
+    assert names == [CLASS_NAMES[index] for index in SCENE.class_ids]
+    assert torch.allclose(outputs.scores.sum(dim=-1), torch.ones(1, 3))
+    assert torch.allclose(outputs.segment_embeds.norm(dim=-1), torch.ones(1, 3))
+    surroundings = ~MASKS.any(dim=0, keepdim=True)
+    scores = model.classify_masks([surroundings], **processor(IMAGE)).scores
+    assert scores.argmax() == model.config.background_label_id
+
+
+def test_the_mask_of_the_whole_image_has_the_embedding_of_the_image(model, processor):
+    images = [IMAGE, IMAGE.crop((0, 0, 128, 70))]
+    inputs = processor(images)
+    masks = [torch.ones(1, 10 * image.height, 10 * image.width, dtype=torch.bool) for image in images]
+    outputs = model.classify_masks(masks, **inputs)
+    features = model.get_image_features(inputs["pixel_values"], inputs["reshaped_input_sizes"]).pooler_output
+    assert torch.allclose(outputs.segment_embeds[0, 0], F.normalize(features, dim=-1)[0], atol=1e-5)
+    # In a merged model, the layers of the CLIP head before the pooling see the padding, the segment does not.
+    similarity = F.cosine_similarity(outputs.segment_embeds[1, 0], features[1], dim=0)
+    assert similarity > (0.9 if model.config.merged else 1 - 1e-5)
+
+
+def test_masks_are_independent_of_each_other_and_of_their_resolution(model, processor):
+    inputs = processor(IMAGE)
+    overlapping = torch.cat([MASKS, MASKS[:1] | MASKS[1:2], torch.ones_like(MASKS[:1]), MASKS[:1]])
+    together = model.classify_masks([overlapping], **inputs).logits[0]
+    for mask, logits in zip(overlapping, together, strict=True):
+        large = mask[None].repeat_interleave(3, dim=1).repeat_interleave(3, dim=2)
+        for alone in (mask[None], large, mask[None].numpy().astype(np.uint8) * 255, [Image.fromarray(mask.numpy())]):
+            assert torch.allclose(model.classify_masks([alone], **inputs).logits[0, 0], logits, atol=1e-3)
+
+
+def test_a_batch_gives_the_scores_of_single_images(model, processor):
+    images = [IMAGE, IMAGE.crop((0, 0, 128, 64)), IMAGE.crop((0, 20, 50, 128)), IMAGE]
+    masks = [MASKS, MASKS[:2, :64], MASKS[:, 20:, :50], []]
+    together = model.classify_masks(masks, **processor(images))
+    assert together.scores.shape == (4, 3, len(model.config.id2label))
+    for number, (image, own) in enumerate(zip(images[:3], masks[:3], strict=True)):
+        alone = model.classify_masks([own], **processor(image)).scores[0]
+        has_pixels = own.flatten(1).any(dim=1)
+        assert torch.allclose(together.scores[number, : len(own)], alone, atol=1e-4)
+        assert (together.scores[number].sum(dim=-1) > 0).tolist() == [*has_pixels.tolist(), *[False] * (3 - len(own))]
+    for padding in (together.logits[3], together.segment_embeds[3], together.scores[1, 2]):
+        assert not padding.any()
+
+
+def test_large_and_many_masks_are_classified_in_chunks(model, processor, monkeypatch):
+    inputs = processor(IMAGE)
+    many = MASKS.repeat(4, 1, 1)
+    expected = model.classify_masks([many], **inputs).logits
+    monkeypatch.setattr("samclip_hf.segmentation_samclip.PATCHES_PER_CHUNK", 40)
+    assert torch.allclose(model.classify_masks([many], **inputs).logits, expected, atol=1e-3)
+
+
+def test_vision_embeds_replace_the_encoders(model, processor, monkeypatch):
+    images = [IMAGE, IMAGE.crop((0, 0, 128, 64))]
+    inputs = processor(images)
+    masks = [MASKS, MASKS[:2, :64]]
+    expected = model.classify_masks(masks, **inputs).logits
+    vision_embeds = model.get_vision_embeds(inputs["pixel_values"], inputs["reshaped_input_sizes"])
+
+    def fail(*_, **__):
+        raise AssertionError("the encoder runs again")
+
+    monkeypatch.setattr(model.vision_encoder, "forward", fail)
+    monkeypatch.setattr(model, "get_vision_embeds", fail)
+    again = model.classify_masks(
+        masks, vision_embeds=vision_embeds, reshaped_input_sizes=inputs["reshaped_input_sizes"]
+    )
+    assert torch.allclose(again.logits, expected, atol=1e-4)
+
+
+def test_a_given_vocabulary_replaces_that_of_the_checkpoint(model, processor):
+    names = ["red fuzzy shape", "blue solid shape"]
+    vocabulary = model.embed_vocabulary(names, templates=TEMPLATES, tokenizer=processor.tokenizer)
+    outputs = model.classify_masks([MASKS], **processor(IMAGE), vocabulary=vocabulary)
+    expected = outputs.segment_embeds @ vocabulary.class_embeds.T * model.logit_scale.exp()
+    assert outputs.logits.shape == (1, 3, 2) and torch.allclose(outputs.logits, expected, atol=1e-4)
+
+
+def test_masks_for_other_images_raise(model, processor):
+    inputs = processor(IMAGE.crop((0, 0, 128, 64)))
+    masks = MASKS[:, :64]
+    for wrong, message in (
+        (masks, "masks of 3 images for 1 images"),
+        ([MASKS], "do not have the aspect ratio of their image, 16 : 8"),  # for example the logits of the padded image
+        ([masks.transpose(1, 2)], "do not have the aspect ratio"),
+        ([masks[0]], r"must be \(num_masks, height, width\)"),
+        ([masks[:, None].expand(-1, 3, -1, -1)], r"select one: masks\[:, 0\]"),
+        ([masks.float() * 3 - 1], "got other values"),
+        ([masks.int() + 1], "got other values"),
+        ([[masks[0], masks[1, :32]]], "must have one size"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.classify_masks(wrong, **inputs)
+    with pytest.raises(ValueError, match="reshaped_input_sizes must be passed"):
+        model.classify_masks([masks], inputs["pixel_values"])
+    with pytest.raises(ValueError, match="either pixel_values or vision_embeds"):
+        model.classify_masks([masks])
+
+
+def test_prompts_and_everything_mode_give_masks_to_classify(model, processor):
+    inputs = processor(IMAGE, input_points=[[[[40, 30]], [[95, 50]]]])
+    outputs = model(**inputs, multimask_output=False)
+    if not model.config.merged:
+        expected = SamModel.from_pretrained(miniature.sam_teacher())(
+            inputs["pixel_values"], inputs["input_points"], multimask_output=False
+        )
+        assert torch.allclose(outputs.pred_masks, expected.pred_masks, atol=1e-4)
+    masks = processor.post_process_masks(outputs.pred_masks, inputs["original_sizes"], inputs["reshaped_input_sizes"])
+    assert model.classify_masks([masks[0][:, 0]], inputs["pixel_values"]).scores.shape[1] == 2
+    everything = pipeline("mask-generation", model=model, image_processor=processor.image_processor)
+    found = everything(IMAGE, **miniature.MASK_GENERATION)
+    scores = model.classify_masks([found["masks"]], inputs["pixel_values"]).scores[0]
+    names = {model.config.id2label[index] for index in scores.argmax(dim=-1).tolist()}
+    assert len(names & {CLASS_NAMES[index] for index in SCENE.class_ids}) >= 2
