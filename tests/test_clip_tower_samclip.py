@@ -50,11 +50,14 @@ def clip():
     return CLIPModel.from_pretrained(miniature.clip_teacher())
 
 
-def tower_pixels(model, pixel_values: torch.Tensor, clip_std: float = 0.25) -> torch.Tensor:
+def tower_pixels(model, pixel_values: torch.Tensor, clip_std=0.25, clip_mean=0.5) -> torch.Tensor:
     """Images as CLIP gets them: stretched to squares, with the normalization of CLIP in place of SAM's."""
     images = F.interpolate(pixel_values, (model.config.clip_image_size,) * 2, mode="bicubic", antialias=True)
-    mean, std = (torch.tensor(value)[:, None, None] for value in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
-    return (images * std + mean - 0.5) / clip_std
+    mean, std, clip_mean, clip_std = (
+        torch.tensor(value).view(-1, 1, 1)
+        for value in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225], clip_mean, clip_std)
+    )
+    return (images * std + mean - clip_mean) / clip_std
 
 
 @torch.no_grad()

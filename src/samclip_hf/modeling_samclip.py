@@ -1047,6 +1047,15 @@ def load_complete_model(model_class: type[PreTrainedModel], name_or_path: str | 
             f"The weights of {name_or_path} cannot be read: a safetensors file is truncated or damaged ({error}). "
             "Copy or download it again."
         ) from error
+    except OSError as error:
+        if not options.get("use_safetensors") or "named model.safetensors" not in str(error):
+            raise
+        raise OSError(
+            f"{name_or_path} has no weights in safetensors files, and pickle files (pytorch_model.bin) are not read, "
+            f"because they can run code. Convert them in Python, {model_class.__name__}.from_pretrained("
+            f"{str(name_or_path)!r}, use_safetensors=False).save_pretrained(FOLDER), and copy the files of the "
+            "tokenizer and the image processor into that folder."
+        ) from error
     if missing := sorted(loading_info["missing_keys"]):
         names = ", ".join([*missing[:5], *(["..."] if len(missing) > 5 else [])])
         raise ValueError(f"{name_or_path} lacks weights, which would be random: {names}.")
