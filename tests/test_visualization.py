@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from samclip_hf import visualization
 from samclip_hf.visualization import (
     color_of,
     draw_prompts,
+    draw_segments,
     draw_text,
     overlay_labels,
     overlay_masks,
@@ -58,3 +60,61 @@ def test_panels_accept_rows_of_different_lengths_and_captions_with_dollar_signs(
     save_panel(tmp_path / "panel.png", rows, "a$b_{c$")
     with Image.open(tmp_path / "panel.png") as panel:
         assert panel.width > 500
+
+
+@pytest.mark.parametrize("gray", [0, 255])
+def test_an_outline_has_a_colored_and_a_black_line(gray):
+    image = Image.new("RGB", (90, 60), (gray, gray, gray))
+    mask = np.zeros((60, 90), dtype=bool)
+    mask[20:40, 30:60] = True
+    drawn = np.asarray(draw_segments(image, [mask], [3], []))
+    assert drawn.shape == (60, 90, 3)
+    color = np.array(color_of(3))
+    row = drawn[30]
+    assert (row[30] == color).all() and (row[59] == color).all()
+    assert (row[[29, 60]] == 0).all() and (row[[27, 62]] == gray).all()
+    assert np.abs(row[45] - (0.55 * gray + 0.45 * color)).max() <= 1
+    assert np.array_equal(np.asarray(draw_segments(image, [mask], [3], [], opacity=0))[30, 45], [gray] * 3)
+
+
+def test_no_outline_is_drawn_along_the_edges_of_the_image():
+    full = np.asarray(draw_segments(Image.new("RGB", (90, 60)), [np.ones((60, 90), dtype=bool)], [1], []))
+    assert len(np.unique(full.reshape(-1, 3), axis=0)) == 1
+
+
+@pytest.mark.parametrize("size", [(1, 1), (8, 5), (2000, 20), (700, 500)])
+def test_legends_of_any_length_stay_inside(size):
+    legend = [(number, "word " * number) for number in range(1, 40)] + [(None, "x" * 300)]
+    drawn = draw_segments(Image.new("RGB", size), [], [], legend, "the caption")
+    ink = (np.asarray(drawn)[size[1] :] < 255).any(axis=2)
+    assert ink.any() and not ink[:, -2:].any() and not ink[-2:].any()
+    longer = draw_segments(Image.new("RGB", size), [], [], legend)
+    assert longer.height < drawn.height  # the caption has a row of its own
+
+
+def test_names_are_written_into_the_masks():
+    image, mask = Image.new("RGB", (200, 100), "gray"), np.zeros((100, 200), dtype=bool)
+    mask[10:90, 10:190] = True
+    plain, named = (np.asarray(draw_segments(image, [mask], [1], [], names=names)) for names in (None, ["cat"]))
+    changed = np.argwhere((plain != named).any(axis=2))
+    assert np.abs(changed.mean(axis=0) - [50, 100]).max() < 5 and named[tuple(changed.T)].max() == 255
+
+
+def test_texts_without_a_font_have_no_empty_boxes(monkeypatch):
+    monkeypatch.setattr(visualization, "SYSTEM_FONTS", ("no such font",))
+    for text, expected in {
+        "cat": "cat",
+        "caf\u00e9  noir": "cafe noir",
+        "wei\u00df": "wei\\xdf",
+        "\u732b 0.93": "\\u732b 0.93",
+        "\U0001f600": "\\U0001f600",
+    }.items():
+        assert visualization._drawable(text, 12)[0] == expected
+
+
+def test_the_first_font_with_all_characters_is_used(monkeypatch):
+    monkeypatch.setattr(visualization, "SYSTEM_FONTS", ("poor", "rich"))
+    default = visualization._font(None, 12)
+    monkeypatch.setattr(visualization, "_font", lambda name, size: default)
+    monkeypatch.setattr(visualization, "_has_glyph", lambda name, character: name == "rich" or character == "a")
+    assert visualization._drawable("a\u732b", 12) == ("a\u732b", default)

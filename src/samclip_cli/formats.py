@@ -115,8 +115,8 @@ def encode(
         elif name == "overlay":
             from samclip_hf.visualization import draw_segments
 
-            legend = [*prediction.legend, (None, prediction.caption)]
-            files[path] = _png(draw_segments(image, prediction.masks, prediction.label_ids, legend), prediction)
+            drawn = draw_segments(image, prediction.masks, prediction.label_ids, prediction.legend, prediction.caption)
+            files[path] = _png(drawn, prediction)
         elif name == "labelmap":
             files[path] = _png(label_map(prediction, image.size), prediction)
         else:

@@ -1,7 +1,10 @@
 """Draws masks, label maps, prompts, texts and legends on images, and panels of images."""
 
+import bisect
 import colorsys
+import functools
 import textwrap
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +12,17 @@ import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 
 NO_LABEL = 255  # in 8-bit label maps: ignored pixels
+MIN_LEGEND_LENGTH = 48  # characters in a row of a legend below a narrow image
+# Fonts of Linux, Windows and macOS with many alphabets. The first one with all characters of a text is used.
+SYSTEM_FONTS = (
+    "DejaVuSans.ttf",
+    "NotoSans-Regular.ttf",
+    "Arial.ttf",
+    "Arial Unicode.ttf",
+    "NotoSansCJK-Regular.ttc",
+    "msyh.ttc",
+    "PingFang.ttc",
+)
 
 
 def color_of(number: int, saturation: float = 0.8) -> tuple[int, int, int]:
@@ -119,10 +133,14 @@ def draw_segments(
     masks: Sequence[np.ndarray],
     color_numbers: Sequence[int],
     legend: Sequence[tuple[int | None, str]],
+    caption: str | None = None,
+    names: Sequence[str] | None = None,
+    opacity: float = 0.45,
 ) -> Image.Image:
     """
-    Tints and outlines each mask, smaller masks on top of larger ones, and draws a legend below the image. The result
-    is wider than the image if an entry of the legend is.
+    Tints and outlines each mask, smaller masks on top of larger ones, and draws a legend below the image. An outline
+    is a line in the color of the mask with a black line around it, which contrast with dark and bright images. The
+    result is wider than a narrow image, so that the legend has room for about 48 characters.
 
     Args:
         image (`PIL.Image.Image`):
@@ -131,11 +149,19 @@ def draw_segments(
         color_numbers (`Sequence[int]`):
             The color of each mask, see [`color_of`].
         legend (`Sequence[tuple[int | None, str]]`):
-            For each entry, a color number, or `None` for no color, and a text.
+            For each entry, a color number, or `None` for no color, and a text. Characters without a glyph in the
+            fonts of Pillow and of the system are written without accents or as escapes, such as `\\u732b`.
+        caption (`str`, *optional*):
+            A text below the legend.
+        names (`Sequence[str]`, *optional*):
+            A text to write into each mask.
+        opacity (`float`, *optional*, defaults to 0.45):
+            Opacity of the tint, from 0 to 1.
     """
     canvas = image.copy()
     thickness = max(1, min(image.size) // 300)
-    for index in sorted(range(len(masks)), key=lambda index: -np.count_nonzero(masks[index])):
+    order = sorted(range(len(masks)), key=lambda index: -np.count_nonzero(masks[index]))
+    for index in order:
         mask = Image.fromarray(masks[index].astype(np.uint8) * 255)
         box = mask.getbbox()
         if box is None:
@@ -150,37 +176,111 @@ def draw_segments(
         )
         mask, crop = mask.crop(box), canvas.crop(box)
         color = Image.new("RGB", crop.size, color_of(color_numbers[index]))
-        crop.paste(Image.blend(crop, color, 0.45), mask=mask)
-        # The outline: pixels of the mask that the blur darkens, because they are near the background.
-        edge = ImageChops.subtract(mask, mask.filter(ImageFilter.BoxBlur(thickness)))
-        crop.paste(color, mask=edge.point([0] + [255] * 255))
+        crop.paste(Image.blend(crop, color, opacity), mask=mask)
+        # The blur darkens pixels of the mask near its edge, and brightens pixels of the background near the mask.
+        blurred = mask.filter(ImageFilter.BoxBlur(thickness))
+        crop.paste("black", mask=ImageChops.subtract(blurred, mask).point([0] + [255] * 255))
+        crop.paste(color, mask=ImageChops.subtract(mask, blurred).point([0] + [255] * 255))
         canvas.paste(crop, box)
-    return _add_legend(canvas, legend)
+    if names is not None:
+        draw = ImageDraw.Draw(canvas)
+        for index in order:
+            if masks[index].any():
+                _draw_name(draw, masks[index], names[index], max(12, min(image.size) // 32))
+    return _add_legend(canvas, [*legend, *([] if caption is None else [(None, f"\n{caption}")])])
+
+
+def _draw_name(draw: ImageDraw.ImageDraw, mask: np.ndarray, name: str, size: int) -> None:
+    """Writes a name at the pixel of a mask `(height, width)` nearest to its center."""
+    text, font = _drawable(name, size)
+    rows, columns = np.nonzero(mask)
+    center = np.hypot(rows - rows.mean(), columns - columns.mean()).argmin()
+    half_width, half_height = font.getlength(text) / 2 + 1, size / 2 + 1
+    height, width = mask.shape
+    x = min(max(columns[center], half_width), max(half_width, width - half_width))  # inside the image
+    y = min(max(rows[center], half_height), max(half_height, height - half_height))
+    stroke = max(1, size // 10)
+    draw.text((x, y), text, fill="white", stroke_width=stroke, stroke_fill="black", anchor="mm", font=font)
 
 
 def _add_legend(image: Image.Image, legend: Sequence[tuple[int | None, str]]) -> Image.Image:
-    """Adds rows of colored squares and texts below an image."""
+    """Adds rows of colored squares and texts below an image. Long texts are wrapped. A text that begins with a line
+    break begins a row."""
     size = max(12, min(image.size) // 32)
-    font, line_height, gap = ImageFont.load_default(size=size), round(1.5 * size), size // 2
-    positions, x, row, width = [], gap, 0, image.width
-    for number, text in legend:
+    line_height, gap = round(1.5 * size), size // 2
+    width = max(image.width, MIN_LEGEND_LENGTH * size // 2)
+    rows: list[tuple[int, int, int | None, int, str, ImageFont.FreeTypeFont]] = []
+    x, row = gap, 0
+    for number, entry in legend:
+        text, font = _drawable(entry, size)
         square = 0 if number is None else size + gap
-        length = square + round(font.getlength(text)) + 2 * gap
-        if x > gap and x + length > image.width:
-            x, row = gap, row + 1
-        positions.append((x, row, square))
-        x += length
-        width = max(width, x)
+        for position, line in enumerate(_wrap(text, font, width - 2 * gap - square)):
+            length = square + round(font.getlength(line)) + 2 * gap
+            if x > gap and (position or x + length > width or entry.startswith("\n")):
+                x, row = gap, row + 1
+            rows.append((x, row, None if position else number, square, line, font))
+            x += length
     height = image.height + (line_height * (row + 1) + gap if legend else 0)
-    result = Image.new("RGB", (width, height), "white")
+    result = Image.new("RGB", (width if legend else image.width, height), "white")
     result.paste(image)
     draw = ImageDraw.Draw(result)
-    for (number, text), (x, row, square) in zip(legend, positions, strict=True):
+    for x, row, number, square, text, font in rows:
         y = image.height + gap + line_height * row
         if number is not None:
             draw.rectangle((x, y, x + size - 1, y + size - 1), fill=color_of(number), outline="black")
         draw.text((x + square, y + size / 2), text, fill="black", anchor="lm", font=font)
     return result
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """Lines of at most `width` pixels, broken at spaces where possible."""
+    lines = [text]
+    while font.getlength(lines[-1]) > width and len(lines[-1]) > 1:
+        line = lines.pop()
+        lengths = [font.getlength(line[:end]) for end in range(1, len(line))]
+        fits = max(1, bisect.bisect(lengths, width))
+        end = line.rfind(" ", 1, fits + 1)
+        end = fits if end < 1 else end
+        lines += [line[:end].rstrip(), line[end:].lstrip()]
+    return lines
+
+
+def _drawable(text: str, size: int) -> tuple[str, ImageFont.FreeTypeFont]:
+    """A text and a font of `size` pixels that has glyphs for all of its characters. Pillow's font has few characters
+    outside ASCII, so system fonts are tried, too. Without a font for the whole text, accents are removed and other
+    characters are replaced by escapes."""
+    text = " ".join(text.split())
+    for name in (None, *SYSTEM_FONTS):
+        font = _font(name, size)
+        if font is not None and all(_has_glyph(name, character) for character in text):
+            return text, font
+    plain = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    font = _font(None, size)
+    assert font is not None
+    escaped = "".join(c if _has_glyph(None, c) else c.encode("ascii", "backslashreplace").decode() for c in plain)
+    return escaped, font
+
+
+@functools.lru_cache(maxsize=64)
+def _font(name: str | None, size: int) -> ImageFont.FreeTypeFont | None:
+    """A system font, or Pillow's for `None`. `None` if the system has no such font."""
+    if name is None:
+        return ImageFont.load_default(size=size)  # type: ignore[return-value]  # of Pillow with FreeType
+    try:
+        return ImageFont.truetype(name, size)
+    except OSError:
+        return None
+
+
+@functools.lru_cache(maxsize=4096)
+def _has_glyph(name: str | None, character: str) -> bool:
+    """Whether a font draws a character differently from one that does not exist."""
+    if character == " ":
+        return True
+    font = _font(name, 20)
+    assert font is not None
+    glyph, missing = font.getmask(character), font.getmask("\uffff")
+    return glyph.size != missing.size or bytes(glyph) != bytes(missing)
 
 
 def save_panel(path: Path, rows: Sequence[Sequence[tuple[str, np.ndarray]]], title: str) -> None:
