@@ -19,10 +19,9 @@ from transformers import (
 )
 
 from samclip_hf import SamClipForImageSegmentation, SamClipModel, segmentation_samclip
-from samclip_hf.modeling_samclip import load_complete_model
+from samclip_hf.modeling_samclip import load_complete_model, patches_of_masks
 from samclip_hf.segmentation_samclip import (
     _distinct_masks,
-    _patches_of_masks,
     _spread_points,
     _stability,
     apply_background_threshold,
@@ -477,19 +476,19 @@ class TestImageSegmentation:
         expected[0, :2, :2] = True
         expected[1, 3, 3] = True  # a quarter of a patch, its largest part
         expected[2, 1:] = True  # half of the last row of patches
-        assert torch.equal(_patches_of_masks(masks, (4, 4), (4, 4)), expected)  # the last mask is empty
+        assert torch.equal(patches_of_masks(masks, (4, 4), (4, 4)), expected)  # the last mask is empty
         large = masks.repeat_interleave(10, dim=1).repeat_interleave(7, dim=2)
-        assert torch.equal(_patches_of_masks(large, (4, 4), (4, 4)), expected)
+        assert torch.equal(patches_of_masks(large, (4, 4), (4, 4)), expected)
         small = torch.tensor([[[True, False]]])
-        assert _patches_of_masks(small, (4, 4), (4, 4))[0].sum(dim=0).tolist() == [4, 4, 0, 0]
+        assert patches_of_masks(small, (4, 4), (4, 4))[0].sum(dim=0).tolist() == [4, 4, 0, 0]
 
     def test_patches_of_masks_are_in_the_covered_part_of_the_grid(self):
         everything = torch.ones(1, 30, 50, dtype=torch.bool)
-        patches = _patches_of_masks(everything, (2.25, 4), (4, 6))
+        patches = patches_of_masks(everything, (2.25, 4), (4, 6))
         assert patches[0].sum(dim=1).tolist() == [4, 4, 4, 0]  # a quarter of the third row shows the image
         lower = everything.clone()
         lower[:, :15] = False  # from row 1.125
-        assert _patches_of_masks(lower, (2.25, 4), (4, 6))[0].any(dim=1).tolist() == [False, True, True, False]
+        assert patches_of_masks(lower, (2.25, 4), (4, 6))[0].any(dim=1).tolist() == [False, True, True, False]
 
     def test_distinct_masks_drop_empty_and_duplicate_masks(self):
         masks = torch.full((5, 10, 10), -1.0)

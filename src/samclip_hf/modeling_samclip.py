@@ -1027,6 +1027,32 @@ def _check_pairs(logits_per_text: torch.Tensor) -> None:
         raise ValueError(f"return_loss needs one text per image, got {tuple(logits_per_text.shape)} (texts, images).")
 
 
+def patches_of_masks(masks: torch.Tensor, covered: Sequence[float], grid_size: tuple[int, int]) -> torch.Tensor:
+    r"""
+    Returns the patches of masks: those of which at least half is inside or, if there are none, the patch with the
+    largest part inside. A mask without pixels has none.
+
+    masks (`torch.Tensor` of shape `(..., height, width)`):
+        Boolean masks, or for each pixel the fraction that is inside the mask.
+    covered (`Sequence[float]`):
+        The number of rows and columns of the grid that the masks cover. Masks and grid have the same upper left
+        corner. The numbers may be fractions and exceed the grid.
+    grid_size (`tuple[int, int]`):
+        Height and width of the grid in patches.
+
+    Returns `(..., grid_height, grid_width)`, `bool`.
+    """
+    overlaps = []
+    for size, length, side in zip(masks.shape[-2:], covered, grid_size, strict=True):
+        edges = torch.arange(size + 1, device=masks.device) * (length / size)  # of the pixels, in patches
+        patch = torch.arange(side, device=masks.device)[:, None]
+        overlap = (edges[1:].clamp_max(patch + 1) - edges[:-1].clamp_min(patch)).clamp_min(0)
+        overlaps.append(overlap / overlap.sum(dim=1, keepdim=True).clamp_min(1e-6))  # a patch of padding has 0
+    fraction = overlaps[0] @ masks.float() @ overlaps[1].T
+    highest = fraction.amax(dim=(-2, -1), keepdim=True)
+    return (fraction >= 0.5 - 1e-4) | ((fraction >= highest) & (highest > 0))  # 1e-4: rounding
+
+
 def load_complete_model(model_class: type[PreTrainedModel], name_or_path: str | os.PathLike, **options) -> Any:
     """
     Loads a model that has all of its weights. `from_pretrained` would initialize missing weights randomly.

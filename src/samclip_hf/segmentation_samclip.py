@@ -21,7 +21,7 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
-from .modeling_samclip import SamClipModel, load_tokenizer, refuse_labels
+from .modeling_samclip import SamClipModel, load_tokenizer, patches_of_masks, refuse_labels
 from .vision_encoder_samclip import SamClipVisionEncoderOutput
 
 logger = logging.get_logger(__name__)
@@ -558,7 +558,7 @@ class SamClipForImageSegmentation(SamClipModel):
             if not self.config.merged and content_sizes is not None:  # the tower's input has no padding
                 scales = [side / float(size) for side, size in zip(grid_size, content_sizes[i], strict=True)]
                 covered = [side * scale for side, scale in zip(covered, scales, strict=True)]
-            patches = _patches_of_masks(masks[i, kept] > 0, covered, grid_size)
+            patches = patches_of_masks(masks[i, kept] > 0, covered, grid_size)
             segments[i, kept] = patches & (patches.cumsum(dim=0) == 1)  # a patch of several masks: of the best one
         if content_mask is not None and self.config.merged:
             segments &= content_mask[:, None]
@@ -638,7 +638,7 @@ class SamClipForImageSegmentation(SamClipModel):
             covered = content_sizes[index] if self.config.merged else grid_size  # the tower's input has no padding
             for number in range(len(own)):  # one by one, because masks may be large
                 mask = own[number : number + 1].to(segments.device)
-                segments[index, number] = _patches_of_masks(mask, covered, grid_size)[0]
+                segments[index, number] = patches_of_masks(mask, covered, grid_size)[0]
         embeds, is_segment = self._embed_segments(patch_tokens, segments)
         logits = self.classify(embeds, vocabulary) * is_segment[..., None]
         scores = logits.softmax(dim=-1) * is_segment[..., None]
@@ -837,25 +837,6 @@ def _check_masks(masks, content_size: Sequence[float]) -> torch.Tensor:
                 "reshaped_input_sizes must be passed for an image with padding."
             )
     return masks > 0
-
-
-def _patches_of_masks(masks: torch.Tensor, covered: Sequence[float], grid_size: tuple[int, int]) -> torch.Tensor:
-    """
-    The patches of boolean masks `(num_masks, height, width)`: `(num_masks, grid_height, grid_width)`, `bool`.
-
-    The masks cover the first `covered` rows and columns of the grid, which may be fractions and exceed it. The patches
-    of a mask are those of which at least half is inside or, if there are none, the patch with the largest part inside.
-    A mask without pixels has none.
-    """
-    overlaps = []
-    for size, length, side in zip(masks.shape[1:], covered, grid_size, strict=True):
-        edges = torch.arange(size + 1, device=masks.device) * (length / size)  # of the pixels, in patches
-        patch = torch.arange(side, device=masks.device)[:, None]
-        overlap = (edges[1:].clamp_max(patch + 1) - edges[:-1].clamp_min(patch)).clamp_min(0)
-        overlaps.append(overlap / overlap.sum(dim=1, keepdim=True).clamp_min(1e-6))  # a patch of padding has 0
-    fraction = overlaps[0] @ masks.float() @ overlaps[1].T
-    highest = fraction.amax(dim=(1, 2), keepdim=True)
-    return (fraction >= 0.5 - 1e-4) | ((fraction >= highest) & (highest > 0))  # 1e-4: rounding
 
 
 def _spread_points(cells: torch.Tensor, num_points: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ from PIL import Image
 from samclip_hf import SamClipModel
 from samclip_hf.distillation import RegionTeacher
 from samclip_hf.distillation.collation import SamBatches
-from samclip_hf.distillation.losses import patches_of_masks, region_distillation_loss
+from samclip_hf.distillation.losses import region_distillation_loss
 from samclip_hf.images import normalize
 
 from ..conftest import assert_same
@@ -48,16 +48,6 @@ def test_an_image_without_regions_has_no_loss_and_no_gradient():
     sum(parts.values()).backward()
     assert [part.item() for part in parts.values()] == [0, 0]
     assert students.grad.abs().sum() == 0 and dense.grad.abs().sum() == 0
-
-
-def test_patches_of_masks_are_those_of_which_half_is_inside():
-    mask = torch.zeros(8, 8)
-    mask[:4, :2] = 255  # half of the first patch of 4 x 4
-    mask[4:, 4:] = 255  # all of the last patch
-    small = torch.zeros(8, 8)
-    small[0, 7] = 1
-    patches = patches_of_masks(torch.stack([mask, small, torch.zeros(8, 8)]) / 255, (2, 2))
-    assert patches.tolist() == [[[1, 0], [0, 1]], [[0, 1], [0, 0]], [[0, 0], [0, 0]]]
 
 
 def test_a_region_of_the_whole_image_has_the_embedding_of_the_image(clip_teacher, model):

@@ -113,25 +113,6 @@ def region_distillation_loss(
     return {"segment": mean_of_images(1 - segment_cosine), "dense": mean_of_images(1 - dense_cosine)}
 
 
-def patches_of_masks(masks: Tensor, grid_size: tuple[int, int]) -> Tensor:
-    """
-    Returns the patches of masks.
-
-    Args:
-        masks (`torch.Tensor` of shape `(..., height, width)`):
-            For each cell, the fraction that is inside the mask.
-        grid_size (`tuple[int, int]`):
-            Height and width in patches.
-
-    Returns:
-        `torch.Tensor` of shape `(..., grid_height, grid_width)`, `bool`: The patches of which at least half is inside
-        or, if there are none, those with the largest part inside. Empty masks have no patches.
-    """
-    inside = F.adaptive_avg_pool2d(masks.float().flatten(0, -3), grid_size).unflatten(0, masks.shape[:-2])
-    largest = inside.amax(dim=(-2, -1), keepdim=True)
-    return (inside >= largest.clamp_max(0.5)) & (inside > 0)
-
-
 @torch.no_grad()
 def mask_iou(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """

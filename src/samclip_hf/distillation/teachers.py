@@ -13,8 +13,7 @@ from transformers import AutoImageProcessor, CLIPModel, PreTrainedModel, SamMode
 from ..clip_tower_samclip import SamClipTower
 from ..configuration_samclip import SamClipConfig
 from ..images import mean_and_std, normalize
-from ..modeling_samclip import SamClipModel, load_teacher, tower_image_size
-from .losses import patches_of_masks
+from ..modeling_samclip import SamClipModel, load_teacher, patches_of_masks, tower_image_size
 
 
 class Teacher(nn.Module):
@@ -169,11 +168,14 @@ class RegionTeacher(nn.Module):
         """
         pixel_values = normalize(images, self.image_mean, self.image_std)
         patch_embeds = self.tower.encode_pixels(pixel_values, content_sizes)
-        scale = region_masks.shape[-1] / images.shape[-1]
         segments = []
-        for masks, (height, width) in zip(region_masks, content_sizes.tolist(), strict=True):
-            rows, columns = max(1, round(height * scale)), max(1, round(width * scale))
-            segments.append(patches_of_masks(masks[:, :rows, :columns], self.grid_size))
+        for masks, (height, width) in zip(region_masks.float() / 255, content_sizes.tolist(), strict=True):
+            # The tower's grid covers the image, and the masks cover its padding too.
+            covered = (
+                self.grid_size[0] * images.shape[-2] / height,
+                self.grid_size[1] * images.shape[-1] / width,
+            )
+            segments.append(patches_of_masks(masks, covered, self.grid_size))
         return self.tower.pool_segments(patch_embeds, torch.stack(segments))
 
 

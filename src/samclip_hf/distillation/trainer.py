@@ -32,7 +32,7 @@ from transformers.utils import logging
 from .. import miniature
 from ..datasets.streams import DataError, open_stream
 from ..images import mean_and_std, normalize
-from ..modeling_samclip import SamClipModel
+from ..modeling_samclip import SamClipModel, patches_of_masks
 from ..processing_samclip import SamClipProcessor
 from ..visualization import save_panel
 from . import provenance
@@ -42,13 +42,7 @@ from .callbacks import PreemptionCallback
 from .checkpoints import last_checkpoint, read_stream_state, shards_checksum, weights_checksum, write_stream_state
 from .collation import ClipBatches, SamBatches, StepLoader, StepStream, TaskBatches
 from .embedding_cache import EmbeddingCache
-from .losses import (
-    cosine_distillation_loss,
-    mask_distillation_loss,
-    mask_iou,
-    patches_of_masks,
-    region_distillation_loss,
-)
+from .losses import cosine_distillation_loss, mask_distillation_loss, mask_iou, region_distillation_loss
 from .panel import panel_rows
 from .teachers import ClipTeacher, RegionTeacher, SamTeacher
 
@@ -368,8 +362,8 @@ class SamClipTrainer(Trainer):
             for name in inputs.keys() & {"input_points", "input_boxes"}:
                 inputs[name] = (inputs[name] + 0.5) * scale - 0.5
         if region_masks is not None:
-            side = images.shape[-1] // self._patch_size
-            inputs["segments"] = patches_of_masks(region_masks, (side, side))
+            grid_size = (images.shape[-2] // self._patch_size, images.shape[-1] // self._patch_size)
+            inputs["segments"] = patches_of_masks(region_masks.float() / 255, grid_size, grid_size)
         outputs = model(pixel_values=normalize(images, self.image_mean, self.image_std, content_sizes), **inputs)
         loss = outputs.image_embeddings.new_zeros(())
         if self.sam_teacher is not None:
