@@ -1055,7 +1055,8 @@ def patches_of_masks(masks: torch.Tensor, covered: Sequence[float], grid_size: t
 
 def load_complete_model(model_class: type[PreTrainedModel], name_or_path: str | os.PathLike, **options) -> Any:
     """
-    Loads a model that has all of its weights. `from_pretrained` would initialize missing weights randomly.
+    Loads a model that has all of its weights, in the shapes of its configuration. `from_pretrained` would initialize
+    missing weights randomly.
 
     model_class (`type[PreTrainedModel]`):
         The class of the model.
@@ -1064,10 +1065,12 @@ def load_complete_model(model_class: type[PreTrainedModel], name_or_path: str | 
     options:
         Arguments of `from_pretrained`.
 
-    Raises `OSError` if there is no such model or its weights cannot be read, `ValueError` if its files lack weights.
+    Raises `OSError` if there is no such model or its weights cannot be read, and `ValueError` if its files lack
+    weights or have weights of other shapes.
     """
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        model, loading_info = model_class.from_pretrained(name_or_path, output_loading_info=True, **options)
+        model, loading_info = model_class.from_pretrained(name_or_path, **options)
     except SafetensorError as error:
         raise OSError(
             f"The weights of {name_or_path} cannot be read: a safetensors file is truncated or damaged ({error}). "
@@ -1085,6 +1088,12 @@ def load_complete_model(model_class: type[PreTrainedModel], name_or_path: str | 
     if missing := sorted(loading_info["missing_keys"]):
         names = ", ".join([*missing[:5], *(["..."] if len(missing) > 5 else [])])
         raise ValueError(f"{name_or_path} lacks weights, which would be random: {names}.")
+    if mismatched := sorted(loading_info["mismatched_keys"]):
+        name, saved, expected = mismatched[0]
+        raise ValueError(
+            f"{len(mismatched)} weights of {name_or_path} have other shapes than its configuration, such as {name}: "
+            f"{tuple(saved)} instead of {tuple(expected)}. config.json and the weights must be of the same model."
+        )
     return model
 
 
@@ -1100,7 +1109,7 @@ def load_teacher(classes: tuple[type[PreTrainedModel], ...], teacher, argument: 
         Name of the caller's argument, for error messages.
 
     Raises `TypeError` for another kind of model, `OSError` if there is none or its weights cannot be read, and
-    `ValueError` if its files lack weights.
+    `ValueError` if its files lack weights or have weights of other shapes.
     """
     if isinstance(teacher, classes):
         return teacher

@@ -246,6 +246,21 @@ def test_models_without_some_of_their_weights_are_refused(train, recipe, damaged
         train.run([recipe(text)])
 
 
+def test_models_whose_weights_have_other_shapes_than_their_configuration_are_refused(train, recipe, damaged):
+    text, weights = damaged
+    state = load_file(weights)
+    name = next(name for name in sorted(state) if name.endswith("weight") and state[name].ndim == 2)
+    shape = tuple(state[name].shape)
+    state[name] = state[name][:-1].contiguous()
+    save_file(state, weights, metadata={"format": "pt"})
+    sentence = (
+        f"1 weights of {weights.parent} have other shapes than its configuration, such as {name}: "
+        f"{(shape[0] - 1, shape[1])} instead of {shape}."
+    )
+    with pytest.raises(SystemExit, match=re.escape(sentence)):
+        train.run([recipe(text)])
+
+
 def test_a_truncated_file_of_weights_is_reported(train, recipe, damaged):
     text, weights = damaged
     weights.write_bytes(weights.read_bytes()[:-1])
