@@ -51,8 +51,9 @@ tasks:
   describes the evaluators, and the layout of each dataset.
 
 models:
-  SAM-CLIP, SAM, CLIP and SigLIP checkpoints, and cascades of a SAM and a CLIP, written SAM+CLIP.
-  Tasks that a model does not support are skipped.
+  SAM-CLIP, SAM, CLIP and SigLIP checkpoints. SAM+CLIP, the names of a SAM and of a CLIP or SigLIP
+  with a plus between them, is the unmerged model of both. cascade is for unmerged models only.
+  Tasks that a model does not support are listed and skipped.
 
 output:
   results.json, results.md, an image of sample predictions for every task and model, and a model
@@ -89,8 +90,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--model",
         nargs="+",
         metavar="NAME",
-        help="folders or repositories on the Hub (default: those of the shipped miniature, its teachers, and their "
-        "cascade that support the tasks)",
+        help="folders or repositories on the Hub, or pairs SAM+CLIP (default: those of the shipped miniature, its "
+        "teachers, and their unmerged model that support the tasks)",
     )
     parser.add_argument(
         "--task",
@@ -292,14 +293,14 @@ def first(data: "DataSet", limit: int | None) -> "DataSet":
     return replace(data, samples=list(islice(data.samples, limit)), description=description)
 
 
-def split_cascade(name: str) -> list[str]:
-    """As in `samclip_hf.evaluation`, which imports torch."""
+def split_pair(name: str) -> list[str]:
+    """The names of the two models of "SAM+CLIP", or of a single model, whose folder may have a plus in its name."""
     return [name] if os.path.isdir(name) else name.split("+", 1)
 
 
 def short_names(names: list[str]) -> list[str]:
     """Names of models for tables: the last parts of their paths, with as many folders above as distinguish them."""
-    paths = [[Path(os.path.abspath(part)).parts for part in split_cascade(name)] for name in names]
+    paths = [[Path(os.path.abspath(part)).parts for part in split_pair(name)] for name in names]
     short = [""] * len(names)
     for depth in range(1, 1 + max(len(path) for parts in paths for path in parts)):
         counts = Counter(short)
@@ -335,21 +336,20 @@ def select_models(names: list[str], evaluators: dict[str, "Evaluator"], are_defa
     Raises `CommandError` for a model that cannot be evaluated, and for one that the user has named and that supports
     none of the tasks.
     """
-    from samclip_hf.evaluation import CascadeAdapter, adapter_classes
+    from samclip_hf.evaluation import adapter_class
 
     selected = []
     for name in names:
         try:
-            classes = [adapter_class for _, adapter_class in adapter_classes(name)]
+            kind = adapter_class(*split_pair(name))
         except (ValueError, OSError) as error:
             raise CommandError(f"{name} cannot be loaded: {error}") from error
-        adapter_class = classes[0] if len(classes) == 1 else CascadeAdapter
-        if any(evaluator.applies_to(adapter_class) for evaluator in evaluators.values()):
+        if any(evaluator.applies_to(kind) for evaluator in evaluators.values()):
             selected.append(name)
         elif not are_defaults:
             raise CommandError(
-                f"{name} ({adapter_class.__name__.removesuffix('Adapter')}) supports none of the tasks: "
-                f"{', '.join(evaluators)}. 'samclip evaluate --help' lists which models each task is for."
+                f"{name} ({kind.__name__.removesuffix('Adapter')}) supports none of the tasks: "
+                f"{', '.join(evaluators)}. docs/evaluate.md in the repository lists which models each task is for."
             )
     return selected
 
@@ -382,7 +382,7 @@ def run(argv: Sequence[str]) -> int:
     arguments = build_parser().parse_args(argv)
     check_tasks(arguments)
     for name in arguments.model or []:
-        for part in split_cascade(name):
+        for part in split_pair(name):
             check_model(part)
     check_writable(arguments.output_dir, "--output_dir")
 
@@ -413,12 +413,16 @@ def run(argv: Sequence[str]) -> int:
     results = open_results(output_dir, shlex.join(["samclip", "evaluate", *argv]), ["results.md", *files])
     for name, short_name in zip(models, names, strict=True):
         try:
-            model = load_adapter(name, state.device, getattr(torch, arguments.dtype))
+            model_name, *clip = split_pair(name)
+            model = load_adapter(model_name, state.device, getattr(torch, arguments.dtype), *clip)
             model.name = short_name
         except (ValueError, OSError) as error:
             sys.exit(f"{name} cannot be loaded: {error}")
+        if skipped := [key for key, evaluator in evaluators.items() if not evaluator.applies_to(model)]:
+            kind = type(model).__name__.removesuffix("Adapter")
+            state.print(f"{short_name} ({kind}) does not support and skips {', '.join(skipped)}.")
         for key, evaluator in evaluators.items():
-            if not evaluator.applies_to(model):
+            if key in skipped:
                 continue
             # The main process decides for all, because it may write the file while the others read it.
             place = (*results.locate(key, evaluator, model), results.holds(key, evaluator, model))

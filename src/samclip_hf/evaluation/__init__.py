@@ -1,7 +1,6 @@
 """Model adapters, evaluators of the paper's protocols, metrics and reports. They need the extra `train`."""
 
 from .adapters import (
-    CascadeAdapter,
     ClipAdapter,
     ImageTextAdapter,
     ModelAdapter,
@@ -10,9 +9,9 @@ from .adapters import (
     SamClipAdapter,
     SamClipVisionAdapter,
     SiglipAdapter,
-    adapter_classes,
+    UnmergedAdapter,
+    adapter_class,
     load_adapter,
-    split_cascade,
 )
 from .cascade_segmentation import CascadeSegmentation
 from .classification import ZeroShotClassification
@@ -28,7 +27,6 @@ from .retrieval import Retrieval
 from .semantic_segmentation import LabelMapEvaluator, SemanticSegmentation
 
 __all__ = [
-    "CascadeAdapter",
     "CascadeSegmentation",
     "ClipAdapter",
     "ComposedSegmentation",
@@ -50,13 +48,13 @@ __all__ = [
     "SampleEvaluator",
     "SemanticSegmentation",
     "SiglipAdapter",
+    "UnmergedAdapter",
     "ZeroShotClassification",
     "ZeroShotInstanceSegmentation",
-    "adapter_classes",
+    "adapter_class",
     "create_model_index",
     "load_adapter",
     "read_results",
     "results_of_model",
     "save_result_panel",
-    "split_cascade",
 ]

@@ -1,6 +1,6 @@
 """
-Model adapters: one interface for the SAM-CLIPs, SAMs, CLIPs, SigLIPs and cascades that evaluators compare. All of them
-get the same images.
+Model adapters: one interface for the SAM-CLIPs, SAMs, CLIPs and SigLIPs that evaluators compare. All of them get the
+same images.
 
 >>> from samclip_hf import miniature
 >>> adapter = load_adapter(str(miniature.clip_teacher()))
@@ -18,12 +18,22 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from transformers import AutoConfig, AutoProcessor, CLIPModel, PreTrainedModel, SamModel, SiglipModel, pipeline
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    CLIPModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+    SamModel,
+    SiglipModel,
+    pipeline,
+)
 
 from ..clip_tower_samclip import project_siglip_patches, replace_attention_by_values
 from ..identity import hash_configuration, hash_json, hash_weights
 from ..images import mask_to_box, mean_and_std, normalize
 from ..modeling_samclip import SamClipModel, load_complete_model
+from ..processing_samclip import SamClipProcessor
 from ..segmentation_samclip import SamClipForImageSegmentation, canonicalize_text
 
 TEXT_BATCH_SIZE = 256
@@ -58,11 +68,6 @@ class ModelAdapter:
         self.model.to(device, dtype)
 
     @property
-    def models(self) -> list[PreTrainedModel]:
-        """The models behind the adapter: two for a cascade, one for the others."""
-        return [self.model]
-
-    @property
     def identity(self) -> str:
         """A hash of weights and configuration. Results of equal identities and dtypes are of the same model."""
         return hash_json([self.weights, self.configuration])
@@ -72,11 +77,10 @@ class ModelAdapter:
         """Names of the parts of the model with new weights: all of their biases are exactly 0. Empty for a trained
         model."""
         biases: dict[str, bool] = {}
-        for model in self.models:
-            for name, parameter in model.named_parameters():
-                if name.endswith("bias"):
-                    part = ".".join(name.split(".")[:2])
-                    biases[part] = biases.get(part, True) and not parameter.any()
+        for name, parameter in self.model.named_parameters():
+            if name.endswith("bias"):
+                part = ".".join(name.split(".")[:2])
+                biases[part] = biases.get(part, True) and not parameter.any()
         return sorted(part for part, are_zero in biases.items() if are_zero)
 
     @property
@@ -389,15 +393,9 @@ class SamClipVisionAdapter(PromptableAdapter):
 
 
 class SamClipAdapter(ImageTextAdapter, SamClipVisionAdapter):
-    """Any other SAM-CLIP."""
+    """A merged SAM-CLIP with its text tower."""
 
     patch_rule = "CLIP head: LayerNorm and MLP of each patch"
-
-    def __init__(self, name: str, model: PreTrainedModel, processor):
-        super().__init__(name, model, processor)
-        if not model.config.merged:
-            rule = (SiglipAdapter if self.has_siglip_text else ClipAdapter).patch_rule
-            self.patch_rule = f"{rule}; stretched to {model.config.clip_image_size} px"
 
     @property
     def has_siglip_text(self) -> bool:
@@ -411,29 +409,29 @@ class SamClipAdapter(ImageTextAdapter, SamClipVisionAdapter):
         return self.model.clip_head.project_patches(self.model.clip_head(patch_tokens))
 
 
-class CascadeAdapter(ModelAdapter):
-    """A SAM's everything mode whose masks a CLIP classifies one by one (paper, table 7)."""
+class UnmergedAdapter(SamClipAdapter):
+    """An unmerged SAM-CLIP with its text tower: a SAM and a CLIP or SigLIP. Image and patch embeddings run CLIP's
+    vision tower only."""
 
-    def __init__(self, sam: PromptableAdapter, clip: ImageTextAdapter):
-        self.name, self.sam, self.clip = f"{sam.name}+{clip.name}", sam, clip
+    def __init__(self, name: str, model: PreTrainedModel, processor):
+        super().__init__(name, model, processor)
+        rule = (SiglipAdapter if self.has_siglip_text else ClipAdapter).patch_rule
+        self.patch_rule = f"{rule}; stretched to {model.config.clip_image_size} px"
 
-    @property
-    def models(self) -> list[PreTrainedModel]:
-        return [self.sam.model, self.clip.model]
+    def _image_features(self, pixel_values: Tensor, reshaped_input_sizes: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        tower = self.model.clip_head
+        return tower.pool(tower(tower.encode_pixels(pixel_values, reshaped_input_sizes)))
 
-    @property
-    def identity(self) -> str:
-        return hash_json([self.sam.identity, self.clip.identity])
-
-    @property
-    def weights(self) -> str:  # type: ignore[override]  # of both models
-        return f"{self.sam.weights}+{self.clip.weights}"
+    def _dense_embeds(self, pixel_values: Tensor) -> Tensor:
+        tower = self.model.clip_head
+        return tower.project_patches(tower(tower.encode_pixels(pixel_values, None)))
 
     @torch.inference_mode()
-    def name_masks(self, image: Image.Image, masks: np.ndarray, text_embeds: Tensor) -> Tensor:
+    def compare_crops(self, image: Image.Image, masks: np.ndarray, text_embeds: Tensor, masked: bool = True) -> Tensor:
         """
-        Compares masks with texts. The input of CLIP is a crop of the box of each mask, padded to a square, in which
-        pixels outside the mask have the mean color of CLIP's normalization.
+        Compares masks with texts, as a cascade of SAM and CLIP does (paper, table 7), not as the model itself does.
+        The input of CLIP is a crop of the box of each mask, padded with the mean color of CLIP's normalization to a
+        square, at CLIP's own image size.
 
         Args:
             image (`PIL.Image.Image`):
@@ -442,25 +440,35 @@ class CascadeAdapter(ModelAdapter):
                 Masks, none of them empty.
             text_embeds (`torch.Tensor` of shape `(num_texts, projection_dim)`):
                 Unit embeddings of the texts.
+            masked (`bool`, *optional*, defaults to `True`):
+                Whether pixels outside the mask have the mean color as well.
 
         Returns:
             `torch.Tensor` of shape `(num_masks, num_texts)`: Cosine similarities.
         """
-        pixels = np.asarray(image)
-        mean_color = np.asarray(self.clip.image_processor.image_mean) * 255
-        crops = []
+        config, tower = self.model.config, self.model.clip_head
+        mean, std = (np.asarray(values) for values in mean_and_std(self.image_processor))
+        std = std / config.clip_pixel_scale  # CLIP's
+        mean = mean - config.clip_pixel_shift * std
+        color = (mean * 255).round()
+        size = config.clip_vision_config.image_size
+        pixels, crops = np.asarray(image), []
         for mask in masks:
             box = mask_to_box(mask)
             assert box is not None
             left, top, right, bottom = box
-            window = np.s_[top:bottom, left:right]
-            crop = np.where(mask[window][..., None], pixels[window], mean_color).astype(np.uint8)
-            crops.append(Image.fromarray(pad_to_square(crop, mean_color)))
-        embeds = [
-            self.clip.embed_images(crops[start : start + CROP_BATCH_SIZE])
-            for start in range(0, len(crops), CROP_BATCH_SIZE)
-        ]
-        return torch.cat(embeds) @ text_embeds.T
+            crop = pixels[top:bottom, left:right]
+            if masked:
+                crop = np.where(mask[top:bottom, left:right, None], crop, color).astype(np.uint8)
+            square = Image.fromarray(pad_to_square(crop, color))
+            crops.append(np.asarray(square.resize((size, size), Image.Resampling.BICUBIC)))
+        similarities = []
+        for batch in torch.from_numpy(np.stack(crops)).split(CROP_BATCH_SIZE):
+            pixel_values = normalize(batch.to(self.model.device).permute(0, 3, 1, 2), mean.tolist(), std.tolist())
+            features = tower.vision_model(pixel_values.to(self.model.dtype)).pooler_output
+            features = features if tower.projection is None else tower.projection(features)
+            similarities.append(F.normalize(features.float(), dim=-1) @ text_embeds.T)
+        return torch.cat(similarities)
 
 
 def describe_crop(size: int | None) -> dict[str, Any]:
@@ -469,15 +477,17 @@ def describe_crop(size: int | None) -> dict[str, Any]:
     return {"size": size or by_model, "crop": "middle square" if size else by_model}
 
 
-def describe_own_size(model: ModelAdapter) -> dict[str, str]:
-    """Describes the sizes to which a model's own image processors resize images, for
-    [`Evaluator.describe_settings`]."""
-    if isinstance(model, CascadeAdapter):
-        return {"image size of SAM": _resized_size(model.sam), "image size of CLIP": _resized_size(model.clip)}
-    return {"image size": _resized_size(model)}
+def describe_sizes(model: ModelAdapter, has_own_size: bool = True) -> dict[str, str]:
+    """Describes the size to which a model's own image processor resizes images, unless the protocol defines another
+    one, and the size of the input of an unmerged model's vision tower, for [`Evaluator.describe_settings`]."""
+    sizes = {"image size": _own_size(model)} if has_own_size else {}
+    if isinstance(model, UnmergedAdapter):
+        side = model.model.config.clip_image_size
+        sizes["image size of CLIP"] = f"stretched to {side} x {side} px"
+    return sizes
 
 
-def _resized_size(model: ModelAdapter) -> str:
+def _own_size(model: ModelAdapter) -> str:
     processor = model.image_processor.to_dict()
     if not processor.get("do_resize", True):
         return "not resized"
@@ -512,66 +522,72 @@ ADAPTERS: dict[str, tuple[Any, type[ModelAdapter]]] = {
 }
 
 
-def split_cascade(name: str) -> list[str]:
-    """Returns the names of the two models of a cascade "SAM+CLIP", or of a single model, whose folder may have a plus
-    in its name."""
-    return [name] if Path(name).is_dir() else name.split("+", 1)
-
-
-def adapter_classes(name: str) -> list[tuple[Any, type[ModelAdapter]]]:
+def adapter_class(name: str, clip: str | None = None) -> type[ModelAdapter]:
     """
-    Returns the model class and the adapter class of a model, or of both models of a cascade. Reads only
-    configurations.
+    Returns the class of adapters for a model. Reads only configurations.
 
     Args:
-        name (`str`):
-            As [`load_adapter`].
+        name, clip (`str`):
+            As in [`load_adapter`].
 
     Raises:
         ValueError: The model has another type.
         OSError: There is no such model.
     """
-    classes = []
-    for part in split_cascade(name):
-        if Path(part).is_absolute() and not Path(part).is_dir():
-            raise FileNotFoundError(f"There is no folder {part}.")  # transformers would report an invalid Hub name
-        config = AutoConfig.from_pretrained(part)
-        if config.model_type not in ADAPTERS:
+    config = _load_config(name)
+    kind = ADAPTERS[config.model_type][1]
+    if clip is not None:
+        clip_kind = ADAPTERS[_load_config(clip).model_type][1]
+        if kind is not SamAdapter or clip_kind not in (ClipAdapter, SiglipAdapter):
             raise ValueError(
-                f"{part} is a model of type {config.model_type!r}. SAM-CLIP, SAM, CLIP and SigLIP can be evaluated."
+                f"{name}+{clip}: a pair must be a SAM and a CLIP or SigLIP, in this order; got "
+                f"{kind.__name__.removesuffix('Adapter')} and {clip_kind.__name__.removesuffix('Adapter')}."
             )
-        model_class, adapter_class = ADAPTERS[config.model_type]
-        if adapter_class is SamClipAdapter and not config.has_text_tower:
-            adapter_class = SamClipVisionAdapter
-        classes.append((model_class, adapter_class))
-    if len(classes) == 2 and not (
-        issubclass(classes[0][1], PromptableAdapter) and issubclass(classes[1][1], ImageTextAdapter)
-    ):
-        raise ValueError(f"A cascade must be SAM+CLIP, in this order; got {name!r}.")
-    return classes
+        return UnmergedAdapter
+    if kind is SamClipAdapter and not config.has_text_tower:
+        return SamClipVisionAdapter
+    return UnmergedAdapter if kind is SamClipAdapter and not config.merged else kind
 
 
-def load_adapter(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> ModelAdapter:
+def _load_config(name: str) -> PreTrainedConfig:
+    if Path(name).is_absolute() and not Path(name).is_dir():
+        raise FileNotFoundError(f"There is no folder {name}.")  # transformers would report an invalid Hub name
+    config = AutoConfig.from_pretrained(name)
+    if config.model_type not in ADAPTERS:
+        raise ValueError(
+            f"{name} is a model of type {config.model_type!r}. SAM-CLIP, SAM, CLIP and SigLIP can be evaluated."
+        )
+    return config
+
+
+def load_adapter(
+    name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, clip: str | None = None
+) -> ModelAdapter:
     """
     Loads a model for evaluation.
 
     Args:
         name (`str`):
-            The folder or the repository on the Hub of a SAM-CLIP, SAM, CLIP or SigLIP, or "SAM+CLIP" for the cascade
-            of two of them.
+            The folder or the repository on the Hub of a SAM-CLIP, SAM, CLIP or SigLIP.
         device (`torch.device` or `str`, *optional*, defaults to `"cpu"`):
             The device of the model.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
             The type of its parameters. The model is loaded in float32 and cast.
+        clip (`str`, *optional*):
+            The folder or the repository of a CLIP or SigLIP: the adapter is of the unmerged model of the SAM `name`
+            and this CLIP, see [`SamClipModel.from_teachers`].
 
     Raises:
-        ValueError: The model has another type, or its files lack weights.
+        ValueError: The model has another type, its files lack weights, or the two models cannot be combined.
         OSError: There is no such model, or its weights cannot be read.
     """
-    adapters = []
-    for part, (model_class, adapter_class) in zip(split_cascade(name), adapter_classes(name), strict=True):
-        model = load_complete_model(model_class, part, dtype=torch.float32)
-        adapter = adapter_class(part, model, AutoProcessor.from_pretrained(part))
-        adapter.to(device, dtype)
-        adapters.append(adapter)
-    return adapters[0] if len(adapters) == 1 else CascadeAdapter(*adapters)  # type: ignore[arg-type]
+    kind = adapter_class(name, clip)
+    if clip is None:
+        model_class = ADAPTERS[_load_config(name).model_type][0]
+        model, processor = load_complete_model(model_class, name, dtype=torch.float32), AutoProcessor.from_pretrained(name)
+    else:
+        model = SamClipForImageSegmentation.from_teachers(name, clip, merged=False)
+        processor, name = SamClipProcessor.from_teachers(name, clip), f"{name}+{clip}"
+    adapter = kind(name, model, processor)
+    adapter.to(device, dtype)
+    return adapter

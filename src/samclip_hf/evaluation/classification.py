@@ -8,7 +8,7 @@ import numpy as np
 from ..datasets.samples import DataSet, LabeledImage
 from ..templates import IMAGENET_TEMPLATES
 from ..visualization import draw_text
-from .adapters import ImageTextAdapter, describe_crop, describe_own_size
+from .adapters import ImageTextAdapter, describe_crop, describe_sizes
 from .evaluator import SampleEvaluator, describe_names, describe_templates
 from .metrics import AccumulatingMetric, TopK
 
@@ -51,7 +51,7 @@ class ZeroShotClassification(SampleEvaluator[LabeledImage]):
         }
 
     def describe_settings(self, model: ImageTextAdapter) -> dict[str, Any]:
-        return {} if self.size else describe_own_size(model)
+        return describe_sizes(model, has_own_size=self.size is None)
 
     def new_metrics(self) -> dict[str, AccumulatingMetric]:
         return {"top_k": TopK(num_labels=len(self.class_names))}

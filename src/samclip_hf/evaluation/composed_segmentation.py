@@ -10,13 +10,14 @@ from PIL import Image
 from ..datasets.samples import DataSet, SegmentedImage
 from ..segmentation_samclip import POINTS_PER_CLASS, SamClipVocabulary
 from ..templates import IMAGENET_TEMPLATES
-from .adapters import SamClipAdapter, describe_own_size
+from .adapters import SamClipAdapter, describe_sizes
 from .semantic_segmentation import LabelMapEvaluator
 
 
 class ComposedSegmentation(LabelMapEvaluator):
     """
-    Segments with both heads of a SAM-CLIP in one pass of its image encoder, by the composition in its configuration.
+    Segments with both heads of a SAM-CLIP by the composition in its configuration: in one pass of a merged model's
+    image encoder, or in one pass of each encoder of an unmerged model.
 
     data, templates, background_threshold, background_templates:
         See [`LabelMapEvaluator`].
@@ -48,8 +49,9 @@ class ComposedSegmentation(LabelMapEvaluator):
         points = f"{POINTS_PER_CLASS} per class"  # the paper's composition
         if config.composition == "segments":
             points = f"{config.composition_points} per image"
-        size = {"image size": f"longest edge {self.size} px"} if self.size else describe_own_size(model)
-        return {"composition": config.composition, "points": points, **size}
+        size = {"image size": f"longest edge {self.size} px"} if self.size else {}
+        sizes = size | describe_sizes(model, has_own_size=self.size is None)
+        return {"composition": config.composition, "points": points, **sizes}
 
     def prepare(self, model: SamClipAdapter) -> None:
         text_embeds, labels = self.embed_vocabulary(model)

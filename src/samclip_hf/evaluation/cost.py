@@ -17,12 +17,12 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from ..datasets.samples import DataSet, SegmentedImage
 from .adapters import (
-    CascadeAdapter,
     ImageTextAdapter,
     ModelAdapter,
     PromptableAdapter,
     SamClipAdapter,
-    describe_own_size,
+    UnmergedAdapter,
+    describe_sizes,
 )
 from .cascade_segmentation import CascadeSegmentation
 from .composed_segmentation import ComposedSegmentation
@@ -82,7 +82,7 @@ class Cost(Evaluator):
         }
 
     def describe_settings(self, model: ModelAdapter) -> dict[str, Any]:
-        return describe_own_size(model)
+        return describe_sizes(model)
 
     def run(self, model: ModelAdapter) -> EvaluationResult | None:
         """Measures on the main process only; the others wait."""
@@ -93,9 +93,9 @@ class Cost(Evaluator):
 
     def _measure(self, model: ModelAdapter) -> EvaluationResult:
         start = time.perf_counter()
-        parameters = sum(p.numel() for part in model.models for p in part.parameters())
+        parameters = sum(parameter.numel() for parameter in model.model.parameters())
         metrics: dict[str, float | None] = {"parameters, M": parameters / 1e6}
-        device = model.models[0].device
+        device = model.model.device
         for title, function in self.functions(model).items():
             with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION_FLOPS) as counter:
                 function()
@@ -133,7 +133,7 @@ class Cost(Evaluator):
             evaluators["by text, patches"] = SemanticSegmentation(data, size=self.size)
         if isinstance(model, SamClipAdapter):
             evaluators["by text, both heads"] = ComposedSegmentation(data)
-        if isinstance(model, CascadeAdapter):
+        if isinstance(model, UnmergedAdapter):
             evaluators["by text, cascade"] = CascadeSegmentation(data, generation=self.generation)
         for title, evaluator in evaluators.items():
             evaluator.prepare(model)

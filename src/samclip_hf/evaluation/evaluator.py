@@ -48,16 +48,19 @@ class Evaluator(ABC):
 
     name (`str`):
         The evaluator's name on the command line.
-    adapter_class (`type[ModelAdapter]`):
-        The models to which the evaluator applies.
+    adapter_class, excluded_class (`type[ModelAdapter]`, *optional*):
+        The models to which the evaluator applies, and those of them to which it does not.
     """
 
     name: ClassVar[str]
     adapter_class: ClassVar[type[ModelAdapter]] = ModelAdapter
+    excluded_class: ClassVar[type[ModelAdapter] | None] = None
 
     def applies_to(self, model: ModelAdapter | type[ModelAdapter]) -> bool:
         """Returns whether the evaluator applies to a model, or to all models of a class of adapters."""
-        return issubclass(model if isinstance(model, type) else type(model), self.adapter_class)
+        kind = model if isinstance(model, type) else type(model)
+        is_excluded = self.excluded_class is not None and issubclass(kind, self.excluded_class)
+        return issubclass(kind, self.adapter_class) and not is_excluded
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:

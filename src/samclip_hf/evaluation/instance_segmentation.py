@@ -8,7 +8,7 @@ import torch
 from ..datasets.samples import DataSet, ImageWithObjects
 from ..images import decode_mask, encode_mask
 from ..visualization import draw_prompts, overlay_masks
-from .adapters import PromptableAdapter, describe_own_size
+from .adapters import PromptableAdapter, describe_sizes
 from .evaluator import SampleEvaluator
 from .metrics import AccumulatingMetric, MaskAveragePrecision
 from .prompted_segmentation import mask_iou
@@ -43,7 +43,7 @@ class ZeroShotInstanceSegmentation(SampleEvaluator[ImageWithObjects]):
         }
 
     def describe_settings(self, model: PromptableAdapter) -> dict[str, Any]:
-        return describe_own_size(model)
+        return describe_sizes(model)
 
     def new_metrics(self) -> dict[str, AccumulatingMetric]:
         categories = self.data.description.get("categories")

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..datasets.samples import DataSet
-from .adapters import CascadeAdapter, ModelAdapter, SamAdapter
+from .adapters import ModelAdapter, SamAdapter, UnmergedAdapter
 from .evaluator import EvaluationResult, Evaluator, named, shard_batches
 
 BATCH_SIZE = 16
@@ -35,6 +35,8 @@ class Probing(Evaluator):
         The seed of the heads' weights, of the order of samples, and of held-out samples.
     """
 
+    excluded_class = UnmergedAdapter  # its features are those of its two models, which can be probed themselves
+
     def __init__(self, train: DataSet, test: DataSet, size: int, seed: int = 0):
         for data in (train, test):
             if not hasattr(data.samples, "__len__"):
@@ -45,9 +47,6 @@ class Probing(Evaluator):
         if train.names != test.names:
             raise ValueError(f"{train.name} and {test.name} do not have the same classes in the same order.")
         self.train, self.test, self.size, self.seed = train, test, size, seed
-
-    def applies_to(self, model: ModelAdapter | type[ModelAdapter]) -> bool:
-        return not issubclass(model if isinstance(model, type) else type(model), CascadeAdapter)
 
     def describe(self) -> dict[str, Any]:
         return {

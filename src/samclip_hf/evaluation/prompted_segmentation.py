@@ -10,7 +10,7 @@ from scipy.ndimage import distance_transform_edt
 from ..datasets.samples import DataSet, ImageWithObjects
 from ..images import decode_mask, mask_to_prompt_box
 from ..visualization import draw_prompts, overlay_masks
-from .adapters import PromptableAdapter, describe_own_size
+from .adapters import PromptableAdapter, describe_sizes
 from .evaluator import SampleEvaluator
 from .metrics import AccumulatingMetric, MaskIoU
 
@@ -48,7 +48,7 @@ class PromptedSegmentation(SampleEvaluator[ImageWithObjects]):
         }
 
     def describe_settings(self, model: PromptableAdapter) -> dict[str, Any]:
-        return describe_own_size(model)
+        return describe_sizes(model)
 
     def new_metrics(self) -> dict[str, AccumulatingMetric]:
         return {name: MaskIoU() for name in ("point_miou", "point_oracle_miou", "box_miou")}

@@ -249,7 +249,7 @@ def to_json(value: Any) -> Any:
 
 def dtype_name(model: ModelAdapter) -> str:
     """Returns the type of a model's parameters, such as "float32"."""
-    return str(model.models[0].dtype).removeprefix("torch.")
+    return str(model.model.dtype).removeprefix("torch.")
 
 
 def device_name() -> str:

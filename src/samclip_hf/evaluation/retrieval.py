@@ -7,7 +7,7 @@ import torch
 
 from ..datasets.samples import CaptionedImage, DataSet
 from ..visualization import draw_text
-from .adapters import ImageTextAdapter, describe_crop, describe_own_size
+from .adapters import ImageTextAdapter, describe_crop, describe_sizes
 from .evaluator import SampleEvaluator
 from .metrics import AccumulatingMetric, RecallAtK
 
@@ -40,7 +40,7 @@ class Retrieval(SampleEvaluator[CaptionedImage]):
         }
 
     def describe_settings(self, model: ImageTextAdapter) -> dict[str, Any]:
-        return {} if self.size else describe_own_size(model)
+        return describe_sizes(model, has_own_size=self.size is None)
 
     def new_metrics(self) -> dict[str, AccumulatingMetric]:
         return {"recall": RecallAtK()}

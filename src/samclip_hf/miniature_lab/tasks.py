@@ -13,6 +13,7 @@ from ..evaluation import (
     Cost,
     Evaluator,
     HeadProbing,
+    LabelMapEvaluator,
     LinearProbing,
     ModelAdapter,
     PromptedSegmentation,
@@ -21,6 +22,7 @@ from ..evaluation import (
     ZeroShotClassification,
     ZeroShotInstanceSegmentation,
 )
+from ..evaluation.metrics import AccumulatingMetric
 from ..images import encode_mask, mask_to_prompt_box
 from ..miniature import MASK_GENERATION
 from ..miniature.scenes import (
@@ -36,6 +38,7 @@ from ..miniature.scenes import (
 
 SIZES = (64, 96, 128)  # correspond to the paper's 224, 448 and 1024 px
 NUM_SCENES = 200
+OBJECT_COUNTS = ("mean_iou, 1 object", *(f"mean_iou, {number} objects" for number in (2, 3, 4)))  # metrics
 
 Metrics = dict[str, float | None]
 
@@ -58,6 +61,37 @@ class MiniatureClassification(ZeroShotClassification):
         return by_group | {"top1": counts["top1"], "top5": counts["top5"]}
 
 
+class ByNumberOfObjects(LabelMapEvaluator):
+    """Reports the mean IoU also of the scenes with one, two, three and four objects, separately."""
+
+    def new_metrics(self) -> dict[str, AccumulatingMetric]:
+        return super().new_metrics() | {name: super().new_metrics()["mean_iou"] for name in OBJECT_COUNTS}
+
+    def update(self, model: ModelAdapter, samples: list[SegmentedImage], metrics) -> list[float]:
+        scores = []
+        for sample in samples:
+            own = super().new_metrics()
+            scores += super().update(model, [sample], own)
+            seed, index = map(int, sample.key.split()[1].split("/"))
+            for name in ("mean_iou", OBJECT_COUNTS[len(scene(seed, index).masks) - 1]):
+                metrics[name].merge(own["mean_iou"].state)
+        return scores
+
+    def compute_metrics(self, metrics) -> Metrics:
+        parts = {name: metrics[name] for name in OBJECT_COUNTS}
+        return super().compute_metrics(metrics) | {
+            name: part.compute()["mean_iou"] if part.state["confusion"].any() else None for name, part in parts.items()
+        }
+
+
+class MiniatureComposed(ByNumberOfObjects, ComposedSegmentation):
+    """Segmentation by the model's own composition."""
+
+
+class MiniatureCascade(ByNumberOfObjects, CascadeSegmentation):
+    """Segmentation by the cascade."""
+
+
 def evaluate(evaluator: Evaluator, model: ModelAdapter) -> Metrics:
     """Runs an evaluator in a single process and returns its metrics."""
     result = evaluator.run(model)
@@ -68,7 +102,7 @@ def evaluate(evaluator: Evaluator, model: ModelAdapter) -> Metrics:
 @lru_cache(maxsize=8)  # the image, label map and objects of a scene are read separately
 def scene(seed: int, index: int) -> Scene:
     """A scene with one to four objects of any class."""
-    return render(seed, index, num_objects=1 + index % 4)
+    return render(seed, index, num_objects=1 + index % len(OBJECT_COUNTS))
 
 
 def single_object(seed: int, index: int) -> Image.Image:
@@ -184,8 +218,11 @@ def tasks(seed: int = 101, fraction: float = 1.0) -> dict[str, Evaluator]:
         "retrieval:miniature": Retrieval(captioned_images(seed + 4, number(500))),
         "instances:miniature": ZeroShotInstanceSegmentation(with_objects),
         "prompts:miniature": PromptedSegmentation(with_objects, point="random"),
-        "composed:miniature": ComposedSegmentation(scenes, templates=TEMPLATES),
-        "cascade:miniature": CascadeSegmentation(scenes, MASK_GENERATION, templates=TEMPLATES),
+        "composed:miniature": MiniatureComposed(scenes, templates=TEMPLATES),
+        "cascade:miniature": MiniatureCascade(scenes, MASK_GENERATION, templates=TEMPLATES),
+        "cascade:miniature@raw-crops": MiniatureCascade(
+            scenes, MASK_GENERATION, masked_crops=False, templates=TEMPLATES
+        ),
         "linear-probe:miniature": LinearProbing(*probe_images, size=IMAGE_SIZE),
         "head-probe:miniature": HeadProbing(*probe_scenes, size=IMAGE_SIZE, steps=number(400)),
         "cost:miniature": Cost(IMAGE_SIZE, IMAGE_SIZE, list(CLASS_NAMES), size=IMAGE_SIZE, generation=MASK_GENERATION),
