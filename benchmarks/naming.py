@@ -17,15 +17,15 @@ from PIL import Image
 from torch import Tensor
 
 from samclip_hf import SamClipForImageSegmentation, SamClipProcessor, miniature
-from samclip_hf.evaluation import CascadeAdapter, load_adapter
+from samclip_hf.evaluation import UnmergedAdapter, load_adapter
 from samclip_hf.miniature.scenes import CLASS_NAMES, TEMPLATES, Scene
 from samclip_hf.miniature_lab.tasks import scene
 
 
-def by_crops(cascade: CascadeAdapter) -> Callable[[Scene], Tensor]:
+def by_crops(pair: UnmergedAdapter) -> Callable[[Scene], Tensor]:
     """Returns a function that computes the logits of the masks of a scene `(num_masks, 48)` from masked crops."""
-    texts = cascade.clip.embed_names(CLASS_NAMES, TEMPLATES)
-    return lambda drawn: cascade.name_masks(Image.fromarray(drawn.image), np.stack(drawn.masks), texts)
+    texts = pair.embed_names(CLASS_NAMES, TEMPLATES)
+    return lambda drawn: pair.compare_crops(Image.fromarray(drawn.image), np.stack(drawn.masks), texts)
 
 
 def by_segments(model: SamClipForImageSegmentation, processor: SamClipProcessor) -> Callable[[Scene], Tensor]:
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 96, 128], help="sizes of CLIP's images")
     arguments = parser.parse_args(argv)
     sam, clip = miniature.sam_teacher(), miniature.clip_teacher()
-    methods = {"masked crops of the cascade": by_crops(load_adapter(f"{sam}+{clip}"))}
+    methods = {"masked crops of the cascade": by_crops(load_adapter(sam, clip=clip))}
     processor = SamClipProcessor.from_teachers(sam, clip)
     for size in arguments.sizes:
         model = SamClipForImageSegmentation.from_teachers(sam, clip, merged=False, clip_image_size=size)

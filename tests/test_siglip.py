@@ -46,7 +46,7 @@ from samclip_hf import (
 from samclip_hf.datasets.streams import open_stream
 from samclip_hf.distillation import ClipTeacher, EmbeddingCache
 from samclip_hf.distillation.embedding_cache import CachedEmbeddings
-from samclip_hf.evaluation import CascadeAdapter, SiglipAdapter, load_adapter
+from samclip_hf.evaluation import SiglipAdapter, UnmergedAdapter, load_adapter
 from samclip_hf.miniature.scenes import render
 from samclip_hf.segmentation_samclip import canonicalize_text
 
@@ -417,13 +417,19 @@ def test_evaluates_siglip(siglip, siglip_folder):
         assert parent.pooled_features([image], 64)["image encoder"].shape == (1, 24)
 
 
-def test_cascade_classifies_masks(siglip_folder):
-    cascade = load_adapter(f"{miniature.sam_teacher()}+{siglip_folder}")
-    assert type(cascade) is CascadeAdapter
-    masks = np.zeros((2, 40, 50), dtype=bool)
-    masks[0, 5:20, 5:30], masks[1, 10:, 20:] = True, True
-    names = cascade.clip.embed_names(["red", "green"], ["a {} shape"])
-    assert cascade.name_masks(Image.new("RGB", (50, 40), "red"), masks, names).shape == (2, 2)
+def test_a_pair_of_sam_and_siglip_is_evaluated_as_an_unmerged_model(siglip_folder):
+    pair, parent = load_adapter(miniature.sam_teacher(), clip=str(siglip_folder)), load_adapter(str(siglip_folder))
+    assert type(pair) is UnmergedAdapter
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8))
+    names = parent.embed_names(["red", "green"], ["a {} shape"])
+    torch.testing.assert_close(pair.embed_names(["red", "green"], ["a {} shape"]), names)
+    masks = np.zeros((2, 40, 40), dtype=bool)
+    masks[0, 5:20, 5:30], masks[1] = True, True
+    similarities = pair.compare_crops(image, masks, names)
+    with torch.inference_mode():
+        whole = parent.embed_images([image]) @ names.T
+    torch.testing.assert_close(similarities[1:], whole, atol=1e-3, rtol=0)
+    assert pair.embed_patches(image, 64).shape == (24, 8, 8)
 
 
 def test_cost_includes_siglip(siglip, siglip_folder, tmp_path, capsys):

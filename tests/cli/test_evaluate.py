@@ -135,11 +135,11 @@ def test_models_that_support_none_of_the_tasks_are_errors_before_any_evaluation(
         tmp_path / "a"
     )
     SamClipProcessor.from_pretrained(miniature.checkpoint()).save_pretrained(tmp_path / "a")
-    cascade = f"{miniature.sam_teacher()}+{miniature.clip_teacher()}"
+    pair = f"{miniature.sam_teacher()}+{miniature.clip_teacher()}"
     for model, task, kind in (
         (miniature.sam_teacher(), "classification", "Sam"),
         (miniature.clip_teacher(), "prompts", "Clip"),
-        (cascade, "linear-probe", "Cascade"),
+        (pair, "linear-probe", "Unmerged"),
         (tmp_path / "a", "composed", "SamClipVision"),
     ):
         arguments = [
@@ -159,12 +159,17 @@ def test_models_that_support_none_of_the_tasks_are_errors_before_any_evaluation(
 def test_default_models_that_support_none_of_the_tasks_are_left_out(tmp_path):
     samclip, sam, clip = miniature.checkpoint(), miniature.sam_teacher(), miniature.clip_teacher()
     defaults = [samclip, sam, clip, f"{sam}+{clip}"]
-    for task, expected in (("prompts", [samclip, sam]), ("cascade", defaults[3:]), ("retrieval", [samclip, clip])):
+    for task, expected in (
+        ("prompts", [samclip, sam, defaults[3]]),
+        ("cascade", defaults[3:]),
+        ("retrieval", [samclip, clip, defaults[3]]),
+        ("linear-probe", defaults[:3]),
+    ):
         evaluators = evaluate.build_evaluators(evaluate.build_parser().parse_args(["--task", task]))
         assert evaluate.select_models(defaults, evaluators, are_defaults=True) == expected
     evaluate.run(["--task", "classification:miniature@64", "--share", "0.01", "--output_dir", str(tmp_path)])
     (task,) = json.loads((tmp_path / "results.json").read_text())["tasks"].values()
-    assert task["models"].keys() == {"samclip", "clip"}
+    assert task["models"].keys() == {"samclip", "clip", "sam+clip"}
 
 
 @pytest.mark.parametrize("name", ["results.md", "classification-miniature-64-clip.png", "clip-model-index.yaml"])
@@ -215,9 +220,9 @@ def test_unknown_tasks_and_models_are_errors_before_any_evaluation(tmp_path):
     with pytest.raises(CommandError, match="nowhere: no such folder"):
         evaluate.run(["--model", *models, "--task", "classification:miniature@64", "--output_dir", str(tmp_path)])
     assert not (tmp_path / "results.json").exists()
-    cascade = f"{miniature.clip_teacher()}+{miniature.sam_teacher()}"
-    with pytest.raises(CommandError, match=r"A cascade must be SAM\+CLIP"):
-        evaluate.run(["--model", cascade, "--output_dir", str(tmp_path)])
+    pair = f"{miniature.clip_teacher()}+{miniature.sam_teacher()}"
+    with pytest.raises(CommandError, match="a pair must be a SAM and a CLIP or SigLIP, in this order; got Clip and Sam"):
+        evaluate.run(["--model", pair, "--output_dir", str(tmp_path)])
 
 
 def test_folders_are_evaluated_at_several_sizes(tmp_path):

@@ -25,9 +25,9 @@ from samclip_hf.datasets import (
     SegmentedImage,
 )
 from samclip_hf.evaluation import (
-    CascadeAdapter,
     CascadeSegmentation,
     ClipAdapter,
+    ComposedSegmentation,
     Cost,
     HeadProbing,
     ImageTextAdapter,
@@ -41,6 +41,7 @@ from samclip_hf.evaluation import (
     SamClipAdapter,
     SemanticSegmentation,
     SiglipAdapter,
+    UnmergedAdapter,
     ZeroShotClassification,
     ZeroShotInstanceSegmentation,
     cost,
@@ -55,7 +56,7 @@ from samclip_hf.evaluation.semantic_segmentation import window_starts
 from samclip_hf.images import encode_mask, open_image
 from samclip_hf.miniature.scenes import CLASS_NAMES, HELD_OUT, TEMPLATES, evaluation_scene, render
 from samclip_hf.miniature_lab.report import set_miniature_vocabulary
-from samclip_hf.miniature_lab.tasks import labeled_images, segmented_images, tasks
+from samclip_hf.miniature_lab.tasks import OBJECT_COUNTS, labeled_images, scene, segmented_images, tasks
 
 NAMES = [["background"], ["red", "scarlet"], ["green"], ["blue"]]
 SHADES = (0, 60, 120, 180)  # the gray value of each class, which `Oracle` reads
@@ -72,9 +73,8 @@ class Oracle(ImageTextAdapter, PromptableAdapter):
         self.name, self.shift = "oracle", shift
         parameter = torch.nn.Parameter(torch.zeros(1))
         self.model = SimpleNamespace(device="cpu", parameters=lambda: [parameter])
-        self.image_processor = SimpleNamespace(image_mean=[0.5] * 3)
 
-    models = property(lambda self: [])
+    untrained = ()
     logit_scale = 1.0
 
     def one_hot(self, classes):
@@ -88,9 +88,7 @@ class Oracle(ImageTextAdapter, PromptableAdapter):
         return self.one_hot([(labels[text.split()[-1]] + self.shift) % len(NAMES) for text in texts])
 
     def embed_images(self, images, size=None):
-        # Without the mean color, which fills crops around a mask.
-        classes = [self.classes(image)[np.asarray(image)[..., 0] != 127] for image in images]
-        return self.one_hot([np.bincount(values).argmax() for values in classes])
+        return self.one_hot([np.bincount(self.classes(image).ravel()).argmax() for image in images])
 
     def embed_patches(self, image, size):
         return self.one_hot(self.classes(image)).permute(2, 0, 1)
@@ -204,12 +202,22 @@ def test_the_oracle_metric_counts_the_best_of_three_masks():
     assert metrics["point_miou"] == 0 and metrics["point_oracle_miou"] == 1
 
 
+class UnmergedOracle(Oracle, UnmergedAdapter):
+    """Reads the classes of masks."""
+
+    has_siglip_text = False
+
+    def compare_crops(self, image, masks, text_embeds, masked=True):
+        labels = [np.bincount(self.classes(image)[mask]).argmax() for mask in masks]
+        return self.one_hot(labels) @ text_embeds.T
+
+
 def test_the_cascade_classifies_every_mask():
     for shift, score in ((0, 1.0), (1, 0.0)):
         evaluator = CascadeSegmentation(segmentation_data(), **PLAIN)
-        cascade = CascadeAdapter(Oracle(), Oracle(shift))
-        assert evaluator.applies_to(cascade) and not evaluator.applies_to(Oracle())
-        assert evaluator.run(cascade).metrics["mean_iou"] == score
+        model = UnmergedOracle(shift)
+        assert evaluator.applies_to(model) and not evaluator.applies_to(Oracle())
+        assert evaluator.run(model).metrics["mean_iou"] == score
 
 
 def test_background_is_decided_by_texts_or_by_a_threshold():
@@ -416,9 +424,10 @@ class TestMiniature:
 
     def test_the_adapter_depends_on_the_type_of_the_model(self, samclip, sam, clip, tmp_path):
         assert [type(model) for model in (samclip, sam, clip)] == [SamClipAdapter, SamAdapter, ClipAdapter]
-        assert isinstance(load_adapter(f"{miniature.sam_teacher()}+{miniature.clip_teacher()}"), CascadeAdapter)
-        with pytest.raises(ValueError, match=r"A cascade must be SAM\+CLIP"):
-            load_adapter(f"{miniature.clip_teacher()}+{miniature.sam_teacher()}")
+        assert type(load_adapter(miniature.sam_teacher(), clip=miniature.clip_teacher())) is UnmergedAdapter
+        for pair in ((miniature.clip_teacher(), miniature.sam_teacher()), (miniature.sam_teacher(),) * 2):
+            with pytest.raises(ValueError, match="a pair must be a SAM and a CLIP or SigLIP, in this order; got "):
+                load_adapter(pair[0], clip=pair[1])
         (tmp_path / "config.json").write_text('{"model_type": "bert"}')
         with pytest.raises(ValueError, match="of type 'bert'"):
             load_adapter(str(tmp_path))
@@ -510,21 +519,75 @@ class TestMiniature:
             assert torch.equal(coordinates, in_half) and output.dtype == dtype
             assert torch.equal(expected.to(dtype), output)
 
-    def test_the_cascade_runs_in_half_precision(self):
-        name = f"{miniature.sam_teacher()}+{miniature.clip_teacher()}"
-        evaluator = CascadeSegmentation(segmented_images(1, 2), {"points_per_crop": 4}, templates=["a {}"])
-        full, half = (evaluator.run(load_adapter(name, dtype=dtype)) for dtype in (torch.float32, torch.bfloat16))
-        assert half.metrics["overall_accuracy"] == pytest.approx(full.metrics["overall_accuracy"], abs=0.1)
+    @pytest.fixture(scope="class")
+    @classmethod
+    def unmerged(cls) -> ModelAdapter:
+        return load_adapter(miniature.sam_teacher(), clip=miniature.clip_teacher())
 
-    def test_a_samclip_generates_the_masks_of_a_cascade(self, samclip, clip):
+    def test_an_unmerged_model_runs_in_half_precision(self, unmerged):
+        half = load_adapter(miniature.sam_teacher(), dtype=torch.bfloat16, clip=miniature.clip_teacher())
+        data = segmented_images(1, 2)
+        for evaluator in (
+            CascadeSegmentation(data, {"points_per_crop": 4}, templates=["a {}"]),
+            ComposedSegmentation(data, templates=["a {}"]),
+            SemanticSegmentation(data, 96, templates=["a {}"]),
+        ):
+            metrics = [evaluator.run(model).metrics["overall_accuracy"] for model in (unmerged, half)]
+            assert metrics[1] == pytest.approx(metrics[0], abs=0.1)
+
+    def test_parts_of_an_unmerged_model_equal_its_parents(self, unmerged, sam, clip):
+        image = Image.fromarray(render(102, 3, num_objects=4).image)
+        masks, scores = unmerged.predict_masks(image, boxes=torch.tensor([[20, 10, 70, 50]]))
+        expected_masks, expected_scores = sam.predict_masks(image, boxes=torch.tensor([[20, 10, 70, 50]]))
+        assert torch.equal(masks, expected_masks) and torch.allclose(scores, expected_scores, atol=1e-5)
+        assert torch.allclose(unmerged.embed_texts(CLASS_NAMES), clip.embed_texts(CLASS_NAMES), atol=1e-6)
+        assert unmerged.logit_scale == pytest.approx(clip.logit_scale)
+        # The tower gets the pixels that CLIP gets from an image processor that resizes to the tower's size.
+        embeds, expected = unmerged.embed_images([image]), clip.embed_images([image], size=128)
+        assert torch.allclose(embeds, expected, atol=1e-4)
+
+    @pytest.mark.parametrize("masked", [True, False])
+    def test_crops_are_embedded_as_by_the_clip_itself(self, unmerged, clip, masked):
+        """The crops are images for CLIP's own processor."""
+        scene = render(102, 3, num_objects=4)
+        texts = clip.embed_names(CLASS_NAMES, ["a {}"])
+        color, crops = 128, []  # the mean color of the miniature's CLIP is 0.5
+        for mask in scene.masks:
+            rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
+            window = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+            crop = np.where(mask[window][..., None], scene.image[window], color) if masked else scene.image[window]
+            side = max(crop.shape[:2])
+            padding = [((side - length) // 2, side - length - (side - length) // 2) for length in crop.shape[:2]]
+            square = np.pad(crop, [*padding, (0, 0)], constant_values=color)
+            crops.append(Image.fromarray(square.astype(np.uint8)))
+        similarities = unmerged.compare_crops(Image.fromarray(scene.image), scene.masks, texts, masked)
+        torch.testing.assert_close(similarities, clip.embed_images(crops) @ texts.T, atol=5e-4, rtol=0)
+
+    def test_everything_mode_equals_the_pipelines(self, samclip):
         image = Image.fromarray(evaluation_scene(102, 0).image)
         thresholds = {"points_per_crop": 4, "pred_iou_thresh": 0.3, "stability_score_thresh": 0.3}
         masks = samclip.generate_masks(image, **thresholds)
         generator = pipeline("mask-generation", model=miniature.checkpoint())
         assert np.array_equal(masks, np.stack([np.asarray(mask) for mask in generator(image, **thresholds)["masks"]]))
-        evaluator = CascadeSegmentation(segmented_images(1, 2), thresholds, templates=["a {}"])
-        assert evaluator.run(CascadeAdapter(samclip, clip)).metrics["overall_accuracy"] > 0.3
         assert isinstance(samclip.model, SamClipForImageSegmentation)
+
+    def test_metrics_by_number_of_objects_are_those_of_the_scenes(self, unmerged):
+        evaluator = tasks(fraction=0.05)["composed:miniature"]  # 16 scenes
+        metrics = evaluator.run(unmerged).metrics
+        assert [name for name in metrics if "object" in name] == list(OBJECT_COUNTS)
+        for number, name in enumerate(OBJECT_COUNTS, start=1):
+            samples = [s for s in evaluator.data.samples if len(scene(102, int(s.key.split("/")[1])).masks) == number]
+            part = ComposedSegmentation(replace(evaluator.data, samples=samples), templates=TEMPLATES)
+            assert metrics[name] == pytest.approx(part.run(unmerged).metrics["mean_iou"], abs=1e-9)
+
+    @pytest.mark.slow
+    def test_an_unmerged_model_segments_better_than_the_cascade_with_fewer_operations(self, unmerged):
+        scenes = segmented_images(102, 24)
+        composed = ComposedSegmentation(scenes, templates=TEMPLATES).run(unmerged).metrics["mean_iou"]
+        cascade = CascadeSegmentation(scenes, miniature.MASK_GENERATION, templates=TEMPLATES).run(unmerged).metrics
+        assert composed >= cascade["mean_iou"]
+        costs = Cost(128, 128, list(CLASS_NAMES), repeats=1, generation=miniature.MASK_GENERATION).run(unmerged).metrics
+        assert costs["by text, both heads, GMAC"] < 0.5 * costs["by text, cascade, GMAC"]
 
     def test_images_that_are_not_square_are_not_cropped(self, samclip, clip):
         image = Image.fromarray(np.zeros((50, 130, 3), dtype=np.uint8))

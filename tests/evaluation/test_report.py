@@ -8,14 +8,17 @@ import torch
 from transformers import CLIPModel
 
 from samclip_hf import SamClipForImageSegmentation, miniature
+from samclip_hf.datasets import DataSet
 from samclip_hf.evaluation import (
-    CascadeAdapter,
+    CascadeSegmentation,
     ClipAdapter,
     Cost,
     EvaluationResult,
     Evaluator,
     ModelAdapter,
     Results,
+    UnmergedAdapter,
+    ZeroShotClassification,
     create_model_index,
     load_adapter,
     read_results,
@@ -31,9 +34,7 @@ class Model(ModelAdapter):
 
     def __init__(self, name: str, identity: str, dtype: torch.dtype = torch.float32):
         self.name, self.identity, self.weights = name, identity, identity[::-1]
-        self.parts = [SimpleNamespace(dtype=dtype)]
-
-    models = property(lambda self: self.parts)
+        self.model = SimpleNamespace(dtype=dtype)
 
 
 class DescribedEvaluator(Evaluator):
@@ -68,6 +69,11 @@ ONE, TWO = Model("student", "1111111111111111"), Model("student", "2222222222222
 
 
 class TestIdentity:
+    @pytest.fixture
+    @classmethod
+    def unmerged(cls) -> UnmergedAdapter:
+        return load_adapter(miniature.sam_teacher(), clip=miniature.clip_teacher())
+
     @pytest.fixture(scope="class")
     @classmethod
     def clip(cls) -> ClipAdapter:
@@ -109,20 +115,26 @@ class TestIdentity:
         student.processor.save_pretrained(tmp_path / "vocabulary")
         assert load_adapter(str(tmp_path / "vocabulary")).identity != before
 
-    def test_that_of_a_cascade_depends_on_both_models(self, clip):
-        sam = load_adapter(miniature.sam_teacher())
-        cascade = CascadeAdapter(sam, clip)
-        assert cascade.weights == f"{sam.weights}+{clip.weights}"
-        assert len({CascadeAdapter(*pair).identity for pair in ((sam, clip), (clip, sam), (sam, sam))}) == 3
+    def test_that_of_a_pair_is_that_of_its_unmerged_model(self, unmerged, tmp_path):
+        unmerged.model.save_pretrained(tmp_path)
+        unmerged.processor.save_pretrained(tmp_path)
+        saved = load_adapter(str(tmp_path), dtype=torch.bfloat16)
+        assert isinstance(saved, UnmergedAdapter) and saved.model.dtype == torch.bfloat16
+        assert (saved.weights, saved.identity) == (unmerged.weights, unmerged.identity)
+        unmerged.model.config.clip_image_size = 96  # of another model of the same weights
+        unmerged.model.save_pretrained(tmp_path)
+        other = load_adapter(str(tmp_path))
+        assert other.weights == unmerged.weights and other.identity != unmerged.identity
 
-    def test_settings_of_a_cascade_have_the_sizes_of_both_models(self, clip):
-        cascade = CascadeAdapter(load_adapter(miniature.sam_teacher()), clip)
-        sizes = {
-            "image size of SAM": "longest edge 128 px",
-            "image size of CLIP": "shortest edge 64 px, center 64 x 64 px",
-        }
-        assert Cost(32, 32, ["a"]).describe_settings(cascade) == sizes
-        assert Cost(32, 32, ["a"]).describe_settings(clip) == {"image size": sizes["image size of CLIP"]}
+    def test_settings_of_an_unmerged_model_have_the_sizes_of_both_encoders(self, clip, unmerged):
+        sizes = {"image size": "longest edge 128 px", "image size of CLIP": "stretched to 128 x 128 px"}
+        assert Cost(32, 32, ["a"]).describe_settings(unmerged) == sizes
+        data = DataSet("photos", [], [["a"]])
+        assert ZeroShotClassification(data, size=64).describe_settings(unmerged).keys() == {"image size of CLIP"}
+        assert ZeroShotClassification(data, size=64).describe_settings(clip) == {}
+        assert Cost(32, 32, ["a"]).describe_settings(clip) == {"image size": "shortest edge 64 px, center 64 x 64 px"}
+        settings = CascadeSegmentation(data).describe_settings(unmerged)
+        assert settings == sizes | {"image size of CLIP": "64 x 64 px"}
 
     def test_models_without_some_of_their_weights_raise(self, clip, tmp_path):
         state = {name: value for name, value in clip.model.state_dict().items() if "text_projection" not in name}
@@ -273,3 +285,13 @@ def test_only_models_that_were_evaluated_as_the_paper_have_a_difference(tmp_path
     models = {name: model | {"settings": COMPOSED | {"composition": name}} for name in ("classes", "segments")}
     results.content["tasks"]["composed:voc21"] = {"protocol": {}, "models": models}
     assert "| 0.700 | 0.700 | 0.660 (table 5, at 1024 px) | +0.040 |  |" in results.markdown()
+
+
+def test_an_unmerged_model_has_no_difference_from_the_papers_model(tmp_path):
+    results = Results(tmp_path, "")
+    entry = {"identity": "", "metrics": {"mean_iou": 0.7}, "num_samples": 5, "seconds": 1.0, "settings": {}}
+    models = {name: entry | {"kind": f"{name}Adapter"} for name in ("SamClip", "Unmerged")}
+    results.content["tasks"]["semantic:ade150"] = {"protocol": PATCHES, "models": models}
+    header, _, row = results.markdown().splitlines()[:3]
+    assert header == "| task | metric | SamClip | Unmerged | paper's SAM-CLIP | SamClip - paper |"
+    assert row == "| semantic:ade150 | mean_iou | 0.700 | 0.700 | 0.171 (table 2, at 448 px) | +0.529 |"

@@ -23,7 +23,7 @@ from ..evaluation import (
     ZeroShotInstanceSegmentation,
 )
 from ..evaluation.metrics import AccumulatingMetric
-from ..images import encode_mask, mask_to_prompt_box
+from ..images import encode_mask, mask_to_coco_box
 from ..miniature import MASK_GENERATION
 from ..miniature.scenes import (
     BACKGROUND_PROMPTS,
@@ -65,7 +65,10 @@ class ByNumberOfObjects(LabelMapEvaluator):
     """Reports the mean IoU also of the scenes with one, two, three and four objects, separately."""
 
     def new_metrics(self) -> dict[str, AccumulatingMetric]:
-        return super().new_metrics() | {name: super().new_metrics()["mean_iou"] for name in OBJECT_COUNTS}
+        metrics = super().new_metrics()
+        for name in OBJECT_COUNTS:
+            metrics |= {name: super().new_metrics()["mean_iou"]}
+        return metrics
 
     def update(self, model: ModelAdapter, samples: list[SegmentedImage], metrics) -> list[float]:
         scores = []
@@ -78,9 +81,8 @@ class ByNumberOfObjects(LabelMapEvaluator):
         return scores
 
     def compute_metrics(self, metrics) -> Metrics:
-        parts = {name: metrics[name] for name in OBJECT_COUNTS}
         return super().compute_metrics(metrics) | {
-            name: part.compute()["mean_iou"] if part.state["confusion"].any() else None for name, part in parts.items()
+            name: metrics[name].compute()["mean_iou"] if metrics[name].state else None for name in OBJECT_COUNTS
         }
 
 
@@ -123,14 +125,13 @@ def objects(seed: int, index: int) -> list[dict[str, Any]]:
     for number, (mask, class_id) in enumerate(
         zip(scene(seed, index).masks, scene(seed, index).class_ids, strict=True)
     ):
-        x1, y1, x2, y2 = mask_to_prompt_box(mask)
         annotations.append(
             {
                 "id": index * 8 + number + 1,
                 "image_id": index,
                 "category_id": class_id + 1,
                 "segmentation": encode_mask(mask, compressed=True),
-                "bbox": [x1, y1, x2 - x1, y2 - y1],
+                "bbox": mask_to_coco_box(mask),
                 "area": int(mask.sum()),
                 "iscrowd": 0,
             }
