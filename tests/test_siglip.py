@@ -420,7 +420,10 @@ def test_evaluates_siglip(siglip, siglip_folder):
 def test_a_pair_of_sam_and_siglip_is_evaluated_as_an_unmerged_model(siglip_folder):
     pair, parent = load_adapter(miniature.sam_teacher(), clip=str(siglip_folder)), load_adapter(str(siglip_folder))
     assert type(pair) is UnmergedAdapter
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8))
+    ramp = np.arange(40, dtype=np.uint8) * 6  # the same for every filter of resizing
+    image = Image.fromarray(
+        np.stack([ramp[None].repeat(40, 0), ramp[:, None].repeat(40, 1), ramp[None, ::-1].repeat(40, 0)], 2)
+    )
     names = parent.embed_names(["red", "green"], ["a {} shape"])
     torch.testing.assert_close(pair.embed_names(["red", "green"], ["a {} shape"]), names)
     masks = np.zeros((2, 40, 40), dtype=bool)
@@ -428,7 +431,7 @@ def test_a_pair_of_sam_and_siglip_is_evaluated_as_an_unmerged_model(siglip_folde
     similarities = pair.compare_crops(image, masks, names)
     with torch.inference_mode():
         whole = parent.embed_images([image]) @ names.T
-    torch.testing.assert_close(similarities[1:], whole, atol=1e-3, rtol=0)
+    torch.testing.assert_close(similarities[1:], whole, atol=5e-3, rtol=0)
     assert pair.embed_patches(image, 64).shape == (24, 8, 8)
 
 

@@ -221,7 +221,9 @@ def test_unknown_tasks_and_models_are_errors_before_any_evaluation(tmp_path):
         evaluate.run(["--model", *models, "--task", "classification:miniature@64", "--output_dir", str(tmp_path)])
     assert not (tmp_path / "results.json").exists()
     pair = f"{miniature.clip_teacher()}+{miniature.sam_teacher()}"
-    with pytest.raises(CommandError, match="a pair must be a SAM and a CLIP or SigLIP, in this order; got Clip and Sam"):
+    with pytest.raises(
+        CommandError, match="a pair must be a SAM and a CLIP or SigLIP, in this order; got Clip and Sam"
+    ):
         evaluate.run(["--model", pair, "--output_dir", str(tmp_path)])
 
 

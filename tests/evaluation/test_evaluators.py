@@ -586,7 +586,9 @@ class TestMiniature:
         composed = ComposedSegmentation(scenes, templates=TEMPLATES).run(unmerged).metrics["mean_iou"]
         cascade = CascadeSegmentation(scenes, miniature.MASK_GENERATION, templates=TEMPLATES).run(unmerged).metrics
         assert composed >= cascade["mean_iou"]
-        costs = Cost(128, 128, list(CLASS_NAMES), repeats=1, generation=miniature.MASK_GENERATION).run(unmerged).metrics
+        costs = (
+            Cost(128, 128, list(CLASS_NAMES), repeats=1, generation=miniature.MASK_GENERATION).run(unmerged).metrics
+        )
         assert costs["by text, both heads, GMAC"] < 0.5 * costs["by text, cascade, GMAC"]
 
     def test_images_that_are_not_square_are_not_cropped(self, samclip, clip):

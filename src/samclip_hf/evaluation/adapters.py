@@ -584,7 +584,10 @@ def load_adapter(
     kind = adapter_class(name, clip)
     if clip is None:
         model_class = ADAPTERS[_load_config(name).model_type][0]
-        model, processor = load_complete_model(model_class, name, dtype=torch.float32), AutoProcessor.from_pretrained(name)
+        model, processor = (
+            load_complete_model(model_class, name, dtype=torch.float32),
+            AutoProcessor.from_pretrained(name),
+        )
     else:
         model = SamClipForImageSegmentation.from_teachers(name, clip, merged=False)
         processor, name = SamClipProcessor.from_teachers(name, clip), f"{name}+{clip}"

@@ -52,7 +52,7 @@ class CascadeSegmentation(LabelMapEvaluator):
         return {
             **super().describe(),
             "masks": "everything mode, " + ", ".join(f"{name} {value}" for name, value in self.generation.items()),
-            "crops": f"a mask's box{outside}, padded to a square, at CLIP's own size",
+            "crops": f"a mask's box{outside}, padded to a square, bicubic to CLIP's own size",
         }
 
     def describe_settings(self, model: UnmergedAdapter) -> dict[str, Any]:
