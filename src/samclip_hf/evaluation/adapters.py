@@ -9,7 +9,6 @@ torch.Size([1, 128])
 """
 
 from collections.abc import Sequence
-from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from transformers import (
 from ..clip_tower_samclip import project_siglip_patches, replace_attention_by_values
 from ..identity import hash_configuration, hash_json, hash_weights
 from ..images import mask_to_box, mean_and_std, normalize
-from ..modeling_samclip import SamClipModel, load_complete_model
+from ..modeling_samclip import load_complete_model
 from ..processing_samclip import SamClipProcessor
 from ..segmentation_samclip import SamClipForImageSegmentation, canonicalize_text
 
@@ -230,30 +229,20 @@ class PromptableAdapter(ModelAdapter):
             # In float32 with any dtype of the model: bfloat16 has steps of 4 px between 512 and 1024.
             batch = (batch.unflatten(-1, (-1, 2)) * scale).flatten(1).to(self.model.device)
             prompt = {"input_points": batch[None, :, None]} if boxes is None else {"input_boxes": batch[None]}
-            logits, ious = self._decode(embeddings, multimask_output=boxes is None, **prompt)
+            outputs = self.model(image_embeddings=embeddings, multimask_output=boxes is None, **prompt)
             upsampled = self.processor.post_process_masks(
-                logits.float().cpu(), inputs["original_sizes"], inputs["reshaped_input_sizes"]
+                outputs.pred_masks.float().cpu(), inputs["original_sizes"], inputs["reshaped_input_sizes"]
             )
             masks.append(torch.as_tensor(upsampled[0]))
-            scores.append(ious[0].float().cpu())
+            scores.append(outputs.iou_scores[0].float().cpu())
         return torch.cat(masks), torch.cat(scores)
-
-    def _decode(self, image_embeddings: Tensor, **prompts) -> tuple[Tensor, Tensor]:
-        """Returns mask logits `(1, num_prompts, num_masks, height, width)` and predicted IoUs
-        `(1, num_prompts, num_masks)`."""
-        outputs = self.model(image_embeddings=image_embeddings, **prompts)
-        return outputs.pred_masks, outputs.iou_scores
-
-    def _mask_generator(self) -> PreTrainedModel:
-        """Returns the model for the `mask-generation` pipeline."""
-        return self.model
 
     def generate_masks(self, image: Image.Image, **thresholds) -> np.ndarray:
         """Returns the masks of everything mode `(num_masks, height, width)` of type bool: the result of the stock
         `mask-generation` pipeline with these `thresholds`."""
         generator = pipeline(
             "mask-generation",
-            model=self._mask_generator(),
+            model=self.model,
             image_processor=self.image_processor,
             device=self.model.device,
         )
@@ -362,14 +351,6 @@ class SiglipAdapter(ImageTextAdapter):
 
 class SamClipVisionAdapter(PromptableAdapter):
     """A SAM-CLIP without its text tower, loaded as a [`SamClipForImageSegmentation`]."""
-
-    def _decode(self, image_embeddings: Tensor, **prompts) -> tuple[Tensor, Tensor]:
-        return self.model.predict_masks(image_embeddings, **prompts)
-
-    def _mask_generator(self) -> PreTrainedModel:
-        model = copy(self.model)  # with the same modules
-        model.__class__ = SamClipModel  # whose `forward` takes points
-        return model
 
     @torch.inference_mode()
     def patch_features(self, images: Sequence[Image.Image], size: int) -> dict[str, Tensor]:
