@@ -9,6 +9,7 @@ from transformers import SamModel, pipeline
 
 from samclip_hf import SamClipForImageSegmentation, SamClipProcessor, miniature
 from samclip_hf.miniature.scenes import BACKGROUND_PROMPTS, CLASS_NAMES, TEMPLATES, render
+from samclip_hf.segmentation_samclip import NEUTRAL_NAMES
 
 SCENE = render(seed=0, index=8)  # a red fuzzy, a green zigzag and a red dotted shape
 MASKS = torch.from_numpy(np.stack(SCENE.masks))
@@ -153,3 +154,56 @@ def test_prompts_and_everything_mode_give_masks_to_classify(model, processor):
     scores = model.classify_masks([found["masks"]], inputs["pixel_values"]).scores[0]
     names = {model.config.id2label[index] for index in scores.argmax(dim=-1).tolist()}
     assert len(names & {CLASS_NAMES[index] for index in SCENE.class_ids}) >= 2
+
+
+class TestIndependentScores:
+    def scores(self, model, processor, names, masks=MASKS, **arguments):
+        arguments = {"templates": TEMPLATES, "tokenizer": processor.tokenizer, "multi_label": True} | arguments
+        vocabulary = model.embed_vocabulary(names, **arguments)
+        scores = model.classify_masks([masks], **processor(IMAGE), vocabulary=vocabulary, multi_label=True).scores[0]
+        return dict(zip(vocabulary.id2label.values(), scores.T, strict=True))
+
+    def test_other_names_do_not_change_a_score(self, model, processor):
+        every = self.scores(model, processor, CLASS_NAMES, background=BACKGROUND_PROMPTS)
+        for names in (["red fuzzy shape"], ["thing", "red fuzzy shape"], ["red dotted shape", "red fuzzy shape"]):
+            scores = self.scores(model, processor, names)
+            assert torch.allclose(scores["red fuzzy shape"], every["red fuzzy shape"], atol=1e-5)
+
+    def test_present_names_have_higher_scores_than_absent_names(self, model, processor):
+        scores = torch.stack(list(self.scores(model, processor, CLASS_NAMES).values()), dim=-1)
+        for number, class_id in enumerate(SCENE.class_ids):
+            assert scores[number, class_id] > 0.5
+            assert (scores[number] <= scores[number, class_id]).float().mean() > 0.95
+        absent = self.scores(model, processor, ["blue solid shape", "cyan lined shape"])
+        assert torch.stack(list(absent.values())).amax() < 0.5  # the answer is: not there
+
+    def test_scores_are_probabilities_among_the_neutral_texts(self, model, processor):
+        arguments = {"templates": TEMPLATES, "tokenizer": processor.tokenizer}
+        scores = self.scores(model, processor, ["red fuzzy shape", "shape", ["green zigzag shape", "green waves"]])
+        embeds = model.classify_masks([MASKS], **processor(IMAGE)).segment_embeds[0]
+        for names in (["red fuzzy shape"], ["shape"], ["green zigzag shape", "green waves"]):
+            neutral = [name for name in NEUTRAL_NAMES if name not in names]
+            texts = model.embed_vocabulary([*names, *neutral], **arguments).class_embeds
+            odds = (embeds @ texts.T * model.logit_scale.exp()).exp()
+            best = odds[:, : len(names)].amax(dim=1)
+            expected = best / (best + odds[:, len(names) :].sum(dim=1))
+            assert torch.allclose(scores[names[0]], expected, atol=1e-5)
+
+    def test_a_saved_vocabulary_has_the_neutral_texts(self, model, processor, tmp_path):
+        with pytest.raises(ValueError, match="pass multi_label=True to embed_vocabulary or set_vocabulary"):
+            model.classify_masks([MASKS], **processor(IMAGE), multi_label=True)
+        own = model.vocabulary
+        model.set_vocabulary(["red fuzzy shape"], templates=TEMPLATES, tokenizer=processor.tokenizer, multi_label=True)
+        expected = model.classify_masks([MASKS], **processor(IMAGE), multi_label=True).scores
+        model.save_pretrained(tmp_path)
+        loaded = SamClipForImageSegmentation.from_pretrained(tmp_path).drop_text_tower()
+        loaded.save_pretrained(tmp_path / "small")
+        loaded = SamClipForImageSegmentation.from_pretrained(tmp_path / "small")
+        assert torch.allclose(loaded.classify_masks([MASKS], **processor(IMAGE), multi_label=True).scores, expected)
+        model.set_vocabulary(CLASS_NAMES, BACKGROUND_PROMPTS, TEMPLATES, processor.tokenizer)
+        assert model.neutral_embeds is None and model.config.vocabulary_num_neutral == 0
+        assert torch.allclose(model.vocabulary.class_embeds, own.class_embeds)
+
+    def test_a_threshold_for_the_background_raises(self, model, processor):
+        with pytest.raises(ValueError, match="Independent scores need no background_threshold"):
+            self.scores(model, processor, ["red fuzzy shape", "blue solid shape"], background=0.5)

@@ -474,3 +474,21 @@ def test_an_unmerged_model_gives_siglips_embeddings(siglip, siglip_folder):
     assert torch.allclose(
         features[:, 1], siglip.vision_model.head(siglip.vision_model.post_layernorm(hidden)), atol=1e-5
     )
+
+
+@torch.no_grad()
+def test_independent_scores_are_siglips_probabilities(siglip, siglip_folder):
+    folders = miniature.sam_teacher(), siglip_folder
+    model = SamClipForImageSegmentation.from_teachers(*folders, merged=False).eval()
+    tokenizer = SamClipProcessor.from_teachers(*folders).tokenizer
+    pixel_values = torch.rand(1, 3, 64, 64)
+    vocabulary = model.embed_vocabulary(["red shape", "green shape"], templates="a {}", tokenizer=tokenizer)
+    everything = torch.ones(1, 128, 128, dtype=torch.bool)
+    scores = model.classify_masks([everything], pixel_values, vocabulary=vocabulary, multi_label=True).scores
+    inputs = tokenizer(["a red shape", "a green shape"], padding="max_length", max_length=64)
+    expected = siglip(
+        pixel_values=tower_pixels(model, pixel_values, clip_std=0.5),
+        input_ids=torch.tensor(inputs["input_ids"]),
+        interpolate_pos_encoding=True,
+    )
+    assert torch.allclose(scores[0], expected.logits_per_image.sigmoid(), atol=1e-5)

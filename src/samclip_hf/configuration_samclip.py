@@ -69,6 +69,9 @@ class SamClipConfig(SamConfig):
     vocabulary_num_labels (`int`, *optional*):
         The number of labels of the vocabulary, including background. A label may have no rows, see
         [`SamClipForImageSegmentation.embed_vocabulary`].
+    vocabulary_num_neutral (`int`, *optional*, defaults to 0):
+        The number of neutral texts of the vocabulary, see [`SamClipForImageSegmentation.embed_vocabulary`]. Not 0 only
+        if it was embedded with `multi_label=True`.
     background_label_id (`int`, *optional*):
         The label of pixels that belong to no class. `None` if every pixel belongs to a class.
     background_threshold (`float`, *optional*):
@@ -122,6 +125,7 @@ class SamClipConfig(SamConfig):
         vocabulary_label_ids: list[int] | None = None
     logit_scale_init_value: float = 2.6592
     vocabulary_num_labels: int | None = None
+    vocabulary_num_neutral: int = 0
     background_label_id: int | None = None
     background_threshold: float | None = None
     has_text_tower: bool = True

@@ -8,10 +8,10 @@ from transformers import PreTrainedModel
 
 # The vocabulary that a SAM-CLIP is saved with: buffers and entries of the configuration. Evaluators embed the names of
 # the data instead.
-VOCABULARY_BUFFERS = {"class_embeds", "label_embeds"}
+VOCABULARY_BUFFERS = {"class_embeds", "label_embeds", "neutral_embeds"}
 VOCABULARY_ENTRIES = {
     *("background_label_id", "background_threshold", "id2label", "label2id"),
-    *("vocabulary_label_ids", "vocabulary_num_labels"),
+    *("vocabulary_label_ids", "vocabulary_num_labels", "vocabulary_num_neutral"),
 }
 # Entries of configurations, at any depth, that no output depends on.
 IGNORED_ENTRIES = {

@@ -192,7 +192,7 @@ class SamClipPreTrainedModel(SamClipVisionPreTrainedModel):
             init.constant_(module.logit_scale, self.config.logit_scale_init_value)
             if module.logit_bias is not None:
                 init.zeros_(module.logit_bias)
-            for embeds in (module.class_embeds, module.label_embeds):
+            for embeds in (module.class_embeds, module.label_embeds, module.neutral_embeds):
                 if embeds is not None:
                     init.zeros_(embeds)
 
@@ -363,7 +363,7 @@ class SamClipVisionModel(SamClipPreTrainedModel):
     # The other weights of a SAM-CLIP checkpoint.
     _keys_to_ignore_on_load_unexpected = [
         r"^(shared_image_embedding|prompt_encoder|mask_decoder|vision_encoder\.neck|text_model|text_projection)\.",
-        r"^(logit_scale|logit_bias|class_embeds|label_embeds)$",
+        r"^(logit_scale|logit_bias|class_embeds|label_embeds|neutral_embeds)$",
     ]
 
     def __init__(self, config: SamClipVisionConfig):
@@ -478,6 +478,7 @@ class SamClipModel(SamClipPreTrainedModel):
     _parts_without_model = ("prompt_encoder_config", "mask_decoder_config", "clip_head_config")
     class_embeds: torch.Tensor | None  # buffers
     label_embeds: torch.Tensor | None
+    neutral_embeds: torch.Tensor | None
 
     def __init__(self, config: SamClipConfig):
         super().__init__(config)
@@ -506,6 +507,8 @@ class SamClipModel(SamClipPreTrainedModel):
         num_labels = len(config.id2label or {}) - (config.background_label_id is not None)
         for name, size in (("class_embeds", len(config.vocabulary_label_ids)), ("label_embeds", num_labels)):
             self.register_buffer(name, torch.zeros(size, projection_dim) if has_vocabulary else None)
+        num_neutral = config.vocabulary_num_neutral
+        self.register_buffer("neutral_embeds", torch.zeros(num_neutral, projection_dim) if num_neutral else None)
         self.post_init()
 
     @classmethod
@@ -831,9 +834,14 @@ class SamClipModel(SamClipPreTrainedModel):
 
         Returns `pooler_output` `(batch_size, projection_dim)`, not normalized, and `last_hidden_state`
         `(batch_size, grid_height * grid_width, hidden_size)`, the CLIP head's tokens. `hidden_states` and
-        `attentions`, on request, are the image encoder's.
+        `attentions`, on request, are the image encoder's. An unmerged model runs CLIP's vision tower alone and does
+        not return them.
         """
-        vision_outputs = self._encode_once(pixel_values, vision_embeds, reshaped_input_sizes, **kwargs)
+        if self.config.merged or pixel_values is None or vision_embeds is not None:
+            vision_outputs = self._encode_once(pixel_values, vision_embeds, reshaped_input_sizes, **kwargs)
+        else:  # without SAM's image encoder
+            patch_tokens = self.clip_head.encode_pixels(pixel_values, reshaped_input_sizes)
+            vision_outputs = SamClipVisionEncoderOutput(patch_tokens=patch_tokens)
         head_tokens, pooled = self._pool_image(vision_outputs.patch_tokens, reshaped_input_sizes)
         return BaseModelOutputWithPooling(
             last_hidden_state=head_tokens.flatten(1, -2),

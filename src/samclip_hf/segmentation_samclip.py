@@ -37,6 +37,13 @@ BACKGROUND_LOGIT_MARGIN = 20.0
 # 1e-6 for equal texts in float32, 0.999 for equal texts with a bfloat16 text tower and float32 embeddings, and below
 # 0.96 for different names.
 SAME_TEXT = 0.995
+# Names with which CLIP's independent scores compare each label: general categories, and parts of scenes. `python
+# benchmarks/naming.py` measures how well the scores separate present from absent names with this and other lists.
+NEUTRAL_NAMES = (
+    *("person", "animal", "plant", "vehicle", "building", "furniture", "food", "tool", "clothing", "machine"),
+    *("sky", "ground", "water", "wall", "surface", "landscape", "background", "light", "pattern", "texture"),
+    *("shape", "text", "object", "thing"),
+)
 
 
 @dataclass
@@ -89,9 +96,9 @@ class SamClipMaskClassificationOutput(ModelOutput):
     entries of padding and of masks without pixels are 0.
 
     logits (`torch.Tensor` of shape `(batch_size, max_num_masks, num_labels)`):
-        Logits of each label: scaled cosine similarity to the label's text.
+        Logits of each label from [`SamClipForImageSegmentation.classify`].
     scores (`torch.Tensor` of shape `(batch_size, max_num_masks, num_labels)`):
-        Probabilities of the labels, the softmax of `logits`.
+        From 0 to 1: the softmax of `logits` over the labels or, with `multi_label=True`, their sigmoid.
     segment_embeds (`torch.Tensor` of shape `(batch_size, max_num_masks, projection_dim)`):
         Embeddings of the masks in the text space, of length 1.
     """
@@ -120,6 +127,9 @@ class SamClipVocabulary:
     label_embeds (`torch.Tensor` of shape `(num_labels, projection_dim)`, *optional*):
         Embeddings of the names of the labels without a template, of length 1, in the order of the labels and without
         background. [`SamClipForObjectDetection`] compares texts with them to recognize labels.
+    neutral_embeds (`torch.Tensor` of shape `(num_neutral, projection_dim)`, *optional*):
+        Embeddings of the neutral texts, of length 1, for independent scores. `None` with SigLIP's text tower, which
+        does not need them, and in a vocabulary that was embedded without `multi_label=True`.
     """
 
     class_embeds: torch.Tensor
@@ -128,6 +138,7 @@ class SamClipVocabulary:
     background_label_id: int | None = None
     background_threshold: float | None = None
     label_embeds: torch.Tensor | None = None
+    neutral_embeds: torch.Tensor | None = None
 
 
 def to_label_groups(labels: Iterable) -> list[list[str]]:
@@ -262,6 +273,7 @@ class SamClipForImageSegmentation(SamClipModel):
             config.background_label_id,
             config.background_threshold,
             self.label_embeds,
+            self.neutral_embeds,
         )
 
     def set_vocabulary(self, *args, **kwargs) -> "SamClipForImageSegmentation":
@@ -270,6 +282,8 @@ class SamClipForImageSegmentation(SamClipModel):
         vocabulary = self.embed_vocabulary(*args, **kwargs)
         self.config.__dict__.pop("label_tokens", None)  # of a checkpoint of version 0.1.0
         self.class_embeds, self.label_embeds = vocabulary.class_embeds, vocabulary.label_embeds
+        self.neutral_embeds = vocabulary.neutral_embeds
+        self.config.vocabulary_num_neutral = 0 if self.neutral_embeds is None else len(self.neutral_embeds)
         self.config.vocabulary_label_ids = vocabulary.label_ids
         self.config.vocabulary_num_labels = len(vocabulary.id2label)
         self.config.background_label_id = vocabulary.background_label_id
@@ -295,6 +309,7 @@ class SamClipForImageSegmentation(SamClipModel):
         tokenizer: PreTrainedTokenizerBase | None = None,
         synonyms: Literal["max", "mean"] = "max",
         background_templates: bool = False,
+        multi_label: bool = False,
     ) -> SamClipVocabulary:
         r"""
         Embeds a vocabulary, which can be used for any number of images: `model(pixel_values, vocabulary=vocabulary)`.
@@ -318,6 +333,9 @@ class SamClipForImageSegmentation(SamClipModel):
         background_templates (`bool`, *optional*, defaults to `False`):
             Whether the templates are also used for the texts of the background. By default, these are used without
             templates.
+        multi_label (`bool`, *optional*, defaults to `False`):
+            Whether the vocabulary can be used for independent scores, see `classify`. With CLIP's text tower,
+            `NEUTRAL_NAMES` are then embedded in the same templates.
 
         With SigLIP's text tower, names and templates are converted by [`canonicalize_text`].
 
@@ -380,6 +398,10 @@ class SamClipForImageSegmentation(SamClipModel):
         rows = _without_same_tokens(rows, len(texts_of_background), tokenizer)
         features = self._embed_texts([text for _, _, texts in rows for text in texts], tokenizer)
         means = [part.mean(dim=0) for part in features.split([len(texts) for _, _, texts in rows])]
+        neutral_embeds = None
+        if multi_label and not self.config.has_siglip_text:
+            neutral = self._embed_texts(fill(list(NEUTRAL_NAMES), templates), tokenizer)
+            neutral_embeds = F.normalize(neutral.unflatten(0, (-1, len(templates))).mean(dim=1), dim=-1)
         return SamClipVocabulary(
             F.normalize(torch.stack(means), dim=-1),
             [label_id for label_id, _, _ in rows],
@@ -387,6 +409,7 @@ class SamClipForImageSegmentation(SamClipModel):
             0 if has_background else None,
             threshold,
             self._embed_texts([group[0] for group in groups], tokenizer),
+            neutral_embeds,
         )
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
@@ -408,12 +431,42 @@ class SamClipForImageSegmentation(SamClipModel):
             features.append(self.get_text_features(**inputs.to(self.device)).pooler_output)
         return F.normalize(torch.cat(features), dim=-1)
 
-    def classify(self, embeds: torch.Tensor, vocabulary: SamClipVocabulary) -> torch.Tensor:
-        """
-        Logits `(..., num_labels)` of embeddings `(..., projection_dim)` of length 1: the scaled cosine similarity to
-        the most similar text of each label, with [`apply_background_threshold`] if the vocabulary has a threshold.
+    def classify(self, embeds: torch.Tensor, vocabulary: SamClipVocabulary, multi_label: bool = False) -> torch.Tensor:
+        r"""
+        Compares embeddings of images, patches or segments with the texts of a vocabulary.
+
+        embeds (`torch.Tensor` of shape `(..., projection_dim)`):
+            Embeddings of length 1.
+        vocabulary ([`SamClipVocabulary`]):
+            The vocabulary.
+        multi_label (`bool`, *optional*, defaults to `False`):
+            Whether the logits of the labels are independent of each other.
+
+        Returns logits `(..., num_labels)`. By default, a logit is the scaled cosine similarity to the most similar
+        text of the label, with [`apply_background_threshold`] if the vocabulary has a threshold. The softmax over the
+        labels gives probabilities, of which the highest one is at least 1 / `num_labels`, also if no label is correct.
+
+        With `multi_label=True`, the sigmoid of a logit is a score that does not depend on the other labels. With
+        SigLIP's text tower, the logit includes SigLIP's bias, so that the score is SigLIP's probability of the text.
+        CLIP has no such probability. With its text tower, the score is the probability of the label's text in a
+        softmax over this text and the neutral texts, `NEUTRAL_NAMES` without a name that equals the label's. (LERF,
+        Kerr et al. 2023, arXiv 2303.09553, takes the lowest softmax probability over pairs of the text and one of four
+        neutral texts.)
+
+        Raises `ValueError` if independent logits are requested for a vocabulary with a threshold or, with CLIP's text
+        tower, without neutral texts.
         """
         similarity = embeds @ vocabulary.class_embeds.to(embeds.dtype).T * self.logit_scale.exp()
+        if multi_label:
+            if vocabulary.background_threshold is not None:
+                raise ValueError(
+                    "Independent scores need no background_threshold: embed the vocabulary without it, and compare "
+                    "the scores with a threshold."
+                )
+            if self.logit_bias is not None:
+                similarity = similarity + self.logit_bias
+            else:
+                similarity = similarity - self._neutral_logits(embeds, vocabulary)
         label_ids = torch.tensor(vocabulary.label_ids, device=embeds.device)
         logits = max_over_synonyms(similarity, label_ids, len(vocabulary.id2label), dim=-1)
         if vocabulary.background_threshold is not None:
@@ -421,6 +474,24 @@ class SamClipForImageSegmentation(SamClipModel):
             logits = apply_background_threshold(
                 logits, vocabulary.background_label_id, vocabulary.background_threshold, dim=-1
             )
+        return logits
+
+    def _neutral_logits(self, embeds: torch.Tensor, vocabulary: SamClipVocabulary) -> torch.Tensor:
+        """The logarithm of the sum of the exponential logits of the neutral texts, for each text of the vocabulary,
+        `(..., num_texts)`, or for all of them, `(..., 1)`. A neutral text that equals a text is left out for that
+        text."""
+        if vocabulary.neutral_embeds is None:
+            raise ValueError(
+                "This vocabulary has no neutral texts, which CLIP's independent scores need: pass multi_label=True to "
+                "embed_vocabulary or set_vocabulary."
+            )
+        neutral = embeds @ vocabulary.neutral_embeds.to(embeds.dtype).T * self.logit_scale.exp()
+        logits = neutral.logsumexp(dim=-1, keepdim=True)
+        equal = vocabulary.class_embeds.float() @ vocabulary.neutral_embeds.float().T > SAME_TEXT
+        if equal.any():
+            logits = logits.repeat_interleave(len(equal), dim=-1)
+            for text in equal.any(dim=1).nonzero().flatten().tolist():
+                logits[..., text] = neutral[..., ~equal[text]].logsumexp(dim=-1)
         return logits
 
     @can_return_tuple
@@ -589,6 +660,7 @@ class SamClipForImageSegmentation(SamClipModel):
         reshaped_input_sizes: torch.Tensor | None = None,
         vision_embeds: SamClipVisionEncoderOutput | None = None,
         vocabulary: SamClipVocabulary | None = None,
+        multi_label: bool = False,
         original_sizes: torch.Tensor | None = None,
     ) -> SamClipMaskClassificationOutput:
         r"""
@@ -611,6 +683,9 @@ class SamClipForImageSegmentation(SamClipModel):
             From `get_vision_embeds` for the images, in place of `pixel_values`.
         vocabulary ([`SamClipVocabulary`], *optional*):
             From `embed_vocabulary`; by default the checkpoint's. With a background, a mask may be background.
+        multi_label (`bool`, *optional*, defaults to `False`):
+            Whether the scores of the labels are independent, see `classify`. The vocabulary must have been embedded
+            with `multi_label=True`, unless the text tower is SigLIP's.
         original_sizes (`torch.Tensor` of shape `(batch_size, 2)`, *optional*):
             Not used. Accepted because `model.classify_masks(masks, **inputs)` passes it.
 
@@ -640,8 +715,8 @@ class SamClipForImageSegmentation(SamClipModel):
                 mask = own[number : number + 1].to(segments.device)
                 segments[index, number] = patches_of_masks(mask, covered, grid_size)[0]
         embeds, is_segment = self._embed_segments(patch_tokens, segments)
-        logits = self.classify(embeds, vocabulary) * is_segment[..., None]
-        scores = logits.softmax(dim=-1) * is_segment[..., None]
+        logits = self.classify(embeds, vocabulary, multi_label) * is_segment[..., None]
+        scores = (logits.sigmoid() if multi_label else logits.softmax(dim=-1)) * is_segment[..., None]
         return SamClipMaskClassificationOutput(logits=logits, scores=scores, segment_embeds=embeds)
 
     def compose_heads_by_class(
