@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from PIL import Image
-from transformers import AutoModel, AutoProcessor, CLIPModel, SamModel, SamProcessor, pipeline
+from transformers import AutoImageProcessor, AutoModel, AutoProcessor, CLIPModel, SamModel, SamProcessor, pipeline
 
 from samclip_hf import SamClipForImageSegmentation, SamClipModel, SamClipProcessor, SamClipVisionModel, miniature
 from samclip_hf.clip_tower_samclip import SamClipTower, to_image_grid
@@ -106,6 +106,26 @@ def test_segments_are_embedded_from_their_patches_alone(model, processor, clip, 
         kept = tokens[:, torch.cat([torch.tensor([True]), segment.flatten()])]  # without the other patches
         pooled = vision.encoder(inputs_embeds=kept).last_hidden_state[:, 0]
         assert torch.allclose(found, clip.visual_projection(vision.post_layernorm(pooled))[0], atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("clip_image_size", "columns", "mean"), [(64, 1, 0.999), (64, 2, 0.78), (128, 1, 0.89), (128, 2, 0.83)]
+)
+def test_difference_to_clips_own_preprocessing(clip, processor, clip_image_size, columns, mean):
+    """Mean cosine similarity of embeddings of squares and of images of 2:1, which CLIP's image processor crops."""
+    sam = miniature.sam_teacher()
+    model = SamClipModel.from_teachers(sam, miniature.clip_teacher(), merged=False, clip_image_size=clip_image_size)
+    image_processor, found = AutoImageProcessor.from_pretrained(miniature.clip_teacher()), []
+    for number in range(20):
+        scenes = [render(seed=101, index=number + 100 * column).image for column in range(columns)]
+        image = Image.fromarray(np.concatenate(scenes, axis=1)).resize((512 * columns, 512), Image.Resampling.BICUBIC)
+        expected = clip.get_image_features(**image_processor(image, return_tensors="pt")).pooler_output
+        inputs = processor(image)
+        actual = model.eval().get_image_features(inputs["pixel_values"], inputs["reshaped_input_sizes"]).pooler_output
+        found.append(F.cosine_similarity(actual, expected).item())
+    assert np.mean(found) == pytest.approx(mean, abs=0.01)
+    assert (columns, clip_image_size) != (1, 64) or min(found) > 0.995
 
 
 def test_features_are_resampled_to_the_grid_of_the_image():

@@ -49,6 +49,7 @@ from transformers import (
     pipeline,
 )
 
+from samclip_cli import main
 from samclip_hf import SamClipForImageSegmentation, SamClipModel, SamClipProcessor, SamClipVisionModel
 from samclip_hf.publishing import build_repository, verify
 
@@ -576,6 +577,22 @@ def test_everything_mode_returns_masks_of_the_image(pair, image):
     found = everything(image, points_per_crop=3, pred_iou_thresh=0.0, stability_score_thresh=0.0)
     assert len(found["masks"]) and len(found["masks"]) == len(found["scores"])
     assert all(np.asarray(mask).shape == (image.height, image.width) for mask in found["masks"])
+
+
+def test_the_command_segments_with_two_teachers(pair, image, tmp_path, monkeypatch):
+    """`samclip segment --sam A --clip B` gives the pipeline's segments."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    image.save(tmp_path / "photo.png")
+    teachers = ["--sam", str(pair.sam), "--clip", str(pair.clip)]
+    labels = ["--labels", ", ".join(LABELS), "--template", TEMPLATE, "--threshold", "0"]
+    output = tmp_path / "out"
+    output.mkdir()
+    assert main(["segment", str(tmp_path / "photo.png"), *teachers, *labels, "--output", f"{output}/"]) == 0
+    segments = json.loads((output / "photo.json").read_text())["segments"]
+    expected = pipeline("zero-shot-image-segmentation", model=str(pair.unmerged))(
+        image, candidate_labels=LABELS, hypothesis_template=TEMPLATE, threshold=0.0
+    )
+    assert [segment["label"] for segment in segments] == [segment["label"] for segment in expected]
 
 
 @pytest.mark.slow
