@@ -16,8 +16,8 @@ DESCRIPTION = """\
 Builds a model repository from a training output, verifies it, and uploads it to the Hub.
 
 examples:
-  samclip publish runs/stage3 me/my-samclip --results runs/evaluation/results.json --dry-run
-  samclip publish miniature me/my-samclip --folder repository --dry-run
+  samclip publish runs/stage3 me/my-samclip --results runs/evaluation/results.json --dry_run
+  samclip publish miniature me/my-samclip --folder repository --dry_run
 
 The repository contains the weights, the model code and a model card, which is written from the
 training output's provenance.json and the results of samclip evaluate. Before the upload, a new
@@ -65,9 +65,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--private", action="store_true", help="create a private repository")
     parser.add_argument("--revision", metavar="BRANCH", help="branch to upload to; created if it does not exist")
-    parser.add_argument("--create-pr", action="store_true", help="upload as a pull request")
+    parser.add_argument("--create_pr", "--create-pr", action="store_true", help="upload as a pull request")
     parser.add_argument("--update", action="store_true", help="allow a commit to a repository that is not empty")
-    parser.add_argument("--dry-run", action="store_true", help="build and verify the repository, but do not upload it")
+    parser.add_argument(
+        "--dry_run", "--dry-run", action="store_true", help="build and verify the repository, but do not upload it"
+    )
     return parser
 
 
@@ -142,7 +144,7 @@ def run(argv: Sequence[str]) -> int:
             if arguments.folder is not None:
                 shutil.copytree(folder, arguments.folder)
             if arguments.dry_run:
-                print("Verified. Nothing was uploaded (--dry-run).")
+                print("Verified. Nothing was uploaded (--dry_run).")
                 if arguments.folder is not None:
                     print(f"The repository is in {arguments.folder}.")
                 return 0

@@ -12,10 +12,17 @@ from datasets import ClassLabel, Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from samclip_hf.datasets import open_captions, open_classification, open_objects, open_segmentation, open_stream
+from samclip_hf.datasets import (
+    open_captions,
+    open_classification,
+    open_objects,
+    open_segmentation,
+    open_stream,
+    samples,
+)
 from samclip_hf.datasets.streams import decode_image
 from samclip_hf.distillation.embedding_cache import CacheDescription, ShardCrops
-from samclip_hf.images import encode_mask
+from samclip_hf.images import encode_mask, open_image
 
 from .tars import jpeg, write_tar
 
@@ -212,6 +219,13 @@ class TestAnnotationsOfRotatedImages:
         write_tar(tmp_path / "0.tar", {"a.png": self.CONTENT, "a.json": json.dumps(annotations).encode()})
         _, sample = next(open_stream(str(tmp_path), with_masks=True).read(0))
         assert np.array_equal(decode_image(sample), expected)
+
+    @pytest.mark.parametrize(("size", "expected"), CASES)
+    def test_the_image_is_decoded_once(self, size, expected, monkeypatch):
+        decoded = []
+        monkeypatch.setattr(samples, "open_image", lambda *a, **b: decoded.append(open_image(*a, **b)) or decoded[-1])
+        assert np.array_equal(samples.read_image(self.CONTENT, "a.png", lambda: size), expected)
+        assert len(decoded) == 1
 
     @pytest.mark.parametrize(("size", "expected"), CASES)
     @pytest.mark.parametrize("orientation", [1, 6])

@@ -243,9 +243,20 @@ def test_images_that_are_named_as_masks_of_others_are_left_out_and_logged(tmp_pa
     assert [sample["json"] for _, sample in rows] == [b"{}", None]
 
 
-def test_a_photograph_after_its_mask_raises(tmp_path):
-    write_tar(tmp_path / "photos.tar", {"0-mask.png": b"mask", "0.jpg": b"0"})  # GNU tar's --sort=name
-    with pytest.raises(DataError, match=r"0-mask\.png seems to be an annotation of 0\.jpg, which follows it"):
+@pytest.mark.parametrize("others", [{}, {"0.json": b"{}"}, {"0-depth.png": b"depth", "0.json": b"{}"}])
+def test_masks_directly_before_their_photograph_are_left_out_and_logged(tmp_path, others, transformers_log):
+    path = tmp_path / "photos.tar"  # in the order of GNU tar's --sort=name
+    write_tar(path, {"0-mask.png": b"mask", **others, "0.jpg": b"0", "1-mask.png": b"1", "2.jpg": b"2"})
+    rows = list(open_stream(str(path)).read(0))
+    assert [(row, sample["image"]["bytes"]) for row, sample in rows] == [(0, b"0"), (1, b"1"), (2, b"2")]
+    assert "photos.tar: images such as 0-mask.png are not used" in transformers_log.text
+    (_, first), *_ = TarShards([str(path)], with_masks=True).rows(0, 0, lambda key: True)
+    assert first["json"] == others.get("0.json")
+
+
+def test_a_photograph_long_after_its_mask_raises(tmp_path):
+    write_tar(tmp_path / "photos.tar", {"0-mask.png": b"mask", "1.jpg": b"1", "0.jpg": b"0"})
+    with pytest.raises(DataError, match=r"0-mask\.png seems to be an annotation of 0\.jpg, which follows later"):
         open_stream(str(tmp_path))
 
 

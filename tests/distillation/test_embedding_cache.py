@@ -122,6 +122,26 @@ def test_a_cache_with_another_description_is_not_overwritten(arguments):
         embed([*arguments, "--seed", "1", "--min_crop_scale", "0.1"])
 
 
+@pytest.mark.parametrize("content", ["", "[]", '{"teacher": "mine"}', '{"shards": 3}'])
+@pytest.mark.parametrize("name", ["embedding_cache.json", "store.json"])
+def test_a_description_of_another_program_is_not_overwritten(arguments, tmp_path, name, content):
+    path = tmp_path / "cache" / name
+    path.parent.mkdir()
+    path.write_text(content)
+    with pytest.raises(SystemExit, match=rf"{name} is not a file of `samclip embed`. Choose another folder"):
+        embed(arguments)
+    assert [file.name for file in path.parent.iterdir()] == [name] and path.read_text() == content
+    with pytest.raises(ValueError, match="is not a file of"):
+        EmbeddingCache(path.parent)
+
+
+def test_embeddings_without_a_description_are_not_used(arguments, tmp_path):
+    embed(arguments)
+    (tmp_path / "cache" / "embedding_cache.json").unlink()
+    with pytest.raises(SystemExit, match="it is unknown what the embeddings in"):
+        embed([*arguments, "--seed", "1"])
+
+
 def test_a_cache_that_does_not_match_the_training_raises(arguments, model, photos, sa1b, tmp_path):
     embed(arguments)
     cache = EmbeddingCache(tmp_path / "cache")

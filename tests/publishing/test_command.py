@@ -44,10 +44,11 @@ class TestCommand:
         assert 'model="me/merged"' in published["README.md"].decode()
         assert published.keys() - {".gitattributes"} == {path.name for path in (tmp_path / "folder").iterdir()}
 
-    def test_a_dry_run_needs_no_token(self, hub, arguments, monkeypatch, capsys):
+    @pytest.mark.parametrize("option", ["--dry_run", "--dry-run"])
+    def test_a_dry_run_needs_no_token(self, hub, arguments, option, monkeypatch, capsys):
         monkeypatch.setenv("HF_TOKEN", "")
         monkeypatch.setattr("samclip_hf.publishing.verify", lambda folder, image: {"pred_masks": 0.0})
-        publish.run([*arguments, "--dry-run"])
+        publish.run([*arguments, option])
         assert "Nothing was uploaded" in capsys.readouterr().out and not hub.repositories
 
     def test_invalid_arguments_raise_before_the_folder_is_built(self, hub, folder, arguments, tmp_path, capsys):
@@ -67,7 +68,7 @@ class TestCommand:
             (["miniature", "merged", "--results_name", "stage3"], "--results_name requires --results"),
         ):
             with pytest.raises(SystemExit, match=rf"Nothing was published\. .*{message}"):
-                publish.run([*options, "--dry-run"])
+                publish.run([*options, "--dry_run"])
         assert "Building" not in capsys.readouterr().out
 
 
@@ -80,7 +81,7 @@ def test_wrong_folders_are_errors_at_once(tmp_path):
         (["miniature", "--folder", f"{__file__}/new"], "--folder .*py is not a folder"),
     ):
         with pytest.raises(CommandError, match=message):
-            publish.run([arguments[0], "me/merged", "--dry-run", *arguments[1:]])
+            publish.run([arguments[0], "me/merged", "--dry_run", *arguments[1:]])
 
 
 @pytest.mark.slow

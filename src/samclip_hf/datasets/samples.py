@@ -135,14 +135,13 @@ def read_image(
     """
     name = name or os.fsdecode(source)
     with name_errors(name, "an image"):
-        image = open_image(source, max_pixels=max_pixels)
+        apply_orientation = True
         if annotated_size is not None:
             displayed, stored = read_sizes(source, name)
             if displayed != stored:
                 size = annotated_size() if callable(annotated_size) else annotated_size
-                if size == stored:
-                    return open_image(source, apply_orientation=False, max_pixels=max_pixels)
-        return image
+                apply_orientation = size != stored
+        return open_image(source, apply_orientation=apply_orientation, max_pixels=max_pixels)
 
 
 def read_sizes(source: str | Path | bytes, name: str | None = None) -> list[tuple[int, int]]:

@@ -140,14 +140,14 @@ class TarShards:
         masks after all photographs, and without images of `ANNOTATION_NAME`, which are logged.
 
         Raises `DataError` if the image of a sample, or another candidate for it, follows after another file was used
-        in its place, such as photographs after all masks, if a photograph follows its image of `ANNOTATION_NAME`, or
-        if there are folders of photographs and of annotations.
+        in its place, such as photographs after all masks, if another sample is between a photograph and an earlier
+        image of `ANNOTATION_NAME`, or if there are folders of photographs and of annotations.
         """
         lowest: dict[str, tuple[float, str]] = {}  # rank and extension of each sample's image
         annotations: dict[str, str] = {}  # images of `ANNOTATION_NAME` that were used, by the photograph to expect
         previous, is_separated = None, False
         examples: dict[bool, str] = {}  # of images in folders of annotations, and in others
-        for file in files:
+        for file in self._without_annotations_before(files, path):
             if file.sample != previous:
                 previous, is_separated = file.sample, file.sample in lowest
             rank = image_rank(file.extension)
@@ -157,13 +157,11 @@ class TarShards:
                 if file.sample in annotations:
                     raise DataError(
                         f"{path}: {annotations[file.sample]} seems to be an annotation of {file.member.name}, which "
-                        "follows it. Write the tar again without annotations, or rename the file if it is not one."
+                        "follows later. Write the tar again without annotations, or rename the file if it is not one."
                     )
                 if match := ANNOTATION_NAME.fullmatch(file.sample):
                     if lowest.get(match["stem"], NO_IMAGE) != NO_IMAGE:
-                        if not self.has_logged_annotations:
-                            self.has_logged_annotations = True
-                            logger.warning(f"{path}: images such as {file.member.name} are not used. {IS_ANNOTATION}")
+                        self._log_annotation(file, path)
                         continue
                     annotations.setdefault(match["stem"], file.member.name)
             lowest_rank, extension = lowest.setdefault(file.sample, NO_IMAGE)
@@ -180,6 +178,37 @@ class TarShards:
             elif rank is not None and rank < lowest_rank:
                 lowest[file.sample] = rank, file.extension
             yield file
+
+    def _without_annotations_before(self, files: Iterable[SampleFile], path: str) -> Iterator[SampleFile]:
+        """Yields the files without images of `ANNOTATION_NAME` directly before their photograph, as in the order of
+        GNU tar's --sort=name: "1-mask.png", "1.jpg". They are logged."""
+        waiting: list[SampleFile] = []  # images of `ANNOTATION_NAME` of one photograph, and other files of its sample
+        photograph = None  # its sample
+        for file in files:
+            is_image = image_rank(file.extension) is not None
+            match = ANNOTATION_NAME.fullmatch(file.sample) if is_image else None
+            if waiting and file.sample == photograph:
+                if is_image:
+                    for other in waiting:
+                        if other.sample == photograph:
+                            yield other
+                        else:
+                            self._log_annotation(other, path)
+                    waiting = []
+            elif waiting and (match is None or match["stem"] != photograph):
+                yield from waiting
+                waiting = []
+            if match is not None or waiting:
+                photograph = photograph if waiting or match is None else match["stem"]
+                waiting.append(file)
+            else:
+                yield file
+        yield from waiting
+
+    def _log_annotation(self, file: SampleFile, path: str) -> None:
+        if not self.has_logged_annotations:
+            self.has_logged_annotations = True
+            logger.warning(f"{path}: images such as {file.member.name} are not used. {IS_ANNOTATION}")
 
     def _read_files(self, tar: tarfile.TarFile, files: Iterable[SampleFile]) -> dict[str, Any]:
         """Reads the image and the annotations of a sample."""

@@ -80,7 +80,8 @@ class EmbeddingCache:
 
     Raises:
         FileNotFoundError: If `folder` is not an embedding cache.
-        ValueError: If shards are missing, or if the cache was computed by an incompatible version.
+        ValueError: If shards are missing, if the cache was computed by an incompatible version, or if its description
+            is a file of another program.
     """
 
     def __init__(self, folder: str | Path):
@@ -200,7 +201,13 @@ def describe_cache(
 def _read_description(folder: Path) -> dict[str, Any] | None:
     for name in (DESCRIPTION_NAME, DEPRECATED_DESCRIPTION_NAME):
         if (folder / name).is_file():
-            return rename_deprecated_arguments(json.loads((folder / name).read_text()))
+            try:
+                description = rename_deprecated_arguments(json.loads((folder / name).read_text()))
+            except (AttributeError, UnicodeDecodeError, json.JSONDecodeError):
+                description = {}
+            if not {"teacher", "shards"} <= description.keys():
+                raise ValueError(f"{folder / name} is not a file of `samclip embed`. Choose another folder.")
+            return description
     return None
 
 
@@ -209,10 +216,16 @@ def write_description(folder: Path, description: CacheDescription) -> None:
     Creates an embedding cache without embeddings, or checks the description of an existing one.
 
     Raises:
-        ValueError: If `folder` is an embedding cache with another description.
+        ValueError: If `folder` is an embedding cache with another description, if it contains embeddings without a
+            description, or if its description is a file of another program.
     """
     existing = _read_description(folder)
     if existing is None:
+        if found := next(folder.glob("[0-9][0-9]/*.parquet"), None):
+            raise ValueError(
+                f"{folder} has no {DESCRIPTION_NAME}, so it is unknown what the embeddings in {found} are. Choose "
+                "another folder."
+            )
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / DESCRIPTION_NAME, json.dumps(asdict(description), indent=1) + "\n")
     elif changed := [name for name, value in asdict(description).items() if existing.get(name) != value]:

@@ -155,12 +155,12 @@ def resolve_target(
         if owner not in roles:
             raise PublishingError(
                 f"{user['name']} is not a member of {owner}. Use another owner, or open a pull request with "
-                "--create-pr."
+                "--create_pr."
             )
         if roles[owner] == "read":
             raise PublishingError(
                 f"{user['name']} has read access only in {owner}. Ask for a role with write access, or open a pull "
-                "request with --create-pr."
+                "request with --create_pr."
             )
     repo_id = f"{owner}/{name}"
     try:
@@ -179,7 +179,7 @@ def resolve_target(
     if files and not (update or create_pr or revision):
         raise PublishingError(
             f"{repo_id} exists and contains {len(files)} files. Pass --update to add a commit, --revision to use a "
-            "branch, --create-pr to open a pull request, or use another name."
+            "branch, --create_pr to open a pull request, or use another name."
         )
     return repo_id
 
