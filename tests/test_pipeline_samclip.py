@@ -189,3 +189,52 @@ def test_wrong_input_raises(segmenter, images):
     ):
         with pytest.raises(ValueError, match=message):
             segmenter(images[0], **arguments)
+
+
+class TestIndependentScores:
+    ARGUMENTS = {"hypothesis_template": "a {}", "multi_label": True}
+
+    def test_other_labels_do_not_change_a_result(self, segmenter, images):
+        few = segmenter(images[0], candidate_labels=CLASS_NAMES[:2], threshold=0.0, **self.ARGUMENTS)
+        many = segmenter(images[0], candidate_labels=CLASS_NAMES, threshold=0.0, **self.ARGUMENTS)
+        assert {segment["label"] for segment in few} == set(CLASS_NAMES[:2])
+        assert_same_segments(few, [segment for segment in many if segment["label"] in CLASS_NAMES[:2]])
+
+    @pytest.mark.parametrize("subtask", [None, "semantic"])
+    def test_present_labels_are_found_and_absent_labels_are_not(self, segmenter, images, subtask):
+        for index, image in enumerate(images):
+            scene = render(seed=0, index=index)
+            present = {CLASS_NAMES[class_id] for class_id in scene.class_ids}
+            absent = [
+                name
+                for name in CLASS_NAMES
+                if not any(word in other.split() for other in present for word in name.split()[:2])
+            ]
+            found = segmenter(image, candidate_labels=[*present, *absent], subtask=subtask, **self.ARGUMENTS)
+            assert found == sorted(found, key=lambda segment: -segment["score"])
+            assert found[0]["label"] in present
+            if subtask == "semantic":
+                assert len({segment["label"] for segment in found}) == len(found)
+
+    def test_a_semantic_mask_is_the_union_of_the_segments(self, segmenter, images):
+        arguments = {"candidate_labels": CLASS_NAMES[:1], "threshold": 0.0} | self.ARGUMENTS
+        segments = segmenter(images[0], **arguments)
+        (whole,) = segmenter(images[0], subtask="semantic", **arguments)
+        union = np.any([np.asarray(segment["mask"]) > 0 for segment in segments], axis=0)
+        assert np.array_equal(np.asarray(whole["mask"]) > 0, union)
+        assert whole["score"] == max(segment["score"] for segment in segments)
+
+    def test_a_threshold_above_all_scores_gives_nothing(self, segmenter, images):
+        assert segmenter(images[0], candidate_labels=CLASS_NAMES, threshold=1.01, **self.ARGUMENTS) == []
+
+    def test_batches_give_the_same_results(self, segmenter, images):
+        arguments = {"candidate_labels": CLASS_NAMES[:3], "threshold": 0.0} | self.ARGUMENTS
+        for image, found in zip(images, segmenter(images, batch_size=3, **arguments), strict=True):
+            assert_same_segments(found, segmenter(image, **arguments))
+
+    def test_arguments_without_effect_raise(self, segmenter, images):
+        with pytest.raises(ValueError, match="background has no effect"):
+            segmenter(images[0], candidate_labels=["a"], background=["a wall"], multi_label=True)
+        for arguments in ({"subtask": "panoptic"}, {"overlap_mask_area_threshold": 0.5}):
+            with pytest.raises(ValueError, match="segments may overlap"):
+                segmenter(images[0], candidate_labels=["red solid shape"], multi_label=True, **arguments)

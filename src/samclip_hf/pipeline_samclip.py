@@ -1,5 +1,6 @@
 """The pipeline `zero-shot-image-segmentation`: segmentation by texts that are passed with the call."""
 
+from dataclasses import replace
 from numbers import Real
 
 import numpy as np
@@ -7,7 +8,7 @@ import torch
 from PIL import Image
 from transformers import ImageSegmentationPipeline
 
-from .image_processing_samclip import load_image
+from .image_processing_samclip import load_image, resize_content
 from .segmentation_samclip import SamClipVocabulary, to_label_groups, to_texts
 
 
@@ -45,9 +46,14 @@ class SamClipImageSegmentationPipeline(ImageSegmentationPipeline):
             How the synonyms of a label are combined.
         background_templates (`bool`, *optional*):
             Whether the templates are also used for the texts of the background.
-        subtask (`"panoptic"`, `"instance"` or `"semantic"`, defaults to `"panoptic"`):
-            The kind of segmentation. `"panoptic"` and `"instance"` return segments that do not overlap, `"semantic"`
-            one mask for each label.
+        multi_label (`bool`, *optional*, defaults to `False`):
+            Whether the scores of the labels are independent, so that none of them may be found, see
+            [`SamClipForImageSegmentation.classify`]. Segments are then proposed in the whole image, without regard to
+            the labels, and may overlap. The result has an entry for each segment and each label whose score reaches
+            the threshold, in descending order of scores. Other candidate labels do not change it.
+        subtask (`"panoptic"`, `"instance"` or `"semantic"`, *optional*):
+            The kind of segmentation. `"panoptic"` (default) and `"instance"` (default with `multi_label=True`) return
+            segments, which do not overlap without `multi_label=True`, `"semantic"` one mask for each label.
         threshold, mask_threshold, overlap_mask_area_threshold (`float`, defaults to 0.5, 0.5 and 0.8):
             Thresholds of panoptic and instance segmentation, see
             [`SamClipImageProcessor.post_process_panoptic_segmentation`].
@@ -55,7 +61,8 @@ class SamClipImageSegmentationPipeline(ImageSegmentationPipeline):
             Number of images in a forward pass of the model.
 
         Returns, for each image, a list of segments with `label`, `mask` (a black and white `PIL.Image.Image` of the
-        image's size) and `score`, the probability of the label. `score` is `None` in semantic segmentation.
+        image's size) and `score`, the probability of the label. `score` is `None` in semantic segmentation, or with
+        `multi_label=True` the highest score of a segment.
         """
         return super().__call__(inputs, **kwargs)
 
@@ -66,6 +73,7 @@ class SamClipImageSegmentationPipeline(ImageSegmentationPipeline):
         background=None,
         synonyms=None,
         background_templates=None,
+        multi_label=None,
         **kwargs,
     ):
         preprocess_params, forward_params, postprocess_params = super()._sanitize_parameters(**kwargs)
@@ -81,12 +89,22 @@ class SamClipImageSegmentationPipeline(ImageSegmentationPipeline):
             given["synonyms"] = synonyms
         if background_templates is not None:
             given["background_templates"] = background_templates
+        if multi_label is not None:
+            given["multi_label"] = multi_label
         if not hasattr(self, "_forward_params"):
             self._defaults = given  # arguments of the constructor, which calls this method first
         given = self._defaults | given
-        if given:
-            if "labels" not in given:
-                raise ValueError(f"Pass candidate_labels too: {', '.join(sorted(given))} cannot be used without them.")
+        if "multi_label" in given:
+            if given["multi_label"] and "background" in given:
+                raise ValueError(
+                    "With multi_label=True, every label has its own score, and background has no effect: remove it, "
+                    "or add its texts to candidate_labels."
+                )
+            forward_params["multi_label"] = postprocess_params["multi_label"] = given["multi_label"]
+        unused = sorted(given.keys() - {"labels", "multi_label"})
+        if unused and "labels" not in given:
+            raise ValueError(f"Pass candidate_labels too: {', '.join(unused)} cannot be used without them.")
+        if "labels" in given:
             vocabulary = self._embed_vocabulary(given)
             forward_params["vocabulary"] = vocabulary
             postprocess_params["id2label"] = vocabulary.id2label
@@ -103,23 +121,45 @@ class SamClipImageSegmentationPipeline(ImageSegmentationPipeline):
     def preprocess(self, image, subtask=None, timeout=None):
         return super().preprocess(load_image(image, timeout), subtask)
 
-    def _forward(self, model_inputs, vocabulary=None):
+    def _forward(self, model_inputs, vocabulary=None, multi_label=False):
         target_size = model_inputs.pop("target_size")
-        outputs = self.model(**model_inputs, vocabulary=vocabulary)
+        vocabulary = self.model.vocabulary if vocabulary is None else vocabulary
+        if not multi_label:
+            outputs = self.model(**model_inputs, vocabulary=vocabulary)
+            if outputs.segment_logits is not None:
+                outputs["label_scores"] = outputs.segment_logits.softmax(dim=-1)
+        else:
+            if self.model.config.composition != "segments":
+                raise ValueError('multi_label=True needs the segments of config.composition = "segments".')
+            # Without background, segments are proposed in the whole image and do not depend on the labels.
+            classes = replace(vocabulary, background_label_id=None, background_threshold=None)
+            outputs = self.model(**model_inputs, vocabulary=classes)
+            scores = self.model.classify(outputs.segment_embeds, classes, multi_label=True).sigmoid()
+            if vocabulary.background_label_id is not None:
+                scores[..., vocabulary.background_label_id] = 0  # background is not a segment
+            outputs["label_scores"] = scores * (outputs.segment_scores > 0)[..., None]
         outputs["target_size"] = target_size
         return outputs
 
     def postprocess(
         self,
         model_outputs,
-        subtask="panoptic",
+        subtask=None,
         threshold=0.5,
         mask_threshold=0.5,
-        overlap_mask_area_threshold=0.8,
+        overlap_mask_area_threshold=None,
         id2label=None,
+        multi_label=False,
     ):
         id2label = self.model.config.id2label if id2label is None else id2label
         target_sizes = model_outputs["target_size"]
+        if multi_label:
+            if subtask not in ("instance", "semantic", None) or overlap_mask_area_threshold is not None:
+                raise ValueError(
+                    'With multi_label=True, segments may overlap: subtask must be "instance" or "semantic", and '
+                    "overlap_mask_area_threshold has no effect."
+                )
+            return _independent_segments(model_outputs, id2label, subtask == "semantic", threshold, mask_threshold)
         if subtask == "semantic":
             label_map = self.image_processor.post_process_semantic_segmentation(model_outputs, target_sizes)[0]
             return [
@@ -133,7 +173,7 @@ class SamClipImageSegmentationPipeline(ImageSegmentationPipeline):
             model_outputs,
             threshold=threshold,
             mask_threshold=mask_threshold,
-            overlap_mask_area_threshold=overlap_mask_area_threshold,
+            overlap_mask_area_threshold=0.8 if overlap_mask_area_threshold is None else overlap_mask_area_threshold,
             target_sizes=target_sizes,
         )[0]
         return [
@@ -164,6 +204,33 @@ def _weights_of_texts(model) -> list:
     values = torch.stack([value.to(sums[0].device) for value in sums]).tolist() if sums else []
     versions = (None if weight.is_inference() else weight._version for weight in weights)
     return [*((id(w), w.dtype, version) for w, version in zip(weights, versions, strict=True)), *values]
+
+
+def _independent_segments(
+    outputs, id2label: dict[int, str], is_semantic: bool, threshold: float, mask_threshold: float
+) -> list[dict]:
+    """The result of the pipeline with `multi_label=True` for the outputs of one image: an entry for each segment and
+    label whose score reaches the threshold or, in semantic segmentation, for each label, with the union of its
+    segments."""
+    size = tuple(int(side) for side in outputs["target_size"][0])
+    cells = outputs.segment_masks.shape[-1] / outputs.logits.shape[-1]
+    found = []
+    for number, scores in enumerate(outputs["label_scores"][0]):
+        labels = (scores >= threshold).nonzero().flatten().tolist() if outputs.segment_scores[0, number] > 0 else []
+        if not labels:
+            continue
+        mask_logits = outputs.segment_masks[0, number : number + 1].float()
+        mask = resize_content(mask_logits, outputs.content_sizes[0] * cells, size)[0].sigmoid() > mask_threshold
+        if mask.any():
+            found += [(float(scores[label]), label, mask) for label in labels]
+    if is_semantic:
+        by_label: dict[int, tuple] = {}
+        for score, label, mask in found:
+            highest, union = by_label.get(label, (score, mask))
+            by_label[label] = max(score, highest), union | mask
+        found = [(score, label, mask) for label, (score, mask) in by_label.items()]
+    found.sort(key=lambda entry: -entry[0])
+    return [{"score": score, "label": id2label[label], "mask": _to_image(mask)} for score, label, mask in found]
 
 
 def _to_image(mask) -> Image.Image:
