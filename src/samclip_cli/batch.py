@@ -1,219 +1,394 @@
 """
-Functions for `samclip segment`, `classify` and `masks`: finding images, planning the output, running a pipeline on
-each image, and writing JSON and annotated images.
+Functions for `samclip segment`, `classify` and `masks`: running a model on batches of images and writing the results.
+An interrupted run can be continued, and several processes can share the work.
 """
 
 import argparse
-import glob
+import contextlib
+import itertools
 import json
 import os
+import re
 import sys
-import unicodedata
-from collections.abc import Callable, Sequence
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from . import INTERRUPTED, CommandError, discard_standard_output, first_line, log
-from .formats import Prediction, encode
-from .models import check_models
-from .outputs import check_outputs, check_writable
+from . import INTERRUPTED, discard_standard_output, first_line, log
+from .formats import Prediction, encode, file_names, run_files, write_coco
+from .inputs import ImageInput, InputError, read_image
+from .models import LoadedModel
+from .plan import OutputNames, Plan, check_plan
+from .run_record import RESULTS, RunRecord
 
 if TYPE_CHECKING:  # importing these takes seconds, see the docstring of the package
     from PIL import Image
 
-# Files of a folder with these extensions are read. Files that are named or match a pattern may have any extension.
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2")
+Predict = Callable[[list["Image.Image"], list[str]], list[Prediction]]
+
+# Arguments that do not change the results, or that have an entry of their own in the record of a run.
+UNRECORDED = {
+    *("images", "output", "overwrite", "device", "batch_size", "max_image_pixels", "model", "sam", "clip"),
+    *("default_formats", "formats", "labels_file"),
+}
+LOADING_THREADS = 2
+REPORT_SECONDS = 60  # between reports of the progress to a file
+NOT_READ, NOT_PROCESSED, EXISTS = "cannot be read", "cannot be processed", "output exists"  # causes of failures
 
 
-def prepare(arguments: argparse.Namespace) -> tuple[list[Path], list[list[Path]]]:
-    """Images and their outputs, see [`find_images`] and [`plan_outputs`]. Raises `CommandError` if an image, the
-    output or the model cannot be used. Imports neither torch nor transformers."""
-    images = find_images(arguments.images)
-    outputs = plan_outputs(arguments.output, images, arguments.overwrite)
-    check_models(arguments)
-    return images, outputs
+def process_images(plan: Plan, predict: Predict, loaded: LoadedModel) -> int:
+    """
+    Runs `predict` on the images of this process in batches, and writes the results.
+
+    Images that an earlier run has completed are skipped. An image is reported and skipped if it cannot be read or
+    processed, or if a file with the name of its output has appeared in the meantime and may not be replaced.
+
+    plan (`Plan`):
+        See [`prepare`].
+    predict (function of lists of images and of their keys):
+        Returns a [`Prediction`] for each image.
+    loaded (`LoadedModel`):
+        The model, for the record of the run.
+
+    Returns the exit status. Raises `CommandError` if the output has results of another run.
+    """
+    record = names = None
+    if plan.has_record:
+        assert plan.output is not None
+        description, files = _describe_run(plan, loaded), run_files(plan.formats)
+        record = RunRecord(plan.output, description, files, plan.arguments.overwrite, plan.process)
+        record.check_unchanged(plan.inputs.listed)
+    if plan.is_folder:
+        names = OutputNames(plan, record.names if record is not None else None)
+        if plan.has_record:
+            check_plan(plan, names, record)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_pixel_limit(plan.arguments.max_image_pixels))
+        work = _Work(plan, names, record)
+        status = 1
+        try:
+            work.start()
+            batches = stack.enter_context(contextlib.closing(_read_batches(work.pending(), plan.arguments)))
+            for images in batches:
+                work.process(images, predict)
+            work.join(loaded)
+            status = 1 if work.failures else 0
+        except KeyboardInterrupt:
+            work.stop("interrupted by Ctrl-C.")
+            return INTERRUPTED
+        except BrokenPipeError:
+            work.progress.close()
+            raise
+        except InputError as error:
+            work.stop(str(error))
+            return 1
+        except OSError as error:  # such as a full disk: the other images would fail as well
+            if plan.output is None:
+                discard_standard_output()
+            work.stop(f"the output cannot be written: {_describe_error(error)}")
+            return 1
+        work.report()
+    return status
 
 
-def find_images(patterns: Sequence[str]) -> list[Path]:
-    """Image files of all files, folders and patterns, without repetition. Raises `CommandError` for an argument that
-    matches no image."""
-    images: dict[str, Path] = {}
-    for pattern in patterns:
-        if os.path.isdir(pattern):
-            found = _images_of_folder(pattern)
-        elif os.path.isfile(pattern):  # also a file whose name looks like a pattern, such as photo[1].jpg
-            found = [pattern]
-        elif os.path.exists(pattern):
-            raise CommandError(f"{pattern}: neither a file nor a folder.")
-        elif glob.has_magic(pattern):
-            found = sorted(match for match in glob.glob(pattern, recursive=True) if os.path.isfile(match))
-            if not found:
-                raise CommandError(f"{pattern}: no file matches this pattern.")
-        else:
-            raise CommandError(f"{pattern or repr(pattern)}: no such file or folder.")
-        for path in found:
-            images.setdefault(os.path.abspath(path), Path(path))
-    return list(images.values())
+def _describe_run(plan: Plan, loaded: LoadedModel) -> dict[str, Any]:
+    """What the results depend on besides the images."""
+    from samclip_hf.identity import hash_configuration, hash_weights
+
+    return {
+        "samclip": metadata.version("samclip-hf"),
+        "formats": list(plan.formats),
+        "options": {name: value for name, value in vars(plan.arguments).items() if name not in UNRECORDED},
+        "model": loaded.description
+        | {
+            "weights": hash_weights(loaded.model, with_vocabulary=True),
+            "configuration": hash_configuration(loaded.model, loaded, with_vocabulary=True),
+        },
+    }
 
 
-def _images_of_folder(folder: str) -> list[str]:
+@contextlib.contextmanager
+def _pixel_limit(max_pixels: int | None) -> Iterator[None]:
+    """Raises Pillow's limit, which it checks when it opens an image."""
+    from PIL import Image
+
+    limit = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = limit if max_pixels is None else max_pixels
     try:
-        names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
-    except OSError as error:
-        raise CommandError(f"{folder}: {error.strerror}.") from error
-    paths = [path for name in names if os.path.isfile(path := os.path.join(folder, name))]
-    images = [path for path in paths if path.lower().endswith(IMAGE_EXTENSIONS)]
-    if not images:
-        raise CommandError(
-            f"{folder}: no images in this folder. Image files end in {', '.join(IMAGE_EXTENSIONS)}. For images in "
-            f"subfolders, pass a pattern such as '{os.path.join(folder, '**', '*.jpg')}'."
-        )
-    if len(images) < len(paths):
-        extensions = sorted({os.path.splitext(path)[1] or "no extension" for path in set(paths) - set(images)})
-        skipped = len(paths) - len(images)
-        log(f"{folder}: skipping {skipped} of {len(paths)} files, which are not images ({', '.join(extensions)}).")
-    return images
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
 
 
-def plan_outputs(output: str | None, images: Sequence[Path], overwrite: bool) -> list[list[Path]]:
-    """
-    Files to write for every image; an empty list stands for standard output.
-
-    Raises `CommandError` for an output that cannot be written, that is an input image, or that exists if `overwrite`
-    is false.
-    """
-    if output is None:
-        if sys.stdout is None:
-            raise CommandError("standard output is closed: pass --output.")
-        return [[] for _ in images]
-    path = Path(output)
-    if os.path.isdir(path):
-        names = unique_names(images)
-        plan = [[path / f"{name}{extension}" for extension in (".json", ".png")] for name in names]
-    elif output == "-":
-        raise CommandError("--output -: without --output, JSON is written to standard output.")
-    elif os.path.lexists(path) and not os.path.isfile(path):  # such as /dev/null, or a broken link
-        raise CommandError(f"--output {output}: neither a file nor a folder.")
-    elif path.suffix.lower() in (".png", ".json") and not output.endswith(os.sep):
-        if len(images) > 1:
-            raise CommandError(f"--output {output} is one file, but there are {len(images)} images: pass a folder.")
-        if not os.path.isdir(path.parent):
-            raise CommandError(f"--output {output}: the folder {path.parent} does not exist.")
-        plan = [[path]]
-    elif path.suffix and not output.endswith(os.sep):
-        raise CommandError(f"--output {output} must end in .png or .json, or be an existing folder.")
-    else:
-        raise CommandError(f"--output {output}: the folder does not exist. Create it first: mkdir -p {output}")
-    check_outputs([path for paths in plan for path in paths], images, overwrite)
-    check_writable(plan[0][0].parent, "--output")
-    return plan
+Loaded = tuple[ImageInput, "Image.Image | Exception"]
 
 
-def unique_names(images: Sequence[Path]) -> list[str]:
-    """File names without extension, unique without regard to case and to the encoding of accents, as some file systems
-    require. If images share a name, a number is appended to all but the first."""
+def _read_batches(images: Iterator[ImageInput], arguments: argparse.Namespace) -> Generator[list[Loaded], None, None]:
+    """Lists of `--batch_size` images, or of the errors of those that cannot be read. The next images are read by other
+    threads while the model runs."""
+    from PIL import Image
 
-    def key(name: str) -> str:
-        return unicodedata.normalize("NFC", name).casefold()
+    max_pixels = Image.MAX_IMAGE_PIXELS
 
-    taken = {key(image.stem) for image in images}
-    names: list[str] = []
-    seen: set[str] = set()
-    for image in images:
-        name, number = image.stem, 1
-        if key(name) in seen:
-            while key(f"{name}-{number}") in taken or number == 1:
-                number += 1
-            name = f"{name}-{number}"
-            taken.add(key(name))
-        seen.add(key(name))
-        names.append(name)
-    if renamed := [index for index, image in enumerate(images) if names[index] != image.stem]:
-        first = renamed[0]
-        log(
-            f"several images have the same name: a number is appended to {len(renamed)} outputs, such as "
-            f'{names[first]} for {images[first]}. The field "image" of the JSON has the full path.'
-        )
-    return names
+    def load(image: ImageInput) -> Loaded:
+        try:
+            return image, read_image(image.source, max_pixels)
+        except Exception as error:  # Pillow's decoders raise many kinds of errors
+            return image, error
 
-
-def process_images(
-    images: Sequence[Path],
-    outputs: Sequence[Sequence[Path]],
-    predict: Callable[["Image.Image"], Prediction],
-    overwrite: bool,
-) -> int:
-    """
-    Runs `predict` on every image and writes the results.
-
-    An image is reported and skipped if it cannot be read or processed, or if a file with the name of its output has
-    appeared in the meantime and `overwrite` is false. Returns the exit status.
-    """
-    from tqdm import tqdm
-
-    from samclip_hf.files import write_atomically
-
-    failed = done = 0
-    progress = tqdm(images, unit="image", disable=len(images) == 1 or not sys.stderr.isatty())
+    executor = ThreadPoolExecutor(LOADING_THREADS)
     try:
-        for image_path, paths in zip(progress, outputs, strict=True):
+        futures: deque[Future[Loaded]] = deque()
+        batch: list[Loaded] = []
+        while True:
+            for image in itertools.islice(images, arguments.batch_size + LOADING_THREADS - len(futures)):
+                futures.append(executor.submit(load, image))
+            if futures:
+                batch.append(futures.popleft().result())
+            if len(batch) == arguments.batch_size or (batch and not futures):
+                yield batch
+                batch = []
+            if not futures and not batch:
+                return
+    finally:
+        executor.shutdown(wait=False, cancel_futures=True)
+
+
+class _Work:
+    """The work of a process: what is done, skipped and failed, and how outputs are written."""
+
+    def __init__(self, plan: Plan, names: OutputNames | None, record: RunRecord | None):
+        self.plan, self.names, self.record = plan, names, record
+        self.done = self.skipped = 0
+        self.failures: Counter[str] = Counter()  # by cause
+        self.progress = _Progress(plan.count, plan.process)
+        self.has_reported_batch = False
+        self.writes_results = RESULTS in run_files(plan.formats)
+        self.replaces = plan.arguments.overwrite or (record is not None and record.replaces)
+
+    def start(self) -> None:
+        """Creates the output folder and opens the record. Removes what an interrupted run has left half-written."""
+        from samclip_hf.files import remove_temporary_files
+
+        plan, record = self.plan, self.record
+        if plan.is_folder:
+            assert plan.output is not None
+            plan.output.mkdir(parents=True, exist_ok=True)
+            if record is not None:
+                record.open()
+                for path in self._begun_files():
+                    remove_temporary_files(path)
+
+    def _begun_files(self) -> Iterator[Path]:
+        """Files of the images of this process that an interrupted run has begun to write."""
+        assert self.record is not None and self.names is not None and self.plan.output is not None
+        for image in itertools.islice(self.plan.inputs.listed, self.plan.process[0], None, self.plan.process[1]):
+            if image.key in self.record.names and image.key not in self.record.done:
+                for name in file_names(self.names.name(image), self.plan.formats):
+                    path = self.plan.output / name
+                    yield from path.iterdir() if name.endswith("/") and path.is_dir() else [path]
+
+    def pending(self) -> Iterator[ImageInput]:
+        """The images that are not complete."""
+        for image in self.plan.images():
+            if self.record is not None and image.key in self.record.done and self._has_outputs(image):
+                self.skipped += 1
+                self.progress.skip()
+            else:
+                yield image
+
+    def _has_outputs(self, image: ImageInput) -> bool:
+        """Whether the outputs of a complete image have not been deleted since."""
+        assert self.names is not None and self.plan.output is not None
+        names = file_names(self.names.name(image), self.plan.formats)
+        return all((self.plan.output / name).exists() for name in names if not name.endswith("/"))
+
+    def process(self, batch: list[Loaded], predict: Predict) -> None:
+        """Runs the model on a batch and writes its results."""
+        read: list[tuple[ImageInput, Image.Image]] = []
+        for image, content in batch:
+            if isinstance(content, Exception):
+                self._fail(image, content, NOT_READ)
+            else:
+                read.append((image, content))
+        for (image, content), prediction in zip(read, self._predict(read, predict), strict=True):
+            if isinstance(prediction, Exception):
+                self._fail(image, prediction, NOT_PROCESSED)
+                continue
+            record = {"image": image.key, "height": content.height, "width": content.width} | prediction.record
+            name = image.stem if self.names is None else self.names.name(image)
             try:
-                image = read_image(image_path)
-                prediction = predict(image)
-                record = {"image": str(image_path), "height": image.height, "width": image.width} | prediction.record
-                contents: list[bytes] = []
-                for path in paths:
-                    name = "json" if path.suffix.lower() == ".json" else "overlay"
-                    contents += encode(image, record, prediction, [name], path.stem).values()
+                files = encode(content, record, prediction, self.plan.formats, name)
             except Exception as error:  # whatever fails for one image, the others are processed
-                failed += 1
-                log(f"{image_path}: {_describe_error(error)}")
+                self._fail(image, error, NOT_PROCESSED)
                 continue
             try:
-                for path, content in zip(paths, contents, strict=True):
-                    write_atomically(path, content, overwrite)
+                self._write(image, name, files, json.dumps(record))
             except FileExistsError as error:
-                failed += 1
-                log(f"{image_path}: {error.filename} was created in the meantime and is not replaced.")
+                message = f"{error.filename} was created in the meantime and is not replaced."
+                self._fail(image, ValueError(message), EXISTS)
                 continue
-            if not paths:
-                tqdm.write(json.dumps(record))  # print would break the progress bar on a terminal
-                sys.stdout.flush()
-            done += 1
-    except KeyboardInterrupt:
-        progress.close()
-        log(f"interrupted: {done} of {len(images)} images are complete.")
-        return INTERRUPTED
-    except BrokenPipeError:
-        progress.close()
-        raise
-    except OSError as error:  # such as a full disk: the other images would fail as well
-        progress.close()
-        if not outputs[0]:
-            discard_standard_output()
-        log(f"stopped after {done} of {len(images)} images, the output cannot be written: {_describe_error(error)}")
-        return 1
-    if failed:
-        progress.close()
-        log(f"{failed} of {len(images)} images failed.")
-    return 1 if failed else 0
+            self.done += 1
+            self.progress.advance()
+
+    def _predict(
+        self, read: list[tuple[ImageInput, "Image.Image"]], predict: Predict
+    ) -> Sequence[Prediction | Exception]:
+        """The prediction for each image, or its error. If a batch fails, its images are processed one by one."""
+        if not read:
+            return []
+        try:
+            return predict([content for _, content in read], [image.key for image, _ in read])
+        except Exception as error:  # whatever fails for one image, the others are processed
+            if len(read) == 1:
+                return [error]
+            if not self.has_reported_batch:
+                self.has_reported_batch = True
+                log(
+                    f"a batch of {len(read)} images failed, so its images are processed one by one. If this happens "
+                    f"often, pass a smaller --batch_size. {_describe_error(error)}"
+                )
+        return [prediction for one in read for prediction in self._predict([one], predict)]
+
+    def _write(self, image: ImageInput, name: str, files: dict[str, bytes], line: str) -> None:
+        """Raises `FileExistsError` if a file exists that may not be replaced."""
+        from samclip_hf.files import write_atomically
+
+        output, record = self.plan.output, self.record
+        if output is None:
+            from tqdm import tqdm
+
+            tqdm.write(line)  # print would break the progress bar on a terminal
+            sys.stdout.flush()
+        elif not self.plan.is_folder:
+            [content] = files.values()
+            write_atomically(output, content, self.replaces)
+        else:
+            replaces = self.replaces or (record is not None and image.key in record.names)
+            folders = [output / path for path in file_names(name, self.plan.formats) if path.endswith("/")]
+            for path in itertools.chain(folders, (output / path for path in files)):
+                if not replaces and os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
+                    raise FileExistsError(None, "exists", str(path))
+            if record is not None:
+                record.begin(image, name)
+            for folder in folders:
+                folder.mkdir(exist_ok=True)
+                for file in folder.iterdir():  # masks of an earlier run may be more than the new ones
+                    if re.fullmatch(r"\d{3,}(_.*)?\.png", file.name) and f"{folder.name}/{file.name}" not in files:
+                        file.unlink()
+            for file_name, content in files.items():
+                write_atomically(output / file_name, content, replaces)
+            if record is not None:
+                record.finish(image, line)
+            elif self.writes_results:
+                write_atomically(output / RESULTS, line + "\n", replaces)
+
+    def join(self, loaded: LoadedModel) -> None:
+        """Joins the results of all processes and writes the files for all images, in a single process."""
+        if not self.plan.is_folder or not self.writes_results:
+            return
+        assert self.plan.output is not None
+        if self.record is not None:
+            self.record.close()
+            if self.plan.process[1] > 1:
+                return
+            self.record.join(self.plan.images())
+        if "coco" in self.plan.formats:
+            path = self.plan.output / RESULTS
+            write_coco(_read_results(path), self.plan.output, loaded.names, loaded.description)
+
+    def _fail(self, image: ImageInput, error: Exception, cause: str) -> None:
+        self.failures[cause] += 1
+        log(f"{image.key}: {_describe_error(error)}")
+        self.progress.advance()
+
+    def stop(self, reason: str) -> None:
+        """Reports that the command ends before all images are processed."""
+        self.progress.close()
+        message = f"stopped after {self.done + self.skipped} of {self._total()} images: {reason}"
+        if self.record is not None:
+            message += " Run the same command without --overwrite to continue."
+        log(message)
+
+    def report(self) -> None:
+        """Reports what was done."""
+        self.progress.close()
+        failed = sum(self.failures.values())
+        causes = ", ".join(f"{count} {cause}" for cause, count in self.failures.items())
+        if self.record is None:
+            if failed:
+                log(f"{failed} of {self._total()} images failed ({causes}).")
+            return
+        parts = [f"{self.done} images processed"]
+        parts += [f"{self.skipped} skipped, which were complete"] if self.skipped else []
+        parts += [f"{failed} failed ({causes})"] if failed else []
+        number, processes = self.plan.process
+        process = f"process {number + 1} of {processes}: " if processes > 1 else ""
+        log(f"{process}{'; '.join(parts)}. The results are in {self.plan.output}.")
+        if processes > 1 and number == 0 and self.writes_results:
+            log(
+                "when all processes have ended, run the same command in a single process to join their results in "
+                f"{', '.join(run_files(self.plan.formats))}."
+            )
+
+    def _total(self) -> str:
+        return "all" if self.plan.count is None else str(self.plan.count)
 
 
-def read_image(path: Path) -> "Image.Image":
-    """The image in RGB, with its EXIF orientation applied. Raises `ValueError` if it cannot be read."""
-    from PIL import Image, UnidentifiedImageError
+def _read_results(path: Path) -> Iterator[dict[str, Any]]:
+    if not path.exists():  # no image could be read
+        return
+    with open(path, "rb") as lines:
+        yield from map(json.loads, lines)
 
-    from samclip_hf.images import open_image
 
-    if os.path.getsize(path) == 0:
-        raise ValueError("the file is empty (0 bytes).")
-    try:
-        return open_image(path, max_pixels=Image.MAX_IMAGE_PIXELS)
-    except UnidentifiedImageError as error:
-        raise ValueError("not an image, or a format that Pillow cannot read.") from error
-    except Image.DecompressionBombError as error:
-        limit = (Image.MAX_IMAGE_PIXELS or 0) / 1e6
-        raise ValueError(f"the image has more than {limit:.0f} million pixels: resize it first.") from error
+class _Progress:
+    """
+    Progress of the first process: a bar with the time left on a terminal, otherwise a line every minute.
+
+    total (`int`, *optional*):
+        The number of images, if it is known.
+    process (`tuple[int, int]`):
+        The number of this process, and the number of processes.
+    """
+
+    def __init__(self, total: int | None, process: tuple[int, int]):
+        from tqdm import tqdm
+
+        is_shown = process[0] == 0 and total != 1
+        has_bar = is_shown and sys.stderr.isatty()
+        self.bar = tqdm(total=total, unit="image", disable=not has_bar)
+        self.has_lines = is_shown and not has_bar
+        self.total, self.skipped, self.processed = total, 0, 0
+        self.start = self.last = time.monotonic()
+
+    def skip(self) -> None:
+        """Counts an image that was complete before."""
+        self.skipped += 1
+        if not self.bar.disable:
+            self.bar.initial += 1  # is not part of the rate
+            self.bar.update()
+
+    def advance(self) -> None:
+        """Counts an image."""
+        self.processed += 1
+        self.bar.update()
+        now = time.monotonic()
+        if self.has_lines and now - self.last >= REPORT_SECONDS:
+            self.last = now
+            rate = self.processed / (now - self.start)
+            text = f"{self.skipped + self.processed} images"
+            if self.total is not None:
+                left = (self.total - self.skipped - self.processed) / rate
+                text = f"{self.skipped + self.processed} of {self.total} images, {self.bar.format_interval(left)} left"
+            log(f"{text}, {rate:.2g} images/s")
+
+    def close(self) -> None:
+        self.bar.close()
 
 
 def _describe_error(error: Exception) -> str:

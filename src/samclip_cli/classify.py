@@ -5,10 +5,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from . import CommandError, first_line
-from .batch import prepare, process_images
+from .batch import process_images
 from .formats import Prediction
 from .image_arguments import add_label_arguments, check_template, create_parser, read_labels
+from .inputs import add_batch_size
 from .models import load_model
+from .plan import prepare
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -38,6 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
         default="This is a photo of {}.",
         help='prompt template (default: "%(default)s")',
     )
+    add_batch_size(parser)
     return parser
 
 
@@ -46,7 +49,7 @@ def run(argv: Sequence[str]) -> int:
     labels, template = read_labels(arguments), check_template(arguments.template)
     if labels is None:
         raise CommandError('pass --labels, such as "cat, dog", or --labels_file.')
-    images, outputs = prepare(arguments)
+    plan = prepare(arguments)
 
     import torch
     import torch.nn.functional as F
@@ -62,14 +65,16 @@ def run(argv: Sequence[str]) -> int:
     except ValueError as error:
         raise CommandError(f"--labels: {first_line(error)}") from error
 
-    def predict(image: "Image.Image") -> Prediction:
-        inputs = loaded.image_processor(image, return_tensors="pt").to(loaded.model.device)
+    def predict(images: "list[Image.Image]", names: list[str]) -> list[Prediction]:
+        inputs = loaded.image_processor(images, return_tensors="pt").to(loaded.model.device)
         with torch.inference_mode():
             features = loaded.model.get_image_features(
                 inputs["pixel_values"].to(loaded.model.dtype), inputs["reshaped_input_sizes"]
             ).pooler_output
             logits = loaded.model.classify(F.normalize(features, dim=-1), vocabulary)
-        scores = logits[0].float().softmax(dim=-1)
+        return [describe(scores) for scores in logits.float().softmax(dim=-1)]
+
+    def describe(scores: torch.Tensor) -> Prediction:
         order = scores.argsort(descending=True, stable=True).tolist()
         ranking = [{"label": vocabulary.id2label[index], "score": scores[index].item()} for index in order]
         lines = [f"{label['label']} {label['score']:.2f}" for label in ranking[:LEGEND_LENGTH]]
@@ -78,4 +83,4 @@ def run(argv: Sequence[str]) -> int:
         record = {"model": loaded.description, "labels": ranking}
         return Prediction(record, [(None, line) for line in lines], loaded.caption)
 
-    return process_images(images, outputs, predict, arguments.overwrite)
+    return process_images(plan, predict, loaded)

@@ -6,13 +6,11 @@ import textwrap
 
 from . import CommandError
 from .formats import FORMATS, WITHOUT_MASKS, parse_formats
+from .inputs import INPUTS_HELP, add_input_arguments
 from .models import add_model_arguments
 
 COMMON_HELP = """
-images:
-  IMAGE is a file, a folder (all images in it, without subfolders) or a pattern. '**' in a quoted
-  pattern matches subfolders. Repeated images are processed once. The EXIF orientation is applied
-  before prediction.
+%(inputs_help)s
 %(labels_help)s
 output:
   --output is a .png file (overlay), a .json file, or a folder, which is created and gets the files
@@ -62,6 +60,7 @@ def create_parser(
         description=description,
         epilog=COMMON_HELP
         % {
+            "inputs_help": INPUTS_HELP,
             "record": record,
             "masks_help": MASKS_HELP if has_masks else "",
             "labels_help": LABELS_HELP if has_labels else "",
@@ -69,7 +68,7 @@ def create_parser(
         },
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="a file, a folder, or a pattern such as 'a/*.jpg'")
+    add_input_arguments(parser)
     add_model_arguments(parser)
     defaults = ("overlay", "labelmap", "json", "coco") if has_masks else ("overlay", "json")
     parser.set_defaults(default_formats=defaults)

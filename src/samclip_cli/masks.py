@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from .argument_types import positive_int, probability
-from .batch import prepare, process_images
+from .batch import process_images
 from .formats import Prediction, coco_annotation
 from .image_arguments import create_parser
 from .models import load_model, mask_generation_options
+from .plan import prepare
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -53,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(argv: Sequence[str]) -> int:
     arguments = build_parser().parse_args(argv)
-    images, outputs = prepare(arguments)
+    plan = prepare(arguments)
 
     import numpy as np
     from transformers import MaskGenerationPipeline
@@ -67,7 +68,7 @@ def run(argv: Sequence[str]) -> int:
         model=loaded.model, image_processor=loaded.image_processor, device=loaded.model.device
     )
 
-    def predict(image: "Image.Image") -> Prediction:
+    def predict_one(image: "Image.Image") -> Prediction:
         result = generator(image, output_rle_mask=True, **options)
         masks = [np.asarray(mask) for mask in result["masks"]]
         scores = result["scores"].tolist()
@@ -79,4 +80,7 @@ def run(argv: Sequence[str]) -> int:
         record = {"model": loaded.description, "masks": records}
         return Prediction(record, [(None, text)], loaded.caption, masks, list(range(1, len(masks) + 1)))
 
-    return process_images(images, outputs, predict, arguments.overwrite)
+    def predict(images: "list[Image.Image]", names: list[str]) -> list[Prediction]:
+        return [predict_one(image) for image in images]
+
+    return process_images(plan, predict, loaded)

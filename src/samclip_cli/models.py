@@ -212,6 +212,8 @@ def load_model(arguments: argparse.Namespace, class_name: str = "SamClipForImage
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     device = arguments.device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    if (count := torch.accelerator.device_count()) > 1:  # the processes of accelerate launch use different GPUs
+        torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", 0)) % count)
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA raises AssertionError

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 
 from . import CommandError, first_line
 from .argument_types import probability
-from .batch import prepare, process_images
+from .batch import process_images
 from .formats import Prediction, coco_annotation
 from .image_arguments import add_label_arguments, check_template, create_parser, parse_names, read_labels
+from .inputs import add_batch_size
 from .models import load_model
+from .plan import prepare
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -50,6 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=0.5,
         help="discard segments with a lower score, from 0 to 1 (default: %(default)s)",
     )
+    add_batch_size(parser)
     return parser
 
 
@@ -63,7 +66,7 @@ def run(argv: Sequence[str]) -> int:
     if arguments.background is not None:
         background = parse_names("--background", arguments.background)
     templates = ["a photo of a {}" if arguments.template is None else check_template(arguments.template)]
-    images, outputs = prepare(arguments)
+    plan = prepare(arguments)
     if labels is not None and len(labels) == 1 and background is None:
         print(
             "samclip: with one label and no --background, every region gets this label. Describe the rest of the "
@@ -92,8 +95,7 @@ def run(argv: Sequence[str]) -> int:
         device=loaded.model.device,
     )
 
-    def predict(image: "Image.Image") -> Prediction:
-        segments = segmenter(image, threshold=arguments.threshold)
+    def describe(segments: list[dict]) -> Prediction:
         masks = [np.asarray(segment["mask"]) > 0 for segment in segments]
         label_ids = [loaded.names.index(segment["label"]) + 1 for segment in segments]
         records = [
@@ -108,4 +110,8 @@ def run(argv: Sequence[str]) -> int:
         record = {"model": loaded.description, "segments": records}
         return Prediction(record, legend or [(None, "no segments")], loaded.caption, masks, label_ids, loaded.names)
 
-    return process_images(images, outputs, predict, arguments.overwrite)
+    def predict(images: "list[Image.Image]", names: list[str]) -> list[Prediction]:
+        results = segmenter(images, threshold=arguments.threshold, batch_size=len(images))
+        return [describe(segments) for segments in results]
+
+    return process_images(plan, predict, loaded)

@@ -1,5 +1,6 @@
 """Atomic writes: even if the process is killed, a file has either its old or its new content."""
 
+import glob
 import os
 import secrets
 import shutil
@@ -37,6 +38,14 @@ def atomic_path(path: str | os.PathLike[str], overwrite: bool = True) -> Iterato
             shutil.copymode(path, temporary)
         temporary.replace(path)
     finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove_temporary_files(path: str | os.PathLike[str]) -> None:
+    """Deletes the temporary files that killed processes have left while they wrote `path`, see [`atomic_path`]. No
+    process may be writing it."""
+    path = Path(path)
+    for temporary in path.parent.glob(f".{glob.escape(path.name[:40])}.{'[0-9a-f]' * 16}.partial"):
         temporary.unlink(missing_ok=True)
 
 

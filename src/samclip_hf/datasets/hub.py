@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
 
+import fsspec
 from datasets import Image as ImageFeature
 from datasets import IterableDataset, load_dataset
 from PIL import Image
@@ -89,10 +90,16 @@ def open_hub(name: str) -> HubSplit:
 
 
 def image_source(cell: dict[str, Any] | None, key: str, kind: str = "image") -> bytes | str:
-    """Returns an undecoded image's content, or its path. Raises `ValueError` for an empty cell."""
+    """Returns an undecoded image's content, or its path. Files on the Hub and in archives are read. Raises
+    `ValueError` for an empty cell."""
     if cell is None:
         raise ValueError(f"{key} has no {kind}.")
-    return cell["bytes"] if cell["bytes"] is not None else cell["path"]
+    if cell["bytes"] is not None:
+        return cell["bytes"]
+    if "://" in cell["path"]:
+        with fsspec.open(cell["path"], "rb") as file:
+            return file.read()
+    return cell["path"]
 
 
 def read_hub_image(

@@ -1,0 +1,273 @@
+"""Runs of the image commands over many images, of which the results equal those of one uninterrupted process: after
+interruptions at any moment, in several processes, and from tars and data sets."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from samclip_cli import batch, main, run_record
+
+from . import test_image_commands
+from .test_image_commands import samclip, save
+
+folder = test_image_commands.folder
+FORMATS = "overlay,labelmap,masks,json,coco"
+COMMAND = ["segment", "photos", "--labels", "red fuzzy shape, green zigzag shape", "--background", "an empty scene"]
+COMMAND += ["--threshold", "0.3", "--formats", FORMATS]
+
+
+def contents(output: str) -> dict[str, bytes]:
+    """All files of an output folder but those of the record."""
+    files = (path for path in Path(output).rglob("*") if path.is_file() and run_record.FOLDER not in path.parts)
+    return {str(path.relative_to(output)): path.read_bytes() for path in files}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """The results of one process for five images."""
+    with pytest.MonkeyPatch.context() as context:
+        context.chdir(tmp_path_factory.mktemp("whole"))
+        save(*(f"photos/{number}.png" for number in range(5)))
+        assert main([*COMMAND, "--output", "out"]) == 0
+        expected = contents("out")
+    assert len(expected) > 5 * 4 + 3 and expected["results.jsonl"].count(b"\n") == 5
+    return expected
+
+
+@pytest.fixture
+def photos(folder, results):
+    """The five images in `photos`, and the expected results."""
+    save(*(f"photos/{number}.png" for number in range(5)))
+    return dict(results)
+
+
+def interrupt(monkeypatch, name: str) -> None:
+    """Ends the process like `kill -9`, when it has the result of an image of this name."""
+
+    def encode(image, record, prediction, formats, stem):
+        if stem == name:
+            raise Killed
+        return encode_original(image, record, prediction, formats, stem)
+
+    encode_original = batch.encode
+    monkeypatch.setattr(batch, "encode", encode)
+
+
+class Killed(BaseException):
+    pass
+
+
+def run_until_killed(monkeypatch, name: str, *arguments: str) -> None:
+    with monkeypatch.context() as context, pytest.raises(Killed):
+        interrupt(context, name)
+        main([*arguments])
+
+
+def test_a_run_continues_and_gives_the_results_of_an_uninterrupted_one(capsys, monkeypatch, photos):
+    run_until_killed(monkeypatch, "3", *COMMAND, "--output", "out")
+    assert "coco_results.json" not in contents("out") and contents("out")["results.jsonl"].count(b"\n") == 3
+    _, messages = samclip(capsys, *COMMAND, "--output", "out")
+    assert messages == ["samclip: 2 images processed; 3 skipped, which were complete. The results are in out."]
+    assert contents("out") == photos
+    _, messages = samclip(capsys, *COMMAND, "--output", "out")
+    assert messages == ["samclip: 0 images processed; 5 skipped, which were complete. The results are in out."]
+    assert contents("out") == photos
+
+
+@pytest.mark.parametrize("lost", [0, 1, 30])
+def test_bytes_that_a_killed_process_has_not_written_are_written_again(capsys, monkeypatch, photos, lost):
+    """The journal and the results end in the middle of a line, and a temporary file remains."""
+    run_until_killed(monkeypatch, "4", *COMMAND, "--output", "out")
+    journal = Path("out/.samclip/images-00000-of-00001.jsonl")
+    os.truncate(journal, journal.stat().st_size - lost)
+    with open("out/results.jsonl", "ab") as results:
+        results.write(b'{"image": "photos/4.png", "hei')
+    Path("out/.3.json.0123456789abcdef.partial").write_bytes(b"{")
+    samclip(capsys, *COMMAND, "--output", "out")
+    assert contents("out") == photos | ({".3.json.0123456789abcdef.partial": b"{"} if lost == 0 else {})
+
+
+def test_new_images_are_added_and_deleted_outputs_are_written_again(capsys, photos):
+    Path("photos/2.png").rename("2.png")
+    samclip(capsys, *COMMAND, "--output", "out")
+    Path("2.png").rename("photos/2.png")
+    Path("out/1.json").unlink()
+    _, messages = samclip(capsys, *COMMAND, "--output", "out")
+    assert messages == ["samclip: 2 images processed; 3 skipped, which were complete. The results are in out."]
+    found = contents("out")
+    assert sorted(found.pop("results.jsonl").splitlines()) == sorted(photos.pop("results.jsonl").splitlines())
+    assert {name for name in found if name.startswith("coco")} == {"coco_results.json", "coco_dataset.json"}
+    assert {name: found[name] for name in found if "coco" not in name} == {
+        name: photos[name] for name in photos if "coco" not in name
+    }
+
+
+@pytest.mark.parametrize("change", ["option", "formats", "model", "image", "results", "another file"])
+def test_results_of_different_runs_are_not_mixed(capsys, monkeypatch, photos, change):
+    run_until_killed(monkeypatch, "3", *COMMAND, "--output", "out")
+    command, part = [*COMMAND, "--output", "out"], ""
+    capsys.readouterr()
+    if change == "option":
+        command, part = [*command, "--threshold", "0.9"], "with another threshold (0.3 instead of 0.9)"
+    elif change == "formats":
+        command, part = [*command, "--formats", "json"], "with another formats"
+    elif change == "model":
+        from samclip_hf import SamClipForImageSegmentation, miniature
+
+        model = SamClipForImageSegmentation.from_pretrained(miniature.checkpoint())
+        model.logit_scale.data += 0.1
+        monkeypatch.setattr(SamClipForImageSegmentation, "from_pretrained", lambda *_, **__: model)
+        monkeypatch.setattr("samclip_hf.modeling_samclip.load_complete_model", lambda *_: model)
+        part = "with another weights"
+    elif change == "image":
+        Path("photos/1.png").write_bytes(Path("photos/2.png").read_bytes())
+        part = "photos/1.png has changed since"
+    elif change == "results":
+        os.truncate("out/results.jsonl", 10)
+        part = "results.jsonl has lost lines"
+    else:
+        Path("out/4.json").write_text("mine")
+        part = "out/4.json would be overwritten"
+    before = contents("out")
+    _, [message] = samclip(capsys, *command, status=2)
+    assert part in message and "--overwrite" in message and contents("out") == before
+    samclip(capsys, *command, "--overwrite")
+    changed = contents("out")
+    if change == "formats":
+        assert changed.keys() == {f"{number}{end}" for number in range(5) for end in (".json",)} | {
+            name for name in before if not name.startswith(("results", "coco"))
+        }
+    else:
+        assert len(changed["results.jsonl"].splitlines()) == 5
+    assert (changed == photos) == (change in ("results", "another file"))
+
+
+def test_a_run_that_replaces_files_may_replace_them_when_it_continues(capsys, monkeypatch, photos):
+    for path, content in photos.items():
+        Path("out", path).parent.mkdir(parents=True, exist_ok=True)
+        Path("out", path).write_bytes(content[:5])
+    Path("out/0_masks/099_old.png").write_text("a mask of an older run")
+    run_until_killed(monkeypatch, "2", *COMMAND, "--output", "out", "--overwrite")
+    samclip(capsys, *COMMAND, "--output", "out")
+    assert contents("out") == photos
+
+
+def test_an_image_that_failed_is_tried_again(capsys, photos):
+    good = Path("photos/1.png").read_bytes()
+    Path("photos/1.png").write_bytes(good[:100])
+    _, messages = samclip(capsys, *COMMAND, "--output", "out", status=1)
+    assert messages[-1] == ("samclip: 4 images processed; 1 failed (1 cannot be read). The results are in out.")
+    Path("photos/1.png").write_bytes(good)
+    _, messages = samclip(capsys, *COMMAND, "--output", "out")
+    assert messages == ["samclip: 1 images processed; 4 skipped, which were complete. The results are in out."]
+    assert contents("out")["1.json"] == photos["1.json"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs locks of files")
+def test_two_commands_do_not_write_to_one_folder_at_a_time(capsys, monkeypatch, photos):
+    encode, messages = batch.encode, []
+
+    def start_another(*arguments):
+        if not messages:
+            messages.append("")
+            assert main([*COMMAND, "--output", "out"]) == 2
+        return encode(*arguments)
+
+    monkeypatch.setattr(batch, "encode", start_another)
+    assert main([*COMMAND, "--output", "out"]) == 0
+    assert "another process writes to out" in capsys.readouterr().err
+    assert contents("out") == photos
+
+
+def run_process(monkeypatch, number: int, count: int, *arguments: str) -> int:
+    with monkeypatch.context() as context:
+        context.setenv("RANK", str(number))
+        context.setenv("WORLD_SIZE", str(count))
+        return main([*arguments])
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_two_processes_give_the_results_of_one(capsys, monkeypatch, photos, order):
+    command = [*COMMAND, "--output", "out"]
+    for number in order:
+        assert run_process(monkeypatch, number, 2, *command) == 0
+    err = capsys.readouterr().err
+    assert "process 1 of 2: 3 images processed" in err and "process 2 of 2: 2 images processed" in err
+    assert "run the same command in a single process to join their results" in err
+    shards = [contents("out")[f"results-0000{number}-of-00002.jsonl"].splitlines() for number in range(2)]
+    lines = photos["results.jsonl"].splitlines()
+    assert shards == [lines[0::2], lines[1::2]]
+    _, messages = samclip(capsys, *command)
+    assert messages == ["samclip: 0 images processed; 5 skipped, which were complete. The results are in out."]
+    assert contents("out") == photos
+    samclip(capsys, *command)
+    assert contents("out") == photos
+
+
+def test_another_number_of_processes_continues_a_run(capsys, monkeypatch, photos):
+    command = [*COMMAND, "--output", "out"]
+    with pytest.raises(Killed), monkeypatch.context() as context:
+        interrupt(context, "3")
+        run_process(context, 1, 2, *command)
+    for number in (2, 0, 1):
+        assert run_process(monkeypatch, number, 3, *command) == 0
+    samclip(capsys, *command)
+    assert contents("out") == photos
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 4])
+def test_a_join_of_results_continues_after_a_kill_in_any_step(capsys, monkeypatch, photos, step):
+    command = [*COMMAND, "--output", "out"]
+    for number in range(2):
+        assert run_process(monkeypatch, number, 2, *command) == 0
+    steps = iter(range(1, 9))
+
+    def killed_at(function):
+        def call(*arguments, **options):
+            if next(steps) == step:
+                raise Killed
+            return function(*arguments, **options)
+
+        return call
+
+    with monkeypatch.context() as context, pytest.raises(Killed):
+        context.setattr(run_record.os, "replace", killed_at(os.replace))
+        context.setattr(run_record.Path, "unlink", killed_at(Path.unlink))
+        main(command)
+    samclip(capsys, *command)
+    assert contents("out") == photos
+
+
+def test_several_processes_need_an_output_folder(capsys, monkeypatch, photos):
+    assert run_process(monkeypatch, 0, 2, *COMMAND[:-2]) == 2
+    assert "several processes cannot share standard output: pass a folder as --output" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_at_any_moment_continues(photos):
+    command = [sys.executable, "-m", "samclip_cli", *COMMAND, "--output", "out"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    for wanted in (1, 4):  # lines of the results before the kill
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
+        while not Path("out/results.jsonl").exists() or Path("out/results.jsonl").read_bytes().count(b"\n") < wanted:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert subprocess.run(command, env=environment).returncode == 0
+    assert contents("out") == photos
+
+
+@pytest.mark.slow
+def test_torchrun_divides_the_images_among_processes(photos):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    arguments = [*COMMAND, "--output", "out"]
+    assert subprocess.run([*launcher, "-m", "samclip_cli", *arguments], env=environment).returncode == 0
+    assert main(arguments) == 0
+    assert contents("out") == photos
