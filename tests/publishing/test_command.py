@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from samclip_cli import CommandError, publish
-from samclip_hf import miniature
+from samclip_cli import CommandError, evaluate, publish
+from samclip_hf import SamClipForImageSegmentation, SamClipProcessor, miniature
 from samclip_hf.distillation import SamClipTrainingArguments
 from samclip_hf.evaluation import load_adapter
 from samclip_hf.publishing import push
@@ -70,6 +70,35 @@ class TestCommand:
             with pytest.raises(SystemExit, match=rf"Nothing was published\. .*{message}"):
                 publish.run([*options, "--dry_run"])
         assert "Building" not in capsys.readouterr().out
+
+
+def test_results_of_a_pair_are_those_of_its_unmerged_model_and_can_be_published(hub, tmp_path, monkeypatch, capsys):
+    sam, clip, folder, out = miniature.sam_teacher(), miniature.clip_teacher(), tmp_path / "unmerged", tmp_path / "out"
+    SamClipForImageSegmentation.from_teachers(sam, clip, merged=False).save_pretrained(folder)
+    SamClipProcessor.from_teachers(sam, clip).save_pretrained(folder)
+    tasks = ["semantic:miniature@96", "linear-probe", "--share", "0.02", "--output_dir", str(out)]
+    evaluate.run(["--model", str(folder), f"{sam}+{clip}", "--task", *tasks])
+    assert "sam+clip (Unmerged) does not support and skips linear-probe:miniature." in capsys.readouterr().out
+    content = json.loads((out / "results.json").read_text())
+    (task,) = content["tasks"].values()
+    saved, pair = task["models"]["unmerged"], task["models"]["sam+clip"]
+    for key in ("kind", "weights", "identity", "settings", "metrics"):
+        assert saved[key] == pair[key]
+    assert saved["kind"] == "UnmergedAdapter" and f"weights {saved['weights']}" in (out / "results.md").read_text()
+    index = (out / "sam+clip-model-index.yaml").read_text()
+    assert (
+        index.startswith(f"# weights {pair['weights']}")
+        and f"value: {round(pair['metrics']['mean_iou'], 4)}\n" in index
+    )
+
+    monkeypatch.setattr("samclip_hf.publishing.verify", lambda folder, image: {"pred_masks": 0.0})
+    arguments = [str(folder), "me/unmerged", "--results", str(out / "results.json"), "--dry-run"]
+    with pytest.raises(
+        SystemExit, match=r"several results of these weights\. Pass --results_name with one of: unmerged"
+    ):
+        publish.run(arguments)
+    publish.run([*arguments, "--results_name", "unmerged", "--folder", str(tmp_path / "card")])
+    assert f"{pair['metrics']['mean_iou']:.3f}" in (tmp_path / "card" / "README.md").read_text()
 
 
 def test_wrong_folders_are_errors_at_once(tmp_path):

@@ -19,12 +19,14 @@ from . import commands
 from .report import (
     compare,
     draw_figure,
-    evaluate_all,
+    evaluate_student,
+    evaluate_teachers,
     format_table,
     load_student,
     load_teachers,
     report_tasks,
     set_miniature_vocabulary,
+    text_columns,
 )
 
 # Optimizer steps by stage: a fraction of those of the recipes with which the shipped checkpoint was trained.
@@ -65,12 +67,13 @@ def main() -> None:
     set_miniature_vocabulary(model, processor)
     model.save_pretrained(output_dir / "model")
     processor.save_pretrained(output_dir / "model")
-    sam, clip = load_teachers()
+    sam, clip, unmerged = load_teachers()
     students = {"demo": load_student(output_dir / "model"), "shipped": load_student(miniature.checkpoint())}
     evaluators = report_tasks()
-    teachers = evaluate_all(sam, evaluators) | evaluate_all(clip, evaluators)
-    compared = {name: compare(evaluate_all(student, evaluators), teachers) for name, student in students.items()}
-    draw_figure(clip, students["demo"], output_dir / "figure.png")
+    teachers = evaluate_teachers(sam, clip, unmerged, evaluators)
+    compared = {name: compare(evaluate_student(student, evaluators), teachers) for name, student in students.items()}
+    titles = {"SAM-CLIP,\nthis run": students["demo"], "SAM-CLIP,\nas shipped": students["shipped"]}
+    draw_figure(students["demo"], text_columns(clip, unmerged, titles), output_dir / "figure.png")
     seconds["evaluation"] = round(time.perf_counter() - start, 1)
 
     report = {"seconds": seconds, "images_seen": images_seen, **compared}

@@ -19,13 +19,13 @@ from PIL import Image
 from .. import miniature
 from ..evaluation import (
     ClipAdapter,
-    ComposedSegmentation,
     Evaluator,
     LabelMapEvaluator,
     ModelAdapter,
+    PromptableAdapter,
     SamAdapter,
     SamClipAdapter,
-    SemanticSegmentation,
+    UnmergedAdapter,
     load_adapter,
 )
 from ..evaluation.prompted_segmentation import random_pixel
@@ -36,7 +36,7 @@ from ..segmentation_samclip import SamClipForImageSegmentation
 from .tasks import NUM_SCENES, SIZES, evaluate, scene, segmented_images, tasks
 
 EVALUATION_SEED = 101
-REPORT_TASKS = ("classification", "prompts", "semantic", "composed")
+REPORT_TASKS = ("classification", "prompts", "semantic", "composed", "cascade")
 NUM_COLOR_SCENES = 480  # covers every pair of a class and a background
 
 MetricsByTask = dict[tuple[str, str], float | None]  # by task and metric
@@ -49,7 +49,9 @@ def set_miniature_vocabulary(model: SamClipForImageSegmentation, processor: SamC
 
 def report_tasks(seed: int = EVALUATION_SEED, fraction: float = 1.0) -> dict[str, Evaluator]:
     """The tasks of the report: zero-shot classification, and segmentation from prompts and from text."""
-    return {name: task for name, task in tasks(seed, fraction).items() if name.partition(":")[0] in REPORT_TASKS}
+    found = {name: task for name, task in tasks(seed, fraction).items() if name.partition(":")[0] in REPORT_TASKS}
+    del found["cascade:miniature@raw-crops"]
+    return found
 
 
 def evaluate_all(model: ModelAdapter, evaluators: Mapping[str, Evaluator]) -> MetricsByTask:
@@ -62,10 +64,29 @@ def evaluate_all(model: ModelAdapter, evaluators: Mapping[str, Evaluator]) -> Me
     }
 
 
-def load_teachers() -> tuple[SamAdapter, ClipAdapter]:
-    sam, clip = load_adapter(str(miniature.sam_teacher())), load_adapter(str(miniature.clip_teacher()))
-    assert isinstance(sam, SamAdapter) and isinstance(clip, ClipAdapter)
-    return sam, clip
+def evaluate_student(student: SamClipAdapter, evaluators: Mapping[str, Evaluator]) -> MetricsByTask:
+    """Runs all evaluators that apply to the student, and `composed` also with the paper's composition."""
+    metrics, config = evaluate_all(student, evaluators), student.model.config
+    composition, config.composition = config.composition, "classes"
+    metrics["composed:miniature", "paper"] = evaluate(evaluators["composed:miniature"], student)["mean_iou"]
+    config.composition = composition
+    return metrics
+
+
+def evaluate_teachers(
+    sam: SamAdapter, clip: ClipAdapter, unmerged: UnmergedAdapter, evaluators: Mapping[str, Evaluator]
+) -> MetricsByTask:
+    """Runs all evaluators that apply to a SAM or to a CLIP, and `composed` and `cascade` for both together."""
+    both = {name: task for name, task in evaluators.items() if name.startswith(("composed", "cascade"))}
+    return evaluate_all(sam, evaluators) | evaluate_all(clip, evaluators) | evaluate_all(unmerged, both)
+
+
+def load_teachers() -> tuple[SamAdapter, ClipAdapter, UnmergedAdapter]:
+    """Loads the SAM, the CLIP, and the unmerged model of both."""
+    folders = miniature.sam_teacher(), miniature.clip_teacher()
+    sam, clip, unmerged = load_adapter(folders[0]), load_adapter(folders[1]), load_adapter(folders[0], clip=folders[1])
+    assert isinstance(sam, SamAdapter) and isinstance(clip, ClipAdapter) and isinstance(unmerged, UnmergedAdapter)
+    return sam, clip, unmerged
 
 
 def load_student(folder: str | Path) -> SamClipAdapter:
@@ -78,7 +99,8 @@ def load_student(folder: str | Path) -> SamClipAdapter:
 
 def compare(student: MetricsByTask, teachers: MetricsByTask) -> dict[str, dict[str, float | None]]:
     """
-    Selects the metrics of the README's table, all in [0, 1]. The student is evaluated at 128 px, which corresponds to
+    Selects the metrics of the README's table, all in [0, 1], from the results of [`evaluate_student`] and
+    [`evaluate_teachers`]. The student is evaluated at 128 px, which corresponds to
     SAM's 1024 px. The CLIP teacher classifies at 64 px, its own size, and segments at 96 px, where it is best.
 
     Returns:
@@ -100,6 +122,9 @@ def compare(student: MetricsByTask, teachers: MetricsByTask) -> dict[str, dict[s
         "teacher_patches": teachers["semantic:miniature@96", "mean_iou"],
         "clip_head": student["semantic:miniature@128", "mean_iou"],
         "both_heads": student["composed:miniature", "mean_iou"],
+        "both_heads_paper": student["composed:miniature", "paper"],
+        "cascade": teachers["cascade:miniature", "mean_iou"],
+        "unmerged": teachers["composed:miniature", "mean_iou"],
     }
     by_size = {str(size): student[f"classification:miniature@{size}", "top1, captioned"] for size in SIZES}
     return {**classification, **prompts, "semantic_miou": semantic, "top1_by_size": by_size}
@@ -131,78 +156,99 @@ class NearestColor(LabelMapEvaluator):
 
 # ---- the figure ----
 
+FIRST_SCENE = 7  # of the figure: every second scene has two or four objects
+FIGURE_TITLE = (
+    "Segmentation of drawn scenes from prompts and from text. The texts are all 48 class names; colors show classes, "
+    "and wrong names are struck out."
+)
 
-def draw_figure(clip: ClipAdapter, student: SamClipAdapter, path: Path, num_scenes: int = 6) -> None:
+
+def text_columns(
+    clip: ClipAdapter, unmerged: UnmergedAdapter, students: Mapping[str, SamClipAdapter]
+) -> dict[str, tuple[str, ModelAdapter]]:
+    """The columns of segmentation by text for [`draw_figure`]: CLIP alone, both teachers, and students by title."""
+    columns: dict[str, tuple[str, ModelAdapter]] = {
+        "text: CLIP alone,\nits patches": ("semantic:miniature@96", clip),
+        "text: SAM + CLIP,\ntwo encoders": ("composed:miniature", unmerged),
+    }
+    return columns | {f"text: {title}": ("composed:miniature", student) for title, student in students.items()}
+
+
+def draw_figure(
+    sam: PromptableAdapter, columns: Mapping[str, tuple[str, ModelAdapter]], path: Path, num_scenes: int = 3
+) -> None:
     """
-    Saves a figure with one scene per row. The columns show the image, the ground truth, and the masks of the student
-    and the CLIP teacher.
+    Saves a figure with one scene per row.
+
+    Args:
+        sam ([`PromptableAdapter`]):
+            The model whose masks from a box and from a point are shown.
+        columns (`dict[str, tuple[str, ModelAdapter]]`):
+            By title, the name of a task in [`tasks`] and the model whose label maps are shown.
+        path (`Path`):
+            The file.
+        num_scenes (`int`, *optional*, defaults to 3).
     """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    evaluators = report_tasks()
-    scenes = [scene(EVALUATION_SEED + 1, 2 * number + 1) for number in range(num_scenes)]  # two or four objects each
+    evaluators = tasks(EVALUATION_SEED)
+    scenes = [scene(EVALUATION_SEED + 1, FIRST_SCENE + 2 * number) for number in range(num_scenes)]
     label_maps = {
-        "ground truth": [scene.label_map for scene in scenes],
-        "text:\nCLIP teacher's patches": predict_label_maps(evaluators["semantic:miniature@96"], clip, scenes),
-        "text:\nCLIP head": predict_label_maps(evaluators["semantic:miniature@128"], student, scenes),
-        "text:\nboth heads": predict_label_maps(evaluators["composed:miniature"], student, scenes),
+        title: predict_label_maps(evaluators[name], model, scenes) for title, (name, model) in columns.items()
     }
-    titles = ["image", "ground truth", "point", "box", *list(label_maps)[1:]]
+    titles = ["image", "ground truth", "box and point", *label_maps]
     figure, axes = plt.subplots(
         len(scenes),
         len(titles),
-        figsize=(2.1 * len(titles), 2.1 * len(scenes) + 0.6),
+        figsize=(1.55 * len(titles), 1.55 * len(scenes) + 0.75),
         layout="constrained",
         squeeze=False,
     )
-    figure.suptitle(
-        "Masks from a point, from a box and from text, with all 48 class names as labels (wrong labels are struck out)"
-    )
+    figure.suptitle(FIGURE_TITLE, fontsize=9)
     for axis, title in zip(axes[0], titles, strict=True):
-        axis.set_title(title, fontsize=10)
+        axis.set_title(title, fontsize=8.5)
     for number, (row, shown) in enumerate(zip(axes, scenes, strict=True)):
         for axis, title in zip(row, titles, strict=True):
             axis.set(xticks=[], yticks=[])
             axis.imshow(shown.image)
-            if title in label_maps:
+            if title == "ground truth":
+                draw_label_map(axis, shown.label_map, shown.label_map)
+            elif title in label_maps:
                 draw_label_map(axis, label_maps[title][number], shown.label_map)
             elif title != "image":
-                draw_prompt_and_mask(axis, student, shown, prompt=title)
-    figure.savefig(path, dpi=110)
+                draw_prompts_and_masks(axis, sam, shown)
+    figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
 def predict_label_maps(evaluator: Evaluator, model: ModelAdapter, scenes: Sequence[Scene]) -> list[np.ndarray]:
     """Label maps `(height, width)` of the scenes, predicted by an evaluator of semantic segmentation."""
-    assert isinstance(evaluator, SemanticSegmentation | ComposedSegmentation)
-    evaluator.prepare(model)  # type: ignore[arg-type]
-    return [evaluator.predict(model, Image.fromarray(scene.image)) for scene in scenes]  # type: ignore[arg-type]
+    assert isinstance(evaluator, LabelMapEvaluator)
+    evaluator.prepare(model)
+    return [evaluator.predict(model, Image.fromarray(scene.image)) for scene in scenes]
 
 
-def draw_prompt_and_mask(axis: Any, student: SamClipAdapter, shown: Scene, prompt: str) -> None:
-    """Draws a "point" or "box" prompt for the largest object of a scene, and the student's mask for it."""
+def draw_prompts_and_masks(axis: Any, sam: PromptableAdapter, shown: Scene) -> None:
+    """Draws a box around the largest object of a scene and a point in the second largest, and the masks for them."""
     image = Image.fromarray(shown.image)
-    largest = shown.masks[shown.masks.sum(axis=(1, 2)).argmax()]
-    if prompt == "point":
-        point = random_pixel(largest, np.random.default_rng(0))
-        masks, iou_scores = student.predict_masks(image, points=torch.tensor([point]))
-        axis.plot(*point, marker="*", color="lime", markeredgecolor="black", markersize=14)
-    else:
-        box = mask_to_prompt_box(largest)
-        masks, iou_scores = student.predict_masks(image, boxes=torch.tensor([box]))
-        x1, y1, x2, y2 = box
-        axis.plot([x1, x2, x2, x1, x1], [y1, y1, y2, y2, y1], color="lime", linewidth=2)
-    mask = masks[0, iou_scores[0].argmax()].numpy()
-    axis.imshow(colorize(mask.astype(int), {1: (1.0, 1.0, 1.0)}, opacity=0.45))
-    axis.contour(mask, levels=[0.5], colors="black", linewidths=1)
+    largest, second = shown.masks[np.argsort(-shown.masks.sum(axis=(1, 2)))[:2]]
+    x1, y1, x2, y2 = box = mask_to_prompt_box(largest)
+    point = random_pixel(second, np.random.default_rng(0))
+    labels = np.zeros(shown.image.shape[:2], dtype=int)
+    for label, prompt in ((1, {"boxes": torch.tensor([box])}), (2, {"points": torch.tensor([point])})):
+        masks, iou_scores = sam.predict_masks(image, **prompt)
+        labels[masks[0, iou_scores[0].argmax()].numpy()] = label
+    axis.imshow(colorize(labels, {1: (0.0, 0.9, 1.0), 2: (1.0, 0.8, 0.0)}, opacity=0.6))
+    axis.plot([x1, x2, x2, x1, x1], [y1, y1, y2, y2, y1], color="cyan", linewidth=1.5)
+    axis.plot(*point, marker="*", color="gold", markeredgecolor="black", markersize=13)
 
 
 def draw_label_map(axis: Any, label_map: np.ndarray, truth: np.ndarray) -> None:
     """
-    Draws segments in the colors of their classes, with the pattern's name on those of at least 150 pixels. The name is
+    Draws segments in the colors of their classes, with the pattern's name on those of at least 250 pixels. The name is
     struck out if most pixels of the segment belong to another class.
     """
     from matplotlib.colors import to_rgb
@@ -211,7 +257,7 @@ def draw_label_map(axis: Any, label_map: np.ndarray, truth: np.ndarray) -> None:
     axis.imshow(colorize(label_map, colors, opacity=0.75))
     for label in np.unique(label_map):
         rows, columns = np.nonzero(label_map == label)
-        if label == 0 or len(rows) < 150:
+        if label == 0 or len(rows) < 250:
             continue
         pattern = PATTERNS[(label - 1) // len(COLOURS)]
         center = np.hypot(rows - rows.mean(), columns - columns.mean()).argmin()
@@ -243,14 +289,19 @@ def format_table(metrics: Mapping[str, Mapping[str, Mapping[str, float | None]]]
         ("mIoU from a point", "point_miou"),
         ("mIoU from a box", "box_miou"),
     ]
-    lines = ["| | teacher | " + " | ".join(metrics) + " |", "|---|" + "---|" * (len(metrics) + 1)]
+    lines = ["| | teachers | " + " | ".join(metrics) + " |", "|---|" + "---|" * (len(metrics) + 1)]
     for title, key in rows:
         values = [f"{of_student[key]['student']:.3f}" for of_student in metrics.values()]
         lines.append(f"| {title} | " + " | ".join([f"{first[key]['teacher']:.3f}", *values]) + " |")
-    patches = first["semantic_miou"]["teacher_patches"]
-    for title, key in (("CLIP head", "clip_head"), ("both heads", "both_heads")):
-        values = [f"{of_student['semantic_miou'][key]:.3f}" for of_student in metrics.values()]
-        lines.append(f"| mIoU by text, {title} | " + " | ".join([f"{patches:.3f} (patches)", *values]) + " |")
+    by_text = [
+        ("CLIP head", "clip_head", "teacher_patches", "patches"),
+        ("both heads", "both_heads", "unmerged", "two encoders"),
+        ("both heads, paper's composition", "both_heads_paper", "cascade", "cascade"),
+    ]
+    for title, key, of_teachers, kind in by_text:
+        values = [f"{first['semantic_miou'][of_teachers]:.3f} ({kind})"]
+        values += [f"{of_student['semantic_miou'][key]:.3f}" for of_student in metrics.values()]
+        lines.append(f"| mIoU by text, {title} | " + " | ".join(values) + " |")
     for size in first["top1_by_size"]:
         values = [f"{of_student['top1_by_size'][size]:.3f}" for of_student in metrics.values()]
         lines.append(f"| zero-shot top-1 at {size} px | " + " | ".join(["", *values]) + " |")
@@ -275,17 +326,19 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
-    sam, clip = load_teachers()
+    sam, clip, unmerged = load_teachers()
     student = load_student(arguments.model)
     if arguments.composition:
         student.model.config.composition = arguments.composition
     evaluators = report_tasks(arguments.seed)
-    teachers = evaluate_all(sam, evaluators) | evaluate_all(clip, evaluators)
-    metrics = compare(evaluate_all(student, evaluators), teachers)
+    teachers = evaluate_teachers(sam, clip, unmerged, evaluators)
+    metrics = compare(evaluate_student(student, evaluators), teachers)
     nearest_color = evaluate(NearestColor(segmented_images(arguments.seed + 1, NUM_SCENES)), student)["mean_iou"]
     metrics["semantic_miou"]["nearest_color"] = nearest_color
     (arguments.output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    draw_figure(clip, student, arguments.output_dir / "figure.png")
+    columns = text_columns(clip, unmerged, {"SAM-CLIP,\nboth heads": student})
+    columns["text: SAM-CLIP,\nCLIP head alone"] = ("semantic:miniature@128", student)
+    draw_figure(student, columns, arguments.output_dir / "figure.png", num_scenes=6)
     print(format_table({"student": metrics}))
     print(f"mIoU by nearest color, without a model: {nearest_color:.3f}")
 
