@@ -149,6 +149,7 @@ def test_a_batch_gives_the_results_of_single_images(model, processor, image):
 def test_the_pipelines_segment_by_text(folder, image):
     segmenter = pipeline("zero-shot-image-segmentation", model=str(folder))
     assert isinstance(segmenter.model.clip_head, SamClipTower)
+    assert segmenter.model.config.composition_points == 32
     segments = segmenter(image, candidate_labels=LABELS, background=["an empty scene"])
     scene = render(seed=0, index=8)
     for segment in segments:

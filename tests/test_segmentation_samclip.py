@@ -502,10 +502,17 @@ class TestImageSegmentation:
         cells = torch.rand(6, 5, 7, generator=torch.Generator().manual_seed(0)) > 0.5
         cells[0] = False
         cells[0, 2, 3] = True
-        points = _spread_points(cells, 8)
-        for image, (x, y) in zip(cells, points.transpose(1, 2), strict=True):
-            assert image[y, x].all()
-            assert len(set(zip(x.tolist(), y.tolist(), strict=True))) == min(8, int(image.sum()))
+        for in_z_order in (False, True):
+            points = _spread_points(cells, 8, in_z_order)
+            for image, (x, y) in zip(cells, points.transpose(1, 2), strict=True):
+                assert image[y, x].all()
+                assert len(set(zip(x.tolist(), y.tolist(), strict=True))) == min(8, int(image.sum()))
+
+    def test_points_in_z_order_are_spread_over_the_grid(self):
+        points = _spread_points(torch.ones(1, 16, 16, dtype=torch.bool), 16, in_z_order=True)[0]
+        assert len((points // 4).unique(dim=0)) == 16  # one in each square of 4 x 4 cells
+        wide = _spread_points(torch.ones(1, 4, 16, dtype=torch.bool), 4, in_z_order=True)[0]
+        assert len((wide // 4).unique(dim=0)) == 4
 
     @pytest.fixture
     def tokenizer(self):

@@ -83,7 +83,8 @@ class SamClipConfig(SamConfig):
         How the CLIP head and the SAM head are combined: [`SamClipForImageSegmentation.compose_heads`], or the paper's
         [`SamClipForImageSegmentation.compose_heads_by_class`].
     composition_points (`int`, *optional*, defaults to 16):
-        For `"segments"`: the number of points that prompt the SAM head.
+        For `"segments"`: the number of points that prompt the SAM head. [`SamClipModel.from_teachers`] sets 32 in
+        unmerged models.
     clip_vision_config (`dict`, [`CLIPVisionConfig`] or [`SiglipVisionConfig`], *optional*):
         The vision tower of a CLIP or SigLIP, which an unmerged model has in place of the CLIP head. `None` in a merged
         model. [`SamClipModel.from_teachers`] with `merged=False` sets this and the following three arguments.

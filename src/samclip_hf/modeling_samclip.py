@@ -1174,6 +1174,9 @@ def _tower_config(sam: SamModel, clip: CLIPModel | SiglipModel, clip_image_size:
         clip_image_size = tower_image_size(vision_config)
     (mean, std), (clip_mean, clip_std) = normalizations
     return {
+        # In the miniature, with 40 scenes, the mIoU of both heads is 0.752 with 16 points and 0.764 with 32, and 0.634
+        # and 0.684 with the same scenes cropped to 5:4 and resized to 512 x 400.
+        "composition_points": 32,
         "clip_vision_config": vision_config.to_dict(),
         "clip_image_size": clip_image_size,
         "clip_pixel_scale": [a / b for a, b in zip(std, clip_std, strict=True)],

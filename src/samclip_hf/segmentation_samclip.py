@@ -609,7 +609,7 @@ class SamClipForImageSegmentation(SamClipModel):
         if content_mask is not None:
             is_class = is_class * content_mask
         is_class = is_class > 0.5
-        points = _spread_points(is_class, self.config.composition_points)
+        points = _spread_points(is_class, self.config.composition_points, in_z_order=background is None)
         points = ((points + 0.5) * self.config.vision_config.patch_size - 0.5)[:, :, None]
         found = []
         # At 1024 px, the mask decoder has several maps of 4 MB for each point. Those of two points fit in a CPU's
@@ -914,15 +914,27 @@ def _check_masks(masks, content_size: Sequence[float]) -> torch.Tensor:
     return masks > 0
 
 
-def _spread_points(cells: torch.Tensor, num_points: int) -> torch.Tensor:
-    """Column and row `(batch_size, num_points, 2)` of `num_points` of the marked cells `(batch_size, grid_height,
-    grid_width)` of each image, evenly spaced in raster order. If there are fewer marked cells, some occur several
-    times."""
-    marked = cells.flatten(1)
-    position = marked.int().argsort(dim=1, descending=True, stable=True)  # marked cells first, in raster order
+def _spread_points(cells: torch.Tensor, num_points: int, in_z_order: bool = False) -> torch.Tensor:
+    """
+    Column and row `(batch_size, num_points, 2)` of `num_points` of the marked cells `(batch_size, grid_height,
+    grid_width)` of each image, evenly spaced in raster order or along a Z-order curve. If there are fewer marked
+    cells, some occur several times.
+
+    If all cells of a grid are marked, cells that are evenly spaced in raster order are in few columns. A Z-order curve
+    visits the cells of a square of 2^n cells one after another, so that evenly spaced cells are spread over the image.
+    """
+    height, width = cells.shape[1:]
+    row, column = (torch.arange(side, device=cells.device) for side in (height, width))
+    key = row[:, None] * width + column
+    if in_z_order:  # the bits of row and column alternate
+        key = torch.zeros_like(key)
+        for bit in range(max(height, width).bit_length()):
+            key |= ((row >> bit) & 1)[:, None] << (2 * bit + 1) | ((column >> bit) & 1) << (2 * bit)
+    order = key.flatten().argsort()
+    marked = cells.flatten(1)[:, order]
+    position = order[marked.int().argsort(dim=1, descending=True, stable=True)]  # marked cells first, in this order
     step = torch.arange(num_points, device=cells.device) + 0.5
     chosen = position.gather(1, (step * marked.sum(dim=1, keepdim=True) / num_points).long())
-    width = cells.shape[-1]
     return torch.stack([chosen % width, chosen // width], dim=-1)
 
 
