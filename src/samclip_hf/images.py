@@ -14,6 +14,8 @@ from torch import Tensor
 from .image_processing_samclip import convert_to_rgb
 from .mask_generation_samclip import decode_rle, encode_rle, mask_to_box
 
+MAX_COORDINATE = 2**20  # of polygons, in pixels: pycocotools walks along their edges
+
 
 def open_image(
     source: str | PathLike[str] | bytes | BinaryIO,
@@ -130,19 +132,32 @@ def decode_mask(segmentation: dict[str, Any] | list, size: tuple[int, int] | Non
             Height and width of the image. Required for polygons.
 
     Raises:
-        ValueError: The run lengths do not add up to the size, or polygons have no size. `pycocotools` would return
-            uninitialized memory for run lengths that are too short, and raises other errors for invalid polygons.
+        ValueError: The run lengths do not add up to the size, a polygon is invalid, or polygons have no size.
+            `pycocotools` would return uninitialized memory for run lengths that are too short, ignore the last of an
+            odd number of coordinates, and not return for coordinates that are not finite.
     """
     if isinstance(segmentation, dict):
         counts = segmentation["counts"]
-        counts = counts if isinstance(counts, list) else _decompress_counts(counts)
+        counts = _decompress_counts(counts) if isinstance(counts, str | bytes) else list(counts)
         return decode_rle({"size": segmentation["size"], "counts": counts})
 
     from pycocotools import mask as coco_mask
 
     if size is None:
         raise ValueError("Polygons need the size of their image.")
+    for polygon in segmentation:
+        if not _is_polygon(polygon):
+            raise ValueError(
+                "A polygon is a list of at least three points, x1, y1, x2, y2, ..., of finite numbers up to "
+                f"{MAX_COORDINATE} pixels; got {str(polygon)[:200]}."
+            )
     return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(segmentation, *size))).view(bool)
+
+
+def _is_polygon(polygon: Any) -> bool:
+    if not isinstance(polygon, list | tuple) or len(polygon) < 6 or len(polygon) % 2:
+        return False
+    return all(isinstance(number, int | float) and abs(number) <= MAX_COORDINATE for number in polygon)
 
 
 def _decompress_counts(text: str | bytes) -> list[int]:

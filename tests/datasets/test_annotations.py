@@ -98,6 +98,10 @@ BAD = {
     "no mask": ({"area": 3}, "broken annotation"),
     "no object": (None, "broken annotation"),
     "polygon of two points": (annotation(MASKS[0], segmentation=[[1, 1, 5, 5]]), "broken annotation"),
+    "polygon with half a point": (annotation(MASKS[0], segmentation=[[1, 1, 5, 1, 5, 5, 1]]), "broken annotation"),
+    # pycocotools does not return for these two.
+    "polygon with NaN": (annotation(MASKS[0], segmentation=[[1, 1, 5, 1, float("nan"), 5]]), "broken annotation"),
+    "huge polygon": (annotation(MASKS[0], segmentation=[[1, 1, 1e30, 1, 5, 5]]), "broken annotation"),
     "flat polygon": (annotation(MASKS[0], segmentation=[1, 1, 5, 1, 5, 5]), "broken annotation"),
     "empty": (annotation(~WHOLE), "empty annotation"),
     "empty with an area": (annotation(~WHOLE, area=20), "empty annotation"),
@@ -116,6 +120,11 @@ def test_only_the_invalid_annotation_is_skipped_and_counted(kind):
     assert skipped == ({cause: 1} if cause else {})
     with pytest.raises(SkippedSampleError, match=cause or "no usable mask"):
         draw({"annotations": [bad]})
+
+
+def test_an_area_that_is_larger_than_the_image_is_computed_from_the_mask():
+    drawn, skipped = draw({"annotations": [annotation(MASKS[0], area=10**6)]}, num_masks=1)
+    assert indices(drawn) == [0] and not skipped
 
 
 @pytest.mark.parametrize(("content", "cause"), [([], "no usable mask"), ({}, "no annotations"), (3, "no annotations")])

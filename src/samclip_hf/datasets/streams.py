@@ -298,7 +298,8 @@ def _annotated_size(sample: dict[str, Any]) -> tuple[int, int] | None:
 
 def _is_usable(annotation: Any, size: tuple[int, int], skipped: Counter[str]) -> bool:
     """Returns whether an annotation has a mask of this size that is not too large. Counts annotations without a mask,
-    or with one of another size. The mask is decoded only if the annotation has no area."""
+    or with one of another size. The mask is decoded only if the annotation has no area, or one that is larger than the
+    image."""
     segmentation = annotation.get("segmentation") if isinstance(annotation, dict) else None
     if not segmentation or not isinstance(segmentation, dict | list):
         skipped[BROKEN_ANNOTATION] += 1
@@ -308,7 +309,7 @@ def _is_usable(annotation: Any, size: tuple[int, int], skipped: Counter[str]) ->
         skipped[OTHER_SIZE] += 1
         return False
     area = annotation.get("area")
-    if not isinstance(area, int | float) or not area > 0:
+    if not isinstance(area, int | float) or not 0 < area <= size[0] * size[1]:
         mask = _decode(annotation, size)
         area = 0 if mask is None else mask.sum()  # whether it is corrupt or empty is counted when it is drawn
     return area <= MAX_MASK_FRACTION * size[0] * size[1]
