@@ -100,6 +100,15 @@ def test_names_are_written_into_the_masks():
     assert np.abs(changed.mean(axis=0) - [50, 100]).max() < 5 and named[tuple(changed.T)].max() == 255
 
 
+def test_names_do_not_cover_names_of_larger_masks():
+    image, masks = Image.new("RGB", (200, 100), "gray"), np.zeros((3, 100, 200), dtype=bool)
+    masks[0, 40:60, 80:120], masks[1, 10:90, 10:190], masks[2, 1:8, 1:8] = True, True, True
+    both, one = (
+        np.asarray(draw_segments(image, masks, [1, 2, 3], [], names=[first, "b", "c"])) for first in ("a", "")
+    )
+    assert np.array_equal(both, one)
+
+
 def test_texts_without_a_font_have_no_empty_boxes(monkeypatch):
     monkeypatch.setattr(visualization, "SYSTEM_FONTS", ("no such font",))
     for text, expected in {

@@ -18,7 +18,8 @@ from importlib import import_module, metadata
 COMMANDS = {
     "segment": "segment images by text",
     "classify": "classify images by text",
-    "masks": "segment everything in images, without labels",
+    "points": "segment the objects at points and in boxes",
+    "masks": "segment everything in images",
     "train": "train one stage of SAM-CLIP",
     "evaluate": "evaluate models with the paper's protocols",
     "publish": "build, verify and upload a model repository",

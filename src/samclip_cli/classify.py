@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 from . import CommandError, first_line
 from .batch import process_images
 from .formats import Prediction
-from .image_arguments import add_label_arguments, check_template, create_parser, read_labels
+from .image_arguments import create_parser
 from .inputs import add_batch_size
 from .models import load_model
 from .plan import prepare
+from .vocabulary import LABELS_HELP, add_label_arguments, embed_labels, read_labels
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -26,28 +27,23 @@ examples:
   samclip classify photos/ --model runs/stage3 --labels "cat|kitten, dog|puppy" > labels.jsonl
   samclip classify photos/ --labels_file labels.txt --template "a drawing of a {}" --output out/
 
-Scores are probabilities among the labels, in descending order."""
+Scores are probabilities among the labels, in descending order. With --multi_label, each score is
+independent of the other labels."""
 
 RECORD = '"labels": [{"label": "cat", "score": 0.93}, ...]'
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = create_parser("classify", DESCRIPTION, RECORD, has_masks=False)
-    add_label_arguments(parser, None)
-    parser.add_argument(
-        "--template",
-        metavar='"a {}"',
-        default="This is a photo of {}.",
-        help='prompt template (default: "%(default)s")',
-    )
+    parser = create_parser("classify", DESCRIPTION, RECORD, has_masks=False, help_text=LABELS_HELP)
+    add_label_arguments(parser, None, "This is a photo of {}.", has_background=False)
     add_batch_size(parser)
     return parser
 
 
 def run(argv: Sequence[str]) -> int:
     arguments = build_parser().parse_args(argv)
-    labels, template = read_labels(arguments), check_template(arguments.template)
-    if labels is None:
+    read_labels(arguments)
+    if arguments.labels is None:
         raise CommandError('pass --labels, such as "cat, dog", or --labels_file.')
     plan = prepare(arguments)
 
@@ -57,11 +53,9 @@ def run(argv: Sequence[str]) -> int:
     from samclip_hf.stock_pipelines import to_candidate_labels
 
     loaded = load_model(arguments)
-    if loaded.tokenizer is None:
-        raise CommandError(f"--model {arguments.model} has no text tower, so it cannot embed labels.")
+    vocabulary = embed_labels(arguments, loaded)
     try:
-        to_candidate_labels([name for synonyms in labels for name in synonyms], loaded.tokenizer)
-        vocabulary = loaded.model.embed_vocabulary(labels, templates=[template], tokenizer=loaded.tokenizer)
+        to_candidate_labels([name for synonyms in arguments.labels for name in synonyms], loaded.tokenizer)
     except ValueError as error:
         raise CommandError(f"--labels: {first_line(error)}") from error
 
@@ -71,8 +65,9 @@ def run(argv: Sequence[str]) -> int:
             features = loaded.model.get_image_features(
                 inputs["pixel_values"].to(loaded.model.dtype), inputs["reshaped_input_sizes"]
             ).pooler_output
-            logits = loaded.model.classify(F.normalize(features, dim=-1), vocabulary)
-        return [describe(scores) for scores in logits.float().softmax(dim=-1)]
+            logits = loaded.model.classify(F.normalize(features, dim=-1), vocabulary, arguments.multi_label).float()
+        scores = logits.sigmoid() if arguments.multi_label else logits.softmax(dim=-1)
+        return [describe(own) for own in scores]
 
     def describe(scores: torch.Tensor) -> Prediction:
         order = scores.argsort(descending=True, stable=True).tolist()

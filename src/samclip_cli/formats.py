@@ -44,10 +44,11 @@ class Prediction:
         Rows of the annotated image's legend: the label id of a color, or `None`, and a text.
     caption (`str`):
         The model, for the annotated image and the metadata of all PNGs.
-    masks (`list[numpy.ndarray]` of shape `(height, width)`):
+    masks (`Sequence[numpy.ndarray]` of shape `(height, width)`):
         Boolean masks.
     label_ids (`list[int]`):
-        Value of each mask in the label map, from 1; also its color. Masks without names are numbered.
+        Value of each mask in the label map, from 1, or 0 for background; also its color. Masks without names are
+        numbered.
     names (`list[str]`):
         Names of the labels 1, 2, ...; empty if masks have no names.
     """
@@ -55,7 +56,7 @@ class Prediction:
     record: dict[str, Any]
     legend: list[tuple[int | None, str]]
     caption: str
-    masks: list["np.ndarray"] = field(default_factory=list)
+    masks: Sequence["np.ndarray"] = field(default_factory=list)
     label_ids: list[int] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
 
@@ -121,6 +122,8 @@ def encode(
             files[path] = _png(label_map(prediction, image.size), prediction)
         else:
             for number, mask in enumerate(prediction.masks):
+                if name == "cutouts" and not mask.any():
+                    continue
                 own = _cutout(image, mask) if name == "cutouts" else _black_and_white(mask)
                 files[f"{path}{number + 1:03d}{_suffix(prediction, number)}.png"] = _png(own, prediction)
     return files
@@ -153,7 +156,8 @@ def label_map(prediction: Prediction, size: tuple[int, int]) -> "Image.Image":
 
 def write_coco(records: Iterable[dict], folder: Path, names: Sequence[str], description: dict[str, Any]) -> None:
     """
-    Writes `coco_results.json` and `coco_dataset.json`. The score of a mask is that of its name, if it has one.
+    Writes `coco_results.json` and `coco_dataset.json`. The score of a mask is that of its name, if it has one. Masks
+    of the background are left out.
 
     records (`Iterable[dict]`):
         Contents of the JSON of all images. The image id is the position, from 1.
@@ -175,6 +179,8 @@ def write_coco(records: Iterable[dict], folder: Path, names: Sequence[str], desc
                 {"id": image_id, "file_name": record["image"], "height": record["height"], "width": record["width"]}
             )
             for mask in record["segments"] if "segments" in record else record["masks"]:
+                if mask.get("label_id") == 0:  # background is no category
+                    continue
                 result = {
                     "image_id": image_id,
                     "category_id": mask.get("label_id", 1),
@@ -210,7 +216,9 @@ def _suffix(prediction: Prediction, number: int) -> str:
     """The label of a mask, as far as it can be part of a file name."""
     if not prediction.names:
         return ""
-    return "_" + re.sub(r"[^\w-]+", "_", prediction.names[prediction.label_ids[number] - 1])[:40]
+    label_id = prediction.label_ids[number]
+    name = prediction.names[label_id - 1] if label_id else "background"
+    return "_" + re.sub(r"[^\w-]+", "_", name)[:40]
 
 
 def _png(image: "Image.Image", prediction: Prediction) -> bytes:

@@ -10,6 +10,7 @@ from .formats import Prediction, coco_annotation
 from .image_arguments import create_parser
 from .models import load_model, mask_generation_options
 from .plan import prepare
+from .vocabulary import LABELS_HELP, add_label_arguments, embed_labels, name_masks, read_labels
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -20,16 +21,20 @@ Segments everything in images: prompts the model with a grid of points and filte
 examples:
   samclip masks photo.jpg --sam facebook/sam-vit-base --clip openai/clip-vit-base-patch16 \\
       --output out/
-  samclip masks photo.jpg --output out.png
+  samclip masks photo.jpg --labels "cat, sofa" --background "wall, floor" --output out.png
   samclip masks 'photos/*.jpg' --pred_iou_thresh 0.7 --output results/ --formats cutouts,jsonl
 
-The score of a mask is its IoU as the model predicts it, in descending order."""
+The score of a mask is its IoU as the model predicts it, in descending order. With --labels, every
+mask gets a name: "label", "label_id" and "label_score" in the JSON. The label_score is the
+probability of the label among all labels and background texts. With --multi_label, "label_scores"
+has an independent score of each label."""
 
 RECORD = '"masks": [{"score": 0.97, "bbox": [...], "area": 5120,\n       "segmentation": {...}}, ...]'
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = create_parser("masks", DESCRIPTION, RECORD, has_masks=True, has_labels=False)
+    parser = create_parser("masks", DESCRIPTION, RECORD, has_masks=True, help_text=LABELS_HELP)
+    add_label_arguments(parser, "masks have no names")
     parser.add_argument(
         "--points_per_crop",
         type=positive_int,
@@ -54,6 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(argv: Sequence[str]) -> int:
     arguments = build_parser().parse_args(argv)
+    read_labels(arguments)
     plan = prepare(arguments)
 
     import numpy as np
@@ -63,7 +69,9 @@ def run(argv: Sequence[str]) -> int:
     for name in ("points_per_crop", "pred_iou_thresh", "stability_score_thresh"):
         if getattr(arguments, name) is not None:
             options[name] = getattr(arguments, name)
-    loaded = load_model(arguments, "SamClipModel")
+    loaded = load_model(arguments)
+    if arguments.labels is not None:
+        embed_labels(arguments, loaded)
     generator = MaskGenerationPipeline(
         model=loaded.model, image_processor=loaded.image_processor, device=loaded.model.device
     )
@@ -76,6 +84,9 @@ def run(argv: Sequence[str]) -> int:
             {"score": score} | coco_annotation(mask, segmentation)
             for score, mask, segmentation in zip(scores, masks, result["rle_mask"], strict=True)
         ]
+        if arguments.labels is not None and masks:
+            inputs = loaded.image_processor(image, return_tensors="pt").to(loaded.model.device, loaded.model.dtype)
+            return name_masks(loaded, records, masks, arguments.multi_label, **inputs)
         text = f"{len(masks)} masks, scores from {min(scores):.2f} to {max(scores):.2f}" if masks else "no masks"
         record = {"model": loaded.description, "masks": records}
         return Prediction(record, [(None, text)], loaded.caption, masks, list(range(1, len(masks) + 1)))

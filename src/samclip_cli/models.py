@@ -17,7 +17,7 @@ from .argument_types import positive_int
 if TYPE_CHECKING:  # importing these takes seconds, see the docstring of the package
     from transformers import PreTrainedTokenizerBase
 
-    from samclip_hf import SamClipImageProcessor, SamClipModel
+    from samclip_hf import SamClipForImageSegmentation, SamClipImageProcessor
 
 MINIATURE_NOTE = "trained on synthetic scenes of colored shapes, not on photographs"
 # Types of models by their config.json: what they are called, and the option that takes them.
@@ -172,7 +172,7 @@ class LoadedModel:
     """
     A model with its processors.
 
-    model ([`SamClipModel`]):
+    model ([`SamClipForImageSegmentation`]):
         In evaluation mode, on its device.
     image_processor ([`SamClipImageProcessor`])
     tokenizer ([`PreTrainedTokenizerBase`], *optional*):
@@ -184,7 +184,7 @@ class LoadedModel:
         Names of the masks' labels 1, 2, ..., which the command sets; empty if masks have no names.
     """
 
-    model: "SamClipModel"
+    model: "SamClipForImageSegmentation"
     image_processor: "SamClipImageProcessor"
     tokenizer: "PreTrainedTokenizerBase | None"
     description: dict[str, Any]
@@ -198,15 +198,14 @@ class LoadedModel:
         return f"Model: {name}" + (f", {about['note']}" if "note" in about else "")
 
 
-def load_model(arguments: argparse.Namespace, class_name: str = "SamClipForImageSegmentation") -> LoadedModel:
-    """Loads the model of the command line, see [`add_model_arguments`], as the class of this name. Raises
-    `CommandError` if the device or the model cannot be used, or if the model lacks weights."""
+def load_model(arguments: argparse.Namespace) -> LoadedModel:
+    """Loads the model of the command line, see [`add_model_arguments`]. Raises `CommandError` if the device or the
+    model cannot be used, or if the model lacks weights."""
     import torch
     from transformers import AutoImageProcessor
     from transformers.utils import logging
 
-    import samclip_hf
-    from samclip_hf import SamClipProcessor, miniature
+    from samclip_hf import SamClipForImageSegmentation, SamClipProcessor, miniature
     from samclip_hf.modeling_samclip import load_complete_model, load_tokenizer
 
     if not sys.stderr.isatty():
@@ -218,7 +217,6 @@ def load_model(arguments: argparse.Namespace, class_name: str = "SamClipForImage
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA raises AssertionError
         raise CommandError(f"--device {device}: {first_line(error)}") from error
-    model_class: Any = getattr(samclip_hf, class_name)
     name, sam, clip = arguments.model, arguments.sam, arguments.clip
     if name is None and sam is None:
         log(
@@ -228,12 +226,14 @@ def load_model(arguments: argparse.Namespace, class_name: str = "SamClipForImage
         name = miniature.checkpoint()
     try:
         if sam is not None:
-            model = model_class.from_teachers(sam, clip, merged=False, clip_image_size=arguments.clip_image_size)
+            model: SamClipForImageSegmentation = SamClipForImageSegmentation.from_teachers(
+                sam, clip, merged=False, clip_image_size=arguments.clip_image_size
+            )
             processor = SamClipProcessor.from_teachers(sam, clip)
             image_processor, tokenizer = processor.image_processor, processor.tokenizer
             description = {"sam": sam, "clip": clip, "clip_image_size": model.config.clip_image_size}
         else:
-            model = load_complete_model(model_class, name)
+            model = load_complete_model(SamClipForImageSegmentation, name)
             image_processor = AutoImageProcessor.from_pretrained(name)
             tokenizer = load_tokenizer(name) if model.config.has_text_tower else None
             description = {"name": "samclip-hf miniature" if _is_same(name, miniature.checkpoint()) else name}

@@ -154,12 +154,12 @@ def draw_segments(
         caption (`str`, *optional*):
             A text below the legend.
         names (`Sequence[str]`, *optional*):
-            A text to write into each mask.
+            A text to write into each mask, the larger masks first. A text that would cover another is left out.
         opacity (`float`, *optional*, defaults to 0.45):
             Opacity of the tint, from 0 to 1.
     """
     canvas = image.copy()
-    thickness = max(1, min(image.size) // 300)
+    thickness = max(1, min(image.size) // 200)
     order = sorted(range(len(masks)), key=lambda index: -np.count_nonzero(masks[index]))
     for index in order:
         mask = Image.fromarray(masks[index].astype(np.uint8) * 255)
@@ -183,24 +183,29 @@ def draw_segments(
         crop.paste(color, mask=ImageChops.subtract(mask, blurred).point([0] + [255] * 255))
         canvas.paste(crop, box)
     if names is not None:
-        draw = ImageDraw.Draw(canvas)
-        for index in order:
-            if masks[index].any():
-                _draw_name(draw, masks[index], names[index], max(12, min(image.size) // 32))
+        _draw_names(canvas, [(names[index], masks[index]) for index in order])
     return _add_legend(canvas, [*legend, *([] if caption is None else [(None, f"\n{caption}")])])
 
 
-def _draw_name(draw: ImageDraw.ImageDraw, mask: np.ndarray, name: str, size: int) -> None:
-    """Writes a name at the pixel of a mask `(height, width)` nearest to its center."""
-    text, font = _drawable(name, size)
-    rows, columns = np.nonzero(mask)
-    center = np.hypot(rows - rows.mean(), columns - columns.mean()).argmin()
-    half_width, half_height = font.getlength(text) / 2 + 1, size / 2 + 1
-    height, width = mask.shape
-    x = min(max(columns[center], half_width), max(half_width, width - half_width))  # inside the image
-    y = min(max(rows[center], half_height), max(half_height, height - half_height))
+def _draw_names(image: Image.Image, named_masks: Sequence[tuple[str, np.ndarray]]) -> None:
+    """Writes each name at the pixel of its mask `(height, width)` nearest to the center of the mask, unless it would
+    cover the name of an earlier mask."""
+    draw, size = ImageDraw.Draw(image), max(12, min(image.size) // 32)
     stroke = max(1, size // 10)
-    draw.text((x, y), text, fill="white", stroke_width=stroke, stroke_fill="black", anchor="mm", font=font)
+    written: list[tuple[float, float, float, float]] = []
+    for name, mask in named_masks:
+        rows, columns = np.nonzero(mask)
+        if not len(rows):
+            continue
+        text, font = _drawable(name, size)
+        center = np.hypot(rows - rows.mean(), columns - columns.mean()).argmin()
+        half_width, half_height = font.getlength(text) / 2 + stroke, size / 2 + stroke
+        x = min(max(columns[center], half_width), max(half_width, image.width - half_width))  # inside the image
+        y = min(max(rows[center], half_height), max(half_height, image.height - half_height))
+        box = (x - half_width, y - half_height, x + half_width, y + half_height)
+        if all(box[2] <= b[0] or b[2] <= box[0] or box[3] <= b[1] or b[3] <= box[1] for b in written):
+            draw.text((x, y), text, fill="white", stroke_width=stroke, stroke_fill="black", anchor="mm", font=font)
+            written.append(box)
 
 
 def _add_legend(image: Image.Image, legend: Sequence[tuple[int | None, str]]) -> Image.Image:
