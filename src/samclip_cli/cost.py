@@ -92,6 +92,7 @@ class Costs:
 
         from samclip_hf import SamClipModel
         from samclip_hf.distillation.trainer import TRAINED_PARTS, add_adapters, freeze
+        from samclip_hf.modeling_samclip import tower_image_size
 
         self.args = args
         sam_config = load_config(SamConfig, args.sam_teacher, {})
@@ -109,6 +110,7 @@ class Costs:
             self.student = add_adapters(student, args.lora_r) if args.lora_r else student
         self.teacher_size = clip_config.vision_config.image_size
         self.sam_size = sam_config.vision_config.image_size
+        self.region_size = args.region_image_size or tower_image_size(clip_config.vision_config)
 
     def clip(self, size: int) -> float:
         """Operations for an image of the CLIP loss, including its teacher."""
@@ -139,6 +141,30 @@ class Costs:
 
         return count_flops(step)
 
+    def regions(self, size: int) -> float:
+        """Operations for the regions of an image of the SAM stream, including the teacher. The regions are assumed to
+        cover the image once. In stage 2, the image encoder's pass is that of the SAM loss."""
+        import torch
+
+        student = getattr(self.student, "base_model", self.student)
+        student = getattr(student, "model", student)  # without LoRA adapters
+        encoder, head = student.vision_encoder, student.clip_head
+        side = size // student.config.vision_config.patch_size
+        shape = (1, side, side, student.config.vision_config.hidden_size)
+
+        def step() -> None:
+            for _ in ("patches", "segments"):
+                tokens = torch.zeros(shape, device="meta", requires_grad=self.args.stage == 2)
+                head.project_patches(head(tokens)).sum().backward()
+            with torch.no_grad():
+                if self.args.stage != 2:
+                    encoder(torch.zeros(1, 3, size, size, device="meta"))
+                if self.args.region_embedding_cache is None:
+                    pixel_values = torch.zeros(1, 3, self.region_size, self.region_size, device="meta")
+                    self.clip_teacher.get_image_features(pixel_values=pixel_values, interpolate_pos_encoding=True)
+
+        return count_flops(step)
+
 
 def format_number(value: float) -> str:
     """Three significant digits, or an integer from 100 on."""
@@ -160,10 +186,11 @@ def table_row(recipe: str, num_processes: int) -> str:
         flops_per_image.append(f"{size} px: {format_number(flops / 1e9)}")
         flops_per_step += count * flops / len(args.clip_resolutions)
         images_per_step += count / len(args.clip_resolutions)
-    if args.stage == 2:
+    if args.reads_masks:
         sizes = args.sam_resolutions or [costs.sam_size]
-        flops = sum(map(costs.sam, sizes)) / len(sizes)
-        flops_per_image.append(f"SAM: {format_number(flops / 1e9)}")
+        parts = [costs.sam] * (args.stage == 2) + [costs.regions] * args.has_region_loss
+        flops = sum(part(size) for part in parts for size in sizes) / len(sizes)
+        flops_per_image.append(f"{'SAM' if args.stage == 2 else 'regions'}: {format_number(flops / 1e9)}")
         flops_per_step += args.sam_batch_size * micro_batches * flops
         images_per_step += args.sam_batch_size * micro_batches
     total = flops_per_step * args.max_steps

@@ -446,6 +446,22 @@ def test_costs_agree_with_published_numbers(monkeypatch):
     assert 0.972e12 < cost.Costs(args).sam(1024) < 2.5 * 0.972e12
 
 
+def test_the_cost_of_the_region_loss_is_that_of_the_head_and_a_pass_of_the_teacher(monkeypatch):
+    from samclip_cli import cost
+
+    monkeypatch.setattr(cost, "load_config", lambda cls, name, fallback: cls(**fallback))
+    settings = {"output_dir": "unused", "max_steps": 1, "use_cpu": True, "region_loss_weight": 1.0}
+    costs = cost.Costs(SamClipTrainingArguments(stage=3, region_image_size=224, **settings))
+    student, tokens = costs.student, torch.zeros(1, 28, 28, 768, device="meta")
+    head = cost.count_flops(lambda: student.clip_head.project_patches(student.clip_head(tokens))) / 1e9
+    assert head == pytest.approx(4 * 3 * 2.8, rel=0.2)  # 2.8 GFLOP for each of its 3 layers at 224 px
+    head *= 2 * 3  # patches and segments; forward and backward pass
+    encoder = cost.count_flops(lambda: student.vision_encoder(torch.zeros(1, 3, 448, 448, device="meta"))) / 1e9
+    assert costs.regions(448) / 1e9 == pytest.approx(162 + head + encoder, rel=0.05)  # 162: ViT-L/14
+    costs.args.region_embedding_cache = "somewhere"
+    assert costs.regions(448) / 1e9 == pytest.approx(head + encoder, rel=0.05)
+
+
 def test_the_student_can_be_smaller_than_its_sam_teacher(train, recipe, tmp_path, capsys):
     teacher = SamModel.from_pretrained(miniature.sam_teacher())
     settings = teacher.config.to_dict()

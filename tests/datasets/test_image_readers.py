@@ -100,9 +100,9 @@ def embedding_cache(folder: Path, name: str, content: bytes) -> Image.Image:
         min_crop_scale=1.0, num_crops=1, shards=[],
     )  # fmt: skip
     (part,) = ShardCrops([stream], [(0, 0)], description, batch_size=2)
-    if not part["images"]:
+    if not part["inputs"]:
         raise ValueError(part["causes"][0])
-    return Image.fromarray(np.ascontiguousarray(part["images"][0]))
+    return Image.fromarray(np.ascontiguousarray(part["inputs"][0]))
 
 
 def class_folder(folder: Path, name: str, content: bytes) -> Image.Image:

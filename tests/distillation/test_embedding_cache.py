@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessor
 
+from samclip_cli import CommandError
 from samclip_cli.embed import run as embed
 from samclip_hf.datasets.streams import open_stream
 from samclip_hf.distillation import ClipTeacher, DataError, EmbeddingCache, embedding_cache
@@ -77,6 +78,96 @@ def test_training_with_a_cache_does_not_run_the_teacher(arguments, make_trainer,
         trainer.train()
         losses = [entry["clip_loss"] for entry in trainer.state.log_history if "clip_loss" in entry]
         assert np.isfinite(losses).all() and len(losses) == 2
+
+
+@pytest.fixture
+def region_arguments(teacher_folders, sa1b, tmp_path):
+    """Arguments of `samclip embed` for the regions of the tiny tars with masks."""
+    names = ["--clip_teacher", teacher_folders["clip"], "--sam_teacher", teacher_folders["sam"], "--sam_data", sa1b]
+    names += ["--output_dir", tmp_path / "regions", "--regions_per_image", 2, "--num_crops", 2, "--batch_size", 3]
+    return [str(argument) for argument in [*names, "--use_cpu"]]
+
+
+@pytest.fixture
+def region_settings(sa1b):
+    """Arguments of `make_trainer` for a training with the region loss."""
+    return {
+        "clip_batch_size": 4,
+        "sam_data": [str(sa1b)],
+        "sam_batch_size": 2,
+        "masks_per_image": 3,
+        "regions_per_image": 2,
+        "region_loss_weight": 1.0,
+        "dense_loss_weight": 1.0,
+    }
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_cached_regions_are_those_of_the_training(region_arguments, region_settings, make_trainer, tmp_path, stage):
+    embed(region_arguments)
+    online = make_trainer(stage, **region_settings)
+    cached = make_trainer(stage, **region_settings, region_embedding_cache=str(tmp_path / "regions"))
+    assert cached.region_teacher is None
+    steps = zip(online.get_train_dataloader(), cached.get_train_dataloader(), strict=True)
+    for _, (first, second) in zip(range(3), steps, strict=False):
+        assert torch.equal(first["sam"]["region_masks"], second["sam"]["region_masks"])
+        model = online.model.eval()
+        if stage == 2:  # the prompts differ, but not the loss of a student that equals SAM
+            first["sam"] = {name: v for name, v in second["sam"].items() if name != "teacher_regions"}
+        losses = [t.sam_loss(model, **s["sam"]).item() for t, s in ((online, first), (cached, second))]
+        assert losses[1] == pytest.approx(losses[0], abs=1e-3) and losses[0] > 0.1
+
+
+def test_training_with_both_caches_does_not_run_the_clip_teacher(
+    arguments, region_arguments, region_settings, make_trainer, tmp_path, monkeypatch
+):
+    embed(arguments)
+    embed(region_arguments)
+    monkeypatch.setattr(ClipTeacher, "forward", None)
+    caches = {
+        "clip_teacher": EmbeddingCache(tmp_path / "cache"),
+        "region_embedding_cache": str(tmp_path / "regions"),
+    }
+    for stage in (1, 2, 3):
+        trainer = make_trainer(stage, **region_settings, **caches, max_steps=2)
+        trainer.train()
+        log = [entry for entry in trainer.state.log_history if "region_dense_loss" in entry]
+        assert np.isfinite([entry["region_dense_loss"] for entry in log]).all() and len(log) == 2
+
+
+def test_a_cache_of_regions_that_does_not_match_the_training_raises(
+    arguments, region_arguments, region_settings, make_trainer, tmp_path
+):
+    embed(region_arguments)
+    cache = {"region_embedding_cache": str(tmp_path / "regions")}
+    with pytest.raises(ValueError, match="with regions_per_image 2, but regions_per_image is 3"):
+        make_trainer(3, **{**region_settings, "regions_per_image": 3}, **cache)
+    with pytest.raises(ValueError, match="with region_image_size 64, but region_image_size is 32"):
+        make_trainer(3, **region_settings, **cache, region_image_size=32)
+    with pytest.raises(ValueError, match=r"of other data.* sam_data has"):
+        make_trainer(3, **{**region_settings, "sam_data": 2 * region_settings["sam_data"]}, **cache)
+    with pytest.raises(ValueError, match="The region loss needs the CLIP teacher"):
+        embed(arguments)
+        make_trainer(3, **region_settings, clip_teacher=EmbeddingCache(tmp_path / "cache"))
+    with pytest.raises(ValueError, match="contains no embeddings of regions of sam_data"):
+        make_trainer(3, **region_settings, region_embedding_cache=str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match="contains no embeddings of crops of clip_data"):
+        EmbeddingCache(tmp_path / "regions")
+    with pytest.raises(SystemExit, match="is an embedding cache with different values of"):
+        embed([*arguments, "--output_dir", str(tmp_path / "regions")])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--clip_data", "a", "--sam_data", "b"], "Pass only one of --clip_data and --sam_data"),
+        (["--regions_per_image", "2"], "--regions_per_image has no effect without --sam_data"),
+        (["--sam_data", "b", "--min_crop_scale", "0.5"], "--min_crop_scale has no effect without --clip_data"),
+    ],
+)
+def test_options_of_the_other_kind_of_cache_raise(tmp_path, options, message):
+    with pytest.raises(CommandError, match=message):
+        embed([*options, "--output_dir", str(tmp_path / "cache")])
 
 
 def test_existing_shards_are_not_computed_again(arguments, tmp_path):
@@ -147,7 +238,7 @@ def test_a_cache_that_does_not_match_the_training_raises(arguments, model, photo
     cache = EmbeddingCache(tmp_path / "cache")
     streams = [open_stream(str(photos))]
     cache.check(model, streams, 0.5, "miniature")
-    with pytest.raises(ValueError, match=r"crops with min_crop_scale 0\.5, but min_crop_scale is 0\.08"):
+    with pytest.raises(ValueError, match=r"crops of clip_data with min_crop_scale 0\.5, but min_crop_scale is 0\.08"):
         cache.check(model, streams, 0.08, "miniature")
     with pytest.raises(ValueError, match=r"of other data.* has \[3\] shards, clip_data has \[1\]"):
         cache.check(model, [open_stream(str(sa1b))], 0.5, "miniature")

@@ -50,8 +50,8 @@ def test_an_image_without_regions_has_no_loss_and_no_gradient():
     assert students.grad.abs().sum() == 0 and dense.grad.abs().sum() == 0
 
 
-def test_a_region_of_the_whole_image_has_the_embedding_of_the_image(clip_teacher, model):
-    teacher = RegionTeacher(clip_teacher, model, image_size=32)
+def test_a_region_of_the_whole_image_has_the_embedding_of_the_image(clip_teacher):
+    teacher = RegionTeacher(clip_teacher, image_size=32)
     images = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8)
     masks = torch.full((2, 1, 32, 32), 255, dtype=torch.uint8)
     regions = teacher(images, torch.tensor([[64, 64], [64, 64]]), masks)
@@ -62,9 +62,9 @@ def test_a_region_of_the_whole_image_has_the_embedding_of_the_image(clip_teacher
     assert_same(regions[:, 0], expected)
 
 
-def test_targets_are_the_segment_embeddings_of_an_unmerged_model(clip_teacher, model, teacher_folders):
+def test_targets_are_the_segment_embeddings_of_an_unmerged_model(clip_teacher, teacher_folders):
     unmerged = SamClipModel.from_teachers(teacher_folders["sam"], teacher_folders["clip"], merged=False).eval()
-    teacher = RegionTeacher(clip_teacher, model)
+    teacher = RegionTeacher(clip_teacher)
     assert teacher.tower.image_size == unmerged.config.clip_image_size == 64
     height, width = 64, 32
     image = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)

@@ -6,7 +6,7 @@ from typing import Any
 from ..datasets.streams import DataError
 from .arguments import SamClipTrainingArguments
 from .checkpoints import last_checkpoint
-from .embedding_cache import EmbeddingCache
+from .embedding_cache import EmbeddingCache, RegionEmbeddingCache
 from .teachers import ClipTeacher, RegionTeacher, SamTeacher
 from .trainer import SamClipTrainer
 
@@ -14,6 +14,7 @@ __all__ = [
     "ClipTeacher",
     "DataError",
     "EmbeddingCache",
+    "RegionEmbeddingCache",
     "RegionTeacher",
     "SamClipTrainer",
     "SamClipTrainingArguments",

@@ -101,7 +101,7 @@ WITHOUT_EFFECT: tuple[tuple[tuple[str, ...], Callable[["SamClipTrainingArguments
         "Only stage 2 has the SAM loss.",
     ),
     (
-        ("regions_per_image", "region_image_size"),
+        ("regions_per_image", "region_image_size", "region_embedding_cache"),
         lambda args: args.has_region_loss,
         "There is no region loss: set region_loss_weight or dense_loss_weight.",
     ),
@@ -372,6 +372,13 @@ class SamClipTrainingArguments(TrainingArguments):
         metadata={
             "help": "Resolution in pixels at which the CLIP teacher embeds regions. By default that of an unmerged "
             "model: twice the teacher's own resolution, but at most 448 or its own."
+        },
+    )
+    region_embedding_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder with precomputed embeddings of the regions of sam_data, the output of `samclip embed "
+            "--sam_data`. They replace the CLIP teacher in the region loss."
         },
     )
     encoder_lr_multiplier: float = field(

@@ -26,7 +26,7 @@ from transformers.utils import logging
 from ..datasets.shards import REMEDIES
 from ..datasets.streams import UNREADABLE_SHARD, DataError, SkippedSampleError, Stream, decode_image, draw_masks
 from .crops import STUDENT_FILTER, cut, draw_crop, sample_rng
-from .embedding_cache import CacheDescription, no_collation
+from .embedding_cache import CacheDescription, RegionCacheDescription, no_collation
 from .prompts import box_from_mask, point_from_mask
 from .sampling import Mixture, Position, count_readers
 
@@ -157,6 +157,8 @@ class SamBatches:
             Number of the masks that are also regions for the region loss. 0 without that loss.
         mask_size (`int`):
             Side of the regions' masks in pixels, for the padded image.
+        region_cache (`RegionCacheDescription`, *optional*):
+            Description of the cache of regions. The samples of the streams then contain the teacher's embeddings.
     """
 
     streams: list[Stream]
@@ -169,6 +171,7 @@ class SamBatches:
     shuffle_buffer: int
     regions_per_image: int = 0
     mask_size: int = 0
+    region_cache: RegionCacheDescription | None = None
 
     def step_settings(self, rng: np.random.Generator) -> dict[str, Any]:
         """Draws the type of the prompts and the resolution of the student for a step."""
@@ -187,18 +190,44 @@ class SamBatches:
         `(masks_per_image, 4)`, are in pixels of the padded image. `student_images` is the padded image at the
         student's resolution, if that is not `image_size`. `region_masks` `(regions_per_image, mask_size, mask_size)`
         are the regions' masks on the padded image, uint8 from 0 to 255; of a mask that is drawn several times, all but
-        the first are empty.
+        the first are empty. With a cache of regions, `teacher_regions` `(regions_per_image, projection_dim)` are the
+        teacher's embeddings, and masks are drawn as for the cache.
         """
         image = decode_image(raw)
+        rng = mask_rng = sample_rng(seed, epoch, raw["key"])
+        if self.region_cache is not None:
+            epoch %= self.region_cache.num_crops
+            mask_rng = sample_rng(self.region_cache.seed, epoch, raw["key"])
+        masks, skipped = draw_masks(raw, self.masks_per_image, mask_rng, (image.height, image.width))
+        sample = self._with_prompts(image, masks, rng, prompt, student_image_size)
+        if self.region_cache is not None:
+            sample["teacher_regions"] = raw["embeds"][epoch].astype(np.float32)
+            is_stored = ~np.isnan(sample["teacher_regions"]).any(axis=1)
+            if (sample["region_masks"].any(axis=(1, 2)) & ~is_stored).any():
+                raise SkippedSampleError("no cached embedding")
+            sample["teacher_regions"][~is_stored] = 0
+        return sample | {SKIPPED_ANNOTATIONS: skipped}
+
+    def regions(self, raw: dict[str, Any], seed: int, epoch: int) -> tuple[dict[str, np.ndarray], Counter[str]]:
+        """Returns `images`, `content_sizes` and `region_masks` of a sample, see `sample`, and the number of skipped
+        annotations by cause."""
+        image = decode_image(raw)
         rng = sample_rng(seed, epoch, raw["key"])
-        masks, skipped = draw_masks(raw, self.masks_per_image, rng, (image.height, image.width))
-        return self._with_prompts(image, masks, rng, prompt, student_image_size) | {SKIPPED_ANNOTATIONS: skipped}
+        masks, skipped = draw_masks(raw, self.regions_per_image, rng, (image.height, image.width))
+        padded, (height, width) = _pad(image, self.image_size)
+        sizes = np.array([height, width])
+        masks_of_regions = self._region_masks(masks, height, width)
+        return {"images": padded, "content_sizes": sizes, "region_masks": masks_of_regions}, skipped
 
     def placeholder(self, prompt: str, student_image_size: int) -> dict[str, np.ndarray]:
         """Returns a black image with masks of the whole image."""
         masks = [np.ones((8, 8), bool)] * self.masks_per_image
         rng = np.random.default_rng(0)
-        return self._with_prompts(Image.new("RGB", (8, 8)), masks, rng, prompt, student_image_size)
+        sample = self._with_prompts(Image.new("RGB", (8, 8)), masks, rng, prompt, student_image_size)
+        if self.region_cache is not None:
+            shape = (self.regions_per_image, self.region_cache.projection_dim)
+            sample["teacher_regions"] = np.ones(shape, dtype=np.float32)
+        return sample
 
     def _with_prompts(
         self,

@@ -117,8 +117,6 @@ class RegionTeacher(nn.Module):
     Args:
         teacher ([`ClipTeacher`]):
             The CLIP teacher, whose weights are used.
-        student ([`SamClipModel`]):
-            The student, which has the text space of the teacher.
         image_size (`int`, *optional*):
             Side in pixels to which images are resized without their padding. By default that of
             [`SamClipModel.from_teachers`].
@@ -127,7 +125,7 @@ class RegionTeacher(nn.Module):
         ValueError: If `image_size` is not a multiple of the teacher's patch size.
     """
 
-    def __init__(self, teacher: ClipTeacher, student: SamClipModel, image_size: int | None = None):
+    def __init__(self, teacher: ClipTeacher, image_size: int | None = None):
         super().__init__()
         vision_config = teacher.model.config.vision_config
         if image_size is not None and image_size % vision_config.patch_size:
@@ -135,14 +133,13 @@ class RegionTeacher(nn.Module):
                 f"region_image_size must be a multiple of the CLIP teacher's patch size, {vision_config.patch_size}: "
                 f"got {image_size}."
             )
-        config = SamClipConfig.from_dict(
-            student.config.to_dict()
-            | {
-                "clip_vision_config": vision_config.to_dict(),
-                "clip_image_size": tower_image_size(vision_config) if image_size is None else image_size,
-                "clip_pixel_scale": [1.0] * 3,
-                "clip_pixel_shift": [0.0] * 3,
-            }
+        config = SamClipConfig(
+            text_config=teacher.model.config.text_config.to_dict(),
+            clip_head_config={"projection_dim": len(teacher.text_space)},
+            clip_vision_config=vision_config.to_dict(),
+            clip_image_size=tower_image_size(vision_config) if image_size is None else image_size,
+            clip_pixel_scale=[1.0] * 3,  # the images have the teacher's normalization
+            clip_pixel_shift=[0.0] * 3,
         )
         with torch.device("meta"):
             self.tower = SamClipTower(config)

@@ -41,7 +41,7 @@ from .averages import RunningAverages
 from .callbacks import PreemptionCallback
 from .checkpoints import last_checkpoint, read_stream_state, shards_checksum, weights_checksum, write_stream_state
 from .collation import ClipBatches, SamBatches, StepLoader, StepStream, TaskBatches
-from .embedding_cache import EmbeddingCache
+from .embedding_cache import EmbeddingCache, RegionEmbeddingCache
 from .losses import cosine_distillation_loss, mask_distillation_loss, mask_iou, region_distillation_loss
 from .panel import panel_rows
 from .teachers import ClipTeacher, RegionTeacher, SamTeacher
@@ -62,7 +62,7 @@ MAX_SKIPPED_STEPS = 10  # in a row, before training stops
 MAY_CHANGE = {
     *("max_steps", "max_corrupt_fraction", "eval_batches", "eval_prompts", "num_readers", "shuffle_buffer"),
     *("sam_shuffle_buffer", "clip_data", "sam_data", "clip_data_weights", "sam_data_weights", "sam_shard_fraction"),
-    *("clip_teacher", "clip_embedding_cache", "sam_teacher", "sam_student"),
+    *("clip_teacher", "clip_embedding_cache", "region_embedding_cache", "sam_teacher", "sam_student"),
     *("clip_batch_size", "sam_batch_size", "gradient_accumulation_steps"),
 }
 
@@ -152,12 +152,16 @@ class SamClipTrainer(Trainer):
         if self.sam_teacher is not None:
             self.sam_teacher.check(model)
         self.region_teacher: RegionTeacher | None = None
-        if args.has_region_loss:
+        self.region_cache: RegionEmbeddingCache | None = None
+        if args.region_embedding_cache is not None:
+            self.region_cache = RegionEmbeddingCache(args.region_embedding_cache)
+        elif args.has_region_loss:
             if isinstance(clip_teacher, EmbeddingCache):
                 raise ValueError(
-                    "The region loss needs the CLIP teacher, which embeds the regions: leave out clip_embedding_cache."
+                    "The region loss needs the CLIP teacher, which embeds the regions, or region_embedding_cache: set "
+                    "it, or leave out clip_embedding_cache."
                 )
-            self.region_teacher = RegionTeacher(clip_teacher, model, args.region_image_size)
+            self.region_teacher = RegionTeacher(clip_teacher, args.region_image_size)
         self.image_mean, self.image_std = mean_and_std(processing_class.image_processor)
         train_dataset = StepStream(
             self.make_tasks(model),
@@ -303,6 +307,12 @@ class SamClipTrainer(Trainer):
                 )
                 for name in args.sam_data
             ]
+            regions_per_image = min(args.regions_per_image, args.masks_per_image) if args.has_region_loss else 0
+            if self.region_cache is not None:
+                self.region_cache.check(
+                    student, streams, args.clip_teacher, image_size, regions_per_image, args.region_image_size
+                )
+                streams = self.region_cache.attach(streams)
             tasks["sam"] = SamBatches(
                 streams,
                 weights=args.sam_data_weights or [],
@@ -312,8 +322,9 @@ class SamClipTrainer(Trainer):
                 masks_per_image=args.masks_per_image,
                 max_box_noise=args.max_box_noise,
                 shuffle_buffer=args.sam_shuffle_buffer,
-                regions_per_image=min(args.regions_per_image, args.masks_per_image) if args.has_region_loss else 0,
+                regions_per_image=regions_per_image,
                 mask_size=4 * image_size // student.config.vision_config.patch_size,
+                region_cache=None if self.region_cache is None else self.region_cache.description,
             )
         return tasks
 
@@ -341,13 +352,14 @@ class SamClipTrainer(Trainer):
         content_sizes: Tensor,
         student_images: Tensor | None = None,
         region_masks: Tensor | None = None,
+        teacher_regions: Tensor | None = None,
         **prompts,
     ) -> Tensor:
         """Returns the losses of a micro-batch of [`SamBatches`], from one pass of the image encoder: lambda * L_SAM in
         stage 2, and the weighted region losses. If the student's resolution differs from the teacher's, the teacher's
         mask logits are resized to the student's."""
         inputs: dict[str, Any] = {}
-        if region_masks is not None:
+        if region_masks is not None and teacher_regions is None:
             assert self.region_teacher is not None
             with self.accelerator.autocast():
                 teacher_regions = self.region_teacher(images, content_sizes, region_masks)
@@ -381,6 +393,7 @@ class SamClipTrainer(Trainer):
             self.record({"sam_loss": sam_loss, f"mask_iou_{prompt}": mask_iou(outputs.pred_masks, teacher_masks)})
             loss = loss + self.args.sam_loss_weight * sam_loss
         if region_masks is not None:
+            assert teacher_regions is not None
             parts = region_distillation_loss(
                 outputs.segment_embeds, outputs.dense_embeds, inputs["segments"], teacher_regions
             )
@@ -667,8 +680,11 @@ class SamClipTrainer(Trainer):
                 settings[f"{name} of all processes"] = (
                     getattr(args, name) * args.world_size * args.gradient_accumulation_steps
                 )
-        for name, teacher in (("clip_teacher", self.clip_teacher), ("sam_teacher", self.sam_teacher)):
-            if isinstance(teacher, EmbeddingCache):
+        teachers: dict[str, Any] = {"clip_teacher": self.clip_teacher, "sam_teacher": self.sam_teacher}
+        if self.region_cache is not None:
+            teachers["region_embedding_cache"] = self.region_cache
+        for name, teacher in teachers.items():
+            if isinstance(teacher, EmbeddingCache | RegionEmbeddingCache):
                 settings[f"{name}'s checksum"] = teacher.checksum()
             elif teacher is not None:
                 settings[f"{name}'s checksum"] = weights_checksum(teacher.parameters())
