@@ -118,6 +118,15 @@ def test_the_card_says_what_is_not_recorded(folder):
     assert "Not evaluated" in text and "example.png" not in text
 
 
+def test_the_card_of_an_unmerged_model_says_that_it_has_two_encoders_and_is_not_trained(tmp_path):
+    teachers = miniature.sam_teacher(), miniature.clip_teacher()
+    SamClipForImageSegmentation.from_teachers(*teachers, merged=False).save_pretrained(tmp_path)
+    card = create_model_card(tmp_path, "me/pair")
+    assert "two image encoders" in card.content and "nothing was\ntrained" in card.content
+    assert "share one pass" not in card.content and "was trained with" not in card.content
+    assert "distillation" not in card.data.tags
+
+
 class TestResults:
     """Results are found by the weights of the published checkpoint."""
 

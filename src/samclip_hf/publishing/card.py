@@ -70,6 +70,7 @@ def create_model_card(
         PublishingError: If `results` contains no model with the name `results_name`.
     """
     config = json.loads((folder / "config.json").read_text())
+    merged = config.get("clip_vision_config") is None
     licenses = licenses or {}
     sources = provenance.teachers(stages)
     names = list(dict.fromkeys(name for _, name in sources))
@@ -94,7 +95,10 @@ def create_model_card(
         license=license,
         library_name="transformers",
         pipeline_tag="image-segmentation",
-        tags=["samclip", "segment-anything", "clip", "zero-shot-segmentation", "mask-generation", "distillation"],
+        tags=[
+            *("samclip", "segment-anything", "clip", "zero-shot-segmentation", "mask-generation"),
+            *(["distillation"] if merged else []),
+        ],
         base_model=on_hub or None,
         base_model_relation="merge" if on_hub else None,
         model_name=repo_id.rpartition("/")[2] if eval_results else None,
@@ -104,6 +108,7 @@ def create_model_card(
         data,
         template_path=str(TEMPLATE),
         repo_id=repo_id,
+        merged=merged,
         dtype=config["dtype"],
         num_parameters=_num_parameters(folder),
         image_size=config["vision_config"]["image_size"],
