@@ -399,10 +399,6 @@ class UnmergedAdapter(SamClipAdapter):
         rule = (SiglipAdapter if self.has_siglip_text else ClipAdapter).patch_rule
         self.patch_rule = f"{rule}; stretched to {model.config.clip_image_size} px"
 
-    def _image_features(self, pixel_values: Tensor, reshaped_input_sizes: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        tower = self.model.clip_head
-        return tower.pool(tower(tower.encode_pixels(pixel_values, reshaped_input_sizes)))
-
     def _dense_embeds(self, pixel_values: Tensor) -> Tensor:
         tower = self.model.clip_head
         return tower.project_patches(tower(tower.encode_pixels(pixel_values, None)))

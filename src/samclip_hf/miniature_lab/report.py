@@ -158,8 +158,8 @@ class NearestColor(LabelMapEvaluator):
 
 FIRST_SCENE = 7  # of the figure: every second scene has two or four objects
 FIGURE_TITLE = (
-    "Segmentation of drawn scenes from prompts and from text. The texts are all 48 class names; colors show classes, "
-    "and wrong names are struck out."
+    "Segmentation of drawn scenes from a box and a point, and from text: all 48 class names.\n"
+    "Colors and names show the classes that were found; wrong names are struck out."
 )
 
 
@@ -203,7 +203,7 @@ def draw_figure(
     figure, axes = plt.subplots(
         len(scenes),
         len(titles),
-        figsize=(1.55 * len(titles), 1.55 * len(scenes) + 0.75),
+        figsize=(1.55 * len(titles), 1.55 * len(scenes) + 0.9),
         layout="constrained",
         squeeze=False,
     )
