@@ -84,6 +84,10 @@ def test_a_batch_gives_the_scores_of_single_images(model, processor):
         assert not padding.any()
 
 
+def test_images_without_masks_give_no_scores(model, processor):
+    assert model.classify_masks([[], []], **processor([IMAGE, IMAGE])).scores.shape[:2] == (2, 0)
+
+
 def test_large_and_many_masks_are_classified_in_chunks(model, processor, monkeypatch):
     inputs = processor(IMAGE)
     many = MASKS.repeat(4, 1, 1)

@@ -11,7 +11,14 @@ from huggingface_hub.errors import StrictDataclassClassValidationError
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, AutoProcessor, CLIPModel, SamModel, SamProcessor, pipeline
 
-from samclip_hf import SamClipForImageSegmentation, SamClipModel, SamClipProcessor, SamClipVisionModel, miniature
+from samclip_hf import (
+    SamClipConfig,
+    SamClipForImageSegmentation,
+    SamClipModel,
+    SamClipProcessor,
+    SamClipVisionModel,
+    miniature,
+)
 from samclip_hf.clip_tower_samclip import SamClipTower, to_image_grid
 from samclip_hf.distillation import ClipTeacher, SamClipTrainer, SamClipTrainingArguments
 from samclip_hf.export import export
@@ -128,6 +135,31 @@ def test_difference_to_clips_own_preprocessing(clip, processor, clip_image_size,
     assert (columns, clip_image_size) != (1, 64) or min(found) > 0.995
 
 
+@torch.no_grad()
+def test_class_tokens_of_segments_read_their_patches_only(model, processor, clip, image):
+    """The class token of a segment is compared with a CLIP whose patches are frozen to those of the whole image, layer
+    by layer."""
+    model.config.segment_attention = "class_token"
+    inputs = processor(image)
+    embeds = model.get_vision_embeds(inputs["pixel_values"]).patch_tokens
+    grid = embeds.shape[1]
+    segments = torch.zeros(1, 3, grid, grid, dtype=torch.bool)
+    segments[0, 0, :6, :5] = segments[0, 1, 4:10, 4:10] = segments[0, 2] = True  # overlapping
+    features = model.clip_head.pool_segments(embeds, segments)[0]
+    vision, pixels = clip.vision_model, tower_pixels(model, inputs["pixel_values"])
+    tokens = vision.pre_layrnorm(vision.embeddings(pixels, interpolate_pos_encoding=True))
+    states = [tokens]
+    for layer in vision.encoder.layers:
+        states.append(layer(states[-1], attention_mask=None))
+    for segment, found in zip(segments[0], features, strict=True):
+        token = tokens[:, :1]
+        for layer, state in zip(vision.encoder.layers, states, strict=False):
+            token = layer(torch.cat([token, state[:, 1:][:, segment.flatten()]], dim=1), attention_mask=None)[:, :1]
+        assert torch.allclose(found, clip.visual_projection(vision.post_layernorm(token[:, 0]))[0], atol=1e-4)
+    whole = clip.get_image_features(pixels, interpolate_pos_encoding=True).pooler_output[0]
+    assert torch.allclose(features[2], whole, atol=1e-4)
+
+
 def test_features_are_resampled_to_the_grid_of_the_image():
     features = torch.arange(4.0).expand(1, 1, 4, 4)  # the column
     resampled = to_image_grid(features, torch.tensor([[8.0, 4.0]]), (8, 8))
@@ -180,6 +212,8 @@ def test_arguments_without_effect_raise(tmp_path):
         SamClipModel.from_teachers(sam, clip, clip_image_size=64)
     with pytest.raises(StrictDataclassClassValidationError, match="multiple of the patch size 8, got 60"):
         SamClipModel.from_teachers(sam, clip, merged=False, clip_image_size=60)
+    with pytest.raises(StrictDataclassClassValidationError, match="has an effect in unmerged models only"):
+        SamClipConfig(segment_attention="class_token")
     with pytest.raises(ValueError, match="pass names or folders"):
         SamClipModel.from_teachers(SamModel(SamModel.config_class()), clip, merged=False)
 

@@ -469,6 +469,10 @@ def test_an_unmerged_model_gives_siglips_embeddings(siglip, siglip_folder):
     segments[:, 1, 0] = False
     features = model.clip_head.pool_segments(tokens, segments)
     assert torch.allclose(features[:, 0], expected, atol=1e-5)  # all patches are the whole image
+    nothing = torch.zeros_like(segments)
+    assert model.clip_head.pool_segments(tokens, nothing).shape == features.shape
+    model.config.segment_attention = "class_token"
+    assert torch.allclose(model.clip_head.pool_segments(tokens, segments)[:, 0], expected, atol=1e-5)
     hidden = siglip.vision_model.embeddings(pixels, interpolate_pos_encoding=True)[:, grid:]
     hidden = siglip.vision_model.encoder(inputs_embeds=hidden).last_hidden_state
     assert torch.allclose(

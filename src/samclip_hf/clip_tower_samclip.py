@@ -89,8 +89,14 @@ class SamClipTower(nn.Module):
 
     def pool_segments(self, patch_embeds: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
         r"""
-        Embeds every segment as if it were an image: in all layers, its patches and its class token attend only to each
-        other. Segments that do not overlap are embedded in the same forward pass.
+        Embeds segments, with one of two kinds of attention in all layers (`config.segment_attention`):
+
+        - `"restricted"`: the patches and the class token of a segment attend only to each other, as if the segment
+          were an image. Segments that do not overlap are embedded in the same forward pass.
+        - `"class_token"`: all patches attend to each other, and the class token of a segment attends to its patches
+          (the probe of a SigLIP's pooling head: only to them). All segments are embedded in one forward pass. This is
+          how MaskCLIP (Ding et al. 2023, arXiv 2208.08984) and the semantic branch of CorrCLIP (Zhang et al. 2025,
+          arXiv 2411.10086) classify masks of photographs.
 
         patch_embeds (`torch.Tensor` of shape `(batch_size, grid_size, grid_size, hidden_size)`):
             As in `forward`.
@@ -101,10 +107,26 @@ class SamClipTower(nn.Module):
         undefined.
         """
         patches, inside = patch_embeds.flatten(1, 2), segments.flatten(2)
+        if self.config.segment_attention == "class_token":
+            return self._pool_with_class_tokens(patches, inside)
         features = patches.new_zeros(*inside.shape[:2], self.config.clip_head_config.projection_dim)
         for members in _disjoint_groups(inside):
             features[:, members] = self._pool_disjoint(patches, inside[:, members]).to(features.dtype)
         return features
+
+    def _pool_with_class_tokens(self, patches: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
+        """As `_pool_disjoint`, for any segments, with unrestricted attention of the patches."""
+        batch_size, num_segments, num_patches = inside.shape
+        layers = self.vision_model.encoder.layers
+        if self.is_siglip:
+            return self._pool_siglip(self._run(patches, layers), inside)
+        own, image = num_segments, num_segments + 1  # segments' class tokens, the image's class token, patches
+        visible = patches.new_zeros(batch_size, image + num_patches, image + num_patches, dtype=torch.bool)
+        visible[:, own:, own:] = True
+        visible[:, :own, :own] = torch.eye(own, dtype=torch.bool, device=patches.device)
+        visible[:, :own, image:] = inside
+        tokens = torch.cat([self._class_tokens(batch_size, image), patches], dim=1)
+        return self._project(self._run(tokens, layers, visible)[:, :own])
 
     def _pool_disjoint(self, patches: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
         """Patches `(batch_size, num_patches, hidden_size)` and segments that do not overlap `(batch_size,
@@ -114,7 +136,8 @@ class SamClipTower(nn.Module):
         owner = (inside * numbers[:, None]).amax(dim=1)  # 0 for patches of no segment
         # Only patches of segments are embedded. In a batch, images with fewer of them keep others, which attend to
         # each other only.
-        kept = (owner > 0).int().argsort(dim=1, descending=True, stable=True)[:, : int((owner > 0).sum(dim=1).max())]
+        num_kept = max(1, int((owner > 0).sum(dim=1).max()))
+        kept = (owner > 0).int().argsort(dim=1, descending=True, stable=True)[:, :num_kept]
         owner, inside = owner.gather(1, kept), inside.gather(2, kept[:, None].expand(-1, num_segments, -1))
         tokens = patches.gather(1, kept[:, :, None].expand(-1, -1, patches.shape[-1]))
         if not self.is_siglip:
@@ -123,6 +146,11 @@ class SamClipTower(nn.Module):
         tokens = self._run(tokens, self.vision_model.encoder.layers, owner[:, :, None] == owner[:, None, :])
         if not self.is_siglip:
             return self._project(tokens[:, :num_segments])
+        return self._pool_siglip(tokens, inside)
+
+    def _pool_siglip(self, tokens: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
+        """Tokens of a SigLIP after the last layer and the tokens of segments -> features of the segments."""
+        batch_size, num_segments, _ = inside.shape
         head, tokens = self.vision_model.head, self.vision_model.post_layernorm(tokens)
         tokens = tokens[:, None].expand(-1, num_segments, -1, -1).flatten(0, 1)
         outside = ~inside.flatten(0, 1)

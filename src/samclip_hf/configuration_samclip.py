@@ -85,6 +85,8 @@ class SamClipConfig(SamConfig):
     composition_points (`int`, *optional*, defaults to 16):
         For `"segments"`: the number of points that prompt the SAM head. [`SamClipModel.from_teachers`] sets 32 in
         unmerged models.
+    segment_attention (`"restricted"` or `"class_token"`, *optional*, defaults to `"restricted"`):
+        How an unmerged model embeds segments, see [`SamClipTower.pool_segments`].
     clip_vision_config (`dict`, [`CLIPVisionConfig`] or [`SiglipVisionConfig`], *optional*):
         The vision tower of a CLIP or SigLIP, which an unmerged model has in place of the CLIP head. `None` in a merged
         model. [`SamClipModel.from_teachers`] with `merged=False` sets this and the following three arguments.
@@ -132,6 +134,7 @@ class SamClipConfig(SamConfig):
     has_text_tower: bool = True
     composition: Literal["segments", "classes"] = "segments"
     composition_points: int = 16
+    segment_attention: Literal["restricted", "class_token"] = "restricted"
     clip_image_size: int | None = None
     clip_pixel_scale: list[float] | None = None
     clip_pixel_shift: list[float] | None = None
@@ -233,6 +236,10 @@ class SamClipConfig(SamConfig):
         """Part of `@strict`-powered validation."""
         if self.composition_points < 1:
             raise ValueError(f"composition_points must be 1 or more, got {self.composition_points}.")
+        if self.merged and self.segment_attention != "restricted":
+            raise ValueError(
+                'segment_attention has an effect in unmerged models only; a merged model has "restricted".'
+            )
         if not self.merged:
             assert self.clip_vision_config is not None and self.clip_image_size is not None
             if self.clip_image_size < 1 or self.clip_image_size % self.clip_vision_config.patch_size:

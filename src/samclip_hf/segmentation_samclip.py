@@ -647,7 +647,9 @@ class SamClipForImageSegmentation(SamClipModel):
         `(batch_size, num_segments)`: whether a segment has patches."""
         is_segment = segments.flatten(2).any(dim=-1)
         sizes = [segments.shape[1]]
-        if self.config.merged:  # CLIP's tower gets each patch once; the CLIP head gets the patches of each segment
+        if (
+            self.config.merged and segments.shape[1]
+        ):  # CLIP's tower gets each patch once; the CLIP head gets the patches of each segment
             chunks = segments.sum(dim=(0, 2, 3)).cumsum(dim=0) // PATCHES_PER_CHUNK
             sizes = chunks.unique_consecutive(return_counts=True)[1].tolist()
         parts = [self.clip_head.pool_segments(patch_tokens, chunk) for chunk in segments.split(sizes, dim=1)]
