@@ -63,3 +63,24 @@ def test_mask_generation_benchmark_finds_equal_masks_with_both_models(capsys):
     output = capsys.readouterr().out
     assert re.search(r"Equal masks: [1-9]\d* pairs, lowest IoU (1\.0|0\.99)", output), output
     assert output.count(" - ") == 3  # two rows, and the header
+
+
+@pytest.fixture
+def naming():
+    return load_script(Path(__file__).parents[1] / "benchmarks" / "naming.py")
+
+
+def test_auroc_is_the_probability_of_a_higher_score(naming):
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randint(0, 10, (40, 5), generator=generator).float()  # with ties, which count half
+    is_positive = torch.rand(40, 5, generator=generator) > 0.7
+    difference = scores[is_positive][:, None] - scores[~is_positive]
+    expected = ((difference > 0).double() + (difference == 0).double() / 2).mean()
+    assert naming.auroc(scores, is_positive) == pytest.approx(float(expected))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("table, rows", [("masks", 7), ("scores", 10), ("composed", 4)])
+def test_naming_benchmark_prints_a_row_for_every_method(naming, capsys, table, rows):
+    naming.main([table, "--num_scenes", "2", "--seeds", "102"])
+    assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]) == rows + 1
