@@ -180,6 +180,15 @@ def test_default_vocabulary_is_the_checkpoints(segmenter, images):
     assert_same_segments(own, stock(images[0], subtask="semantic"))
 
 
+def test_unknown_arguments_raise(segmenter, images):
+    with pytest.raises(TypeError, match="no argument backgrounds, templates"):
+        segmenter(images[0], candidate_labels=["dog"], backgrounds=["a wall"], templates=["a {}"])
+    with pytest.raises(TypeError, match="no argument template"):
+        pipeline("zero-shot-image-segmentation", model=miniature.checkpoint(), template="a {}")
+    for options in ({"dtype": torch.float32}, {"torch_dtype": torch.float32}, {"device": "cpu", "batch_size": 2}):
+        pipeline("zero-shot-image-segmentation", model=miniature.checkpoint(), **options)
+
+
 def test_wrong_input_raises(segmenter, images):
     for arguments, message in (
         ({"background": 0.5}, "background cannot be used without"),

@@ -88,6 +88,18 @@ def test_registering_again_extends_nothing():
     assert [(made.preprocess, made._sanitize_parameters) for made in STOCK_PIPELINES] == before
 
 
+def test_labels_of_object_detection_are_a_list_or_separated_by_commas(pipelines):
+    detect, image = pipelines["zero-shot-object-detection"], Image.fromarray(render(seed=0, index=8).image)
+    names = ["red fuzzy shape", "green zigzag shape"]
+    expected = detect(image, candidate_labels=names, threshold=0.3)
+    assert {found["label"] for found in expected} == set(names)
+    for labels in (tuple(names), np.array(names), (name for name in names), ", ".join(names)):
+        assert detect(image, candidate_labels=labels, threshold=0.3) == expected
+    for labels in ([], "", [["cat", "kitten"]], {"cat"}, [3]):
+        with pytest.raises(ValueError, match=r"must be a (list|text)|no synonyms"):
+            detect(image, candidate_labels=labels)
+
+
 class TestZeroShotImageClassification:
     NAMES = ("red fuzzy shape", "blue solid shape", "green zigzag shape")
 

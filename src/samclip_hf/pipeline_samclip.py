@@ -11,6 +11,12 @@ from transformers import ImageSegmentationPipeline
 from .image_processing_samclip import load_image, resize_content
 from .segmentation_samclip import SamClipVocabulary, to_label_groups, to_texts
 
+# Arguments of transformers' pipeline. `pipeline(...)` passes its deprecated `torch_dtype` to the constructor.
+STOCK_ARGUMENTS = {
+    *("subtask", "timeout", "threshold", "mask_threshold", "overlap_mask_area_threshold"),
+    "torch_dtype",
+}
+
 
 class SamClipImageSegmentationPipeline(ImageSegmentationPipeline):
     """
@@ -63,6 +69,8 @@ class SamClipImageSegmentationPipeline(ImageSegmentationPipeline):
         Returns, for each image, a list of segments with `label`, `mask` (a black and white `PIL.Image.Image` of the
         image's size) and `score`, the probability of the label. `score` is `None` in semantic segmentation, or with
         `multi_label=True` the highest score of a segment.
+
+        Raises `TypeError` for arguments with other names, and `ValueError` for other values.
         """
         return super().__call__(inputs, **kwargs)
 
@@ -76,6 +84,10 @@ class SamClipImageSegmentationPipeline(ImageSegmentationPipeline):
         multi_label=None,
         **kwargs,
     ):
+        if unknown := sorted(kwargs.keys() - STOCK_ARGUMENTS):  # the stock pipeline ignores them
+            raise TypeError(
+                f"The pipeline has no argument {', '.join(unknown)}. See its documentation for those it has."
+            )
         preprocess_params, forward_params, postprocess_params = super()._sanitize_parameters(**kwargs)
         given: dict = {}
         if candidate_labels is not None:

@@ -65,6 +65,19 @@ def to_candidate_labels(labels: Iterable, tokenizer: PreTrainedTokenizerBase) ->
     return names
 
 
+def _detection_inputs(inputs: dict, timeout: float | None) -> dict:
+    """The inputs of object detection with a decoded image and a list of labels. As in transformers, a text has labels
+    that are separated by commas."""
+    labels = inputs["candidate_labels"]
+    if isinstance(labels, str):
+        labels = [label.strip() for label in labels.split(",")]
+    groups = to_label_groups(labels)
+    if lists := [group for group in groups if len(group) > 1]:
+        raise ValueError(f"Object detection has no synonyms: pass one name for each label, not {lists[0]}.")
+    labels = [group[0] for group in groups]
+    return inputs | {"image": load_image(inputs["image"], timeout), "candidate_labels": labels}
+
+
 def _extend(pipeline_class: type[Pipeline], name: str, extension: Callable) -> None:
     stock = getattr(pipeline_class, name)
     if not hasattr(stock, "samclip_extension"):
@@ -84,10 +97,8 @@ def _with_image(preprocess: Callable) -> Callable:
     def extended(self, inputs, *args, **kwargs):
         if _is_samclip(self):
             timeout = kwargs.get("timeout")
-            if isinstance(inputs, dict) and "image" in inputs:  # object detection: with its labels
-                inputs = inputs | {"image": load_image(inputs["image"], timeout)}
-            else:
-                inputs = load_image(inputs, timeout)
+            is_detection = isinstance(self, ZeroShotObjectDetectionPipeline)
+            inputs = _detection_inputs(inputs, timeout) if is_detection else load_image(inputs, timeout)
         return preprocess(self, inputs, *args, **kwargs)
 
     return extended
