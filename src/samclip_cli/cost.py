@@ -146,7 +146,7 @@ class Costs:
         cover the image once. In stage 2, the image encoder's pass is that of the SAM loss."""
         import torch
 
-        student = getattr(self.student, "base_model", self.student)
+        student: Any = getattr(self.student, "base_model", self.student)
         student = getattr(student, "model", student)  # without LoRA adapters
         encoder, head = student.vision_encoder, student.clip_head
         side = size // student.config.vision_config.patch_size
