@@ -563,13 +563,13 @@ class TestMiniature:
         similarities = unmerged.compare_crops(Image.fromarray(scene.image), scene.masks, texts, masked)
         torch.testing.assert_close(similarities, clip.embed_images(crops) @ texts.T, atol=5e-4, rtol=0)
 
-    def test_everything_mode_equals_the_pipelines(self, samclip):
+    def test_everything_mode_equals_the_pipelines(self, samclip, transformers_log):
         image = Image.fromarray(evaluation_scene(102, 0).image)
         thresholds = {"points_per_crop": 4, "pred_iou_thresh": 0.3, "stability_score_thresh": 0.3}
         masks = samclip.generate_masks(image, **thresholds)
         generator = pipeline("mask-generation", model=miniature.checkpoint())
         assert np.array_equal(masks, np.stack([np.asarray(mask) for mask in generator(image, **thresholds)["masks"]]))
-        assert isinstance(samclip.model, SamClipForImageSegmentation)
+        assert isinstance(samclip.model, SamClipForImageSegmentation) and not transformers_log.records
 
     def test_metrics_by_number_of_objects_are_those_of_the_scenes(self, unmerged):
         evaluator = tasks(fraction=0.05)["composed:miniature"]  # 16 scenes
