@@ -2,16 +2,20 @@
 Speed and memory of SAM-CLIP against transformers' own models of the same size, ViT-B, with random weights.
 
     python benchmarks/inference.py encoder         # image encoder against SamModel's
-    python benchmarks/inference.py text_to_masks   # one SAM-CLIP against a SamModel and a CLIPVisionModel
+    python benchmarks/inference.py text_to_masks   # merged and unmerged SAM-CLIPs against SamModel and CLIPVisionModel
     python benchmarks/inference.py encoder --device cuda --dtype bfloat16 --batch_sizes 1 8 32 --compile
 
 The variants run in turns in one process, so that other load on the machine affects all of them, and ratios are taken
 between consecutive runs. Rates use the operations of SAM's encoder, counted by torch (972 GFLOP per image at 1024 px),
 for every variant. The rate of a matrix product is measured between the runs.
+
+The masks of random weights are no segments. In the composition by segments, the mask decoder runs for every point, and
+a box of a grid of 4 x 4 then replaces its masks, so that the naming of 16 segments that cover the image is included.
 """
 
 import argparse
 import gc
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -24,10 +28,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, CLIPVisionModel, SamConfig, SamModel
 
 from samclip_hf import SamClipConfig, SamClipForImageSegmentation, SamClipModel
-from samclip_hf.evaluation.cost import peak_memory, reset_peak_memory
+from samclip_hf.evaluation.cost import CPU_ATTENTION_FLOPS, peak_memory, reset_peak_memory
 from samclip_hf.vision_encoder_samclip import SamClipVisionLayer, _join_windows, _split_into_windows
 
 NUM_CLASSES = 20
+BOXES_PER_SIDE = 4  # of the boxes that replace the masks of random weights
+CLIP_SIZES = (224, 336, 448)  # px, inputs of CLIP's vision tower in the unmerged models
 
 
 def compare(functions: dict[str, Callable], repeats: int, device: torch.device) -> tuple[dict, dict]:
@@ -134,54 +140,96 @@ def encoder(arguments, config: SamConfig, clip_config: CLIPVisionConfig) -> None
             )
 
 
+def replace_masks_by_boxes(model: SamClipForImageSegmentation) -> None:
+    """Replaces the masks of points by the boxes of a grid, in turn, after they are computed. The masks of other
+    prompts remain."""
+    predict_masks, numbers = model.predict_masks, itertools.count()
+
+    def predict(image_embeddings, input_points=None, input_masks=None, **kwargs):
+        masks, scores = predict_masks(image_embeddings, input_points, input_masks=input_masks, **kwargs)
+        if input_masks is not None:
+            return masks, scores
+        rows, columns = (torch.arange(side) * BOXES_PER_SIDE // side for side in masks.shape[-2:])
+        cells = rows[:, None] * BOXES_PER_SIDE + columns
+        boxes = [cells == next(numbers) % BOXES_PER_SIDE**2 for _ in range(masks.shape[1])]
+        boxes = torch.where(torch.stack(boxes), 10.0, -10.0).to(masks)
+        return boxes[None, :, None].expand_as(masks), torch.ones_like(scores)
+
+    model.predict_masks = predict  # type: ignore[method-assign]
+
+
+def create_segmenter(config: SamClipConfig, pixel_values: torch.Tensor) -> SamClipForImageSegmentation:
+    """A segmenter whose masks are boxes. The embeddings of its classes are those of patches of the image, so that
+    every class is found."""
+    model = (
+        SamClipForImageSegmentation(config).to(pixel_values.device, pixel_values.dtype).eval().requires_grad_(False)
+    )
+    model.class_embeds = torch.ones(NUM_CLASSES, config.clip_head_config.projection_dim).to(pixel_values)
+    patches = model(pixel_values, both_heads=False).dense_embeds.flatten(2)[0].T
+    model.class_embeds = patches[:: len(patches) // NUM_CLASSES][:NUM_CLASSES].contiguous()
+    replace_masks_by_boxes(model)
+    return model
+
+
 def text_to_masks(arguments, config: SamConfig, clip_config: CLIPVisionConfig) -> None:
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
     size = config.vision_config.image_size
-    sam = SamModel(config).to(device, dtype).eval()
-    clip = CLIPVisionModel(clip_config).to(device, dtype).eval()
-    samclip = SamClipForImageSegmentation(
-        samclip_config(
-            config,
-            vocabulary_label_ids=list(range(NUM_CLASSES)),
-            id2label={label_id: str(label_id) for label_id in range(NUM_CLASSES)},
-            logit_scale_init_value=4.6,
-        )
-    )
-    samclip = samclip.to(device, dtype).eval()
     pixel_values = torch.randn(1, 3, size, size, device=device, dtype=dtype)
-    with torch.no_grad():
-        # Classes from the embeddings of patches of the image, so that every class is found.
-        patches = samclip(pixel_values, both_heads=False).dense_embeds.flatten(2)[0].T
-        samclip.class_embeds = patches[:: len(patches) // NUM_CLASSES][:NUM_CLASSES].contiguous()
+    point = torch.full((1, 1, 1, 2), size / 2, device=device)
+    sam = SamModel(config).to(device, dtype).eval().requires_grad_(False)
+    clip = CLIPVisionModel(clip_config).to(device, dtype).eval().requires_grad_(False)
+    clip_pixels = torch.randn(1, 3, clip_config.image_size, clip_config.image_size, device=device, dtype=dtype)
+    vocabulary = {
+        "vocabulary_label_ids": list(range(NUM_CLASSES)),
+        "id2label": {label_id: str(label_id) for label_id in range(NUM_CLASSES)},
+        "logit_scale_init_value": 4.6,
+    }
+    merged = create_segmenter(samclip_config(config, **vocabulary), pixel_values)
     segments = {}
 
-    def compose(composition: str):
-        samclip.config.composition = composition
-        outputs = samclip(pixel_values)
-        segments[composition] = int((outputs.segment_scores > 0).sum())
+    def compose(title: str, model: SamClipForImageSegmentation, composition: str = "segments"):
+        model.config.composition = composition
+        outputs = model(pixel_values)
+        segments[title] = int((outputs.segment_scores > 0).sum())
         return outputs
 
-    point = torch.full((1, 1, 1, 2), size / 2, device=device, dtype=dtype)
-    seconds, memory = compare(
-        {
-            "SamModel, one point": lambda: sam(pixel_values, input_points=point),
-            "CLIPVisionModel": lambda: clip(pixel_values, interpolate_pos_encoding=True),
-            "segments": lambda: compose("segments"),
-            "classes": lambda: compose("classes"),
-            "CLIP head alone": lambda: samclip(pixel_values, both_heads=False),
-        },
-        arguments.repeats,
-        device,
-    )
-    both = [s + c for s, c in zip(seconds["SamModel, one point"], seconds["CLIPVisionModel"], strict=True)]
+    functions: dict[str, Callable] = {
+        "SamModel, one point": lambda: sam(pixel_values, input_points=point),
+        f"CLIPVisionModel, {clip_config.image_size} px": lambda: clip(clip_pixels),
+        "SAM-CLIP, composition by segments": lambda: compose("SAM-CLIP, composition by segments", merged),
+        "SAM-CLIP, composition by classes": lambda: compose("SAM-CLIP, composition by classes", merged, "classes"),
+        "SAM-CLIP, CLIP head alone": lambda: merged(pixel_values, both_heads=False),
+    }
+    # The smallest size is the tower's own; multiples of the patch size.
+    for clip_size in (clip_config.image_size * clip_size // CLIP_SIZES[0] for clip_size in CLIP_SIZES):
+        unmerged_config = samclip_config(
+            config,
+            **vocabulary,
+            clip_vision_config=clip_config.to_dict(),
+            clip_image_size=clip_size,
+            clip_pixel_scale=[1.0] * 3,
+            clip_pixel_shift=[0.0] * 3,
+        )
+        title = f"unmerged, CLIP at {clip_size} px"
+        functions[title] = partial(compose, title, create_segmenter(unmerged_config, pixel_values))
+
+    macs = {}
+    for name, function in functions.items():
+        with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION_FLOPS) as counter:
+            function()
+        macs[name] = counter.get_total_flops() / 2e9
+    seconds, memory = compare(functions, arguments.repeats, device)
+    one_point = seconds["SamModel, one point"]
     print(
-        f"\n1 x {size} px, {NUM_CLASSES} classes\n\n| text to masks | s | peak memory above the weights, GB | time "
-        "against SamModel + CLIPVisionModel (lowest - highest) |\n|---|---|---|---|"
+        f"\n1 x {size} px, {NUM_CLASSES} classes\n\n| text to masks | GMAC | s | peak memory above the weights, GB | "
+        "time against SamModel with one point (lowest - highest) |\n|---|---|---|---|---|"
     )
     for name, own in seconds.items():
-        found = f", {segments[name]} segments" if name in segments else ""
-        title = f"SAM-CLIP, composition by {name}{found}" if found else name
-        print(f"| {title} | {statistics.median(own):.3f} | {memory[name]:.2f} | {ratios(own, both)} |")
+        title = f"{name}, {segments[name]} segments" if name in segments else name
+        print(
+            f"| {title} | {macs[name]:.0f} | {statistics.median(own):.3f} | {memory[name]:.2f} | "
+            f"{ratios(own, one_point)} |"
+        )
 
 
 def ratios(numerators: list[float], denominators: list[float]) -> str:

@@ -24,11 +24,11 @@ def sizes():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what, rows", [("encoder", 4), ("text_to_masks", 5)])
+@pytest.mark.parametrize("what, rows", [("encoder", 4), ("text_to_masks", 8)])
 def test_inference_benchmark_prints_a_row_for_every_variant(inference, sizes, capsys, what, rows):
     threads = torch.get_num_threads()
     inference.main([what, "--repeats", "2"], *sizes)
-    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| S") or line.startswith("| C")]
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("| S", "| C", "| unm"))]
     assert len(table) == rows
     for line in table:
         assert re.search(r"\| \d+\.\d+ \(\d+\.\d+ - \d+\.\d+\) \|$", line), line
