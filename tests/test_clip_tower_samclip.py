@@ -19,7 +19,7 @@ from samclip_hf import (
     SamClipVisionModel,
     miniature,
 )
-from samclip_hf.clip_tower_samclip import SamClipTower, to_image_grid
+from samclip_hf.clip_tower_samclip import SamClipTower, bicubic_weights, to_image_grid
 from samclip_hf.distillation import ClipTeacher, SamClipTrainer, SamClipTrainingArguments
 from samclip_hf.export import export
 from samclip_hf.miniature.scenes import CLASS_NAMES, render
@@ -97,6 +97,15 @@ def test_the_tower_does_not_see_padding(model, processor, clip, image):
         content = inputs["pixel_values"][number : number + 1, :, :height, :width]
         expected = clip.get_image_features(tower_pixels(model, content), interpolate_pos_encoding=True).pooler_output
         assert torch.allclose(embeds[number], expected[0], atol=1e-4)
+
+
+@pytest.mark.parametrize(("size", "target"), [(64, 16), (50, 16), (16, 16), (7, 16), (1, 16), (61, 60)])
+def test_weights_are_those_of_bicubic_interpolation(size, target):
+    line = torch.randn(1, 1, 1, size, generator=torch.Generator().manual_seed(0))
+    expected = F.interpolate(line, (1, target), mode="bicubic", antialias=True)[0, 0, 0]
+    weights = bicubic_weights(torch.tensor([size, 64]), 64, target)[0]
+    assert torch.allclose(weights[:, :size] @ line[0, 0, 0], expected, atol=1e-5)
+    assert not weights[:, size:].any()
 
 
 @torch.no_grad()

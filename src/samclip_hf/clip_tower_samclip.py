@@ -50,16 +50,15 @@ class SamClipTower(nn.Module):
         Returns the embeddings of the patches `(batch_size, grid_size, grid_size, hidden_size)`, before the first
         layer.
         """
+        height, width = pixel_values.shape[-2:]
         if reshaped_input_sizes is None:
-            images = self._resize(pixel_values)
+            sizes = torch.tensor([[height, width]], device=pixel_values.device).expand(pixel_values.shape[0], 2)
         else:
-            sizes = torch.as_tensor(reshaped_input_sizes).tolist()
-            images = torch.cat(
-                [
-                    self._resize(image[None, :, : round(height), : round(width)])
-                    for image, (height, width) in zip(pixel_values, sizes, strict=True)
-                ]
-            )
+            sizes = torch.as_tensor(reshaped_input_sizes, device=pixel_values.device)
+        # A matrix product for each axis gives the values of F.interpolate, for a different size of each image.
+        rows = bicubic_weights(sizes[:, 0], height, self.image_size)
+        columns = bicubic_weights(sizes[:, 1], width, self.image_size)
+        images = rows[:, None] @ pixel_values.float() @ columns[:, None].mT
         return self._embed(self._normalize(images).to(self.vision_model.dtype))
 
     def forward(self, patch_embeds: torch.Tensor) -> torch.Tensor:
@@ -194,10 +193,6 @@ class SamClipTower(nn.Module):
         token = embeddings.class_embedding + embeddings.position_embedding.weight[0]
         return self.vision_model.pre_layrnorm(token).expand(batch_size, number, -1)
 
-    def _resize(self, images: torch.Tensor) -> torch.Tensor:
-        size = (self.image_size, self.image_size)
-        return F.interpolate(images.float(), size=size, mode="bicubic", antialias=True, align_corners=False)
-
     def _normalize(self, images: torch.Tensor) -> torch.Tensor:
         """Replaces the normalization of `pixel_values` by the tower's."""
         scale, shift = (
@@ -205,6 +200,32 @@ class SamClipTower(nn.Module):
             for values in (self.config.clip_pixel_scale, self.config.clip_pixel_shift)
         )
         return images * scale + shift
+
+
+def bicubic_weights(sizes: torch.Tensor, length: int, target: int) -> torch.Tensor:
+    r"""
+    Weights of bicubic interpolation along one axis, with antialiasing: those of `torch.nn.functional.interpolate` with
+    `mode="bicubic"` and `antialias=True`.
+
+    sizes (`torch.Tensor` of shape `(batch_size,)`):
+        Number of pixels of each image along the axis. The pixels after them are padding, which has weight 0.
+    length (`int`):
+        Number of pixels with padding.
+    target (`int`):
+        Number of pixels of the result.
+
+    Returns `(batch_size, target, length)`, `float32`.
+    """
+    sizes = sizes.float()[:, None, None]
+    pixels = torch.arange(length, device=sizes.device)
+    scale = sizes / target
+    centers = (torch.arange(target, device=sizes.device)[:, None] + 0.5) * scale
+    distance = ((pixels + 0.5 - centers) / scale.clamp_min(1)).abs()
+    # Keys' cubic convolution with a = -0.5.
+    near = (1.5 * distance - 2.5) * distance**2 + 1
+    far = ((2.5 - 0.5 * distance) * distance - 4) * distance + 2
+    weights = torch.where(distance < 1, near, torch.where(distance < 2, far, 0.0)) * (pixels < sizes)
+    return weights / weights.sum(dim=-1, keepdim=True)
 
 
 def replace_attention_by_values(vision_model: CLIPVisionModel, tokens: torch.Tensor) -> torch.Tensor:
