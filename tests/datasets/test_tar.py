@@ -223,6 +223,9 @@ def test_an_equal_candidate_for_the_image_in_another_part_of_a_tar_raises(tmp_pa
         ("images", "stuffthingmaps"),
         ("val2017", "panoptic_val2017"),
         ("rgb", "depth"),
+        ("train_images", "train_masks"),
+        ("images", "masks_val"),
+        ("images", "trimaps"),
     ],
 )
 def test_folders_of_annotations_of_known_datasets_raise(tmp_path, folders):
@@ -231,7 +234,24 @@ def test_folders_of_annotations_of_known_datasets_raise(tmp_path, folders):
         open_stream(str(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["0_mask.png", "0_seg.png", "0-mask.PNG", "0_label.png", "0_gt.png", "0_depth.tif"])
+def test_folders_of_classes_are_no_annotations(tmp_path):
+    write_tar(tmp_path / "photos.tar", {"gas_mask/0.jpg": b"0", "ski_mask/1.jpg": b"1", "cat/2.jpg": b"2"})
+    assert len(list(open_stream(str(tmp_path)).read(0))) == 3
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "0_mask.png",
+        "0_seg.png",
+        "0-mask.PNG",
+        "0_gt.png",
+        "0_depth.tif",
+        "0_mask_1.png",
+        "0_alpha.png",
+        "0-instances2.png",
+    ],
+)
 def test_images_that_are_named_as_masks_of_others_are_left_out_and_logged(tmp_path, name, transformers_log):
     path = tmp_path / "photos.tar"
     write_tar(path, {"0.jpg": b"0", name: b"mask", "0.json": b"{}", "1_mask.jpg": b"1"})

@@ -27,13 +27,20 @@ HUB_PREFIX = "hf://"  # of names of datasets on the Hub: "hf://owner/name?config
 # underscores, such as `__MACOSX`, which webdataset leaves out, too.
 IGNORED_NAME = re.compile(r"(^|/)(\.[^./]|__[^/]*__(/|$)|__MACOSX/)")
 # Folders of images that are annotations of other images, including those of the datasets in `LAYOUTS`.
+# Splits and "images" are the only other words: `gas_mask` and `ski_mask` are classes of ImageNet.
 ANNOTATION_FOLDER = re.compile(
-    r"(^|/)(masks?|labels?|annotations?|segmentations?|segmentation(class|object)\w*|seg|gt|gt(fine|coarse)|"
-    r"ground_?truth|stuffthingmaps\w*|panoptic_\w+|depths?|disparity)/",
+    r"(^|/)((train|training|val|valid|validation|test|images?)[_-]?)?"
+    r"(masks?|labels?|annotations?|segmentations?|segmentation(class|object)\w*|seg|gt|gt(fine|coarse)|"
+    r"ground_?truth|stuffthingmaps\w*|panoptic_\w+|depths?|disparity|trimaps?|mattes?)"
+    r"([_-]?(train|training|val|valid|validation|test|images?))?/",
     re.IGNORECASE,
 )
 # Names, without an extension, of images that are annotations of the image `stem`, if it is beside them.
-ANNOTATION_NAME = re.compile(r"(?P<stem>.+)[._-](masks?|seg|segmentation|labels?|gt|depth)", re.IGNORECASE)
+ANNOTATION_NAME = re.compile(
+    r"(?P<stem>.+)[._-](masks?|seg|segmentation|labels?|gt|depth|mattes?|alpha|trimaps?|instances?|semantic|panoptic)"
+    r"([_-]?\d+)?",  # several masks of one image
+    re.IGNORECASE,
+)
 COMPRESSED_TAR = re.compile(r"\.(tar\.(gz|bz2|xz|zst|zstd|lz4|lzma|Z)|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
 
 Split = Literal["train", "val"]  # of datasets in `LAYOUTS`; a path has no splits
