@@ -208,6 +208,17 @@ class TestAgainstClip:
             expected = clip.get_text_features(**inputs).pooler_output
             assert_same(model.get_text_features(**inputs).pooler_output, expected, 1e-6)
 
+    def test_texts_with_padding_on_the_left_have_the_same_features(self, model):
+        left = {"input_ids": torch.tensor([[48, 5, 7, 49], [0, 48, 9, 49], [0, 48, 3, 49]])}
+        left["attention_mask"] = (left["input_ids"] != 0).int()
+        with torch.no_grad():
+            expected = model.get_text_features(INPUT_IDS, ATTENTION_MASK).pooler_output
+            assert_same(model.get_text_features(**left).pooler_output, expected, 1e-6)
+
+    def test_new_tokens_raise(self, model):
+        with pytest.raises(ValueError, match="cannot be resized"):
+            model.resize_token_embeddings(60)
+
     def test_logits_and_loss_are_clips_for_the_same_embeddings(self, model, clip):
         inputs = {"input_ids": INPUT_IDS, "attention_mask": ATTENTION_MASK, "return_loss": True}
         pixel_values = random_images(3)

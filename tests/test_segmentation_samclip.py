@@ -210,6 +210,8 @@ class TestImageSegmentation:
         assert probabilities.shape[1] == 3 and not probabilities[:, 1].any()
         with pytest.raises(ValueError, match="background and a label have the same tokens: 'a cat' and 'Cat'"):
             segmenter.embed_vocabulary(["Cat"], ["a cat"], ["a {}"], tokenizer)
+        with pytest.raises(ValueError, match="background and a label have the same tokens: 'cat' and 'Cat'"):
+            segmenter.embed_vocabulary(["sofa", "Cat"], ["sky", "cat"], ["a {}"], tokenizer)
 
     def test_id2label_does_not_rename_the_labels(self, segmenter, tmp_path):
         segmenter.save_pretrained(tmp_path)

@@ -678,6 +678,13 @@ class SamClipModel(SamClipPreTrainedModel):
         """The convolution over the pixels."""
         return self.vision_encoder.get_input_embeddings()
 
+    def resize_token_embeddings(self, *args, **kwargs):
+        """Raises `ValueError`: the tokens of the text tower are those of its CLIP or SigLIP."""
+        raise ValueError(
+            "The token embeddings of a SAM-CLIP cannot be resized: texts are compared in the space of its CLIP or "
+            "SigLIP, which knows no new tokens."
+        )
+
     @torch.no_grad()
     def get_image_embeddings(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
         """As in [`SamModel`], without gradients: `(batch_size, num_channels, height, width)` -> `(batch_size,
@@ -862,7 +869,8 @@ class SamClipModel(SamClipPreTrainedModel):
         Embeds texts, as [`CLIPModel.get_text_features`] does: `pooler_output` `(num_texts, projection_dim)`, not
         normalized. With SigLIP's text tower, the result is that of [`SiglipModel.get_text_features`] for texts that
         are padded to the maximum length, without an attention mask. The texts that are passed here may have any
-        padding.
+        padding, on the left or on the right. With CLIP's text tower, padding on the left needs the attention mask;
+        [`CLIPModel`] gives other embeddings for such texts, which CLIP was not trained with.
         """
         if self.text_model is None:
             raise ValueError("This checkpoint has no text tower: it can use its own vocabulary only.")
@@ -875,6 +883,10 @@ class SamClipModel(SamClipPreTrainedModel):
             position = torch.arange(input_ids.shape[-1], device=input_ids.device)
             input_ids = input_ids.gather(-1, (start + position) % input_ids.shape[-1])
             return self.text_model(input_ids=input_ids, position_ids=position_ids, **kwargs)
+        if attention_mask is not None and position_ids is None:  # CLIP was trained with padding on the right
+            start = attention_mask.int().argmax(dim=-1, keepdim=True)
+            position = (start + torch.arange(input_ids.shape[-1], device=input_ids.device)) % input_ids.shape[-1]
+            input_ids, attention_mask = input_ids.gather(-1, position), attention_mask.gather(-1, position)
         outputs = self.text_model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs
         )
@@ -1174,8 +1186,7 @@ def _tower_config(sam: SamModel, clip: CLIPModel | SiglipModel, clip_image_size:
         clip_image_size = tower_image_size(vision_config)
     (mean, std), (clip_mean, clip_std) = normalizations
     return {
-        # In the miniature, with 40 scenes, the mIoU of both heads is 0.752 with 16 points and 0.764 with 32, and 0.634
-        # and 0.684 with the same scenes cropped to 5:4 and resized to 512 x 400.
+        # Measured by `python benchmarks/naming.py composed`, see docs/design.md.
         "composition_points": 32,
         "clip_vision_config": vision_config.to_dict(),
         "clip_image_size": clip_image_size,

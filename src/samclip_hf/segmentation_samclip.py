@@ -392,9 +392,17 @@ class SamClipForImageSegmentation(SamClipModel):
         tokenizer = self._tokenizer() if tokenizer is None else tokenizer
         names = [name for group in groups for name in group]
         special = set(tokenizer.all_special_ids)  # the one for unknown characters is among them
-        tokens = tokenizer(fill(names, ["{}"]))["input_ids"]
+        tokens = tokenizer(fill([*names, *texts_of_background], ["{}"]))["input_ids"]
+        tokens, tokens_of_background = tokens[: len(names)], tokens[len(names) :]
         if unknown := [name for name, own in zip(names, tokens, strict=True) if special >= set(own)]:
             raise ValueError(f"The tokenizer has no tokens for these names: {unknown}.")
+        for name, own in zip(names, tokens, strict=True):
+            if own in tokens_of_background:
+                text = texts_of_background[tokens_of_background.index(own)]
+                raise ValueError(
+                    f"The texts of the background and a label have the same tokens: {text!r} and {name!r}. Remove one "
+                    "of them."
+                )
         rows = _without_same_tokens(rows, len(texts_of_background), tokenizer)
         features = self._embed_texts([text for _, _, texts in rows for text in texts], tokenizer)
         means = [part.mean(dim=0) for part in features.split([len(texts) for _, _, texts in rows])]
