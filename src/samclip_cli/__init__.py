@@ -38,7 +38,10 @@ class CommandError(Exception):
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message that is not empty, or the name of its type."""
+    """The first line of an error's message that is not empty, or the name of its type. Of an error of a configuration,
+    that of its cause, because the first line names the check only."""
+    if type(error).__name__.startswith("StrictDataclass") and isinstance(error.__cause__, Exception):
+        error = error.__cause__
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 

@@ -40,6 +40,7 @@ def extend_stock_pipelines() -> None:
     for pipeline_class in STOCK_PIPELINES:
         _extend(pipeline_class, "preprocess", _with_image)
     _extend(ZeroShotImageClassificationPipeline, "_sanitize_parameters", _with_checks)
+    _extend(MaskGenerationPipeline, "check_model_type", _without_table)
 
 
 def to_candidate_labels(labels: Iterable, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -100,6 +101,17 @@ def _with_image(preprocess: Callable) -> Callable:
             is_detection = isinstance(self, ZeroShotObjectDetectionPipeline)
             inputs = _detection_inputs(inputs, timeout) if is_detection else load_image(inputs, timeout)
         return preprocess(self, inputs, *args, **kwargs)
+
+    return extended
+
+
+def _without_table(check_model_type: Callable) -> Callable:
+    """`check_model_type` of mask generation, whose table has one class of models for SAM-CLIP. transformers would log
+    an error that [`SamClipForImageSegmentation`] is not supported, although it is."""
+
+    def extended(self, supported_models):
+        if not _is_samclip(self):
+            check_model_type(self, supported_models)
 
     return extended
 

@@ -77,9 +77,10 @@ def test_a_sam_and_a_clip_give_an_overlay_a_label_map_and_coco_results(capsys, p
         assert result["area"] == segment["area"] and list(result["bbox"]) == segment["bbox"]
 
 
-def test_masks_and_cutouts_are_one_file_for_each_mask(capsys, photo):
+def test_masks_and_cutouts_are_one_file_for_each_mask(capsys, photo, caplog):
     command = ["masks", "photo.png", "--points_per_crop", "6", *LABELS]
     [record] = records(capsys, *command)
+    assert caplog.messages == []  # such as transformers' about models that it does not know
     records(capsys, *command, "--output", "out", "--formats", "masks, cutouts,jsonl")
     assert json.loads(Path("out/results.jsonl").read_text()) == record
     names = [
@@ -244,6 +245,7 @@ WRONG_ARGUMENTS = {
     "sam alone": (UNMERGED[:2], "--sam needs --clip, too: a CLIP or SigLIP, such as"),
     "clip alone": (UNMERGED[2:], "--clip needs --sam, too: a SAM, such as"),
     "size alone": (["--clip_image_size", "224"], "--clip_image_size has no effect without --sam and --clip"),
+    "size of patches": ([*UNMERGED, "--clip_image_size", "100"], "must be a multiple of the patch size 8, got 100"),
     "exchanged": (["--sam", UNMERGED[3], "--clip", UNMERGED[1]], "is a CLIP: pass it as --clip, and a SAM as --sam"),
     "clip as model": (["--model", UNMERGED[3]], "is a CLIP: pass it as --clip, and a SAM as --sam"),
     "merged as sam": (
