@@ -6,7 +6,7 @@ from . import miniature
 from .configuration_samclip import SamClipConfig, SamClipHeadConfig, SamClipVisionConfig
 from .image_processing_samclip import SamClipImageProcessor, SamClipImageProcessorPil
 from .modeling_samclip import SamClipBackbone, SamClipModel, SamClipPreTrainedModel, SamClipVisionModel
-from .pipeline_samclip import SamClipImageSegmentationPipeline
+from .pipeline_samclip import SamClipImageSegmentationPipeline, SamClipMaskGenerationPipeline
 from .processing_samclip import SamClipProcessor
 from .registration import register
 from .segmentation_samclip import SamClipForImageSegmentation, SamClipForObjectDetection, SamClipVocabulary
@@ -23,6 +23,7 @@ __all__ = [
     "SamClipImageProcessor",
     "SamClipImageProcessorPil",
     "SamClipImageSegmentationPipeline",
+    "SamClipMaskGenerationPipeline",
     "SamClipModel",
     "SamClipPreTrainedModel",
     "SamClipProcessor",

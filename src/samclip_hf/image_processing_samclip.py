@@ -569,17 +569,47 @@ def _argmax_maps(maps: torch.Tensor, content_size, target_size, transform=lambda
     """Resizes the content of maps `(num_maps, height, width)` to `target_size` and returns, for each pixel, the index
     of the highest map and its value. `transform(start, chunk)` is applied to each chunk of resized maps; `start` is
     the index of its first map."""
-    highest = torch.full(target_size, -torch.inf, device=maps.device)
-    argmax = torch.full(target_size, -1, dtype=torch.int64, device=maps.device)
-    for start in range(0, len(maps), MAPS_PER_CHUNK):
-        chunk = resize_content(maps[start : start + MAPS_PER_CHUNK].float(), content_size, target_size)
-        value, index = transform(start, chunk).max(dim=0)
+
+    def resize(chunk: slice) -> torch.Tensor:
+        return transform(chunk.start, resize_content(maps[chunk].float(), content_size, target_size))
+
+    return argmax_in_chunks(len(maps), resize, target_size, maps.device)
+
+
+def argmax_in_chunks(num_maps: int, compute, target_size, device=None) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""
+    Returns, for each pixel, the index of the highest map and its value. Few maps are in memory at the same time.
+
+    Args:
+        num_maps (`int`):
+            Number of maps.
+        compute (`Callable[[slice], torch.Tensor]`):
+            Returns maps `(chunk_length, height, width)` for a slice of the indices.
+        target_size (`tuple[int, int]`):
+            Height and width of the maps.
+        device (`torch.device`, *optional*):
+            Device of the maps.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: Indices of type `torch.int64`, -1 if there are no maps, and values, both
+        `(height, width)`.
+    """
+    highest = torch.full(target_size, -torch.inf, device=device)
+    argmax = torch.full(target_size, -1, dtype=torch.int64, device=device)
+    for start in range(0, num_maps, MAPS_PER_CHUNK):
+        value, index = compute(slice(start, start + MAPS_PER_CHUNK)).max(dim=0)
         argmax = torch.where(value > highest, index + start, argmax)
         highest = torch.maximum(value, highest)
     return argmax, highest
 
 
-def resize_content(maps: torch.Tensor, content_size, target_size) -> torch.Tensor:
+def resize_content(
+    maps: torch.Tensor,
+    content_size,
+    target_size,
+    region: tuple[int, int, int, int] | None = None,
+    origin: tuple[int, int] = (0, 0),
+) -> torch.Tensor:
     r"""
     Removes the padding of maps and resizes them bilinearly.
 
@@ -589,15 +619,22 @@ def resize_content(maps: torch.Tensor, content_size, target_size) -> torch.Tenso
         content_size (`tuple[float, float]`):
             Height and width of the image in cells of the maps. Fractions of a cell are allowed.
         target_size (`tuple[int, int]`):
-            Height and width of the result.
+            Height and width of the resized maps.
+        region (`tuple[int, int, int, int]`, *optional*):
+            Left, top, right and bottom, exclusive, of the part of the resized maps that is computed. Default: all.
+        origin (`tuple[int, int]`, *optional*):
+            Row and column of the first cell, if `maps` are cut out of larger maps.
 
     Returns:
-        `torch.Tensor`: Maps `(channels, target_height, target_width)`.
+        `torch.Tensor`: Maps `(channels, target_height, target_width)`, or of the size of the region.
     """
+    left, top, right, bottom = (0, 0, *target_size[::-1]) if region is None else region
     coordinates = [
         # Centers of the target pixels, converted from cells to the range [-1, 1] of grid_sample.
-        ((torch.arange(int(target), device=maps.device) + 0.5) * content / target) * 2 / side - 1
-        for target, content, side in zip(target_size, content_size, maps.shape[1:], strict=True)
+        ((torch.arange(int(start), int(end), device=maps.device) + 0.5) * content / target - first) * 2 / side - 1
+        for start, end, target, content, first, side in zip(
+            (top, left), (bottom, right), target_size, content_size, origin, maps.shape[1:], strict=True
+        )
     ]
     y, x = torch.meshgrid(*coordinates, indexing="ij")
     grid = torch.stack([x, y], dim=-1)[None].to(maps.dtype)

@@ -204,7 +204,7 @@ class SamClipMaskGenerationMixin:
                 continue
             kept.append(index)
             boxes.append(box)
-            encodings.append(_encode_window(inside, left, top, height, width))
+            encodings.append(encode_window(inside, left, top, height, width))
         boxes = torch.tensor(np.array(boxes, dtype=np.int64).reshape(-1, 4), device=scores.device)
         return encodings, scores[kept], boxes
 
@@ -228,14 +228,7 @@ class SamClipMaskGenerationMixin:
             `(num_kept, 4)`, in descending order of predicted IoUs. Masks are tensors with torchvision and arrays with
             PIL, as in SAM.
         """
-        boxes, scores = all_boxes.float(), all_scores.float()
-        kept = _suppress_overlaps(boxes, scores, crops_nms_thresh)
-        is_thin = (boxes[:, :2] == boxes[:, 2:]).any(dim=1)
-        if is_thin.any():
-            thin = is_thin.nonzero().flatten()
-            larger = boxes[thin] + boxes.new_tensor([0, 0, 1, 1])
-            distinct = set(thin[_suppress_overlaps(larger, scores[thin], crops_nms_thresh)].tolist())
-            kept = [index for index in kept if not is_thin[index] or index in distinct]
+        kept = distinct_boxes(all_boxes, all_scores, crops_nms_thresh)
         encodings = [all_masks[index] for index in kept]
         masks = [decode_rle(encoding) for encoding in encodings]
         if not isinstance(self, SamImageProcessorPil):
@@ -292,7 +285,7 @@ def encode_rle(mask: np.ndarray) -> dict:
         `dict`: `size`, a list of height and width, and `counts`, the lengths of alternating runs outside and inside
         the mask, column by column. The first run is outside the mask; its length may be 0.
     """
-    return _encode_window(mask, 0, 0, *mask.shape)
+    return encode_window(mask, 0, 0, *mask.shape)
 
 
 def decode_rle(encoding: dict) -> np.ndarray:
@@ -385,7 +378,7 @@ def _extents(marked: torch.Tensor) -> tuple[list[int], list[int]]:
     return marked.int().argmax(dim=1).tolist(), ends.tolist()
 
 
-def _encode_window(window: np.ndarray, left: int, top: int, height: int, width: int) -> dict:
+def encode_window(window: np.ndarray, left: int, top: int, height: int, width: int) -> dict:
     """As [`encode_rle`], for a mask `(height, width)` that is empty outside a window `(window_height, window_width)`
     at `left` and `top`."""
     columns = np.zeros((window.shape[1], height), dtype=bool)
@@ -395,6 +388,33 @@ def _encode_window(window: np.ndarray, left: int, top: int, height: int, width: 
     if counts[-1] == 0:  # the last pixel is inside the mask
         counts.pop()
     return {"size": [height, width], "counts": counts}
+
+
+def distinct_boxes(boxes: torch.Tensor, scores: torch.Tensor, max_iou: float) -> list[int]:
+    r"""
+    Non-maximum suppression of boxes, as in SAM. Boxes without an area, which belong to masks of one row or column, are
+    compared as if they were one pixel larger.
+
+    Args:
+        boxes (`torch.Tensor` of shape `(num_boxes, 4)`):
+            Left, top, right and bottom.
+        scores (`torch.Tensor` of shape `(num_boxes,)`):
+            The box with the higher score remains.
+        max_iou (`float`):
+            A box is removed if its IoU with a box of higher score is above this value.
+
+    Returns:
+        `list[int]`: Indices of the remaining boxes, in descending order of scores.
+    """
+    boxes, scores = boxes.float(), scores.float()
+    kept = _suppress_overlaps(boxes, scores, max_iou)
+    is_thin = (boxes[:, :2] == boxes[:, 2:]).any(dim=1)
+    if is_thin.any():
+        thin = is_thin.nonzero().flatten()
+        larger = boxes[thin] + boxes.new_tensor([0, 0, 1, 1])
+        distinct = set(thin[_suppress_overlaps(larger, scores[thin], max_iou)].tolist())
+        kept = [index for index in kept if not is_thin[index] or index in distinct]
+    return kept
 
 
 def _suppress_overlaps(boxes: torch.Tensor, scores: torch.Tensor, max_iou: float) -> list[int]:

@@ -1,4 +1,7 @@
-"""The pipeline `zero-shot-image-segmentation`: segmentation by texts that are passed with the call."""
+"""
+The pipeline `zero-shot-image-segmentation`: segmentation by texts that are passed with the call. And
+`pipeline("mask-generation")` for large images.
+"""
 
 from dataclasses import replace
 from numbers import Real
@@ -6,10 +9,12 @@ from numbers import Real
 import numpy as np
 import torch
 from PIL import Image
-from transformers import ImageSegmentationPipeline
+from transformers import ImageSegmentationPipeline, MaskGenerationPipeline
 
 from .image_processing_samclip import load_image, resize_content
+from .mask_generation_samclip import decode_rle, distinct_boxes
 from .segmentation_samclip import SamClipVocabulary, to_label_groups, to_texts
+from .tiling_samclip import ComputedSequence, ImageTiles, TiledMasks, TiledSegmentation
 
 # Arguments of transformers' pipeline. `pipeline(...)` passes its deprecated `torch_dtype` to the constructor.
 STOCK_ARGUMENTS = {
@@ -64,14 +69,25 @@ class SamClipImageSegmentationPipeline(ImageSegmentationPipeline):
             Thresholds of panoptic and instance segmentation, see
             [`SamClipImageProcessor.post_process_panoptic_segmentation`].
         batch_size (`int`, defaults to 1):
-            Number of images in a forward pass of the model.
+            Number of images, or of tiles of one image, in a forward pass of the model.
+        tile (`int`, *optional*):
+            For large images: side of the overlapping tiles that are segmented one by one and merged, in pixels of the
+            image. An image that is not larger than a tile is segmented as a whole. Memory depends on the tile, except
+            for the image and one map of its size. Objects may cross tiles, but should not be much larger than a tile,
+            because the model sees one tile at a time.
+        overlap (`float`, defaults to 0.25):
+            Overlap of neighboring tiles as a fraction of `tile`, above 0 and at most 0.5.
 
         Returns, for each image, a list of segments with `label`, `mask` (a black and white `PIL.Image.Image` of the
         image's size) and `score`, the probability of the label. `score` is `None` in semantic segmentation, or with
-        `multi_label=True` the highest score of a segment.
+        `multi_label=True` the highest score of a segment. For an image of several tiles, the list is a `Sequence`
+        whose masks are computed at each access.
 
         Raises `TypeError` for arguments with other names, and `ValueError` for other values.
         """
+        if kwargs.get("tile", self._preprocess_params.get("tile")) is not None:
+            batch_size = kwargs.pop("batch_size", None) or self._batch_size or 1
+            kwargs |= {"batch_size": 1, "tiles_per_batch": batch_size}
         return super().__call__(inputs, **kwargs)
 
     def _sanitize_parameters(
@@ -82,6 +98,9 @@ class SamClipImageSegmentationPipeline(ImageSegmentationPipeline):
         synonyms=None,
         background_templates=None,
         multi_label=None,
+        tile=None,
+        overlap=None,
+        tiles_per_batch=None,
         **kwargs,
     ):
         if unknown := sorted(kwargs.keys() - STOCK_ARGUMENTS):  # the stock pipeline ignores them
@@ -89,6 +108,15 @@ class SamClipImageSegmentationPipeline(ImageSegmentationPipeline):
                 f"The pipeline has no argument {', '.join(unknown)}. See its documentation for those it has."
             )
         preprocess_params, forward_params, postprocess_params = super()._sanitize_parameters(**kwargs)
+        tiling = {
+            "tile": tile,
+            "overlap": overlap,
+            "mask_threshold": kwargs.get("mask_threshold"),
+            "multi_label": multi_label,
+        }
+        preprocess_params |= {name: value for name, value in tiling.items() if value is not None}
+        if tiles_per_batch is not None:
+            forward_params["tiles_per_batch"] = tiles_per_batch
         given: dict = {}
         if candidate_labels is not None:
             given["labels"] = to_label_groups(candidate_labels)
@@ -130,27 +158,50 @@ class SamClipImageSegmentationPipeline(ImageSegmentationPipeline):
             self._vocabulary = key, self.model.embed_vocabulary(**arguments, tokenizer=self.tokenizer)
         return self._vocabulary[1]
 
-    def preprocess(self, image, subtask=None, timeout=None):
-        return super().preprocess(load_image(image, timeout), subtask)
+    def preprocess(
+        self, image, subtask=None, timeout=None, tile=None, overlap=None, mask_threshold=0.5, multi_label=False
+    ):
+        image = load_image(image, timeout)
+        tiles = _divide(image, tile, overlap)
+        if tiles is None:
+            return super().preprocess(image, subtask)
+        has_labels_of_pixels = subtask == "semantic" and not multi_label
+        if has_labels_of_pixels:
+            mask_threshold = 0.5  # as for an image without tiles
+        return {"image": image, "merged": TiledSegmentation(tiles, mask_threshold, with_map=has_labels_of_pixels)}
 
-    def _forward(self, model_inputs, vocabulary=None, multi_label=False):
-        target_size = model_inputs.pop("target_size")
+    def _forward(self, model_inputs, vocabulary=None, multi_label=False, tiles_per_batch=1):
+        if "merged" not in model_inputs:
+            target_size = model_inputs.pop("target_size")
+            outputs = self._predict(model_inputs, vocabulary, multi_label)
+            outputs["target_size"] = target_size
+            return outputs
+        image, merged = model_inputs["image"], model_inputs["merged"]
+        boxes = merged.tiles.boxes
+        for start in range(0, len(boxes), tiles_per_batch):
+            crops = [image.crop(box) for box in boxes[start : start + tiles_per_batch]]
+            inputs = self.image_processor(images=crops, return_tensors="pt").to(self.dtype)
+            inputs = self._ensure_tensor_on_device(inputs, device=self.device)
+            merged.add(self._predict(inputs, vocabulary, multi_label))
+        return {"merged": merged}
+
+    def _predict(self, inputs, vocabulary, multi_label: bool):
+        """The outputs of the model with `label_scores` `(batch_size, num_segments, num_labels)`."""
         vocabulary = self.model.vocabulary if vocabulary is None else vocabulary
         if not multi_label:
-            outputs = self.model(**model_inputs, vocabulary=vocabulary)
+            outputs = self.model(**inputs, vocabulary=vocabulary)
             if outputs.segment_logits is not None:
                 outputs["label_scores"] = outputs.segment_logits.softmax(dim=-1)
-        else:
-            if self.model.config.composition != "segments":
-                raise ValueError('multi_label=True needs the segments of config.composition = "segments".')
-            # Without background, segments are proposed in the whole image and do not depend on the labels.
-            classes = replace(vocabulary, background_label_id=None, background_threshold=None)
-            outputs = self.model(**model_inputs, vocabulary=classes)
-            scores = self.model.classify(outputs.segment_embeds, classes, multi_label=True).sigmoid()
-            if vocabulary.background_label_id is not None:
-                scores[..., vocabulary.background_label_id] = 0  # background is not a segment
-            outputs["label_scores"] = scores * (outputs.segment_scores > 0)[..., None]
-        outputs["target_size"] = target_size
+            return outputs
+        if self.model.config.composition != "segments":
+            raise ValueError('multi_label=True needs the segments of config.composition = "segments".')
+        # Without background, segments are proposed in the whole image and do not depend on the labels.
+        classes = replace(vocabulary, background_label_id=None, background_threshold=None)
+        outputs = self.model(**inputs, vocabulary=classes)
+        scores = self.model.classify(outputs.segment_embeds, classes, multi_label=True).sigmoid()
+        if vocabulary.background_label_id is not None:
+            scores[..., vocabulary.background_label_id] = 0  # background is not a segment
+        outputs["label_scores"] = scores * (outputs.segment_scores > 0)[..., None]
         return outputs
 
     def postprocess(
@@ -164,38 +215,144 @@ class SamClipImageSegmentationPipeline(ImageSegmentationPipeline):
         multi_label=False,
     ):
         id2label = self.model.config.id2label if id2label is None else id2label
-        target_sizes = model_outputs["target_size"]
-        if multi_label:
-            if subtask not in ("instance", "semantic", None) or overlap_mask_area_threshold is not None:
-                raise ValueError(
-                    'With multi_label=True, segments may overlap: subtask must be "instance" or "semantic", and '
-                    "overlap_mask_area_threshold has no effect."
-                )
-            return _independent_segments(model_outputs, id2label, subtask == "semantic", threshold, mask_threshold)
-        if subtask == "semantic":
-            label_map = self.image_processor.post_process_semantic_segmentation(model_outputs, target_sizes)[0]
-            return [
-                {"score": None, "label": id2label[label_id], "mask": _to_image(label_map == label_id)}
-                for label_id in label_map.unique().tolist()
-            ]
-        if subtask not in ("panoptic", "instance", None):
+        if multi_label and (subtask not in ("instance", "semantic", None) or overlap_mask_area_threshold is not None):
+            raise ValueError(
+                'With multi_label=True, segments may overlap: subtask must be "instance" or "semantic", and '
+                "overlap_mask_area_threshold has no effect."
+            )
+        if subtask not in ("panoptic", "instance", "semantic", None):
             raise ValueError(f'subtask must be "panoptic", "instance" or "semantic", got {subtask!r}.')
-        post_process = getattr(self.image_processor, f"post_process_{subtask or 'panoptic'}_segmentation")
-        result = post_process(
-            model_outputs,
-            threshold=threshold,
-            mask_threshold=mask_threshold,
-            overlap_mask_area_threshold=0.8 if overlap_mask_area_threshold is None else overlap_mask_area_threshold,
-            target_sizes=target_sizes,
-        )[0]
-        return [
-            {
-                "score": segment["score"],
-                "label": id2label[segment["label_id"]],
-                "mask": _to_image(result["segmentation"] == segment["id"]),
+        merged = model_outputs.get("merged")
+        if multi_label and merged is None:
+            return _independent_segments(model_outputs, id2label, subtask == "semantic", threshold, mask_threshold)
+        if multi_label:
+            entries = merged.independent_segments(threshold, subtask == "semantic")
+
+            def to_entry(index: int) -> dict:
+                score, label_id, encoding = entries[index]
+                mask = _to_image(torch.from_numpy(decode_rle(encoding)))
+                return {"score": score, "label": id2label[label_id], "mask": mask}
+
+            return ComputedSequence(len(entries), to_entry)
+        if subtask == "semantic":
+            if merged is None:
+                sizes = model_outputs["target_size"]
+                label_map = self.image_processor.post_process_semantic_segmentation(model_outputs, sizes)[0]
+            else:
+                label_map = merged.post_process_semantic_segmentation()
+            found = [(None, id2label[label_id], label_id) for label_id in label_map.unique().tolist()]
+        else:
+            thresholds = {
+                "threshold": threshold,
+                "overlap_mask_area_threshold": (
+                    0.8 if overlap_mask_area_threshold is None else overlap_mask_area_threshold
+                ),
             }
-            for segment in result["segments_info"]
-        ]
+            if merged is None:
+                post_process = getattr(self.image_processor, f"post_process_{subtask or 'panoptic'}_segmentation")
+                thresholds["mask_threshold"] = mask_threshold
+                result = post_process(model_outputs, **thresholds, target_sizes=model_outputs["target_size"])[0]
+            else:
+                result = merged.post_process_panoptic_segmentation(**thresholds)
+            label_map = result["segmentation"]
+            found = [(info["score"], id2label[info["label_id"]], info["id"]) for info in result["segments_info"]]
+
+        def to_segment(index: int) -> dict:
+            score, label, number = found[index]
+            return {"score": score, "label": label, "mask": _to_image(label_map == number)}
+
+        segments = ComputedSequence(len(found), to_segment)
+        return list(segments) if merged is None else segments
+
+
+class SamClipMaskGenerationPipeline(MaskGenerationPipeline):
+    """
+    The `mask-generation` pipeline of transformers ("everything mode") with tiles for large images.
+
+    Example:
+
+    ```python
+    >>> from transformers import pipeline
+    >>> from samclip_hf import SamClipMaskGenerationPipeline, miniature
+
+    >>> everything = pipeline(
+    ...     "mask-generation", model=miniature.checkpoint(), pipeline_class=SamClipMaskGenerationPipeline
+    ... )
+    >>> found = everything("photo.png", tile=64, **miniature.MASK_GENERATION)
+    ```"""
+
+    def __call__(self, image, **kwargs):
+        r"""
+        Arguments and result are those of transformers' pipeline, and:
+
+        tile (`int`, *optional*):
+            For large images: side of the overlapping tiles that are processed one by one, in pixels of the image. Each
+            tile has its own grid of points. Parts of one object in several tiles become one mask. A mask that its tile
+            cuts off, and that no other tile completes, is removed. An image that is not larger than a tile is
+            processed as a whole. Memory depends on the tile, except for the image and the run-length encodings.
+            Objects may cross tiles, but should not be much larger than a tile.
+        overlap (`float`, defaults to 0.25):
+            Overlap of neighboring tiles as a fraction of `tile`, above 0 and at most 0.5.
+
+        For an image of several tiles, `masks` is a `Sequence` whose masks are computed at each access.
+        """
+        return super().__call__(image, **kwargs)
+
+    def _sanitize_parameters(self, tile=None, overlap=None, **kwargs):
+        preprocess_params, forward_params, postprocess_params = super()._sanitize_parameters(**kwargs)
+        preprocess_params |= {
+            name: value for name, value in (("tile", tile), ("overlap", overlap)) if value is not None
+        }
+        return preprocess_params, forward_params, postprocess_params
+
+    def preprocess(self, image, tile=None, overlap=None, timeout=None, **kwargs):
+        image = load_image(image, timeout)
+        tiles = _divide(image, tile, overlap)
+        if tiles is None:
+            yield from super().preprocess(image, **kwargs)
+            return
+        if kwargs.get("crops_n_layers"):
+            raise ValueError("Tiles have no crops of their own: pass either tile or crops_n_layers.")
+        for index, box in enumerate(tiles.boxes):
+            for inputs in super().preprocess(image.crop(box), **kwargs):
+                is_last = inputs.pop("is_last") and index == len(tiles) - 1
+                yield {**inputs, "is_last": is_last, "tiles": tiles, "tile_index": index}
+
+    def _forward(self, model_inputs, **kwargs):
+        tiling = {name: model_inputs.pop(name) for name in ("tiles", "tile_index") if name in model_inputs}
+        return {**super()._forward(model_inputs, **kwargs), **tiling}
+
+    def postprocess(self, model_outputs, output_rle_mask=False, output_bboxes_mask=False, crops_nms_thresh=0.7):
+        if "tiles" not in model_outputs[0]:
+            return super().postprocess(model_outputs, output_rle_mask, output_bboxes_mask, crops_nms_thresh)
+        merged = TiledMasks(model_outputs[0]["tiles"])
+        for index in range(len(merged.tiles)):
+            outputs = [output for output in model_outputs if output["tile_index"] == index]
+            encodings = [encoding for output in outputs for encoding in output["masks"]]
+            scores = torch.cat([output["iou_scores"] for output in outputs])
+            boxes = torch.cat([output["boxes"] for output in outputs])
+            kept = distinct_boxes(boxes, scores, crops_nms_thresh)
+            merged.add(index, [encodings[number] for number in kept], scores[kept], boxes[kept])
+        encodings, scores, boxes = merged.merge()
+        kept = distinct_boxes(boxes, scores, crops_nms_thresh)
+        encodings = [encodings[number] for number in kept]
+        return {
+            "masks": ComputedSequence(len(kept), lambda index: torch.from_numpy(decode_rle(encodings[index]))),
+            "scores": scores[kept],
+            **({"rle_mask": encodings} if output_rle_mask else {}),
+            **({"bounding_boxes": boxes[kept]} if output_bboxes_mask else {}),
+        }
+
+
+def _divide(image: Image.Image, tile: int | None, overlap: float | None) -> ImageTiles | None:
+    """The tiles of an image, or `None` if it is processed as a whole. Raises `ValueError` for an overlap without a
+    tile."""
+    if tile is None:
+        if overlap is not None:
+            raise ValueError("overlap has no effect without tile: pass tile, the side of the tiles in pixels.")
+        return None
+    tiles = ImageTiles(image.height, image.width, tile, overlap)
+    return tiles if len(tiles) > 1 else None
 
 
 def _weights_of_texts(model) -> list:
@@ -250,4 +407,4 @@ def _to_image(mask) -> Image.Image:
     return Image.fromarray(mask.numpy().astype(np.uint8) * 255)
 
 
-__all__ = ["SamClipImageSegmentationPipeline"]
+__all__ = ["SamClipImageSegmentationPipeline", "SamClipMaskGenerationPipeline"]

@@ -1,0 +1,720 @@
+"""
+Tiled inference for large images: overlapping tiles, and results of tiles merged to the result of the image.
+
+    tiles = ImageTiles(height, width, tile=1024, overlap=0.25)
+    merged = TiledSegmentation(tiles)              # or TiledMasks, for mask generation
+    for box in tiles.boxes:
+        merged.add(...)                            # the outputs for this part of the image
+    merged.post_process_semantic_segmentation()
+
+Where tiles overlap, each has a weight that decreases linearly to 0 at its inner edges, and the weights of all tiles
+sum to 1. Maps are averaged with these weights, so that no edge of a tile is visible. Segments of two tiles are parts
+of one object if their masks agree where the tiles overlap. Memory: the parts of maps and masks at the resolution of
+the image are not larger than a tile, and a merged result has one label map or run-length encodings.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations, pairwise
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+import torch
+
+from .image_processing_samclip import argmax_in_chunks, resize_content
+from .mask_generation_samclip import decode_rle, encode_rle, encode_window, mask_to_box
+
+DEFAULT_OVERLAP = 0.25
+# Masks of two tiles belong to one object if their IoU where the tiles overlap is at least this value.
+MATCH_THRESHOLD = 0.7
+# A mask is cut off by its tile if it is closer to an inner edge than this fraction of the tile's longer side. SAM's
+# everything mode uses 20 pixels of images that are resized to 1024.
+CUT_TOLERANCE = 0.02
+MATCHING_PIXELS = 2**17  # masks are compared on at most about this many pixels
+
+Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels; right and bottom exclusive
+
+
+class ImageTiles:
+    r"""
+    Overlapping tiles that cover an image. All have the same size. They are evenly spaced, so they overlap by `overlap`
+    or more.
+
+    Args:
+        height, width (`int`):
+            Size of the image in pixels.
+        tile (`int`):
+            Side of a tile in pixels of the image. A side of the image that is shorter than a tile is not divided.
+        overlap (`float`, *optional*, defaults to 0.25):
+            Overlap of neighboring tiles as a fraction of `tile`, above 0 and at most 0.5.
+
+    Attributes:
+        boxes (`list[tuple[int, int, int, int]]`):
+            Left, top, right and bottom of the tiles, row by row; right and bottom exclusive.
+
+    Raises:
+        ValueError: `tile` or `overlap` is not in these ranges, or the overlap is less than a pixel.
+    """
+
+    def __init__(self, height: int, width: int, tile: int, overlap: float | None = None):
+        self.height, self.width = height, width
+        if not isinstance(tile, Integral) or isinstance(tile, bool) or tile < 1:
+            raise ValueError(f"tile must be the side of a tile in pixels, such as 1024; got {tile!r}.")
+        overlap = DEFAULT_OVERLAP if overlap is None else overlap
+        if not isinstance(overlap, Real) or isinstance(overlap, bool) or not 0 < overlap <= 0.5:
+            raise ValueError(
+                f"overlap must be a fraction of the tile, above 0 and at most 0.5, such as 0.25; got {overlap!r}."
+            )
+        shared = int(tile * overlap)
+        if shared < 1:
+            raise ValueError(f"Tiles of {tile} pixels overlap by less than a pixel: use larger tiles.")
+        self.rows: list[tuple[int, int]] = _spans(height, int(tile), shared)
+        self.columns: list[tuple[int, int]] = _spans(width, int(tile), shared)
+        self.boxes: list[Box] = [
+            (left, top, right, bottom) for top, bottom in self.rows for left, right in self.columns
+        ]
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    def inner_edges(self, index: int) -> list[bool]:
+        """Whether left, top, right and bottom of a tile are inside the image."""
+        left, top, right, bottom = self.boxes[index]
+        return [left > 0, top > 0, right < self.width, bottom < self.height]
+
+    def neighbors(self) -> Iterator[tuple[int, int, Box]]:
+        """All pairs of tiles that overlap, and the region that they share."""
+        for one in range(len(self)):
+            row, column = divmod(one, len(self.columns))
+            for other_row in range(row, len(self.rows)):
+                if self.rows[other_row][0] >= self.rows[row][1]:
+                    break
+                for other_column, (left, right) in enumerate(self.columns):
+                    other = other_row * len(self.columns) + other_column
+                    if other > one and left < self.columns[column][1] and right > self.columns[column][0]:
+                        yield one, other, _intersect(self.boxes[one], self.boxes[other])
+
+    def blocks(self, region: Box | None = None) -> Iterator[tuple[Box, dict[int, torch.Tensor]]]:
+        """Disjoint regions that cover `region`, by default the image, row by row, and the tiles that contain each
+        region with their weights `(region_height, region_width)`."""
+        left, top, right, bottom = (0, 0, self.width, self.height) if region is None else region
+        columns = list(_blocks(self.columns, left, right))
+        for start_y, end_y, rows in _blocks(self.rows, top, bottom):
+            for start_x, end_x, own_columns in columns:
+                yield (
+                    (start_x, start_y, end_x, end_y),
+                    {
+                        row * len(self.columns) + column: row_weights[:, None] * column_weights
+                        for row, row_weights in rows.items()
+                        for column, column_weights in own_columns.items()
+                    },
+                )
+
+
+def _spans(length: int, tile: int, shared: int) -> list[tuple[int, int]]:
+    """Start and end of evenly spaced tiles along a side of the image. Two neighbors share at least `shared` pixels."""
+    if length <= tile:
+        return [(0, length)]
+    count = -(-(length - shared) // (tile - shared))
+    starts = [position * (length - tile) // (count - 1) for position in range(count)]
+    return [(start, start + tile) for start in starts]
+
+
+def _blocks(spans, start: int, end: int) -> Iterator[tuple[int, int, dict[int, torch.Tensor]]]:
+    """Divides a range at the edges of all tiles. Yields start, end, and the weights `(end - start,)` of the tiles."""
+    edges = sorted({start, end} | {edge for span in spans for edge in span if start < edge < end})
+    for first, last in pairwise(edges):
+        position = torch.arange(first, last, dtype=torch.float32) + 0.5
+        weights = {}
+        for index, (span_start, span_end) in enumerate(spans):
+            if span_start >= last or span_end <= first:
+                continue
+            weight = torch.ones(last - first)
+            if index > 0:
+                weight = torch.minimum(weight, (position - span_start) / (spans[index - 1][1] - span_start))
+            if index < len(spans) - 1:
+                weight = torch.minimum(weight, (span_end - position) / (span_end - spans[index + 1][0]))
+            weights[index] = weight
+        total = torch.stack(list(weights.values())).sum(dim=0)
+        yield first, last, {index: weight / total for index, weight in weights.items()}
+
+
+class TiledMap:
+    r"""
+    The label map of the CLIP head, from the logits of tiles. Only the logits of the tiles that still overlap the next
+    ones are kept.
+
+    Args:
+        tiles ([`ImageTiles`]):
+            The tiles.
+
+    Attributes:
+        label_map (`torch.Tensor` of shape `(height, width)`, `int32`):
+            The label with the highest weighted mean of logits, complete after the last tile.
+    """
+
+    def __init__(self, tiles: ImageTiles):
+        self.tiles = tiles
+        self.label_map = torch.zeros(tiles.height, tiles.width, dtype=torch.int32)
+        self.logits: dict[int, tuple[torch.Tensor, list[float]]] = {}
+        self.next = 0
+        self.finished = 0  # number of rows of pixels
+
+    def add(self, logits: torch.Tensor, content_size) -> None:
+        """Adds the logits `(num_labels, grid_height, grid_width)` of the next tile, whose image has `content_size`
+        (height and width in cells of the logits)."""
+        self.logits[self.next] = logits.float().cpu(), list(content_size)
+        self.next += 1
+        row, column = divmod(self.next, len(self.tiles.columns))
+        if column:
+            return
+        # No later tile covers the rows above the next row of tiles.
+        bottom = self.tiles.rows[row][0] if row < len(self.tiles.rows) else self.tiles.height
+        for region, weights in self.tiles.blocks((0, self.finished, self.tiles.width, bottom)):
+            self._fill(region, weights)
+        self.finished = bottom
+        self.logits = {i: logits for i, logits in self.logits.items() if self.tiles.boxes[i][3] > bottom}
+
+    def _fill(self, region: Box, weights: dict[int, torch.Tensor]) -> None:
+        def blend(chunk: slice) -> torch.Tensor:
+            parts = [
+                weight * _resize_region(*self.logits[index], self.tiles.boxes[index], region, chunk)
+                for index, weight in weights.items()
+            ]
+            return torch.stack(parts).sum(dim=0)
+
+        num_labels = len(self.logits[next(iter(weights))][0])
+        left, top, right, bottom = region
+        label, _ = argmax_in_chunks(num_labels, blend, (bottom - top, right - left))
+        self.label_map[top:bottom, left:right] = label
+
+
+def _resize_region(maps: torch.Tensor, content_size, box: Box, region: Box, chunk=slice(None)) -> torch.Tensor:
+    """The part of a tile's maps in a region of the image `(num_maps, region_height, region_width)`."""
+    left, top, right, bottom = box
+    own_region = (region[0] - left, region[1] - top, region[2] - left, region[3] - top)
+    return resize_content(maps[chunk], content_size, (bottom - top, right - left), own_region)
+
+
+@dataclass
+class MapMask:
+    r"""
+    A mask of a tile by its logits.
+
+    logits (`torch.Tensor` of shape `(window_height, window_width)`):
+        The part of the mask logits that contains the mask.
+    origin (`tuple[int, int]`):
+        Row and column of the window in the map of the tile.
+    content_size (`tuple[float, float]`):
+        Height and width of the tile in cells of the map.
+    tile_box (`tuple[int, int, int, int]`):
+        The tile in the image.
+    """
+
+    logits: torch.Tensor
+    origin: tuple[int, int]
+    content_size: tuple[float, float]
+    tile_box: Box
+    box: Box
+    area: float
+
+    @classmethod
+    def from_map(cls, logits: torch.Tensor, content_size, tile_box: Box, threshold: float) -> "MapMask | None":
+        """From the mask logits `(height, width)` of a tile; `None` if no cell has a probability above `threshold`."""
+        rows, columns = (
+            min(side, int(np.ceil(cells))) for side, cells in zip(logits.shape, content_size, strict=True)
+        )
+        inside = logits[:rows, :columns].float().sigmoid() > threshold
+        marked = [inside.any(dim=1).nonzero().flatten(), inside.any(dim=0).nonzero().flatten()]
+        if not len(marked[0]):
+            return None
+        left, top, right, bottom = tile_box
+        scale = [side / cells for side, cells in zip((bottom - top, right - left), content_size, strict=True)]
+        # A pixel between two cells is interpolated, so the window has one more cell on each side.
+        start = [max(0, int(cells[0]) - 1) for cells in marked]
+        end = [min(side, int(cells[-1]) + 2) for side, cells in zip(logits.shape, marked, strict=True)]
+        box = (
+            max(left, left + int((start[1] - 0.5) * scale[1])),
+            max(top, top + int((start[0] - 0.5) * scale[0])),
+            min(right, left + int(np.ceil((end[1] + 0.5) * scale[1]))),
+            min(bottom, top + int(np.ceil((end[0] + 0.5) * scale[0]))),
+        )
+        window = logits[start[0] : end[0], start[1] : end[1]].to("cpu", torch.float16).clone()
+        area = float(inside.sum()) * scale[0] * scale[1]
+        return cls(window, (start[0], start[1]), tuple(content_size), tile_box, box, area)
+
+    def probability(self, region: Box) -> torch.Tensor:
+        """Probabilities `(region_height, region_width)` in a region of the image, 0 outside the window."""
+        result = torch.zeros(region[3] - region[1], region[2] - region[0])
+        part = _intersect(region, self.box)
+        if part[0] >= part[2] or part[1] >= part[3]:
+            return result
+        left, top, right, bottom = self.tile_box
+        own = (part[0] - left, part[1] - top, part[2] - left, part[3] - top)
+        resized = resize_content(
+            self.logits[None].float(), self.content_size, (bottom - top, right - left), own, self.origin
+        )[0]
+        result[_slices(part, region)] = resized.sigmoid()
+        return result
+
+
+@dataclass
+class BinaryMask:
+    r"""
+    A binary mask of a tile.
+
+    bits (`np.ndarray` of type uint8):
+        The pixels in `box`, row by row, eight in a byte.
+    box (`tuple[int, int, int, int]`):
+        The bounding box of the mask in the image.
+    """
+
+    bits: np.ndarray
+    box: Box
+    area: float
+
+    @classmethod
+    def from_rle(cls, encoding: dict, box: Box, tile_box: Box) -> "BinaryMask":
+        """From a run-length encoding of the tile and the bounding box of the mask in the tile."""
+        left, top, right, bottom = box
+        window = decode_rle(encoding)[top:bottom, left:right]
+        x, y = tile_box[:2]
+        return cls(np.packbits(window), (left + x, top + y, right + x, bottom + y), float(window.sum()))
+
+    def probability(self, region: Box) -> torch.Tensor:
+        """1 inside and 0 outside the mask, `(region_height, region_width)`, in a region of the image."""
+        result = torch.zeros(region[3] - region[1], region[2] - region[0])
+        part = _intersect(region, self.box)
+        if part[0] >= part[2] or part[1] >= part[3]:
+            return result
+        height, width = self.box[3] - self.box[1], self.box[2] - self.box[0]
+        window = torch.from_numpy(np.unpackbits(self.bits, count=height * width).reshape(height, width))
+        result[_slices(part, region)] = window[_slices(part, self.box)].float()
+        return result
+
+
+@dataclass
+class TileSegment:
+    """A segment of a tile: the index of the tile, its mask, its score from 0 to 1, and the probabilities of the labels
+    `(num_labels,)` or `None`."""
+
+    tile: int
+    mask: MapMask | BinaryMask
+    score: float
+    probabilities: torch.Tensor | None = None
+
+    @property
+    def label(self) -> int | None:
+        return None if self.probabilities is None else int(self.probabilities.argmax())
+
+
+def match_segments(tiles: ImageTiles, segments: Sequence[TileSegment], threshold: float) -> list[list[int]]:
+    r"""
+    Groups the segments of all tiles by object.
+
+    Two segments of overlapping tiles are parts of one object if the IoU of their masks in the region that both tiles
+    share is at least `MATCH_THRESHOLD`. Each segment has at most one such partner in a tile. Several segments that
+    the edge of their tile cuts off in that region, such as the legs of a table, are parts of one object if they
+    match a segment of the other tile together and have its label. Segments of one tile are never joined through
+    segments of other tiles, unless their tile cuts off both of them.
+
+    Args:
+        tiles ([`ImageTiles`]), segments (`Sequence[TileSegment]`):
+            The tiles and their segments.
+        threshold (`float`):
+            A pixel is inside a mask if its probability is above this value.
+
+    Returns:
+        `list[list[int]]`: For each object, the indices of its segments.
+    """
+    by_tile: list[list[int]] = [[] for _ in range(len(tiles))]
+    for index, segment in enumerate(segments):
+        by_tile[segment.tile].append(index)
+    matches: list[tuple[float, list[int]]] = []
+    for one, other, shared in tiles.neighbors():
+        own = [
+            [i for i in by_tile[tile] if not _is_empty(_intersect(segments[i].mask.box, shared))]
+            for tile in (one, other)
+        ]
+        if own[0] and own[1]:
+            matches += _match_pair(tiles, segments, own, shared, threshold)
+
+    is_cut = [_is_cut(tiles, segment) for segment in segments]
+    groups = {index: [index] for index in range(len(segments))}
+    group_of = list(range(len(segments)))
+    for _, indices in sorted(matches, key=lambda match: -match[0]):
+        joined = {group_of[index] for index in indices}
+        members = [groups[number] for number in joined]
+        conflicts = any(
+            segments[i].tile == segments[j].tile and not (is_cut[i] and is_cut[j])
+            for group, later in combinations(members, 2)
+            for i in group
+            for j in later
+        )
+        if not conflicts:
+            kept = min(joined)
+            for number in joined - {kept}:
+                groups[kept] += groups.pop(number)
+            for index in groups[kept]:
+                group_of[index] = kept
+    return list(groups.values())
+
+
+def _match_pair(
+    tiles: ImageTiles, segments: Sequence[TileSegment], own: list[list[int]], shared: Box, threshold: float
+) -> list[tuple[float, list[int]]]:
+    """The matches between the segments of two tiles, with indices `own`, in the region that both share: IoU and
+    indices."""
+    step = int(np.ceil(np.sqrt((shared[2] - shared[0]) * (shared[3] - shared[1]) / MATCHING_PIXELS)))
+    inside = [
+        torch.stack(
+            [(segments[i].mask.probability(shared)[::step, ::step] > threshold).flatten() for i in indices]
+        ).float()
+        for indices in own
+    ]
+    areas = [masks.sum(dim=1) for masks in inside]
+    intersection = inside[0] @ inside[1].T
+    iou = intersection / (areas[0][:, None] + areas[1] - intersection).clamp_min(1)
+    matches, partners = [], set()
+    for pair in iou.flatten().argsort(descending=True).tolist():
+        a, b = divmod(pair, len(own[1]))
+        if iou[a, b] < MATCH_THRESHOLD:
+            break
+        if own[0][a] not in partners and own[1][b] not in partners:
+            partners |= {own[0][a], own[1][b]}
+            matches.append((float(iou[a, b]), [own[0][a], own[1][b]]))
+    for side in (0, 1):
+        covered = (intersection if side == 0 else intersection.T) / areas[side][:, None].clamp_min(1)
+        for column, whole in enumerate(own[1 - side]):
+            if whole in partners:
+                continue
+            parts = [
+                row
+                for row, index in enumerate(own[side])
+                if index not in partners
+                and covered[row, column] >= MATCH_THRESHOLD
+                and segments[index].label == segments[whole].label
+                and _is_cut(tiles, segments[index], shared)
+            ]
+            if len(parts) < 2:
+                continue
+            union, other = inside[side][parts].amax(dim=0), inside[1 - side][column]
+            together = float((union * other).sum() / torch.maximum(union, other).sum().clamp_min(1))
+            if together >= MATCH_THRESHOLD:
+                matches.append((together, [whole, *(own[side][row] for row in parts)]))
+    return matches
+
+
+def _is_cut(tiles: ImageTiles, segment: TileSegment, region: Box | None = None) -> bool:
+    """Whether the mask of a segment reaches an inner edge of its tile, or one that is an edge of `region`."""
+    box = tiles.boxes[segment.tile]
+    tolerance = CUT_TOLERANCE * max(box[2] - box[0], box[3] - box[1])
+    return any(
+        is_inner and abs(own - edge) <= tolerance and (region is None or edge == region_edge)
+        for is_inner, own, edge, region_edge in zip(
+            tiles.inner_edges(segment.tile), segment.mask.box, box, box if region is None else region, strict=True
+        )
+    )
+
+
+class TiledSegmentation:
+    r"""
+    Semantic, instance and panoptic segmentation of an image from the outputs for its tiles.
+
+    Args:
+        tiles ([`ImageTiles`]):
+            The tiles.
+        mask_threshold (`float`, *optional*, defaults to 0.5):
+            A mask contains the pixels with a probability above this value.
+        with_map (`bool`, *optional*, defaults to `True`):
+            Whether the label map of the CLIP head is computed. Semantic segmentation without a background uses it
+            outside all segments.
+    """
+
+    def __init__(self, tiles: ImageTiles, mask_threshold: float = 0.5, with_map: bool = True):
+        self.tiles = tiles
+        self.mask_threshold = mask_threshold
+        self.dense = TiledMap(tiles) if with_map else None
+        self.segments: list[TileSegment] = []
+        self.next = 0
+        self.background = -1
+        self.is_by_class = False
+
+    def add(self, outputs) -> None:
+        """Adds the outputs of [`SamClipForImageSegmentation`] for the next tiles, in the order of `tiles.boxes`."""
+        for index in range(len(outputs.logits)):
+            box = self.tiles.boxes[self.next]
+            content_size = outputs.content_sizes[index].tolist()
+            self.background = int(outputs.background_label_ids[index])
+            if self.dense is not None and (self.background < 0 or outputs.get("segment_masks") is None):
+                self.dense.add(outputs.logits[index], content_size)
+            if outputs.get("segment_masks") is not None:
+                self.is_by_class = outputs.get("segment_embeds") is None
+                masks, scores = outputs.segment_masks[index], outputs.segment_scores[index]
+                mask_content = [cells * masks.shape[-1] / outputs.logits.shape[-1] for cells in content_size]
+                probabilities = outputs.get("label_scores")  # the pipeline's, which may be independent of each other
+                if probabilities is None:
+                    probabilities = outputs.segment_logits.softmax(dim=-1)
+                probabilities = probabilities[index].float().cpu()
+                for number in (scores > 0).nonzero().flatten().tolist():
+                    mask = MapMask.from_map(masks[number], mask_content, box, self.mask_threshold)
+                    if mask is not None:
+                        segment = TileSegment(self.next, mask, float(scores[number]), probabilities[number])
+                        self.segments.append(segment)
+            self.next += 1
+
+    def _objects(self) -> tuple[list[list[int]], torch.Tensor]:
+        """The segments of each object, and the probabilities of its labels `(num_objects, num_labels)`: the mean over
+        its segments, weighted by area."""
+        if self.is_by_class:
+            by_label: dict[int | None, list[int]] = {}
+            for index, segment in enumerate(self.segments):
+                by_label.setdefault(segment.label, []).append(index)
+            groups = list(by_label.values())
+        else:
+            groups = match_segments(self.tiles, self.segments, self.mask_threshold)
+        means = []
+        for group in groups:
+            areas = torch.tensor([self.segments[index].mask.area for index in group])
+            probabilities = [self.segments[index].probabilities for index in group]
+            means.append(sum(a * p for a, p in zip(areas, probabilities, strict=True)) / areas.sum())
+        return groups, torch.stack(means) if means else torch.zeros(0, 1)
+
+    def _assign(self, groups: Sequence[Sequence[int]], selected: Sequence[bool]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The object of each pixel `(height, width)`, -1 outside all, and the area of each object's mask in pixels
+        `(num_objects,)`."""
+        tiles = self.tiles
+        result = torch.full((tiles.height, tiles.width), -1, dtype=torch.int32)
+        area = torch.zeros(len(groups), dtype=torch.int64)
+        members: list[dict[int, list[int]]] = [{} for _ in range(len(tiles))]  # for each tile, segments by object
+        for number, group in enumerate(groups):
+            if selected[number]:
+                for index in group:
+                    members[self.segments[index].tile].setdefault(number, []).append(index)
+        fading = [self._is_fading(group) for group in groups]
+        for region, weights in tiles.blocks():
+            left, top, right, bottom = region
+            best = torch.zeros(bottom - top, right - left)
+            winner = torch.full(best.shape, -1, dtype=torch.int32)
+            for number in sorted({number for tile in weights for number in members[tile]}):
+                probability = _blend(
+                    [self.segments[i] for tile in weights for i in members[tile].get(number, [])],
+                    weights,
+                    region,
+                    fading[number],
+                )
+                if probability is None:
+                    continue
+                inside, value = probability[0] > self.mask_threshold, probability[1]
+                area[number] += inside.sum()
+                value = value * inside
+                winner[value > best] = number
+                best = torch.maximum(best, value)
+            result[top:bottom, left:right] = winner
+        return result, area
+
+    def _is_fading(self, group: Sequence[int]) -> bool:
+        """Whether an object is a single segment that its tile cuts off."""
+        return not self.is_by_class and len(group) == 1 and _is_cut(self.tiles, self.segments[group[0]])
+
+    def post_process_semantic_segmentation(self) -> torch.Tensor:
+        """The label map `(height, width)` of type `torch.int32`, see
+        [`SamClipImageProcessor.post_process_semantic_segmentation`]."""
+        groups, probabilities = self._objects()
+        if self.dense is not None and self.dense.next:
+            label_map = self.dense.label_map.clone()
+        else:
+            label_map = torch.full((self.tiles.height, self.tiles.width), max(0, self.background), dtype=torch.int32)
+        if groups:
+            winner, _ = self._assign(groups, [True] * len(groups))
+            labels = probabilities.argmax(dim=-1).int()
+            inside = winner >= 0
+            label_map[inside] = labels[winner[inside]]
+        return label_map
+
+    def post_process_panoptic_segmentation(
+        self, threshold: float = 0.5, overlap_mask_area_threshold: float = 0.8
+    ) -> dict[str, Any]:
+        """`segmentation` `(height, width)` and `segments_info`, see
+        [`SamClipImageProcessor.post_process_panoptic_segmentation`]."""
+        groups, probabilities = self._objects()
+        if not groups:
+            segmentation = torch.zeros(self.tiles.height, self.tiles.width, dtype=torch.int32)
+            return {"segmentation": segmentation, "segments_info": []}
+        scores, labels = probabilities.max(dim=-1)
+        selected = (scores >= threshold) & (labels != self.background)
+        winner, area = self._assign(groups, selected.tolist())
+        ids = torch.zeros(len(groups) + 1, dtype=torch.int32)  # the last one is for pixels outside all objects
+        segments_info: list[dict] = []
+        counts = torch.bincount((winner.flatten() + 1).long(), minlength=len(groups) + 1)[1:]
+        for number in range(len(groups)):
+            if counts[number] == 0 or counts[number] < overlap_mask_area_threshold * area[number]:
+                continue
+            ids[number] = len(segments_info) + 1
+            segments_info.append(
+                {
+                    "id": len(segments_info) + 1,
+                    "label_id": int(labels[number]),
+                    "was_fused": False,
+                    "score": float(scores[number]),
+                }
+            )
+        return {"segmentation": ids[winner], "segments_info": segments_info}
+
+    def independent_segments(self, threshold: float, is_semantic: bool) -> list[tuple[float, int, dict]]:
+        """Score, label and run-length encoding of each object and each label whose score reaches the threshold, in
+        descending order of scores. With `is_semantic`, of each label, with the union of its objects."""
+        tiles = self.tiles
+        groups, scores = self._objects()
+        unions: dict[int, np.ndarray] = {}
+        found = []
+        for group, own_scores in zip(groups, scores, strict=True):
+            labels = (own_scores >= threshold).nonzero().flatten().tolist()
+            if not labels:
+                continue
+            parts = [self.segments[index] for index in group]
+            window, left, top = _merge_masks(tiles, parts, self.mask_threshold, self._is_fading(group))
+            if not window.any():
+                continue
+            encoding = encode_window(window, left, top, tiles.height, tiles.width)
+            found += [(float(own_scores[label]), label, encoding) for label in labels]
+            if is_semantic:
+                for label in labels:
+                    union = unions.setdefault(label, np.zeros((tiles.height, tiles.width), dtype=bool))
+                    union[top : top + window.shape[0], left : left + window.shape[1]] |= window
+        if is_semantic:
+            highest: dict[int, float] = {}
+            for score, label, _ in found:
+                highest[label] = max(score, highest.get(label, 0.0))
+            found = [(highest[label], label, encode_rle(union)) for label, union in unions.items()]
+        return sorted(found, key=lambda entry: -entry[0])
+
+
+def _merge_masks(
+    tiles: ImageTiles, parts: Sequence[TileSegment], threshold: float, is_fading: bool
+) -> tuple[np.ndarray, int, int]:
+    """The mask of an object inside the bounding box of its parts, `(box_height, box_width)`, and left and top of the
+    box."""
+    box = (
+        min(part.mask.box[0] for part in parts),
+        min(part.mask.box[1] for part in parts),
+        max(part.mask.box[2] for part in parts),
+        max(part.mask.box[3] for part in parts),
+    )
+    window = np.zeros((box[3] - box[1], box[2] - box[0]), dtype=bool)
+    for region, weights in tiles.blocks(box):
+        blended = _blend([part for part in parts if part.tile in weights], weights, region, is_fading)
+        if blended is not None:
+            window[_slices(region, box)] = (blended[0] > threshold).numpy()
+    return window, box[0], box[1]
+
+
+def _blend(
+    segments: Sequence[TileSegment], weights: dict[int, torch.Tensor], region: Box, is_fading: bool
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """
+    The mask of an object in a region, from its segments in the tiles of the region: the weighted mean of their
+    probabilities `(region_height, region_width)`, and the weighted sum of probabilities times scores. `None` if the
+    object is outside the region.
+
+    The mean is over the tiles that have a segment of the object; with `is_fading`, over all tiles, so that a segment
+    that its tile cuts off ends where the other tiles have more weight.
+    """
+    if all(_is_empty(_intersect(segment.mask.box, region)) for segment in segments):
+        return None
+    by_tile: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    for segment in segments:
+        probability = segment.mask.probability(region)
+        value = probability * segment.score
+        if segment.tile in by_tile:
+            earlier = by_tile[segment.tile]
+            probability, value = torch.maximum(earlier[0], probability), torch.maximum(earlier[1], value)
+        by_tile[segment.tile] = probability, value
+    shape = (region[3] - region[1], region[2] - region[0])
+    total, probability, value = torch.zeros(shape), torch.zeros(shape), torch.zeros(shape)
+    for tile, (own_probability, own_value) in by_tile.items():
+        total += weights[tile]
+        probability += weights[tile] * own_probability
+        value += weights[tile] * own_value
+    return (probability if is_fading else probability / total), value
+
+
+class TiledMasks:
+    r"""
+    Masks of an image from the masks of its tiles ("everything mode"). A mask that is cut off by an inner edge of its
+    tile and has no counterpart in another tile is removed, as SAM removes masks at the edges of crops.
+
+    Args:
+        tiles ([`ImageTiles`]):
+            The tiles.
+    """
+
+    def __init__(self, tiles: ImageTiles):
+        self.tiles = tiles
+        self.segments: list[TileSegment] = []
+
+    def add(self, index: int, encodings: Sequence[dict], scores: torch.Tensor, boxes: torch.Tensor) -> None:
+        """Adds the masks of a tile: run-length encodings of the tile, predicted IoUs `(num_masks,)`, and boxes
+        `(num_masks, 4)` with inclusive right and bottom, as `filter_masks` returns them."""
+        for encoding, score, (left, top, right, bottom) in zip(
+            encodings, scores.tolist(), boxes.tolist(), strict=True
+        ):
+            mask = BinaryMask.from_rle(encoding, (left, top, right + 1, bottom + 1), self.tiles.boxes[index])
+            self.segments.append(TileSegment(index, mask, score))
+
+    def merge(self) -> tuple[list[dict], torch.Tensor, torch.Tensor]:
+        """Run-length encodings of the image, predicted IoUs `(num_masks,)`, the mean over the parts of a mask weighted
+        by area, and boxes `(num_masks, 4)` with inclusive right and bottom."""
+        encodings, scores, boxes = [], [], []
+        for group in match_segments(self.tiles, self.segments, 0.5):
+            parts = [self.segments[index] for index in group]
+            if len(parts) == 1 and _is_cut(self.tiles, parts[0]):
+                continue
+            window, left, top = _merge_masks(self.tiles, parts, 0.5, is_fading=False)
+            box = mask_to_box(window)
+            if box is None:
+                continue
+            areas = [part.mask.area for part in parts]
+            encodings.append(encode_window(window, left, top, self.tiles.height, self.tiles.width))
+            scores.append(sum(a * part.score for a, part in zip(areas, parts, strict=True)) / sum(areas))
+            boxes.append([left + box[0], top + box[1], left + box[2] - 1, top + box[3] - 1])
+        return encodings, torch.tensor(scores), torch.tensor(boxes, dtype=torch.int64).reshape(-1, 4)
+
+
+class ComputedSequence(Sequence):
+    """A read-only sequence whose items are computed at each access, such as masks of a large image, which do not fit
+    into memory all at once."""
+
+    def __init__(self, length: int, compute: Callable[[int], Any]):
+        self._length, self._compute = length, compute
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self._compute(position) for position in range(*index.indices(self._length))]
+        position = index + self._length if index < 0 else index
+        if not 0 <= position < self._length:
+            raise IndexError(f"index {index} is out of range for {self._length} items")
+        return self._compute(position)
+
+
+def _intersect(one: Box, other: Box) -> Box:
+    return (max(one[0], other[0]), max(one[1], other[1]), min(one[2], other[2]), min(one[3], other[3]))
+
+
+def _is_empty(box: Box) -> bool:
+    return box[0] >= box[2] or box[1] >= box[3]
+
+
+def _slices(part: Box, whole: Box) -> tuple[slice, slice]:
+    """Rows and columns of `part` in an array that covers `whole`."""
+    return (
+        slice(part[1] - whole[1], part[3] - whole[1]),
+        slice(part[0] - whole[0], part[2] - whole[0]),
+    )
+
+
+__all__ = ["ImageTiles", "TiledMasks", "TiledSegmentation"]
