@@ -84,3 +84,11 @@ def test_auroc_is_the_probability_of_a_higher_score(naming):
 def test_naming_benchmark_prints_a_row_for_every_method(naming, capsys, table, rows):
     naming.main([table, "--num_scenes", "2", "--seeds", "102"])
     assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]) == rows + 1
+
+
+@pytest.mark.slow
+def test_tiles_benchmark_prints_a_row_with_and_without_tiles(capsys):
+    tiles = load_script(Path(__file__).parents[1] / "benchmarks" / "tiles.py")
+    tiles.main(["--edges", "256", "--tile", "128", "--modes", "semantic", "--threads", str(torch.get_num_threads())])
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| semantic")]
+    assert [row.split("|")[3].strip() for row in rows] == ["128", "none"]

@@ -3,6 +3,8 @@
 import argparse
 import textwrap
 
+from . import CommandError
+from .argument_types import positive_int
 from .formats import FORMATS, WITHOUT_MASKS, parse_formats
 from .inputs import INPUTS_HELP, add_input_arguments
 from .models import add_model_arguments
@@ -78,3 +80,33 @@ def create_parser(
         "--overwrite", action="store_true", help="replace existing output files; input images are never replaced"
     )
     return parser
+
+
+def add_tile_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds `--tile` and `--overlap`, for large images."""
+    parser.add_argument(
+        "--tile",
+        type=positive_int,
+        metavar="N",
+        help="divide large images into overlapping tiles of N x N pixels and merge the results, so that small objects "
+        "are found; an object should not be much larger than a tile (default: whole images)",
+    )
+    parser.add_argument(
+        "--overlap",
+        type=float,
+        metavar="F",
+        help="overlap of neighboring tiles as a fraction of --tile, above 0 and at most 0.5 (default: 0.25)",
+    )
+
+
+def check_tiles(arguments: argparse.Namespace) -> None:
+    """Raises `CommandError` for an `--overlap` out of range or without `--tile`."""
+    if arguments.overlap is None:
+        return
+    if arguments.tile is None:
+        raise CommandError("--overlap has no effect without --tile.")
+    if not 0 < arguments.overlap <= 0.5 or arguments.tile * arguments.overlap < 1:
+        raise CommandError(
+            "--overlap must be a fraction of --tile, above 0 and at most 0.5, and at least one pixel: got "
+            f"{arguments.overlap}."
+        )

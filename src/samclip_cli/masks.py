@@ -4,10 +4,11 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from . import CommandError
 from .argument_types import positive_int, probability
 from .batch import process_images
 from .formats import Prediction, coco_annotation
-from .image_arguments import create_parser
+from .image_arguments import add_tile_arguments, check_tiles, create_parser
 from .models import load_model, mask_generation_options
 from .plan import prepare
 from .vocabulary import LABELS_HELP, add_label_arguments, embed_labels, name_masks, read_labels
@@ -54,16 +55,25 @@ def build_parser() -> argparse.ArgumentParser:
         help="discard masks with a lower stability score, from 0 to 1: the IoU between the masks of a higher and a "
         "lower mask threshold (default: 0.95; 0.3 for the shipped miniature)",
     )
+    add_tile_arguments(parser)
     return parser
 
 
 def run(argv: Sequence[str]) -> int:
     arguments = build_parser().parse_args(argv)
+    check_tiles(arguments)
     read_labels(arguments)
+    if arguments.tile is not None and arguments.labels is not None:
+        raise CommandError(
+            "--labels cannot be combined with --tile, because masks are named in the whole image. Use 'samclip "
+            "segment --tile' to find labels in a large image."
+        )
     plan = prepare(arguments)
 
     import numpy as np
-    from transformers import MaskGenerationPipeline
+
+    from samclip_hf import SamClipMaskGenerationPipeline
+    from samclip_hf.tiling_samclip import ComputedSequence
 
     options = mask_generation_options(arguments)
     for name in ("points_per_crop", "pred_iou_thresh", "stability_score_thresh"):
@@ -72,13 +82,16 @@ def run(argv: Sequence[str]) -> int:
     loaded = load_model(arguments)
     if arguments.labels is not None:
         embed_labels(arguments, loaded)
-    generator = MaskGenerationPipeline(
+    generator = SamClipMaskGenerationPipeline(
         model=loaded.model, image_processor=loaded.image_processor, device=loaded.model.device
     )
 
     def predict_one(image: "Image.Image") -> Prediction:
-        result = generator(image, output_rle_mask=True, **options)
-        masks = [np.asarray(mask) for mask in result["masks"]]
+        result = generator(image, output_rle_mask=True, tile=arguments.tile, overlap=arguments.overlap, **options)
+        found = result["masks"]
+        masks: Sequence[np.ndarray] = ComputedSequence(len(found), lambda index: np.asarray(found[index]))
+        if arguments.tile is None:
+            masks = list(masks)  # the masks of a large image may not fit into memory
         scores = result["scores"].tolist()
         records = [
             {"score": score} | coco_annotation(mask, segmentation)

@@ -8,7 +8,7 @@ from . import CommandError
 from .argument_types import probability
 from .batch import process_images
 from .formats import Prediction, coco_annotation
-from .image_arguments import create_parser
+from .image_arguments import add_tile_arguments, check_tiles, create_parser
 from .inputs import add_batch_size
 from .models import load_model
 from .plan import prepare
@@ -49,12 +49,14 @@ def build_parser() -> argparse.ArgumentParser:
         default=0.5,
         help="discard segments with a lower score, from 0 to 1 (default: %(default)s)",
     )
+    add_tile_arguments(parser)
     add_batch_size(parser)
     return parser
 
 
 def run(argv: Sequence[str]) -> int:
     arguments = build_parser().parse_args(argv)
+    check_tiles(arguments)
     read_labels(arguments)
     if arguments.labels is None and arguments.sam is not None:
         raise CommandError('--sam and --clip have no labels: pass --labels, such as "cat, sofa".')
@@ -63,6 +65,7 @@ def run(argv: Sequence[str]) -> int:
     import numpy as np
 
     from samclip_hf import SamClipImageSegmentationPipeline
+    from samclip_hf.tiling_samclip import ComputedSequence
 
     loaded = load_model(arguments)
     embed_labels(arguments, loaded)
@@ -73,20 +76,31 @@ def run(argv: Sequence[str]) -> int:
         device=loaded.model.device,
     )
 
-    def describe(segments: list[dict]) -> Prediction:
-        masks = [np.asarray(segment["mask"]) > 0 for segment in segments]
-        label_ids = [loaded.names.index(segment["label"]) + 1 for segment in segments]
-        records = [
-            {"label": segment["label"], "label_id": label_id, "score": segment["score"]} | coco_annotation(mask)
-            for segment, label_id, mask in zip(segments, label_ids, masks, strict=True)
-        ]
+    def describe(segments: Sequence[dict]) -> Prediction:
+        def read_mask(index: int) -> np.ndarray:
+            return np.asarray(segments[index]["mask"]) > 0
+
+        masks: Sequence[np.ndarray] = ComputedSequence(len(segments), read_mask)
+        if arguments.tile is None:
+            masks = list(masks)  # the masks of a large image may not fit into memory
+        records = []
+        for segment, mask in zip(segments, masks, strict=True):
+            label_id = loaded.names.index(segment["label"]) + 1
+            named = {"label": segment["label"], "label_id": label_id, "score": segment["score"]}
+            records.append(named | coco_annotation(mask))
+        label_ids = [record["label_id"] for record in records]
         legend = label_legend(loaded.names, label_ids, [record["score"] for record in records], "segments")
         record = {"model": loaded.description, "segments": records}
         return Prediction(record, legend, loaded.caption, masks, label_ids, loaded.names)
 
     def predict(images: "list[Image.Image]", names: list[str]) -> list[Prediction]:
         results = segmenter(
-            images, threshold=arguments.threshold, multi_label=arguments.multi_label, batch_size=len(images)
+            images,
+            threshold=arguments.threshold,
+            multi_label=arguments.multi_label,
+            tile=arguments.tile,
+            overlap=arguments.overlap,
+            batch_size=arguments.batch_size,
         )
         return [describe(segments) for segments in results]
 
