@@ -1,85 +1,110 @@
 """
-A Gradio app for SAM-CLIP: segmentation from points, a box and text, and automatic mask generation. The image encoder
+A Gradio app for SAM-CLIP: open an image, enter labels, and get named masks; or click on an object. The image encoder
 runs once per image.
 
-    python demo/app.py                # the shipped miniature
-    python demo/app.py runs/stage3    # a folder or a repository on the Hub
+    python demo/app.py --sam facebook/sam-vit-base --clip openai/clip-vit-base-patch16
+    python demo/app.py --model runs/stage3
+    python demo/app.py                      # the shipped miniature, for drawn scenes only
 
-The environment variable SAMCLIP_CHECKPOINT sets the default checkpoint.
+The environment variable SAMCLIP_CHECKPOINT sets the default of --model.
 """
 
 import argparse
-import colorsys
+import functools
+import html
+import io
+import json
+import math
 import os
 import tempfile
 import threading
 import time
-from dataclasses import dataclass, replace
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import gradio as gr
+import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image, ImageDraw
-from transformers import AutoConfig
+from gradio.processing_utils import save_bytes_to_cache
+from gradio.utils import get_upload_folder
+from PIL import Image, ImageDraw, ImageFilter
 
 from samclip_cli import CommandError
-from samclip_cli.models import check_model, mask_generation_options
-from samclip_hf import SamClipForImageSegmentation, SamClipProcessor, miniature
+from samclip_cli.formats import coco_annotation
+from samclip_cli.image_arguments import parse_labels, parse_names
+from samclip_cli.models import LoadedModel, add_model_arguments, check_models, load_model, mask_generation_options
 from samclip_hf.images import open_image
+from samclip_hf.mask_generation_samclip import decode_rle
 from samclip_hf.miniature.scenes import BACKGROUND_PROMPTS, CLASS_NAMES, render
+from samclip_hf.segmentation_samclip import SamClipSegmentationOutput, SamClipVocabulary
+from samclip_hf.visualization import color_of, draw_segments
 
 EXAMPLE_SCENES = (42, 3, 50, 54, 57, 8)  # indices of scenes with seed 0, which cover all backgrounds
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # some of Pillow's other formats start external programs
 Image.init()  # loads the plugins of all formats; `Image.open(formats=...)` does not
 MAX_MEGAPIXELS = 50  # a small file can contain a very large image
-MIN_DISPLAY_SIZE = 512  # pixels: smaller images are enlarged
-MAX_SESSIONS = 200  # each stores the image embeddings of one image: 17 MB with ViT-B
+DISPLAY_EDGES = (512, 1024)  # pixels: the longer side of the displayed image, which is enlarged or reduced
+MAX_SESSIONS = 200  # each stores the outputs for one image: 17 MB of image embeddings with ViT-B
+MAX_VOCABULARIES = 8  # per session
 POINTS_PER_BATCH = 64  # in automatic mask generation
+NUM_COLORS = 24
+# Background texts for photographs: what often surrounds objects. They are not tuned.
+PHOTO_BACKGROUND = ("sky", "wall", "floor", "ground", "grass", "road", "water", "trees", "a building")
 
 FOREGROUND, BACKGROUND, BOX = "Foreground point", "Background point", "Box"
+BY_TEXT, BY_PROMPTS, EVERYTHING = "Labels", "Points and box", "Everything"  # what the result shows
+SECOND_CORNER = "Click on the opposite corner of the box in the image."
 NEXT_STEPS = {
-    FOREGROUND: "Click on the object in the image.",
+    FOREGROUND: "Click on an object in the image to get its mask.",
     BACKGROUND: "Click outside the object in the image.",
     BOX: "Click on a corner of the box in the image.",
 }
-SECOND_CORNER = "Click on the opposite corner of the box in the image."
-NO_IMAGE = "Choose an example or upload an image first."
-
-# Gradio's default opacity of masks is fixed. It sets `active` and `inactive` while the pointer is on the legend.
-CSS = """
-.masks .mask:not(.active):not(.inactive) { opacity: var(--mask-opacity, 0.6) !important; }
-.timers p { font-variant-numeric: tabular-nums; font-size: 0.9em; }
-.timers > * { flex: 0 1 auto !important; width: auto !important; }
-.timers { border-top: 1px solid var(--border-color-primary); padding-top: 6px; }
-.gradio-container { max-width: 1280px !important; }
-.masks .legend { gap: 3px; padding-top: 3px; }
-.masks .legend-item { font-size: 0.8em; padding: 0 5px; }
-#scenes .gallery { gap: 6px; }
-#scenes :is(.gallery-item, img) { width: 54px; height: 54px; }
-"""
-SET_OPACITY = "value => document.documentElement.style.setProperty('--mask-opacity', value)"
+CORRECTION = "Click again on the object to add a part. To remove a part, select Background point."
+NO_IMAGE = "Open an image or choose an example first. Images are removed an hour after they were opened."
+EMPTY = {
+    BY_TEXT: "Enter labels and press Segment.",
+    BY_PROMPTS: "Click on an object in the image.",
+    EVERYTHING: "Press Segment everything.",
+}
 
 
 @dataclass(frozen=True, eq=False)
-class EncodedImage:
+class Picture:
     """
     An image and the outputs of the image encoder.
 
     Attributes:
         image (`PIL.Image.Image`): The displayed image.
-        sizes (`dict[str, torch.Tensor]`): `original_sizes` and `reshaped_input_sizes`, from the processor.
+        path (`str`): The file of the image in its original size.
+        name (`str`): The name that the file had when it was opened.
+        original_size (`tuple[int, int]`): Height and width of the original image, after its EXIF orientation.
+        reshaped_input_sizes (`torch.Tensor` of shape `(1, 2)`): Height and width of the encoder's input, unpadded.
         vision_embeds (`SamClipVisionEncoderOutput`): Outputs of the image encoder, on the model's device.
+        milliseconds (`float`): Duration of the image encoder.
     """
 
     image: Image.Image
-    sizes: dict
+    path: str
+    name: str
+    original_size: tuple[int, int]
+    reshaped_input_sizes: torch.Tensor
     vision_embeds: object
+    milliseconds: float
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width of the image."""
+        """Height and width of the displayed image."""
         return self.image.height, self.image.width
+
+    def to_input(self, points: Sequence[tuple[float, float]]) -> torch.Tensor:
+        """Converts points from pixels of the displayed image to pixels of the encoder's input `(num_points, 2)`."""
+        height, width = self.reshaped_input_sizes[0].tolist()
+        return torch.tensor(points, dtype=torch.float32) * torch.tensor(
+            [width / self.image.width, height / self.image.height]
+        )
 
 
 @dataclass(frozen=True)
@@ -92,12 +117,14 @@ class Prompts:
         labels (`tuple`): The label of each point: 1 for foreground, 0 for background.
         box (`tuple`, *optional*): x1, y1, x2, y2.
         corner (`tuple`, *optional*): First corner of a box whose second corner is not set yet.
+        previous (`Prompts`, *optional*): The prompts before the last change, for `Undo`.
     """
 
     points: tuple[tuple[float, float], ...] = ()
     labels: tuple[int, ...] = ()
     box: tuple[float, float, float, float] | None = None
     corner: tuple[float, float] | None = None
+    previous: "Prompts | None" = field(default=None, compare=False)
 
     def click(self, mode: str, x: float, y: float) -> "Prompts":
         """
@@ -106,27 +133,35 @@ class Prompts:
         """
         if mode != BOX:
             labels = (*self.labels, int(mode == FOREGROUND))
-            return replace(self, points=(*self.points, (x, y)), labels=labels, corner=None)
+            return replace(self, points=(*self.points, (x, y)), labels=labels, corner=None, previous=self)
         if self.corner is None:
-            return replace(self, corner=(x, y))
+            return replace(self, corner=(x, y), previous=self)
         if x == self.corner[0] or y == self.corner[1]:
             raise ValueError(f"The box would have no area. {SECOND_CORNER}")
         left, right = sorted((self.corner[0], x))
         top, bottom = sorted((self.corner[1], y))
-        return replace(self, box=(left, top, right, bottom), corner=None)
+        return replace(self, box=(left, top, right, bottom), corner=None, previous=self)
+
+    def clear(self) -> "Prompts":
+        return self if self == Prompts() else Prompts(previous=self)
 
     def draw(self, image: Image.Image) -> Image.Image:
         """
-        Returns a copy of the image with foreground points in green, background points in red, a yellow box, and a
-        cross at the first corner of a box.
+        Returns a copy of the image with a plus in a green circle at foreground points, a minus in a red circle at
+        background points, a yellow box, and a cross at the first corner of a box.
         """
         image = image.copy()
         draw, radius = ImageDraw.Draw(image), max(image.size) / 60
+        width = max(2, round(radius / 4))
         for (x, y), label in zip(self.points, self.labels, strict=True):
-            color = "lime" if label else "red"
-            draw.circle((x, y), radius, fill=color, outline="white", width=max(1, round(radius / 3)))
-        width = max(2, round(radius / 3))
+            draw.circle((x, y), radius + width, fill="white", outline="black", width=max(1, width // 2))
+            draw.circle((x, y), radius, fill="#007a1f" if label else "#c00000")
+            length = radius / 2
+            draw.line((x - length, y, x + length, y), fill="white", width=width)
+            if label:
+                draw.line((x, y - length, x, y + length), fill="white", width=width)
         if self.box is not None:
+            draw.rectangle(self.box, outline="black", width=2 * width)
             draw.rectangle(self.box, outline="yellow", width=width)
         if self.corner is not None:
             x, y = self.corner
@@ -135,68 +170,221 @@ class Prompts:
                 draw.line((x, y - length, x, y + length), fill=color, width=line_width)
         return image
 
+    def describe(self) -> str:
+        """Returns a text for users of screen readers."""
+        counts = [(self.labels.count(1), "foreground point"), (self.labels.count(0), "background point")]
+        counts += [(int(self.box is not None), "box"), (int(self.corner is not None), "first corner of a box")]
+        return ", ".join(f"{count} {name}{'s' * (count > 1)}" for count, name in counts if count)
+
     def next_step(self, mode: str) -> str:
         """Returns what to click on next."""
-        return SECOND_CORNER if mode == BOX and self.corner is not None else NEXT_STEPS[mode]
+        if mode == BOX and self.corner is not None:
+            return SECOND_CORNER
+        return CORRECTION if mode == FOREGROUND and (self.points or self.box) else NEXT_STEPS[mode]
 
 
-def read_image(path: str | None, longest_edge: int) -> Image.Image:
+@dataclass(frozen=True, eq=False)
+class LabelScores:
     """
-    Reads an image in RGB and resizes its longer side to `longest_edge` pixels. Raises `ValueError` with a message for
-    the user if that fails.
+    Scores of labels for masks.
+
+    Attributes:
+        scores (`torch.Tensor` of shape `(num_masks, num_labels)`): Scores from 0 to 1, on the CPU.
+        vocabulary (`SamClipVocabulary`): The labels.
     """
+
+    scores: torch.Tensor
+    vocabulary: SamClipVocabulary
+
+
+@dataclass(frozen=True, eq=False)
+class TextSegments:
+    """Segmentation by text: outputs of the model, and the vocabulary."""
+
+    outputs: SamClipSegmentationOutput
+    vocabulary: SamClipVocabulary
+
+
+@dataclass(frozen=True, eq=False)
+class PromptedMask:
+    """
+    The mask of points and a box.
+
+    Attributes:
+        logits (`torch.Tensor` of shape `(1, 1, 1, height, width)`): Mask logits, as `predict_masks` returns them.
+        score (`float`): Predicted IoU.
+        labels (`LabelScores`, *optional*): Scores of labels for this mask.
+    """
+
+    logits: torch.Tensor
+    score: float
+    labels: LabelScores | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class GeneratedMasks:
+    """
+    Masks of everything mode, best first.
+
+    Attributes:
+        encodings (`list[dict]`): Run-length encodings in the size of the displayed image.
+        scores (`list[float]`): Predicted IoUs.
+        labels (`LabelScores`, *optional*): Scores of labels for these masks.
+    """
+
+    encodings: list[dict]
+    scores: list[float]
+    labels: LabelScores | None = None
+
+
+class Segment(NamedTuple):
+    """
+    A mask of the result.
+
+    Attributes:
+        mask (`numpy.ndarray` of shape `(height, width)`): Boolean.
+        label (`str`): The label, or "" if there are no labels or none reaches the score threshold.
+        label_id (`int`): Position of the label among the entered ones, from 1; 0 without a label.
+        label_score (`float`, *optional*): Score of the label.
+        iou_score (`float`, *optional*): Predicted IoU of masks from prompts.
+    """
+
+    mask: np.ndarray
+    label: str = ""
+    label_id: int = 0
+    label_score: float | None = None
+    iou_score: float | None = None
+
+
+class Fields(NamedTuple):
+    """Values of the page's fields, in the order of the inputs of all events."""
+
+    mode: str
+    labels: str
+    background: str
+    template: str
+    threshold: float
+    opacity: float
+    pred_iou_thresh: float
+
+    @property
+    def texts(self) -> tuple[str, str, str]:
+        return self.labels, self.background, self.template
+
+
+class Session:
+    """
+    One image of one visitor, with all results. Another image gets another session, so that results of the previous
+    one, which may still be computed, are not shown. Events of a session run one after the other, see `lock`.
+    """
+
+    def __init__(self, picture: Picture | None = None, vocabularies: dict | None = None):
+        self.lock = threading.Lock()
+        self.picture = picture
+        self.vocabularies: dict = {} if vocabularies is None else vocabularies  # by the texts of the fields
+        self.texts: tuple[str, str, str] | None = None  # the last ones that were used or refused
+        self.refused = -math.inf  # when the last ones were refused
+        self.prompts = Prompts()
+        self.by_text: TextSegments | None = None
+        self.by_prompts: PromptedMask | None = None
+        self.everything: GeneratedMasks | None = None
+        self.classes: dict[str, float] | None = None
+        self.view = BY_TEXT
+        self.times: dict[str, list[tuple[str, Timer]]] = {}  # of the parts of each result
+        self.drawn: tuple | None = None  # what the image shows
+        self.is_replaced = False
+
+    def result(self, view: str) -> TextSegments | PromptedMask | GeneratedMasks | None:
+        return {BY_TEXT: self.by_text, BY_PROMPTS: self.by_prompts, EVERYTHING: self.everything}[view]
+
+    def vocabulary(self, view: str) -> SamClipVocabulary | None:
+        """The labels of a result, if it has any."""
+        result = self.result(view)
+        named = result if isinstance(result, TextSegments) else result and result.labels
+        return named and named.vocabulary
+
+
+def read_image(path: str | None) -> Image.Image:
+    """Reads an image in RGB. Raises `ValueError` with a message for the user if that fails."""
     if path is None or not os.path.getsize(path):
         raise ValueError("The file is empty.")
     try:
-        image = open_image(path, max_pixels=MAX_MEGAPIXELS * 10**6, formats=FORMATS)
+        return open_image(path, max_pixels=MAX_MEGAPIXELS * 10**6, formats=FORMATS)
     except Image.DecompressionBombError:
         raise ValueError(f"The image is too large. The maximum is {MAX_MEGAPIXELS} megapixels.") from None
     except Exception as error:  # Pillow's decoders raise many types for invalid files
         raise ValueError(
             f"The file is not an image or is damaged. Supported formats: {', '.join(FORMATS)}."
         ) from error
-    scale = longest_edge / max(image.size)
+
+
+def to_display(image: Image.Image) -> Image.Image:
+    """Resizes an image so that its longer side is between `DISPLAY_EDGES`."""
+    smallest, largest = DISPLAY_EDGES
+    scale = min(max(max(image.size), smallest), largest) / max(image.size)
     return image.resize(tuple(max(1, round(side * scale)) for side in image.size), Image.Resampling.BICUBIC)
 
 
-def parse_texts(labels: str, background: str, template: str) -> tuple[list[str], list[str]]:
+def parse_texts(fields: Fields) -> tuple[list[list[str]], list[str], str]:
     """
-    Returns the labels and the background texts of the page's fields, which are separated by commas. Raises
-    `ValueError` with a message for the user if the model cannot use them.
+    Returns the labels with their synonyms, the background texts and the prompt template. A background text that is
+    also a label is left out. Raises `ValueError` with a message for the user if they cannot be used.
     """
-    names, background_prompts = (
-        [text.strip() for text in field.split(",") if text.strip()] for field in (labels, background)
-    )
-    if not names:
-        raise ValueError('The field "Labels" is empty. Enter at least one label, such as "cat, sofa".')
-    if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"Enter each label once. Labels that are repeated: {', '.join(repeated)}.")
-    if background_prompts and "background" in names:
-        raise ValueError('Give the label "background" another name, or empty the field "Background texts".')
-    if template.count("{}") != 1:
+    try:
+        labels = parse_labels('The field "Labels"', fields.labels)
+        background = parse_names('The field "Background"', fields.background) if fields.background.strip() else []
+    except CommandError as error:
+        raise ValueError(str(error).replace("pass comma-separated", "enter comma-separated")) from error
+    names = {name for synonyms in labels for name in synonyms}
+    if background and "background" in names:
+        raise ValueError('Give the label "background" another name, or empty the field "Background".')
+    if fields.template.count("{}") != 1:
         raise ValueError(
             'The field "Prompt template" must contain {} once, in the place of the label, such as "a photo of a {}".'
         )
-    return names, background_prompts
+    return labels, [text for text in background if text not in names], fields.template
 
 
-def overlay(image: Image.Image, masks: list[tuple[torch.Tensor, str, int]]) -> gr.AnnotatedImage:
+def contrasting_colors(image: Image.Image, groups: Sequence[Sequence[np.ndarray]]) -> list[int]:
     """
-    Returns an image with masks and a legend.
-
-    Args:
-        image (`PIL.Image.Image`): The image.
-        masks (`list[tuple[torch.Tensor, str, int]]`): Each mask `(height, width)`, its legend, and a number that
-            determines its color.
+    Chooses a color number, see [`color_of`], for each group of masks `(height, width)`: the one with the largest
+    distance, in RGB, to the mean color of the image in and around the masks and to the colors of earlier groups.
     """
-    hues = {text: colorsys.hsv_to_rgb(number * 0.618 % 1, 0.85, 1) for _, text, number in masks}
-    colors = {text: "#" + "".join(f"{round(255 * part):02x}" for part in hue) for text, hue in hues.items()}
-    annotations = [(mask.float().cpu().numpy(), text) for mask, text, _ in masks]
-    return gr.AnnotatedImage((image, annotations), color_map=colors)
+    edge = 64  # a small image suffices for mean colors
+    pixels = np.asarray(image.resize((edge, edge), Image.Resampling.BOX), dtype=np.float32)
+    colors = np.array([color_of(number) for number in range(NUM_COLORS)], dtype=np.float32)
+    available = np.full(NUM_COLORS, np.inf, dtype=np.float32)  # distance to the nearest color of an earlier group
+    numbers: list[int] = []
+    for masks in groups:
+        inside = np.zeros((edge, edge), dtype=np.uint8)
+        for mask in masks:
+            small = Image.fromarray(mask.astype(np.uint8) * 255).resize((edge, edge), Image.Resampling.BOX)
+            inside = np.maximum(inside, np.asarray(small))
+        weights = np.asarray(Image.fromarray(inside).filter(ImageFilter.MaxFilter(5))).astype(np.float32)[..., None]
+        mean = (pixels * weights).sum(axis=(0, 1)) / max(1, weights.sum())
+        best = int(np.minimum(np.linalg.norm(colors - mean, axis=-1), available).argmax())
+        numbers.append(best)
+        available = np.minimum(available, np.linalg.norm(colors - colors[best], axis=-1))
+        if not available.any():  # every color is used
+            available[:] = np.inf
+    return numbers
+
+
+def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resizes a mask `(height, width)` of type bool bilinearly to `size`, height and width."""
+    if mask.shape == size:
+        return mask
+    resized = Image.fromarray(mask.astype(np.uint8) * 255).resize(size[::-1], Image.Resampling.BILINEAR)
+    return np.asarray(resized) > 127
+
+
+def label(vocabulary: SamClipVocabulary, label_id: int) -> tuple[str, int]:
+    """Returns the name of a label and its position among the entered ones, from 1; 0 for background."""
+    return vocabulary.id2label[label_id], label_id + (vocabulary.background_label_id is None)
 
 
 class Timer:
-    """Context manager that measures the duration of its block. Its string is the duration in milliseconds."""
+    """Context manager that measures the duration of its block in milliseconds."""
 
     def __enter__(self):
         self.start = time.perf_counter()
@@ -207,351 +395,679 @@ class Timer:
             torch.cuda.synchronize()
         self.milliseconds = 1000 * (time.perf_counter() - self.start)
 
-    def __str__(self):
-        return f"**{self.milliseconds:.0f} ms**"
-
 
 class App:
     """
-    The callbacks of the page. They return the values of the components that `build` connects them to. The encoded
-    image and the prompts are part of the user's session.
+    The callbacks of the page. They return the values of the components that `build` connects them to; most return
+    those of `show`.
 
     Args:
-        checkpoint (`str`): A folder or a repository on the Hub.
-
-    Raises:
-        ValueError: If the checkpoint is not a SAM-CLIP.
+        loaded (`LoadedModel`): The model and its processors.
+        mask_generation (`dict`): Arguments of everything mode.
     """
 
-    def __init__(self, checkpoint: str):
-        self.checkpoint = checkpoint
-        self.is_miniature = checkpoint == miniature.checkpoint()
-        self.mask_generation = mask_generation_options(checkpoint)
-        model_type = AutoConfig.from_pretrained(checkpoint).model_type
-        if model_type != "samclip":
-            raise ValueError(f'{checkpoint} is a model of type "{model_type}", not a SAM-CLIP.')
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = SamClipForImageSegmentation.from_pretrained(checkpoint).to(device).eval()
-        self.processor = SamClipProcessor.from_pretrained(checkpoint)
+    def __init__(self, loaded: LoadedModel, mask_generation: dict):
+        self.model, self.image_processor, self.tokenizer = loaded.model, loaded.image_processor, loaded.tokenizer
+        self.description, self.caption = loaded.description, loaded.caption
+        self.mask_generation = mask_generation
+        self.is_miniature = "note" in self.description
         self.tokenizer_lock = threading.Lock()  # callbacks run in threads, and tokenizers are not thread-safe
-        self.longest_edge = max(MIN_DISPLAY_SIZE, self.processor.image_processor.size["longest_edge"])
-
-        folder = Path(tempfile.mkdtemp(prefix="samclip-scenes-"))
         self.scenes: list[tuple[str, str]] = []  # path and labels
-        for index in EXAMPLE_SCENES:
-            scene = render(seed=0, index=index)
-            path = str(folder / f"scene{index}.png")
-            image = Image.fromarray(scene.image)
-            image.resize((MIN_DISPLAY_SIZE, MIN_DISPLAY_SIZE), Image.Resampling.BICUBIC).save(path)
-            self.scenes.append((path, ", ".join(CLASS_NAMES[number] for number in dict.fromkeys(scene.class_ids))))
+        if self.is_miniature:
+            folder = Path(tempfile.mkdtemp(prefix="samclip-scenes-"))
+            for index in EXAMPLE_SCENES:
+                scene = render(seed=0, index=index)
+                path = str(folder / f"scene{index}.png")
+                to_display(Image.fromarray(scene.image)).save(path)
+                self.scenes.append((path, ", ".join(CLASS_NAMES[number] for number in dict.fromkeys(scene.class_ids))))
 
-    # Callbacks.
+    # Images.
 
     @torch.inference_mode()
-    def load(self, path: str | None, encoded: EncodedImage | None, prompts: Prompts):
+    def load(self, path: str | None, name: str, session: Session | None, fields: Fields):
         """Reads and encodes an image. If it cannot be read, shows a warning and keeps the previous one."""
         try:
-            image = read_image(path, self.longest_edge)
+            original = read_image(path)
         except ValueError as error:
-            gr.Warning(str(error), title="The image was not loaded")
-            return prompts.draw(encoded.image) if encoded else None, *[gr.skip()] * 7
-        inputs = self.processor(images=image)
+            gr.Warning(str(error), title="The image was not opened")
+            return session, *self.show(session, fields, is_redrawn=True)
+        inputs = self.image_processor(original, return_tensors="pt")
         with Timer() as timer:
-            vision_embeds = self.model.vision_encoder(inputs.pop("pixel_values").to(self.model.device))
-        return (
-            image,
-            EncodedImage(image, dict(inputs), vision_embeds),
-            Prompts(),
-            overlay(image, []),
-            overlay(image, []),
-            f"Image encoder {timer}, once per image",
-            "",
-            "",
+            vision_embeds = self.model.get_vision_embeds(
+                inputs["pixel_values"].to(self.model.device), inputs["reshaped_input_sizes"]
+            )
+        picture = Picture(
+            to_display(original),
+            path,
+            name,
+            (original.height, original.width),
+            inputs["reshaped_input_sizes"],
+            vision_embeds,
+            timer.milliseconds,
         )
+        new = Session(picture, session and session.vocabularies)
+        if session is not None:
+            session.is_replaced = True
+        return new, *self.show(new, fields)
 
-    def upload(self, file: dict | None, encoded: EncodedImage | None, prompts: Prompts):
-        return self.load(file and file["path"], encoded, prompts)
+    def upload(self, file: dict | None, session: Session | None, *fields):
+        file = file or {"path": None}
+        return self.load(file["path"], file.get("orig_name") or "image.png", session, Fields(*fields))
 
-    def choose(self, index: int, encoded: EncodedImage | None, prompts: Prompts):
+    def choose(self, index: int, session: Session | None, *fields):
+        """Opens an example. The last output is its labels."""
         path, labels = self.scenes[index]
-        return *self.load(path, encoded, prompts), labels
+        return *self.load(path, Path(path).name, session, Fields(*fields)), labels
 
-    def remove(self):
+    def remove(self, session: Session | None, *fields):
         """Removes the image, its prompts and all results."""
-        return None, Prompts(), None, *[None] * 5, *[""] * 4
+        if session is not None:
+            session.is_replaced = True
+        return None, *self.show(None, Fields(*fields))
 
-    def click(self, encoded: EncodedImage | None, prompts: Prompts, mode: str, event: gr.SelectData):
-        if encoded is None:
+    # Text.
+
+    def embed_texts(self, session: Session, fields: Fields) -> SamClipVocabulary:
+        """Returns the vocabulary of the texts in the fields. The session keeps the last ones. Raises `ValueError` with
+        a message for the user."""
+        if fields.texts not in session.vocabularies:
+            labels, background, template = parse_texts(fields)
+            with self.tokenizer_lock:
+                vocabulary = self.model.embed_vocabulary(labels, background, [template], self.tokenizer)
+            while len(session.vocabularies) >= MAX_VOCABULARIES:
+                del session.vocabularies[next(iter(session.vocabularies))]
+            session.vocabularies[fields.texts] = vocabulary
+        return session.vocabularies[fields.texts]
+
+    def segment(self, session: Session | None, *values):
+        """Segments by text. If the texts cannot be used, shows a warning and keeps the previous results."""
+        if session is None:
             gr.Warning(NO_IMAGE)
             return gr.skip()
-        try:
-            prompts = prompts.click(mode, *event.index)
-        except ValueError as error:
-            gr.Warning(str(error), title="The box was not drawn")
-            return gr.skip()
-        return self.predict_mask(encoded, prompts)
+        fields = Fields(*values)
+        with session.lock:
+            result = session.by_text
+            if result is not None and result.vocabulary is session.vocabularies.get(fields.texts):
+                session.view = BY_TEXT  # the field lost its focus when the button was pressed
+                return self.show(session, fields)
+            is_repeated = fields.texts == session.texts and time.monotonic() < session.refused + 1
+            return gr.skip() if is_repeated else self._segment(session, fields)
 
-    def clear(self, encoded: EncodedImage | None):
-        return gr.skip() if encoded is None else self.predict_mask(encoded, Prompts())
+    def segment_changes(self, session: Session | None, *values):
+        """Segments by text as `segment`, if there are an image and labels, and the texts are not the last ones."""
+        fields = Fields(*values)
+        if session is None or not fields.labels.strip():
+            return gr.skip()
+        with session.lock:
+            return gr.skip() if fields.texts == session.texts else self._segment(session, fields)
 
     @torch.inference_mode()
-    def predict_mask(self, encoded: EncodedImage, prompts: Prompts):
-        """Predicts one mask from all points and the box. For a single point, it is the one of three masks with the
-        highest predicted IoU."""
-        masks, duration = [], ""
+    def _segment(self, session: Session, fields: Fields):
+        session.texts = fields.texts
+        try:
+            with Timer() as text_tower:
+                vocabulary = self.embed_texts(session, fields)
+        except ValueError as error:
+            session.refused = time.monotonic()
+            gr.Warning(str(error), title="The texts were not used")
+            return gr.skip()
+        inputs = {
+            "vision_embeds": session.picture.vision_embeds,
+            "reshaped_input_sizes": session.picture.reshaped_input_sizes,
+        }
+        with Timer() as segmentation:
+            session.by_text = TextSegments(self.model(**inputs, vocabulary=vocabulary), vocabulary)
+        session.times[BY_TEXT] = [("text tower", text_tower), ("segmentation", segmentation)]
+        image_embeds = torch.nn.functional.normalize(self.model.get_image_features(**inputs).pooler_output, dim=-1)
+        scores = self.model.classify(image_embeds, vocabulary)[0].softmax(dim=-1)
+        session.classes = dict(zip(vocabulary.id2label.values(), scores.tolist(), strict=True))
+        session.view = BY_TEXT
+        if session.by_prompts is not None:
+            session.by_prompts = self.name(session, session.by_prompts, vocabulary)
+        if session.everything is not None:
+            session.everything = self.name(session, session.everything, vocabulary)
+        return self.show(session, fields)
+
+    def name(self, session: Session, result, vocabulary: SamClipVocabulary | None):
+        """Returns a result with the scores of a vocabulary's labels for its masks."""
+        masks = [segment.mask for segment in self.masks(session, result, session.picture.size)]
+        if vocabulary is None or not masks:
+            return replace(result, labels=None)
+        outputs = self.model.classify_masks(
+            [masks],
+            vision_embeds=session.picture.vision_embeds,
+            reshaped_input_sizes=session.picture.reshaped_input_sizes,
+            vocabulary=vocabulary,
+        )
+        return replace(result, labels=LabelScores(outputs.scores[0].float().cpu(), vocabulary))
+
+    def current_vocabulary(self, session: Session, fields: Fields) -> SamClipVocabulary | None:
+        """Returns the vocabulary of the texts in the fields, or `None` if they cannot be used. The events of the
+        fields show the reason."""
+        try:
+            return self.embed_texts(session, fields) if fields.labels.strip() else None
+        except ValueError:
+            return None
+
+    # Points and boxes.
+
+    def click(self, session: Session | None, event: gr.SelectData, *values):
+        if session is None:
+            gr.Warning(NO_IMAGE)
+            return gr.skip()
+        fields = Fields(*values)
+        with session.lock:
+            try:
+                prompts = session.prompts.click(fields.mode, *event.index)
+            except ValueError as error:
+                gr.Warning(str(error), title="The box was not drawn")
+                return gr.skip()
+            return self.predict_mask(session, prompts, fields)
+
+    def undo(self, session: Session | None, *values):
+        """Returns to the prompts before the last click, or before they were cleared."""
+        if session is None or session.prompts.previous is None:
+            return gr.skip()
+        with session.lock:
+            return self.predict_mask(session, session.prompts.previous or session.prompts, Fields(*values))
+
+    def clear(self, session: Session | None, *values):
+        if session is None:
+            return gr.skip()
+        with session.lock:
+            return self.predict_mask(session, session.prompts.clear(), Fields(*values))
+
+    @torch.inference_mode()
+    def predict_mask(self, session: Session, prompts: Prompts, fields: Fields):
+        """Predicts one mask from all points and the box, and names it. For a single point, it is the one of three
+        masks with the highest predicted IoU."""
+        session.prompts, session.by_prompts, session.view = prompts, None, BY_PROMPTS
         if prompts.points or prompts.box:
-            inputs = self.processor(
-                images=encoded.image,
-                input_points=[[prompts.points]] if prompts.points else None,
-                input_labels=[[prompts.labels]] if prompts.points else None,
-                input_boxes=[[prompts.box]] if prompts.box else None,
-            )
-            names = [name for name in ("input_points", "input_labels", "input_boxes") if name in inputs]
-            with Timer() as timer:
+            picture, device = session.picture, self.model.device
+            inputs = {}
+            if prompts.points:
+                inputs["input_points"] = picture.to_input(prompts.points)[None, None].to(device)
+                inputs["input_labels"] = torch.tensor([[prompts.labels]], device=device)
+            if prompts.box:
+                corners = picture.to_input([prompts.box[:2], prompts.box[2:]])
+                inputs["input_boxes"] = corners.reshape(1, 1, 4).to(device)
+            with Timer() as decoder:
                 logits, iou_scores = self.model.predict_masks(
-                    encoded.vision_embeds.last_hidden_state,
-                    **{name: inputs[name].to(self.model.device) for name in names},
+                    picture.vision_embeds.last_hidden_state,
+                    **inputs,
                     multimask_output=len(prompts.points) == 1 and prompts.box is None,
                 )
-            mask = self.processor.post_process_masks(logits.cpu(), **encoded.sizes)[0][0, iou_scores[0, 0].argmax()]
-            masks = [(mask, f"predicted IoU {iou_scores.max():.2f}", 1)]
-            duration = f"Points and box {timer}"
-        return prompts.draw(encoded.image), prompts, overlay(encoded.image, masks), duration
+                best = int(iou_scores[0, 0].argmax())
+                result = PromptedMask(logits[:, :, best, None], float(iou_scores[0, 0, best]))
+            with Timer() as naming:
+                session.by_prompts = self.name(session, result, self.current_vocabulary(session, fields))
+            session.times[BY_PROMPTS] = [("mask decoder", decoder), ("naming", naming)]
+        return self.show(session, fields)
 
-    @torch.inference_mode()
-    def segment(self, encoded: EncodedImage | None, labels: str, background: str, template: str, threshold: float):
-        """
-        Segments by text with the CLIP head and with both heads, and classifies the whole image. The last output is the
-        request, for `segment_changes`. If the texts cannot be used, shows a warning and keeps the previous results.
-        """
-        if encoded is None:
+    # Everything mode.
+
+    def segment_everything(self, session: Session | None, *values):
+        if session is None:
             gr.Warning(NO_IMAGE)
             return gr.skip()
-        request = (encoded, labels, background, template, threshold)
-        try:
-            names, background_prompts = parse_texts(labels, background, template)
-            with self.tokenizer_lock, Timer() as text_tower:
-                vocabulary = self.model.embed_vocabulary(
-                    names, background_prompts, [template], self.processor.tokenizer
-                )
-        except ValueError as error:
-            gr.Warning(str(error), title="The texts were not used")
-            return *[gr.skip()] * 4, request
-        id2label = vocabulary.id2label
-        inputs = {
-            "vision_embeds": encoded.vision_embeds,
-            "reshaped_input_sizes": encoded.sizes["reshaped_input_sizes"],
-        }
-
-        with Timer() as clip_head:
-            outputs = self.model(**inputs, vocabulary=vocabulary, both_heads=False)
-        label_map = self.processor.post_process_semantic_segmentation(outputs, [encoded.size])[0]
-        by_clip_head = [
-            (label_map == label_id, id2label[label_id], label_id)
-            for label_id in label_map.unique().tolist()
-            if label_id != vocabulary.background_label_id
-        ]
-
-        with Timer() as both_heads:
-            outputs = self.model(**inputs, vocabulary=vocabulary)
-        segments = self.processor.post_process_panoptic_segmentation(
-            outputs,
-            threshold=threshold,
-            overlap_mask_area_threshold=0,  # keep masks that are mostly hidden by others
-            label_ids_to_fuse=set(id2label),
-            target_sizes=[encoded.size],
-        )[0]
-        by_both_heads = [
-            (
-                segments["segmentation"] == segment["id"],
-                f"{id2label[segment['label_id']]} {segment['score']:.2f}",
-                segment["label_id"],
-            )
-            for segment in segments["segments_info"]
-        ]
-
-        with Timer() as classification:
-            image_embeds = F.normalize(self.model.get_image_features(**inputs).pooler_output, dim=-1)
-            scores = self.model.classify(image_embeds, vocabulary)[0].softmax(dim=-1)
-        return (
-            overlay(encoded.image, by_clip_head),
-            overlay(encoded.image, by_both_heads),
-            {id2label[label_id]: score for label_id, score in enumerate(scores.tolist())},
-            f"Text tower {text_tower}, CLIP head {clip_head}, both heads {both_heads}, "
-            f"classification {classification}",
-            request,
-        )
-
-    def segment_changes(self, request: tuple | None, *new_request):
-        """Segments by text as `segment`, if there is an image and the inputs are not those of the last request."""
-        return gr.skip() if new_request[0] is None or new_request == request else self.segment(*new_request)
+        fields = Fields(*values)
+        with session.lock:
+            self.generate_masks(session, fields)
+            session.view = EVERYTHING
+            return self.show(session, fields)
 
     @torch.inference_mode()
-    def segment_everything(self, encoded: EncodedImage | None):
-        """Generates masks as `pipeline("mask-generation")` does, from the image embeddings of the session."""
-        if encoded is None:
-            gr.Warning(NO_IMAGE)
-            return gr.skip()
-        image_processor, device, options = self.processor.image_processor, self.model.device, self.mask_generation
-        thresholds = {name: options[name] for name in ("pred_iou_thresh", "stability_score_thresh")}
+    def generate_masks(self, session: Session, fields: Fields) -> None:
+        """Generates masks as `pipeline("mask-generation")` does, for the displayed image and from the image embeddings
+        of the session, and names them."""
+        picture, image_processor, device = session.picture, self.image_processor, self.model.device
+        options = self.mask_generation
         with Timer() as timer:
             crop_boxes, points, _, labels = image_processor.generate_crop_boxes(
-                encoded.image,
-                image_processor.size["longest_edge"],
-                points_per_crop=options["points_per_crop"],
+                picture.image, image_processor.size["longest_edge"], points_per_crop=options["points_per_crop"]
             )
             filtered = []
             for start in range(0, points.shape[1], POINTS_PER_BATCH):
                 batch = slice(start, start + POINTS_PER_BATCH)
                 logits, iou_scores = self.model.predict_masks(
-                    encoded.vision_embeds.last_hidden_state,
+                    picture.vision_embeds.last_hidden_state,
                     points[:, batch].to(device, self.model.dtype),
                     labels[:, batch].to(device),
                 )
-                masks = image_processor.post_process_masks(logits, **encoded.sizes, binarize=False)
+                masks = image_processor.post_process_masks(
+                    logits, torch.tensor([picture.size]), picture.reshaped_input_sizes, binarize=False
+                )
                 filtered.append(
-                    image_processor.filter_masks(masks[0], iou_scores[0], encoded.size, crop_boxes[0], **thresholds)
+                    image_processor.filter_masks(
+                        masks[0],
+                        iou_scores[0],
+                        picture.size,
+                        crop_boxes[0],
+                        pred_iou_thresh=fields.pred_iou_thresh,
+                        stability_score_thresh=options["stability_score_thresh"],
+                    )
                 )
             all_masks, all_scores, all_boxes = zip(*filtered, strict=True)
-            masks, iou_scores, _, _ = image_processor.post_process_for_mask_generation(
+            _, iou_scores, encodings, _ = image_processor.post_process_for_mask_generation(
                 [mask for batch_masks in all_masks for mask in batch_masks],
                 torch.cat(all_scores),
                 torch.cat(all_boxes),
                 options["crops_nms_thresh"],
             )
-        scored = zip(masks, iou_scores.tolist(), strict=True)
-        numbered = [(torch.as_tensor(mask), f"{n}: {score:.2f}", n) for n, (mask, score) in enumerate(scored, start=1)]
-        return overlay(encoded.image, numbered), f"Everything {timer}, {len(numbered)} masks"
+        with Timer() as naming:
+            result = GeneratedMasks(encodings, iou_scores.tolist())
+            session.everything = self.name(session, result, self.current_vocabulary(session, fields))
+        session.times[EVERYTHING] = [("mask decoder", timer), ("naming", naming)]
+
+    # Results.
+
+    def segments(self, session: Session, view: str, size: tuple[int, int], threshold: float) -> list[Segment]:
+        """
+        Returns the masks of a result.
+
+        Args:
+            session (`Session`): The image and its results.
+            view (`str`): `BY_TEXT`, `BY_PROMPTS` or `EVERYTHING`.
+            size (`tuple[int, int]`): Height and width of the masks.
+            threshold (`float`): The least label score. Masks of `BY_TEXT` with a lower score are left out; masks of
+                the others have no label then.
+        """
+        result = session.result(view)
+        if result is None:
+            return []
+        if isinstance(result, TextSegments):
+            # The settings of the zero-shot segmentation pipeline and of `samclip segment`.
+            found = self.image_processor.post_process_panoptic_segmentation(
+                result.outputs, threshold=threshold, target_sizes=[size]
+            )[0]
+            segmentation, vocabulary = found["segmentation"].cpu().numpy(), result.vocabulary
+            return [
+                Segment(segmentation == info["id"], *label(vocabulary, info["label_id"]), info["score"])
+                for info in found["segments_info"]
+            ]
+        segments = self.masks(session, result, size)
+        if result.labels is None:
+            return segments
+        scores, label_ids = result.labels.scores.max(dim=-1)
+        return [
+            Segment(segment.mask, *label(result.labels.vocabulary, label_id), score, segment.iou_score)
+            if score >= threshold
+            else segment
+            for segment, label_id, score in zip(segments, label_ids.tolist(), scores.tolist(), strict=True)
+        ]
+
+    def masks(self, session: Session, result: PromptedMask | GeneratedMasks, size: tuple[int, int]) -> list[Segment]:
+        """Returns the masks of prompts or of everything mode, without labels."""
+        if isinstance(result, PromptedMask):
+            masks = self.image_processor.post_process_masks(
+                result.logits.cpu(), torch.tensor([size]), session.picture.reshaped_input_sizes
+            )[0][0, 0]
+            return [Segment(masks.numpy(), iou_score=result.score)]
+        return [
+            Segment(resize_mask(decode_rle(encoding), size), iou_score=score)
+            for encoding, score in zip(result.encodings, result.scores, strict=True)
+        ]
+
+    def show(self, session: Session | None, fields: Fields, is_redrawn: bool = False):
+        """
+        Returns the image with its prompts, the result, the table of masks, the durations, the next step, the view and
+        the classes of the whole image. `is_redrawn` also returns the image with its prompts if it has not changed.
+        """
+        if session is None:
+            step = "Drop an image on the frame, paste one, or choose an example."
+            step = step if self.scenes else "Drop a photograph on the frame, or paste one."
+            return None, gr.Image(None, alt_text=""), "", "", step, BY_TEXT, None
+        if session.is_replaced:
+            return [gr.skip()] * 7
+        picture, view = session.picture, session.view
+        with Timer() as drawing:
+            segments = self.segments(session, view, picture.size, fields.threshold)
+            colors = self.colors(picture.image, segments)
+            result = self.draw(picture.image, segments, colors, fields.opacity)
+            drawn = (session.prompts, session.by_prompts, fields.threshold, fields.opacity)
+            if drawn == session.drawn and not is_redrawn:
+                image = gr.skip()
+            else:
+                session.drawn = drawn
+                prompted = self.segments(session, BY_PROMPTS, picture.size, fields.threshold)
+                image = self.draw(picture.image, prompted, self.colors(picture.image, prompted), fields.opacity)
+                text = f"{picture.name}, {session.prompts.describe() or 'no points'}"
+                image = gr.Image(session.prompts.draw(image), alt_text=text)
+        names = ", ".join(dict.fromkeys(segment.label or "unnamed" for segment in segments))
+        alt_text = f"{picture.name}, {len(segments)} masks: {names}" if segments else f"{picture.name}, no masks"
+        return (
+            image,
+            gr.Image(result, alt_text=alt_text, label=f"Result: {view}"),
+            self.table(session, segments, colors, fields),
+            self.durations(session, drawing),
+            session.prompts.next_step(fields.mode),
+            view,
+            session.classes,
+        )
+
+    def choose_view(self, session: Session | None, view: str, *values):
+        if session is None:
+            return gr.skip()
+        with session.lock:
+            session.view = view
+            return self.show(session, Fields(*values))
+
+    def update(self, session: Session | None, *values):
+        """Shows the results with other thresholds, another opacity or another prompt type. No model runs."""
+        if session is None:
+            return gr.skip()
+        with session.lock:
+            return self.show(session, Fields(*values))
+
+    @staticmethod
+    def colors(image: Image.Image, segments: list[Segment]) -> list[int]:
+        """The color number of each segment. Segments with the same label have the same color."""
+        keys = [segment.label or index for index, segment in enumerate(segments)]
+        groups: dict = {}
+        for key, segment in zip(keys, segments, strict=True):
+            groups.setdefault(key, []).append(segment.mask)
+        numbers = dict(zip(groups, contrasting_colors(image, list(groups.values())), strict=True))
+        return [numbers[key] for key in keys]
+
+    @staticmethod
+    def draw(image: Image.Image, segments: list[Segment], colors: list[int], opacity: float, **options) -> Image.Image:
+        masks, names = [segment.mask for segment in segments], [segment.label for segment in segments]
+        return draw_segments(image, masks, colors, (), names=names, opacity=opacity, **options)
+
+    def table(self, session: Session, segments: list[Segment], colors: list[int], fields: Fields) -> str:
+        """Returns the masks as HTML: color, label, scores and area."""
+        view, notes, result = session.view, [], session.result(session.view)
+        vocabulary = session.vocabulary(view)
+        if result is None:
+            return f"<p>{EMPTY[view]}</p>"
+        if not segments and view == BY_TEXT:
+            notes.append(f"No mask has a label score of {fields.threshold:.2f} or more. Lower the score threshold.")
+        elif not segments:
+            notes.append("No mask reaches the threshold of the predicted IoU (in Settings).")
+        if vocabulary is None:
+            notes.append("Enter labels to name the masks.")
+        elif len(vocabulary.id2label) == 1:
+            notes.append(
+                "With one label and no background texts, the score is always 1. Enter more labels, or texts in the "
+                "field Background (in Settings)."
+            )
+        if view == BY_PROMPTS and result.labels is not None:
+            scores, label_ids = result.labels.scores[0].topk(min(4, result.labels.scores.shape[1]))
+            best = (
+                f"{vocabulary.id2label[i]} {score:.2f}" for i, score in zip(label_ids.tolist(), scores, strict=True)
+            )
+            notes.append(f"Label scores of this mask: {', '.join(best)}.")
+        has_labels, has_ious = vocabulary is not None, view != BY_TEXT
+        heads = ["Mask", *["Label score"] * has_labels, *["Predicted IoU"] * has_ious, "Area"]
+        rows = []
+        for index, segment in enumerate(segments):
+            color = "#{:02x}{:02x}{:02x}".format(*color_of(colors[index]))
+            unnamed = "no label reaches the threshold" if has_labels else f"mask {index + 1}"
+            cells = [f'<i style="background:{color}"></i>{html.escape(segment.label or unnamed)}']
+            if has_labels:
+                cells.append("" if segment.label_score is None else f"{segment.label_score:.2f}")
+            if has_ious:
+                cells.append(f"{segment.iou_score:.2f}")
+            cells.append(f"{segment.mask.mean():.1%}")
+            rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+        head = "".join(f'<th scope="col">{text}</th>' for text in heads)
+        table = f'<div class="mask-list"><table class="masks"><tr>{head}</tr>{"".join(rows)}</table></div>'
+        return (table if rows else "") + "".join(f"<p>{html.escape(note)}</p>" for note in notes)
+
+    def durations(self, session: Session, drawing: Timer) -> str:
+        """Returns the measured durations of the shown result."""
+        encoder = f"Image encoder: once for this image, **{session.picture.milliseconds:.0f} ms**."
+        if session.result(session.view) is None:
+            return encoder
+        parts = [*session.times[session.view], ("drawing", drawing)]
+        what = {BY_TEXT: "Labels to masks", BY_PROMPTS: "Click to mask", EVERYTHING: "Everything"}[session.view]
+        total = sum(timer.milliseconds for _, timer in parts)
+        detail = ", ".join(f"{name} {timer.milliseconds:.0f}" for name, timer in parts)
+        return f"{what}: **{total:.0f} ms** ({detail}). {encoder} Measured on the server, without the transfer."
+
+    # Downloads.
+
+    def record(self, session: Session, segments: list[Segment]) -> dict:
+        """Returns the shown result as `samclip segment` and `samclip masks` write it."""
+        records = []
+        for segment in segments:
+            record: dict = {}
+            if session.view != BY_TEXT:
+                record["score"] = segment.iou_score
+            if segment.label:
+                key = "score" if session.view == BY_TEXT else "label_score"
+                record |= {"label": segment.label, "label_id": segment.label_id, key: segment.label_score}
+            records.append(record | coco_annotation(segment.mask))
+        height, width = session.picture.original_size
+        key = "segments" if session.view == BY_TEXT else "masks"
+        return {
+            "image": session.picture.name,
+            "height": height,
+            "width": width,
+            "model": self.description,
+            key: records,
+        }
+
+    def download(self, suffix: str, session: Session | None, *values):
+        """Writes the shown result in the size of the original image. Returns the path of the file, `None` without
+        masks."""
+        if session is None:
+            gr.Warning(NO_IMAGE)
+            return None
+        fields, picture = Fields(*values), session.picture
+        with session.lock:
+            segments = self.segments(session, session.view, picture.original_size, fields.threshold)
+            if not segments:
+                gr.Warning(f"There are no masks to download. {EMPTY[session.view]}")
+                return None
+            if suffix == ".json":
+                content = (json.dumps(self.record(session, segments)) + "\n").encode()
+            else:
+                try:
+                    image = read_image(picture.path)
+                except (ValueError, OSError):
+                    gr.Warning("The image was removed from the server. Open it again.")
+                    return None
+                colors = self.colors(image, segments)
+                result = self.draw(image, segments, colors, fields.opacity, caption=self.caption)
+                file = io.BytesIO()
+                result.save(file, "PNG")
+                content = file.getvalue()
+        return save_bytes_to_cache(content, f"{Path(picture.name).stem}_masks{suffix}", get_upload_folder())
 
     # The page.
 
     def describe(self) -> str:
-        """Returns a line about the checkpoint."""
-        size = sum(parameter.numel() for parameter in self.model.parameters()) / 1e6
-        if not self.is_miniature:
-            return f"Checkpoint: **{self.checkpoint}**, {size:.0f} million parameters."
-        return (
-            f"Checkpoint: **the shipped miniature**, {size:.0f} million parameters, trained on procedural scenes, "
-            "not on photographs. For another one: `python demo/app.py FOLDER_OR_NAME`."
-        )
+        """Returns a line about the model."""
+        size = f"{sum(parameter.numel() for parameter in self.model.parameters()) / 1e6:.0f} million parameters"
+        names = [
+            f"**{html.escape(str(self.description[key]))}**"
+            for key in ("name", "sam", "clip")
+            if key in self.description
+        ]
+        if self.is_miniature:
+            return (
+                f"**This model knows drawn scenes only**, not photographs: it is the shipped miniature ({size}). For "
+                "photographs: `python demo/app.py --sam facebook/sam-vit-base --clip openai/clip-vit-base-patch16`"
+            )
+        if len(names) == 1:
+            return f"Model: {names[0]}, {size}."
+        return f"Masks by {names[0]}, labels by {names[1]}, {size}. Not trained together: two encoders."
 
     def build(self) -> gr.Blocks:
         """Returns the page."""
-        image_options = {"height": 290, "format": "jpeg"}  # WebP, Gradio's default, takes ten times as long to write
-        mask_options = image_options | {"elem_classes": "masks"}
+        image_options = {"height": 440, "format": "jpeg"}  # WebP, Gradio's default, takes ten times as long to write
+        one_line = {"lines": 1, "max_lines": 1}
         with gr.Blocks(title="SAM-CLIP", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
-            gr.Markdown(f"### SAM-CLIP: segmentation from points, a box and text\n{self.describe()}")
-            encoded = gr.State(None, time_to_live=3600)
-            prompts = gr.State(Prompts())
-            text_request = gr.State(None, time_to_live=3600)
-            with gr.Row():
-                input_image = gr.Image(
-                    label="Image: click to add points or a box",
-                    sources=["upload", "clipboard"],
-                    buttons=[],
-                    elem_id="input_image",
-                    **image_options,
-                )
-                by_prompts = gr.AnnotatedImage(label="Points and box", elem_id="by_prompts", **mask_options)
-                everything = gr.AnnotatedImage(label="Everything", elem_id="everything", **mask_options)
-            with gr.Row():
-                with gr.Column(scale=3):
-                    mode = gr.Radio([FOREGROUND, BACKGROUND, BOX], value=FOREGROUND, show_label=False, elem_id="mode")
-                    next_step = gr.Markdown(Prompts().next_step(FOREGROUND), elem_id="next_step")
-                with gr.Column(min_width=150, scale=1):
-                    clear = gr.Button("Clear points and box", size="sm", elem_id="clear")
-                    segment_everything = gr.Button("Segment everything", size="sm", elem_id="segment_everything")
-                scenes = gr.Dataset(
-                    components=[gr.Image(visible=False)],
-                    samples=[[path] for path, _ in self.scenes],
-                    type="index",
-                    label="Examples",
-                    elem_id="scenes",
-                    scale=3,
-                )
-            with gr.Row():
-                one_line = {"lines": 1, "max_lines": 1}
-                labels = gr.Textbox("", label="Labels, separated by commas", elem_id="labels", scale=4, **one_line)
-                template = gr.Textbox(
-                    "a {}" if self.is_miniature else "a photo of a {}",
-                    label="Prompt template",
-                    elem_id="template",
-                    **one_line,
-                )
-            background = gr.Textbox(
-                ", ".join(BACKGROUND_PROMPTS),
-                label="Background texts, separated by commas",
-                elem_id="background",
-                **one_line,
+            gr.Markdown("## SAM-CLIP: named masks from labels and clicks")
+            gr.Markdown(self.describe(), elem_id="note")
+            session = gr.State(None, time_to_live=3600)
+            scenes = gr.Dataset(
+                components=[gr.Image(visible=False)],
+                samples=[[path] for path, _ in self.scenes],
+                type="index",
+                label="Example scenes",
+                elem_id="scenes",
+                visible=bool(self.scenes),
             )
             with gr.Row():
-                by_clip_head = gr.AnnotatedImage(label="Text: CLIP head", elem_id="by_clip_head", **mask_options)
-                by_both_heads = gr.AnnotatedImage(label="Text: both heads", elem_id="by_both_heads", **mask_options)
-                with gr.Column():
-                    classes = gr.Label(
-                        label="Text: whole image", num_top_classes=5, show_heading=False, elem_id="classes"
+                with gr.Column(min_width=340):
+                    image = gr.Image(
+                        label="Image",
+                        sources=["upload", "clipboard"],
+                        buttons=[],
+                        placeholder="Drop an image here, or click to open one",
+                        elem_id="input_image",
+                        **image_options,
+                    )
+                    labels = gr.Textbox(
+                        label="Labels",
+                        info="What to find, separated by commas.",
+                        placeholder="cat, sofa, person",
+                        elem_id="labels",
+                        **one_line,
                     )
                     with gr.Row():
-                        slider = {"min_width": 100, "buttons": []}
-                        threshold = gr.Slider(0, 1, 0.3, label="Score threshold", elem_id="threshold", **slider)
-                        opacity = gr.Slider(0, 1, 0.6, label="Opacity", elem_id="opacity", **slider)
-            with gr.Row(elem_classes="timers", elem_id="timers"):
-                encoder_time, prompt_time, text_time, everything_time = (gr.Markdown() for _ in range(4))
+                        segment = gr.Button("Segment", variant="primary", min_width=120, elem_id="segment")
+                        everything = gr.Button("Segment everything", min_width=120, elem_id="segment_everything")
+                    next_step = gr.Markdown(elem_id="next_step")
+                    modes = [FOREGROUND, BACKGROUND, BOX]
+                    mode = gr.Radio(modes, value=FOREGROUND, label="A click in the image sets a", elem_id="mode")
+                    with gr.Row():
+                        undo = gr.Button("Undo", size="sm", min_width=100, elem_id="undo")
+                        clear = gr.Button("Clear points and box", size="sm", min_width=100, elem_id="clear")
+                    threshold = gr.Slider(
+                        0,
+                        1,
+                        0.5,
+                        step=0.01,
+                        label="Score threshold",
+                        info="The least score of a label, from 0 to 1.",
+                        buttons=[],
+                        elem_id="threshold",
+                    )
+                    with gr.Accordion("Settings", open=False, elem_id="settings"):
+                        background = gr.Textbox(
+                            ", ".join(BACKGROUND_PROMPTS if self.is_miniature else PHOTO_BACKGROUND),
+                            label="Background",
+                            info="What else the image may show, separated by commas. Regions that match one of these "
+                            "texts better than the labels have no mask.",
+                            elem_id="background",
+                            **one_line,
+                        )
+                        template = gr.Textbox(
+                            "a {}" if self.is_miniature else "a photo of a {}",
+                            label="Prompt template",
+                            info="The text around each label.",
+                            elem_id="template",
+                            **one_line,
+                        )
+                        pred_iou_thresh = gr.Slider(
+                            0,
+                            1,
+                            self.mask_generation["pred_iou_thresh"],
+                            step=0.01,
+                            label="Predicted IoU threshold",
+                            info="For Segment everything: the least quality of a mask as the model predicts it.",
+                            buttons=[],
+                            elem_id="pred_iou_thresh",
+                        )
+                        opacity = gr.Slider(0, 1, 0.45, step=0.01, label="Opacity", buttons=[], elem_id="opacity")
+                with gr.Column(min_width=340):
+                    result = gr.Image(
+                        label="Result", interactive=False, buttons=["fullscreen"], elem_id="result", **image_options
+                    )
+                    view = gr.Radio(
+                        [BY_TEXT, BY_PROMPTS, EVERYTHING], value=BY_TEXT, label="Result of", elem_id="view"
+                    )
+                    table = gr.HTML(elem_id="table")
+                    with gr.Row():
+                        png = gr.Button("Download PNG", size="sm", min_width=100, elem_id="download_png")
+                        json_ = gr.Button("Download JSON", size="sm", min_width=100, elem_id="download_json")
+                        file = gr.DownloadButton(visible="hidden", elem_id="file")
+                    times = gr.Markdown(elem_id="times")
+                    with gr.Accordion("Scores of the whole image", open=False, elem_id="whole"):
+                        classes = gr.Label(num_top_classes=5, show_label=False, show_heading=False, elem_id="classes")
 
-            state = [encoded, prompts]
-            load_outputs = [input_image, *state, by_prompts, everything, encoder_time, prompt_time, everything_time]
-            text_inputs = [encoded, labels, background, template, threshold]
-            text_outputs = [by_clip_head, by_both_heads, classes, text_time, text_request]
-            prompt_outputs = [input_image, prompts, by_prompts, prompt_time]
-            # One at a time, so that the results of the last request are shown last.
-            one_by_one = {"concurrency_id": "text", "concurrency_limit": 1, "trigger_mode": "always_last"}
-            segment = {"fn": self.segment, "inputs": text_inputs, "outputs": text_outputs} | one_by_one
-            segment_changes = segment | {"fn": self.segment_changes, "inputs": [text_request, *text_inputs]}
-            events = [
-                gr.on([labels.submit, background.submit, template.submit, threshold.release], **segment),
-                gr.on([labels.blur, background.blur, template.blur], **segment_changes),
-            ]
+            inputs = [session, mode, labels, background, template, threshold, opacity, pred_iou_thresh]
+            shown = [image, result, table, times, next_step, view, classes]
+            on_result = {"show_progress_on": result}
+            segment_changes = {"fn": self.segment_changes, "inputs": inputs, "outputs": shown} | on_result
             loads = [
-                page.load(lambda *state: self.choose(0, *state), state, [*load_outputs, labels]),
-                scenes.click(self.choose, [scenes, *state], [*load_outputs, labels]),
+                scenes.click(self.choose, [scenes, *inputs], [session, *shown, labels], **on_result),
                 # Without preprocessing, because Gradio would open the file and report a less specific error.
-                input_image.upload(self.upload, [input_image, *state], load_outputs, preprocess=False),
+                image.upload(self.upload, [image, *inputs], [session, *shown], preprocess=False, **on_result),
             ]
-            events += [*loads, *(load.then(**segment_changes) for load in loads)]
-            events.append(
-                input_image.select(
-                    self.click, [*state, mode], prompt_outputs, trigger_mode="multiple", show_progress="hidden"
+            if self.scenes:
+                first = page.load(
+                    lambda *inputs: self.choose(0, *inputs), inputs, [session, *shown, labels], **on_result
                 )
+                loads.append(first)
+            else:
+                page.load(self.remove, inputs, [session, *shown])
+            long = [load.then(**segment_changes) for load in loads]
+            fields = (labels, background, template)
+            long.append(
+                gr.on([segment.click, *(field.submit for field in fields)], self.segment, inputs, shown, **on_result)
             )
-            events.append(clear.click(self.clear, encoded, prompt_outputs, show_progress="hidden"))
-            events.append(segment_everything.click(self.segment_everything, encoded, [everything, everything_time]))
-            image_outputs = [by_prompts, everything, by_clip_head, by_both_heads, classes]
-            times = [encoder_time, prompt_time, text_time, everything_time]
-            # Results of an image that was removed in the meantime are not shown.
-            input_image.clear(self.remove, None, [*state, text_request, *image_outputs, *times], cancels=events)
-            gr.on([prompts.change, mode.change], Prompts.next_step, [prompts, mode], next_step, show_progress="hidden")
-            opacity.change(None, opacity, js=SET_OPACITY)
+            long.append(gr.on([field.blur for field in fields], **segment_changes))
+            long.append(everything.click(self.segment_everything, inputs, shown, **on_result))
+            quick = {"inputs": inputs, "outputs": shown, "show_progress": "hidden"}
+            image.select(self.click, trigger_mode="multiple", **quick)
+            undo.click(self.undo, trigger_mode="multiple", **quick)
+            clear.click(self.clear, **quick)
+            gr.on([threshold.release, opacity.release, mode.input], self.update, trigger_mode="always_last", **quick)
+            view.input(self.choose_view, **(quick | {"inputs": [session, view, *inputs[1:]]}))
+            image.clear(self.remove, inputs, [session, *shown], cancels=long)
+            save = "() => setTimeout(() => document.querySelector('#file').click(), 200)"
+            for button, suffix in ((png, ".png"), (json_, ".json")):
+                event = button.click(functools.partial(self.download, suffix), inputs, file, **on_result)
+                event.success(None, js=save)
         return page
+
+
+def build_theme() -> gr.Theme:
+    """Returns a theme with system fonts, because Gradio's default fonts are downloaded, and with a contrast ratio of
+    at least 4.5 for texts."""
+    theme = gr.themes.Default(
+        primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+    )
+    return theme.set(
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_hover="*primary_700",
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_300",
+        block_label_text_color="*neutral_600",
+        input_placeholder_color="*neutral_500",
+        input_placeholder_color_dark="*neutral_400",
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "checkpoint",
-        nargs="?",
-        default=os.environ.get("SAMCLIP_CHECKPOINT") or miniature.checkpoint(),
-        help="a folder or a repository on the Hub (default: SAMCLIP_CHECKPOINT, or the shipped miniature)",
-    )
-    checkpoint = parser.parse_args().checkpoint
+    parser.add_argument("checkpoint", nargs="?", help="deprecated: the same as --model")
+    add_model_arguments(parser)
+    arguments = parser.parse_args()
+    if arguments.checkpoint is not None:
+        warnings.warn("The model is now an option: pass --model FOLDER_OR_NAME.", FutureWarning, stacklevel=2)
+        if arguments.model is not None:
+            parser.error("pass --model alone.")
+        arguments.model = arguments.checkpoint
+    if arguments.model is None and arguments.sam is None and arguments.clip is None:
+        arguments.model = os.environ.get("SAMCLIP_CHECKPOINT")
     try:
-        check_model(checkpoint, "checkpoint")
-        app = App(checkpoint)
+        check_models(arguments)
+        app = App(load_model(arguments), mask_generation_options(arguments))
     except (CommandError, OSError, ValueError) as error:
         parser.error(str(error))
-    # System fonts: Gradio's default fonts are downloaded.
-    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    folder = Path(__file__).parent
     app.build().launch(
-        theme=theme, css=CSS, max_file_size="64mb", state_session_capacity=MAX_SESSIONS, footer_links=[]
+        theme=build_theme(),
+        css_paths=folder / "page.css",
+        js=(folder / "keyboard.js").read_text(),
+        max_file_size="64mb",
+        state_session_capacity=MAX_SESSIONS,
+        footer_links=[],
     )
 
 
