@@ -2,6 +2,7 @@
 
 import io
 import tempfile
+import time
 from pathlib import Path
 
 from PIL import Image
@@ -11,12 +12,14 @@ from .test_app import Page, Server, demo
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 
 
-def save(page: Page, name: str) -> None:
-    for panel in ("input_image", "by_prompts", "everything", "by_clip_head", "by_both_heads"):
-        page.pixels(panel)  # waits until all images are loaded
+def save(page: Page, name: str, last: str) -> None:
+    """Saves the page down to the element with the id `last`."""
+    page.pixels("input_image")  # waits until it is loaded
+    page.pixels("result")
+    time.sleep(0.5)  # transitions
     screenshot = Image.open(io.BytesIO(page.driver.get_screenshot_as_png())).convert("RGB")
-    last_row = page.find("#timers").rect
-    screenshot = screenshot.crop((0, 0, screenshot.width, round(last_row["y"] + last_row["height"] + 16)))
+    box = page.find(f"#{last}").rect
+    screenshot = screenshot.crop((0, 0, screenshot.width, round(box["y"] + box["height"] + 16)))
     screenshot = screenshot.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=1)  # a fifth of the file size
     IMAGES.mkdir(parents=True, exist_ok=True)
     screenshot.save(IMAGES / f"app-{name}.png", optimize=True)
@@ -27,21 +30,20 @@ def main() -> None:
         server = Server(Path(folder))
         try:
             page = Page(server.url(), Path(folder))
-            page.resize(1250)  # the whole page
+            page.resize(1280, 1300)  # the whole page
             try:
-                page.click_image(0.17, 0.7)
-                page.find("#segment_everything").click()
-                page.until(lambda: page.legend("everything"))
-                save(page, "point")
                 page.choose_scene(1)
-                page.choose_mode(demo.BOX)
+                save(page, "labels", "settings")
+                page.open(f"{server.url()}?__theme=dark")
+                page.choose_scene(1)
+                page.choose("mode", demo.BOX)
                 page.click_image(0.42, 0.4)
                 page.click_image(0.98, 0.98)
-                page.choose_mode(demo.BACKGROUND)
-                page.click_image(0.25, 0.78)
-                page.find("#segment_everything").click()
-                page.until(lambda: page.legend("everything"))
-                save(page, "box")
+                save(page, "box", "settings")
+                page.resize(390, 2400)
+                page.open(server.url())
+                page.click_object(0, 1)
+                save(page, "phone", "times")
             finally:
                 page.driver.quit()
         finally:

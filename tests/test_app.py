@@ -549,7 +549,7 @@ def test_downloads_contain_the_shown_masks(app, session, scene, view):
 
 
 def test_the_download_of_a_large_photograph_has_its_original_size(app, session, scene, tmp_path):
-    session.picture.image.resize((2400, 1800)).save(tmp_path / "photo.jpg")
+    session.picture.image.resize((1600, 1200)).save(tmp_path / "photo.jpg")
     values = fields(app.scenes[0][1])
     session = app.upload({"path": str(tmp_path / "photo.jpg"), "orig_name": "photo.jpg"}, None, *values)[0]
     assert session.picture.size == (768, 1024)
@@ -557,13 +557,13 @@ def test_the_download_of_a_large_photograph_has_its_original_size(app, session, 
     app.segment(session, *values)
     for view in (demo.BY_TEXT, demo.EVERYTHING):
         app.choose_view(session, view, *values)
-        masks = [segment.mask for segment in app.segments(session, view, (1800, 2400), 0.5)]
+        masks = [segment.mask for segment in app.segments(session, view, (1200, 1600), 0.5)]
         for large, segment in zip(masks, shown(app, session), strict=True):
-            assert large.shape == (1800, 2400)
+            assert large.shape == (1200, 1600)
             small = np.asarray(Image.fromarray(large).resize((1024, 768), Image.Resampling.NEAREST))
             assert iou(small, segment.mask) > 0.95
     image = Image.open(app.download(".png", session, *values))
-    assert image.width == 2400 and image.height >= 1800
+    assert image.width == 1600 and image.height >= 1200
 
 
 def test_a_download_without_masks_shows_a_warning(app, session):
