@@ -34,8 +34,8 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from samclip_cli import CommandError
 from samclip_cli.formats import coco_annotation
-from samclip_cli.image_arguments import parse_labels, parse_names
 from samclip_cli.models import LoadedModel, add_model_arguments, check_models, load_model, mask_generation_options
+from samclip_cli.vocabulary import parse_labels
 from samclip_hf.images import open_image
 from samclip_hf.mask_generation_samclip import decode_rle
 from samclip_hf.miniature.scenes import BACKGROUND_PROMPTS, CLASS_NAMES, render
@@ -189,11 +189,14 @@ class LabelScores:
     Scores of labels for masks.
 
     Attributes:
-        scores (`torch.Tensor` of shape `(num_masks, num_labels)`): Scores from 0 to 1, on the CPU.
+        scores (`torch.Tensor` of shape `(num_masks, num_labels)`): Probabilities among all labels, on the CPU.
+        independent_scores (`torch.Tensor` of shape `(num_masks, num_labels)`): Scores from 0 to 1 that do not depend
+            on the other labels.
         vocabulary (`SamClipVocabulary`): The labels.
     """
 
     scores: torch.Tensor
+    independent_scores: torch.Tensor
     vocabulary: SamClipVocabulary
 
 
@@ -332,7 +335,7 @@ def parse_texts(fields: Fields) -> tuple[list[list[str]], list[str], str]:
     """
     try:
         labels = parse_labels('The field "Labels"', fields.labels)
-        background = parse_names('The field "Background"', fields.background) if fields.background.strip() else []
+        background = parse_labels('The field "Background"', fields.background) if fields.background.strip() else []
     except CommandError as error:
         raise ValueError(str(error).replace("pass comma-separated", "enter comma-separated")) from error
     names = {name for synonyms in labels for name in synonyms}
@@ -342,7 +345,7 @@ def parse_texts(fields: Fields) -> tuple[list[list[str]], list[str], str]:
         raise ValueError(
             'The field "Prompt template" must contain {} once, in the place of the label, such as "a photo of a {}".'
         )
-    return labels, [text for text in background if text not in names], fields.template
+    return labels, [text for texts in background for text in texts if text not in names], fields.template
 
 
 def contrasting_colors(image: Image.Image, groups: Sequence[Sequence[np.ndarray]]) -> list[int]:
@@ -381,6 +384,12 @@ def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def label(vocabulary: SamClipVocabulary, label_id: int) -> tuple[str, int]:
     """Returns the name of a label and its position among the entered ones, from 1; 0 for background."""
     return vocabulary.id2label[label_id], label_id + (vocabulary.background_label_id is None)
+
+
+def best_labels(scores: torch.Tensor, vocabulary: SamClipVocabulary) -> str:
+    """Returns the names and scores of the best four labels as a text."""
+    pairs = zip(*(part.tolist() for part in scores.topk(min(4, len(scores)))), strict=True)
+    return ", ".join(f"{vocabulary.id2label[label_id]} {score:.2f}" for score, label_id in pairs)
 
 
 class Timer:
@@ -473,7 +482,9 @@ class App:
         if fields.texts not in session.vocabularies:
             labels, background, template = parse_texts(fields)
             with self.tokenizer_lock:
-                vocabulary = self.model.embed_vocabulary(labels, background, [template], self.tokenizer)
+                vocabulary = self.model.embed_vocabulary(
+                    labels, background, [template], self.tokenizer, multi_label=True
+                )
             while len(session.vocabularies) >= MAX_VOCABULARIES:
                 del session.vocabularies[next(iter(session.vocabularies))]
             session.vocabularies[fields.texts] = vocabulary
@@ -539,7 +550,9 @@ class App:
             reshaped_input_sizes=session.picture.reshaped_input_sizes,
             vocabulary=vocabulary,
         )
-        return replace(result, labels=LabelScores(outputs.scores[0].float().cpu(), vocabulary))
+        independent = self.model.classify(outputs.segment_embeds, vocabulary, multi_label=True).sigmoid()
+        scores = (outputs.scores, independent)
+        return replace(result, labels=LabelScores(*(part[0].float().cpu() for part in scores), vocabulary))
 
     def current_vocabulary(self, session: Session, fields: Fields) -> SamClipVocabulary | None:
         """Returns the vocabulary of the texts in the fields, or `None` if they cannot be used. The events of the
@@ -792,11 +805,9 @@ class App:
                 "field Background (in Settings)."
             )
         if view == BY_PROMPTS and result.labels is not None:
-            scores, label_ids = result.labels.scores[0].topk(min(4, result.labels.scores.shape[1]))
-            best = (
-                f"{vocabulary.id2label[i]} {score:.2f}" for i, score in zip(label_ids.tolist(), scores, strict=True)
-            )
-            notes.append(f"Label scores of this mask: {', '.join(best)}.")
+            notes.append(f"Label scores of this mask: {best_labels(result.labels.scores[0], vocabulary)}.")
+            independent = best_labels(result.labels.independent_scores[0], vocabulary)
+            notes.append(f"Independent of the other labels: {independent}.")
         has_labels, has_ious = vocabulary is not None, view != BY_TEXT
         heads = ["Mask", *["Label score"] * has_labels, *["Predicted IoU"] * has_ious, "Area"]
         rows = []
@@ -828,15 +839,20 @@ class App:
     # Downloads.
 
     def record(self, session: Session, segments: list[Segment]) -> dict:
-        """Returns the shown result as `samclip segment` and `samclip masks` write it."""
+        """Returns the shown result as `samclip segment`, `samclip points` and `samclip masks` write it."""
         records = []
         for segment in segments:
-            record: dict = {}
-            if session.view != BY_TEXT:
+            if session.view == BY_TEXT:
+                record = {"label": segment.label, "label_id": segment.label_id, "score": segment.label_score}
+            else:
+                record = {}
+                if session.vocabulary(session.view) is not None:
+                    record |= {"label": segment.label or None, "label_id": segment.label_id}
+                if segment.label:
+                    record["label_score"] = segment.label_score
                 record["score"] = segment.iou_score
-            if segment.label:
-                key = "score" if session.view == BY_TEXT else "label_score"
-                record |= {"label": segment.label, "label_id": segment.label_id, key: segment.label_score}
+            if session.view == BY_PROMPTS:
+                record |= self.prompts_record(session)
             records.append(record | coco_annotation(segment.mask))
         height, width = session.picture.original_size
         key = "segments" if session.view == BY_TEXT else "masks"
@@ -847,6 +863,19 @@ class App:
             "model": self.description,
             key: records,
         }
+
+    @staticmethod
+    def prompts_record(session: Session) -> dict:
+        """Returns the prompts in pixels of the original image, as `samclip points` writes them."""
+        prompts, (height, width) = session.prompts, session.picture.original_size
+        scales = (width / session.picture.image.width, height / session.picture.image.height)
+        record: dict = {}
+        if prompts.points:
+            record["points"] = [[x * scales[0], y * scales[1]] for x, y in prompts.points]
+            record["point_labels"] = list(prompts.labels)
+        if prompts.box is not None:
+            record["box"] = [side * scale for side, scale in zip(prompts.box, 2 * scales, strict=True)]
+        return record
 
     def download(self, suffix: str, session: Session | None, *values):
         """Writes the shown result in the size of the original image. Returns the path of the file, `None` without

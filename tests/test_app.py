@@ -324,7 +324,7 @@ def test_texts_are_segmented_when_a_field_loses_focus_only_if_they_have_changed(
 
 def test_texts_are_embedded_once_per_visitor(app, session, monkeypatch):
     app.segment(session, *fields("red dotted shape"))
-    monkeypatch.setattr(app.model, "embed_vocabulary", lambda *_: pytest.fail("embeds again"))
+    monkeypatch.setattr(app.model, "embed_vocabulary", lambda *_, **__: pytest.fail("embeds again"))
     other = app.choose(1, session, *fields())[0]
     assert app.segment(other, *fields("red dotted shape"))[5] == demo.BY_TEXT
     assert app.choose(1, None, *fields())[0].vocabularies == {}  # another visitor
@@ -389,6 +389,18 @@ def test_a_mask_gets_its_name_when_labels_are_entered_after_the_click(app, sessi
     app.choose_view(session, demo.BY_PROMPTS, *fields(app.scenes[0][1]))
     (segment,) = shown(app, session)
     assert segment.label == true_names(scene)[0]
+
+
+def test_independent_scores_do_not_depend_on_other_labels_and_can_all_be_low(app, session, scene):
+    (name, *_), texts = true_names(scene), []
+    for labels in (name, f"{name}, red dotted shape", "red dotted shape, blue lined shape"):
+        app.clear(session, *fields(labels))
+        table = app.click(session, at(*center(scene.masks[0])), *fields(labels))[2]
+        line = re.search(r"Independent of the other labels: (.*?)\.</p>", table)[1]
+        texts.append({label: float(score) for label, score in re.findall(r"([a-z ]+) ([01]\.\d\d)", line)})
+    scores = [{label.strip(): score for label, score in text.items()} for text in texts]
+    assert scores[0][name] == scores[1][name] > 0.5
+    assert max(scores[2][label] for label in ("red dotted shape", "blue lined shape")) < 0.5
 
 
 def test_a_label_below_the_threshold_is_not_shown(app, session, scene):
@@ -540,9 +552,11 @@ def test_downloads_contain_the_shown_masks(app, session, scene, view):
     assert len(masks) == len(found) >= 1
     for one, segment in zip(masks, found, strict=True):
         assert np.array_equal(decode_rle(one["segmentation"]), segment.mask)
-        assert one["area"] == segment.mask.sum() and one.get("label", "") == segment.label
+        assert one["area"] == segment.mask.sum() and (one["label"] or "") == segment.label
         label_score, score = ("score", None) if view == demo.BY_TEXT else ("label_score", segment.iou_score)
         assert one.get(label_score) == segment.label_score and (score is None or one["score"] == score)
+        if view == demo.BY_PROMPTS:
+            assert one["points"] == [list(center(scene.masks[0]))] and one["point_labels"] == [1]
     image = Image.open(app.download(".png", session, *values))
     assert np.array_equal(np.asarray(image)[:512, :512], np.asarray(result.value))
     assert image.height > 512  # a line about the miniature
@@ -611,11 +625,11 @@ def test_text_embedding_is_serialized(app, monkeypatch):
     """Callbacks run in threads, and tokenizers are not thread-safe."""
     running, counts, embed = [], [], app.model.embed_vocabulary
 
-    def embed_and_count(*arguments):
+    def embed_and_count(*arguments, **options):
         running.append(1)
         counts.append(len(running))
         time.sleep(0.05)
-        vocabulary = embed(*arguments)
+        vocabulary = embed(*arguments, **options)
         running.pop()
         return vocabulary
 
