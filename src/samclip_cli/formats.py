@@ -206,10 +206,11 @@ def _black_and_white(mask: "np.ndarray") -> "Image.Image":
 
 
 def _cutout(image: "Image.Image", mask: "np.ndarray") -> "Image.Image":
-    cutout = image.convert("RGB")
     alpha = _black_and_white(mask)
-    cutout.putalpha(alpha)
-    return cutout.crop(alpha.getbbox())
+    box = alpha.getbbox()
+    cutout = image.crop(box)
+    cutout.putalpha(alpha.crop(box))
+    return cutout
 
 
 def _suffix(prediction: Prediction, number: int) -> str:

@@ -71,6 +71,7 @@ def run(argv: Sequence[str]) -> int:
     plan = prepare(arguments)
 
     import numpy as np
+    import torch
 
     from samclip_hf import SamClipMaskGenerationPipeline
     from samclip_hf.tiling_samclip import ComputedSequence
@@ -99,7 +100,10 @@ def run(argv: Sequence[str]) -> int:
         ]
         if arguments.labels is not None and masks:
             inputs = loaded.image_processor(image, return_tensors="pt").to(loaded.model.device, loaded.model.dtype)
-            return name_masks(loaded, records, masks, arguments.multi_label, **inputs)
+            sizes = inputs["reshaped_input_sizes"]
+            with torch.inference_mode():
+                vision_embeds = loaded.model.get_vision_embeds(inputs["pixel_values"], sizes)
+            return name_masks(loaded, records, masks, arguments.multi_label, vision_embeds, sizes)
         text = f"{len(masks)} masks, scores from {min(scores):.2f} to {max(scores):.2f}" if masks else "no masks"
         record = {"model": loaded.description, "masks": records}
         return Prediction(record, [(None, text)], loaded.caption, masks, list(range(1, len(masks) + 1)))

@@ -120,14 +120,7 @@ def run(argv: Sequence[str]) -> int:
             for score, prompt, mask in zip(scores, own, masks, strict=True)
         ]
         if arguments.labels is not None:
-            return name_masks(
-                loaded,
-                records,
-                masks,
-                arguments.multi_label,
-                vision_embeds=vision_embeds,
-                reshaped_input_sizes=sizes,
-            )
+            return name_masks(loaded, records, masks, arguments.multi_label, vision_embeds, sizes)
         legend: list[tuple[int | None, str]] = [
             (number, f"object {number}, {score:.2f}") for number, score in enumerate(scores, start=1)
         ]

@@ -11,9 +11,12 @@ from .models import LoadedModel
 
 if TYPE_CHECKING:  # importing these takes seconds, see the docstring of the package
     import numpy as np
+    import torch
 
     from samclip_hf import SamClipVocabulary
+    from samclip_hf.vision_encoder_samclip import SamClipVisionEncoderOutput
 
+MASK_MEMORY = 2**28  # bytes of masks that are classified in one call
 LABEL_OPTIONS = ("background", "template", "multi_label")  # need labels
 LABELS_HELP = """
 labels:
@@ -109,7 +112,12 @@ def embed_labels(arguments: argparse.Namespace, loaded: LoadedModel) -> "SamClip
 
 
 def name_masks(
-    loaded: LoadedModel, records: list[dict], masks: Sequence["np.ndarray"], multi_label: bool, **inputs
+    loaded: LoadedModel,
+    records: list[dict],
+    masks: Sequence["np.ndarray"],
+    multi_label: bool,
+    vision_embeds: "SamClipVisionEncoderOutput",
+    reshaped_input_sizes: "torch.Tensor",
 ) -> Prediction:
     """
     The prediction for an image whose masks get the names of the vocabulary, see [`embed_labels`].
@@ -121,14 +129,24 @@ def name_masks(
         Boolean masks. The label of a mask without pixels is `None`.
     multi_label (`bool`):
         Whether scores are independent. The JSON of a mask then has the "label_scores" of all labels.
-    inputs:
+    vision_embeds, reshaped_input_sizes:
         Arguments of [`SamClipForImageSegmentation.classify_masks`] for the image.
     """
     import torch
 
     vocabulary, label_ids, label_scores = loaded.model.vocabulary, [], []
+    masks_per_call = max(1, MASK_MEMORY // masks[0].size)
     with torch.inference_mode():
-        scores = loaded.model.classify_masks([masks], multi_label=multi_label, **inputs)["scores"][0].float()
+        parts = [
+            loaded.model.classify_masks(
+                [masks[start : start + masks_per_call]],
+                vision_embeds=vision_embeds,
+                reshaped_input_sizes=reshaped_input_sizes,
+                multi_label=multi_label,
+            )["scores"][0]
+            for start in range(0, len(masks), masks_per_call)
+        ]
+    scores = torch.cat(parts).float()
     best_scores, best = scores.max(dim=-1)
     for number, (record, score, index) in enumerate(zip(records, best_scores.tolist(), best.tolist(), strict=True)):
         name = vocabulary.id2label[index] if score else None

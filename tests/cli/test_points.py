@@ -115,10 +115,14 @@ def test_independent_scores_do_not_depend_on_the_other_labels(capsys):
     assert scores["red fuzzy shape"] == pytest.approx(alone[0]["labels"][0]["score"], abs=1e-4)
 
 
-def test_every_mask_of_everything_mode_gets_a_name(capsys):
+def test_every_mask_of_everything_mode_gets_a_name(capsys, monkeypatch):
     options = ["masks", "photo.png", "--points_per_crop", "6"]
     [plain], _ = samclip(capsys, *options)
     [named], _ = samclip(capsys, *options, *LABELS)
+    monkeypatch.setattr("samclip_cli.vocabulary.MASK_MEMORY", 2 * SIZE[0] * SIZE[1])  # two masks in a call
+    [in_parts], _ = samclip(capsys, *options, *LABELS)
+    for one, other in zip(named["masks"], in_parts["masks"], strict=True):
+        assert other == one | {"label_score": pytest.approx(one["label_score"], abs=1e-4)}
     assert len(named["masks"]) == len(plain["masks"]) >= 3
     for mask, without_name in zip(named["masks"], plain["masks"], strict=True):
         assert mask == mask | without_name and 0 < mask["label_score"] <= 1
