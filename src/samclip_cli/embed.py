@@ -24,9 +24,9 @@ teacher.
 examples:
   samclip embed --clip_teacher openai/clip-vit-base-patch16 --clip_data 'photos/*.tar' \\
       --output_dir embeddings --num_crops 4
-  samclip embed --clip_teacher openai/clip-vit-base-patch16 --sam_teacher facebook/sam-vit-base \
+  samclip embed --clip_teacher openai/clip-vit-base-patch16 --sam_teacher facebook/sam-vit-base \\
       --sam_data 'sa1b/*.tar' --output_dir region_embeddings
-  samclip train my_recipe.yaml --clip_data 'photos/*.tar' --clip_embedding_cache embeddings \
+  samclip train my_recipe.yaml --clip_data 'photos/*.tar' --clip_embedding_cache embeddings \\
       --sam_data 'sa1b/*.tar' --region_embedding_cache region_embeddings
 
 --clip_data embeds crops of images for the CLIP loss, --sam_data masks for the region loss; each
