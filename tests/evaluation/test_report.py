@@ -12,6 +12,7 @@ from samclip_hf.datasets import DataSet
 from samclip_hf.evaluation import (
     CascadeSegmentation,
     ClipAdapter,
+    ComposedSegmentation,
     Cost,
     EvaluationResult,
     Evaluator,
@@ -133,6 +134,8 @@ class TestIdentity:
         assert ZeroShotClassification(data, size=64).describe_settings(unmerged).keys() == {"image size of CLIP"}
         assert ZeroShotClassification(data, size=64).describe_settings(clip) == {}
         assert Cost(32, 32, ["a"]).describe_settings(clip) == {"image size": "shortest edge 64 px, center 64 x 64 px"}
+        settings = ComposedSegmentation(data).describe_settings(unmerged)
+        assert settings.items() >= (sizes | {"attention of segments": "restricted", "points": "32 per image"}).items()
         settings = CascadeSegmentation(data).describe_settings(unmerged)
         assert settings == sizes | {"image size of CLIP": "64 x 64 px"}
 

@@ -9,7 +9,6 @@ torch.Size([1, 128])
 """
 
 from collections.abc import Sequence
-from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from transformers import (
 from ..clip_tower_samclip import project_siglip_patches, replace_attention_by_values
 from ..identity import hash_configuration, hash_json, hash_weights
 from ..images import mask_to_box, mean_and_std, normalize
-from ..modeling_samclip import SamClipModel, load_complete_model
+from ..modeling_samclip import load_complete_model
 from ..processing_samclip import SamClipProcessor
 from ..segmentation_samclip import SamClipForImageSegmentation, canonicalize_text
 
@@ -238,16 +237,12 @@ class PromptableAdapter(ModelAdapter):
             scores.append(outputs.iou_scores[0].float().cpu())
         return torch.cat(masks), torch.cat(scores)
 
-    def _mask_generator(self) -> PreTrainedModel:
-        """Returns the model for the `mask-generation` pipeline."""
-        return self.model
-
     def generate_masks(self, image: Image.Image, **thresholds) -> np.ndarray:
         """Returns the masks of everything mode `(num_masks, height, width)` of type bool: the result of the stock
         `mask-generation` pipeline with these `thresholds`."""
         generator = pipeline(
             "mask-generation",
-            model=self._mask_generator(),
+            model=self.model,
             image_processor=self.image_processor,
             device=self.model.device,
         )
@@ -356,11 +351,6 @@ class SiglipAdapter(ImageTextAdapter):
 
 class SamClipVisionAdapter(PromptableAdapter):
     """A SAM-CLIP without its text tower, loaded as a [`SamClipForImageSegmentation`]."""
-
-    def _mask_generator(self) -> PreTrainedModel:
-        model = copy(self.model)  # with the same modules
-        model.__class__ = SamClipModel  # the class that the pipeline knows: it logs an error for others
-        return model
 
     @torch.inference_mode()
     def patch_features(self, images: Sequence[Image.Image], size: int) -> dict[str, Tensor]:

@@ -51,7 +51,8 @@ class ComposedSegmentation(LabelMapEvaluator):
             points = f"{config.composition_points} per image"
         size = {"image size": f"longest edge {self.size} px"} if self.size else {}
         sizes = size | describe_sizes(model, has_own_size=self.size is None)
-        return {"composition": config.composition, "points": points, **sizes}
+        segments = {} if config.merged else {"attention of segments": config.segment_attention}
+        return {"composition": config.composition, "points": points, **segments, **sizes}
 
     def prepare(self, model: SamClipAdapter) -> None:
         text_embeds, labels = self.embed_vocabulary(model)
