@@ -127,6 +127,8 @@ class OnnxModel(SamClipForImageSegmentation):
 def create_variants(name: str, folder: Path) -> dict[str, tuple[SamClipForImageSegmentation, int]]:
     """Returns the model in every precision and the size of its files in bytes, by title."""
     model = SamClipForImageSegmentation.from_pretrained(name, dtype=torch.float32).eval()
+    if not model.config.merged:
+        raise SystemExit(f"{name} is an unmerged model. This benchmark runs merged models.")
     models: dict[str, SamClipForImageSegmentation] = {"float32": model}
     for dtype in (torch.bfloat16, torch.float16):
         models[str(dtype).removeprefix("torch.")] = copy.deepcopy(model).to(dtype)

@@ -231,7 +231,8 @@ class OnnxSamClip:
         if not foreground.any():
             return []
 
-        points = spread_points(foreground, self.description["composition_points"])
+        num_points, in_z_order = self.description["composition_points"], vocabulary.background is None
+        points = spread_points(foreground, num_points, in_z_order)
         points = np.stack([(points + 0.5) * self.patch_size - 0.5, np.zeros_like(points)], axis=1)
         labels = np.array([[INSIDE, NO_POINT]] * len(points))
         masks, scores = self.predict_masks(outputs["image_embeddings"], points, labels)
@@ -241,8 +242,16 @@ class OnnxSamClip:
 
         kept = remove_duplicates(masks, scores)
         classified = []  # indices of masks, and the probabilities of their labels
-        for index, patches in zip(kept, assign_patches(masks[kept], foreground.shape), strict=True):
-            patches &= content
+        grid_size, covered = foreground.shape, [side / 4 for side in masks.shape[1:]]  # a mask has 4 x 4 per patch
+        tower_grid = self.description["tower_grid"]
+        if tower_grid is not None:  # of an unmerged model: its patches cover the image without its padding
+            grid_size = (tower_grid, tower_grid)
+            covered = [
+                side * tower_grid * self.patch_size / size for side, size in zip(covered, content_size, strict=True)
+            ]
+        for index, patches in zip(kept, assign_patches(masks[kept], covered, grid_size), strict=True):
+            if tower_grid is None:
+                patches &= content
             if patches.any():
                 rows, columns = patches.nonzero()
                 embeds = self.run("segment_encoder", patch_tokens=outputs["patch_tokens"], rows=rows, columns=columns)[
@@ -285,10 +294,16 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return powers / powers.sum(axis=-1, keepdims=True)
 
 
-def spread_points(cells: np.ndarray, num_points: int) -> np.ndarray:
-    """Selects `num_points` of the marked cells `(rows, columns)`, evenly spaced in reading order. Returns their x and
-    y `(num_points, 2)`."""
-    marked = cells.ravel().nonzero()[0]
+def spread_points(cells: np.ndarray, num_points: int, in_z_order: bool) -> np.ndarray:
+    """Selects `num_points` of the marked cells `(rows, columns)`, evenly spaced in reading order or along a Z-order
+    curve, which spreads them over the image if all cells are marked. Returns their x and y `(num_points, 2)`."""
+    row, column = np.indices(cells.shape)
+    key = row * cells.shape[1] + column
+    if in_z_order:  # the bits of row and column alternate
+        bits = range(max(cells.shape).bit_length())
+        key = sum(((row >> bit) & 1) << (2 * bit + 1) | ((column >> bit) & 1) << (2 * bit) for bit in bits)
+    order = key.ravel().argsort()
+    marked = order[cells.ravel()[order]]
     selected = marked[((np.arange(num_points, dtype=np.float32) + 0.5) * len(marked) / num_points).astype(int)]
     return np.stack([selected % cells.shape[1], selected // cells.shape[1]], axis=-1)
 
@@ -312,15 +327,19 @@ def remove_duplicates(masks: np.ndarray, scores: np.ndarray) -> list[int]:
     return kept
 
 
-def assign_patches(masks: np.ndarray, grid_size: tuple[int, int]) -> np.ndarray:
-    """Assigns patches to the mask logits `(num_masks, height, width)`. Returns a boolean array `(num_masks, rows,
-    columns)`: a mask contains the patches that it covers by half or more, or else the patch that it covers most; a
-    patch in several masks belongs to the first."""
-    height, width = grid_size
-    blocks = (masks > 0).reshape(len(masks), height, masks.shape[1] // height, width, masks.shape[2] // width)
-    coverage = blocks.mean(axis=(2, 4))
-    covered = (coverage >= 0.5) | (coverage >= coverage.max(axis=(1, 2), keepdims=True))
-    return covered & (covered.cumsum(axis=0) == 1)
+def assign_patches(masks: np.ndarray, covered: list[float], grid_size: tuple[int, ...]) -> np.ndarray:
+    """Assigns the patches of a grid to mask logits `(num_masks, height, width)` that cover `covered` rows and columns
+    of the grid. Returns a boolean array `(num_masks, rows, columns)`: a mask contains the patches that it covers by
+    half or more, or else the patch that it covers most; a patch in several masks belongs to the first."""
+    overlaps = []
+    for pixels, length, patches in zip(masks.shape[1:], covered, grid_size, strict=True):
+        edges, patch = np.arange(pixels + 1) * (length / pixels), np.arange(patches)[:, None]
+        overlap = (edges[1:].clip(max=patch + 1) - edges[:-1].clip(min=patch)).clip(0)
+        overlaps.append(overlap / overlap.sum(axis=1, keepdims=True).clip(1e-6))
+    coverage = overlaps[0] @ (masks > 0).astype(np.float32) @ overlaps[1].T
+    highest = coverage.max(axis=(1, 2), keepdims=True)
+    inside = (coverage >= 0.5 - 1e-4) | ((coverage >= highest) & (highest > 0))
+    return inside & (inside.cumsum(axis=0) == 1)
 
 
 def resize(mask: np.ndarray, content_size: list[float], size: tuple[int, ...]) -> np.ndarray:

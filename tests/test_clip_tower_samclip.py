@@ -21,7 +21,6 @@ from samclip_hf import (
 )
 from samclip_hf.clip_tower_samclip import SamClipTower, bicubic_weights, to_image_grid
 from samclip_hf.distillation import ClipTeacher, SamClipTrainer, SamClipTrainingArguments
-from samclip_hf.export import export
 from samclip_hf.miniature.scenes import CLASS_NAMES, render
 
 LABELS = ["red fuzzy shape", "green zigzag shape", "red dotted shape"]
@@ -253,10 +252,8 @@ def test_segments_need_an_attention_with_masks(model):
         model.clip_head.pool_segments(patch_embeds, segments)
 
 
-def test_training_and_export_raise(folder, model, processor, tmp_path):
+def test_training_raises(model, processor, tmp_path):
     arguments = SamClipTrainingArguments(stage=1, output_dir=str(tmp_path / "run"), max_steps=1, use_cpu=True)
     teacher = ClipTeacher(miniature.clip_teacher())
     with pytest.raises(ValueError, match="An unmerged model cannot be trained"):
         SamClipTrainer(model, arguments, teacher, processing_class=processor)
-    with pytest.raises(ValueError, match="is an unmerged model, which cannot be exported"):
-        export(folder, tmp_path / "onnx")

@@ -40,6 +40,11 @@ class SamClipTower(nn.Module):
             self.vision_model = CLIPVisionModel._from_config(vision_config)
             self.projection = nn.Linear(vision_config.hidden_size, config.clip_head_config.projection_dim, bias=False)
 
+    @property
+    def grid_size(self) -> int:
+        """Rows and columns of patches."""
+        return self.image_size // self.patch_size
+
     def encode_pixels(self, pixel_values: torch.Tensor, reshaped_input_sizes: torch.Tensor | None) -> torch.Tensor:
         r"""
         pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`):
@@ -66,7 +71,7 @@ class SamClipTower(nn.Module):
         hidden_size)`, with a CLIP's class token first."""
         tokens = patch_embeds.flatten(1, 2)
         if not self.is_siglip:
-            tokens = torch.cat([self._class_tokens(len(tokens), 1), tokens], dim=1)
+            tokens = torch.cat([self._class_tokens(tokens.shape[0], 1), tokens], dim=1)
         layers = self.vision_model.encoder.layers
         return self._run(tokens, layers if self.is_siglip else layers[:-1])
 

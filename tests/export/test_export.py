@@ -234,6 +234,90 @@ class TestParts:
             torch.testing.assert_close(traced.module()(inputs["input_ids"]), expected)
 
 
+@pytest.fixture(scope="module")
+def unmerged(tmp_path_factory) -> Path:
+    """The miniature's teachers as an unmerged model."""
+    folder = tmp_path_factory.mktemp("unmerged")
+    sam, clip = miniature.sam_teacher(), miniature.clip_teacher()
+    SamClipForImageSegmentation.from_teachers(sam, clip, merged=False).save_pretrained(folder)
+    SamClipProcessor.from_teachers(sam, clip).save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("siglip_folder", ["SigLIP"], indirect=True)
+@pytest.mark.parametrize("has_siglip", [False, True])
+def test_parts_of_an_unmerged_model_equal_the_model(has_siglip, unmerged, siglip_folder):  # noqa: F811
+    """Images of different sizes in a batch, and segments one by one."""
+    clip = siglip_folder if has_siglip else miniature.clip_teacher()
+    model = SamClipForImageSegmentation.from_teachers(miniature.sam_teacher(), clip, merged=False).eval()
+    parts = create_parts(model, SamClipProcessor.from_pretrained(unmerged))
+    pixel_values, sizes = random_images(2, 64, 128), torch.tensor([[55, 128], [64, 70]])
+    embeddings, *embeds, patch_tokens = parts["image_encoder"].module(pixel_values, sizes)
+    expected = SamClipModel.forward(model, pixel_values, reshaped_input_sizes=sizes)
+    for actual, name in zip((embeddings, *embeds), ("image_embeddings", "image_embeds", "dense_embeds"), strict=True):
+        assert_same(actual, expected[name])
+    segments = torch.rand(1, 3, *patch_tokens.shape[1:3]) > 0.5
+    pooled = F.normalize(model.clip_head.pool_segments(patch_tokens[:1], segments)[0], dim=-1)
+    encode = parts["segment_encoder"].module
+    actual = torch.cat([encode(patch_tokens[:1], *segment.nonzero().unbind(1)) for segment in segments[0]])
+    assert_same(actual, pooled)
+
+
+def assert_segments_equal_those_of_pytorch(example, folder: Path, image_folder: Path) -> None:
+    """Compares label maps of `OnnxSamClip` with PyTorch's, for three aspect ratios, with and without background."""
+    model = SamClipForImageSegmentation.from_pretrained(folder).eval()
+    image_processor, seen = SamClipImageProcessorPil.from_pretrained(folder), set()
+    for background in (BACKGROUND, []):
+        onnx_vocabulary = example.embed_vocabulary(LABELS, background, TEMPLATES)
+        vocabulary = model.embed_vocabulary(LABELS, background, TEMPLATES)
+        np.testing.assert_allclose(onnx_vocabulary.embeds, vocabulary.class_embeds, atol=1e-5)
+        for number in range(3):
+            image = Image.open(image_folder / f"{number}.png")
+            size = (image.height, image.width)
+            with torch.no_grad():
+                outputs = model(**image_processor(image, return_tensors="pt"), vocabulary=vocabulary)
+            expected = image_processor.post_process_semantic_segmentation(outputs, [size])[0].numpy()
+            labels = np.full(size, -1)
+            for segment in example.segment(image, onnx_vocabulary):
+                labels[segment.mask] = onnx_vocabulary.names.index(segment.label)
+            inside = labels >= 0  # without background, PyTorch labels all pixels
+            assert inside.mean() > 0.05 and (labels[inside] == expected[inside]).mean() > 0.999
+            if background:
+                assert (expected[~inside] == 0).mean() > 0.999
+            seen |= set(np.unique(expected))
+    assert len(seen) > 3
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_the_example_segments_as_pytorch_does(merged, checkpoint, unmerged, image_folder, tmp_path):
+    """With PyTorch's parts in the place of the ONNX files."""
+    folder = checkpoint if merged else unmerged
+    model = SamClipForImageSegmentation.from_pretrained(folder).eval()
+    processor = SamClipProcessor.from_pretrained(folder)
+    parts = create_parts(model, processor)
+    writer._describe(model, processor, tmp_path, folder, ["text_encoder"], 18)
+    description = json.loads((tmp_path / "samclip.json").read_text())
+    (tmp_path / "samclip.json").write_text(json.dumps(description | {"parts": []}))
+    example = load_script(ROOT / "examples" / "onnx_segmentation.py").OnnxSamClip(tmp_path)
+
+    def run(name, **inputs):
+        with torch.no_grad():
+            outputs = parts[name].module(**{key: torch.from_numpy(value) for key, value in inputs.items()})
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        return {key: output.numpy() for key, output in zip(parts[name].outputs, outputs, strict=True)}
+
+    example.run = run
+    assert_segments_equal_those_of_pytorch(example, folder, image_folder)
+
+
+@pytest.mark.slow
+def test_an_exported_unmerged_model_segments_as_pytorch_does(unmerged, image_folder, tmp_path):
+    export(unmerged, tmp_path / "onnx")
+    example = load_script(ROOT / "examples" / "onnx_segmentation.py").OnnxSamClip(tmp_path / "onnx")
+    assert_segments_equal_those_of_pytorch(example, unmerged, image_folder)
+
+
 def test_example_inputs_contain_the_given_images(model, checkpoint):
     processor = SamClipProcessor.from_pretrained(checkpoint)
     image = Image.fromarray(render(0, 8).image)

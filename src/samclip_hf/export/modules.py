@@ -59,7 +59,7 @@ class Part:
 
 
 class ImageEncoder(nn.Module):
-    """Image encoder and CLIP head."""
+    """Image encoder and CLIP head, or both encoders of an unmerged model."""
 
     def __init__(self, model: SamClipModel):
         super().__init__()
@@ -68,12 +68,13 @@ class ImageEncoder(nn.Module):
     def forward(self, pixel_values: Tensor, reshaped_input_sizes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """
         Takes the inputs of [`SamClipModel.forward`] and returns its outputs `image_embeddings`, `image_embeds` and
-        `dense_embeds`. The fourth output, for the [`SegmentEncoder`], is `patch_tokens` `(batch_size, grid_height,
-        grid_width, hidden_size)`.
+        `dense_embeds`. The fourth output, for the segment encoder, is `patch_tokens` `(batch_size, grid_height,
+        grid_width, hidden_size)`. In an unmerged model, they are on the grid of CLIP's vision tower.
         """
-        outputs = self.model.vision_encoder(pixel_values)
+        outputs = self.model.get_vision_embeds(pixel_values, reshaped_input_sizes)
+        assert outputs.patch_tokens is not None and outputs.last_hidden_state is not None
         head_tokens, pooled = self.model._pool_image(outputs.patch_tokens, reshaped_input_sizes)
-        dense_embeds = F.normalize(self.model.clip_head.project_patches(head_tokens), dim=1)
+        dense_embeds = self.model._dense_embeds(head_tokens, outputs.last_hidden_state, reshaped_input_sizes)
         return outputs.last_hidden_state, F.normalize(pooled, dim=-1), dense_embeds, outputs.patch_tokens
 
 
@@ -197,6 +198,20 @@ class SegmentEncoder(nn.Module):
         return F.normalize(head.pool(tokens[None, None]), dim=-1)
 
 
+class TowerSegmentEncoder(nn.Module):
+    """CLIP's vision tower on the patches of one segment, as if they were all patches of the image, see
+    [`SamClipTower.pool_segments`]."""
+
+    def __init__(self, model: SamClipModel):
+        super().__init__()
+        self.tower = model.clip_head
+
+    def forward(self, patch_tokens: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """Arguments and result are those of [`SegmentEncoder`], on the grid of the tower."""
+        segment = patch_tokens[0, rows, columns]
+        return F.normalize(self.tower.pool(self.tower(segment[None, :, None])), dim=-1)
+
+
 def create_parts(model: SamClipModel, processor, images: Sequence[Image.Image] | None = None) -> dict[str, Part]:
     r"""
     Returns the parts of a model, by name.
@@ -210,6 +225,7 @@ def create_parts(model: SamClipModel, processor, images: Sequence[Image.Image] |
             Images for example inputs. Random pixels by default.
     """
     config = model.config
+    merged = config.merged
     num_images, num_texts, num_tokens, num_prompts, num_points, num_patches = (
         Dim(name, min=1, max=largest)
         for name, largest in {
@@ -218,7 +234,7 @@ def create_parts(model: SamClipModel, processor, images: Sequence[Image.Image] |
             "tokens": config.text_config.max_position_embeddings,
             "prompts": MAX_PROMPTS,
             "points": MAX_PROMPTS,
-            "patches": MAX_PATCHES**2,
+            "patches": MAX_PATCHES**2 if merged else model.clip_head.grid_size**2,
         }.items()
     )
     rows, columns = (Dim(name, min=2, max=MAX_PATCHES) for name in ("rows", "columns"))
@@ -236,7 +252,7 @@ def create_parts(model: SamClipModel, processor, images: Sequence[Image.Image] |
                 "image_embeddings": grid,
                 "image_embeds": {0: num_images},
                 "dense_embeds": grid,
-                "patch_tokens": {0: num_images, 1: rows, 2: columns},
+                "patch_tokens": {0: num_images, 1: rows, 2: columns} if merged else {0: num_images},
             },
             example.image_encoder,
             config.vision_config.window_size,
@@ -257,11 +273,15 @@ def create_parts(model: SamClipModel, processor, images: Sequence[Image.Image] |
         ),
         Part(
             "segment_encoder",
-            SegmentEncoder(model),
-            {"patch_tokens": {1: rows, 2: columns}, "rows": {0: num_patches}, "columns": {0: num_patches}},
+            SegmentEncoder(model) if merged else TowerSegmentEncoder(model),
+            {
+                "patch_tokens": {1: rows, 2: columns} if merged else {},
+                "rows": {0: num_patches},
+                "columns": {0: num_patches},
+            },
             {"segment_embeds": {}},
             example.segment_encoder,
-            model.clip_head.window_size,
+            model.clip_head.window_size if merged else 0,
         ),
     ]
     if model.text_model is not None:
@@ -323,8 +343,9 @@ class ExampleInputs:
 
     def segment_encoder(self, _: int, rows: int, columns: int, num_diagonals: int) -> tuple[Tensor, ...]:
         """Returns `patch_tokens` of one image, and rows and columns of the patches on and above a diagonal."""
-        segment = torch.ones(rows, columns).triu(1 - num_diagonals)
-        return self._encode(1, rows, columns).patch_tokens, *segment.nonzero().unbind(1)
+        patch_tokens = self._encode(1, rows, columns).patch_tokens
+        segment = torch.ones(patch_tokens.shape[1:3]).triu(1 - num_diagonals)
+        return patch_tokens, *segment.nonzero().unbind(1)
 
     def text_encoder(self, _: int, rows: int, columns: int, num_texts: int) -> tuple[Tensor, ...]:
         """Returns `input_ids` and, for CLIP's text tower, `attention_mask`."""
@@ -342,4 +363,4 @@ class ExampleInputs:
 
     @torch.no_grad()
     def _encode(self, num_images: int, rows: int, columns: int):
-        return self.model.vision_encoder(self.image_encoder(num_images, rows, columns, 0)[0])
+        return self.model.get_vision_embeds(*self.image_encoder(num_images, rows, columns, 0))

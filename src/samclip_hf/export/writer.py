@@ -77,7 +77,7 @@ def export(
 
     Raises:
         ImportError: The extra `export` is not installed.
-        ValueError: The model is not a merged SAM-CLIP, it lacks weights or a part, or the part or opset is unknown.
+        ValueError: The model is not a SAM-CLIP, it lacks weights or a part, or the part or opset is unknown.
         FileExistsError: `output_dir` contains files that do not belong to an earlier export.
         RuntimeError: A file differs from PyTorch.
     """
@@ -87,8 +87,6 @@ def export(
     output_dir = Path(output_dir).absolute()
     _check_replaceable(output_dir)
     model, processor = _load(model_name_or_path)
-    if not model.config.merged:
-        raise ValueError(f"{model_name_or_path} is an unmerged model, which cannot be exported to ONNX yet.")
     available = create_parts(model, processor, images)
     selected = list(available) if parts is None else list(dict.fromkeys(parts))
     for name in selected:
@@ -280,6 +278,8 @@ def _describe(model, processor, folder: Path, model_name: str | os.PathLike, par
         "logit_scale": model.logit_scale.exp().item(),
         "logit_bias": None if model.logit_bias is None else model.logit_bias.item(),
         "composition_points": config.composition_points,
+        # Rows and columns of the patches of segments in an unmerged model, which cover the image without its padding.
+        "tower_grid": None if config.merged else model.clip_head.grid_size,
     }
     if "text_encoder" in parts:
         tokenizer = processor.tokenizer
