@@ -747,7 +747,8 @@ class App:
                 text = f"{picture.name}, {session.prompts.describe() or 'no points'}"
                 image = gr.Image(session.prompts.draw(image), alt_text=text)
         names = ", ".join(dict.fromkeys(segment.label or "unnamed" for segment in segments))
-        alt_text = f"{picture.name}, {len(segments)} masks: {names}" if segments else f"{picture.name}, no masks"
+        count = f"{len(segments)} mask{'s' * (len(segments) > 1)}: {names}" if segments else "no masks"
+        alt_text = f"{picture.name}, {count}"
         return (
             image,
             gr.Image(result, alt_text=alt_text, label=f"Result: {view}"),
@@ -797,9 +798,9 @@ class App:
             notes.append(f"No mask has a label score of {fields.threshold:.2f} or more. Lower the score threshold.")
         elif not segments:
             notes.append("No mask reaches the threshold of the predicted IoU (in Settings).")
-        if vocabulary is None:
+        elif vocabulary is None:
             notes.append("Enter labels to name the masks.")
-        elif len(vocabulary.id2label) == 1:
+        if vocabulary is not None and len(vocabulary.id2label) == 1:
             notes.append(
                 "With one label and no background texts, the score is always 1. Enter more labels, or texts in the "
                 "field Background (in Settings)."

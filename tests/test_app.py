@@ -1205,7 +1205,7 @@ class TestPage:
         page.upload(tmp_path / "photo.jpg")
         page.until(lambda: page.rows() == ["purple solid shape"])
         alt = page.find("#result img").get_attribute("alt")
-        assert alt == "photo.jpg, 1 masks: purple solid shape"
+        assert alt == "photo.jpg, 1 mask: purple solid shape"
         page.click_image(0.5, 0.5)
         assert page.rows() and "1 foreground point" in page.find("#input_image img").get_attribute("alt")
 
