@@ -209,6 +209,7 @@ def text_to_masks(arguments, config: SamConfig, clip_config: CLIPVisionConfig) -
             clip_image_size=clip_size,
             clip_pixel_scale=[1.0] * 3,
             clip_pixel_shift=[0.0] * 3,
+            composition_points=32,  # as from_teachers sets it
         )
         title = f"unmerged, CLIP at {clip_size} px"
         functions[title] = partial(compose, title, create_segmenter(unmerged_config, pixel_values))

@@ -32,6 +32,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from pycocotools.coco import COCO
 from safetensors.torch import save_file
 from tokenizers import pre_tokenizers
 from transformers import (
@@ -580,19 +581,22 @@ def test_everything_mode_returns_masks_of_the_image(pair, image):
 
 
 def test_the_command_segments_with_two_teachers(pair, image, tmp_path, monkeypatch):
-    """`samclip segment --sam A --clip B` gives the pipeline's segments."""
+    """`samclip segment --sam A --clip B`: the pipeline's segments, a label map, and COCO results for pycocotools."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     image.save(tmp_path / "photo.png")
     teachers = ["--sam", str(pair.sam), "--clip", str(pair.clip)]
     labels = ["--labels", ", ".join(LABELS), "--template", TEMPLATE, "--threshold", "0"]
     output = tmp_path / "out"
-    output.mkdir()
     assert main(["segment", str(tmp_path / "photo.png"), *teachers, *labels, "--output", f"{output}/"]) == 0
     segments = json.loads((output / "photo.json").read_text())["segments"]
     expected = pipeline("zero-shot-image-segmentation", model=str(pair.unmerged))(
         image, candidate_labels=LABELS, hypothesis_template=TEMPLATE, threshold=0.0
     )
     assert [segment["label"] for segment in segments] == [segment["label"] for segment in expected]
+    with Image.open(output / "photo.png") as overlay, Image.open(output / "photo_labels.png") as label_map:
+        assert overlay.width >= image.width and label_map.size == image.size
+    coco = COCO(str(output / "coco_dataset.json"))
+    assert len(coco.loadRes(str(output / "coco_results.json")).anns) == len(segments)
 
 
 @pytest.mark.slow
