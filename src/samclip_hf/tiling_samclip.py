@@ -481,12 +481,15 @@ class TiledSegmentation:
             means.append(sum(a * p for a, p in zip(areas, probabilities, strict=True)) / areas.sum())
         return groups, torch.stack(means) if means else torch.zeros(0, 1)
 
-    def _assign(self, groups: Sequence[Sequence[int]], selected: Sequence[bool]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The object of each pixel `(height, width)`, -1 outside all, and the area of each object's mask in pixels
-        `(num_objects,)`."""
+    def _assign(
+        self, groups: Sequence[Sequence[int]], selected: Sequence[bool]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The object of each pixel `(height, width)`, -1 outside all, the area of each object's mask in pixels
+        `(num_objects,)`, and the number of pixels that are assigned to it `(num_objects,)`."""
         tiles = self.tiles
         result = torch.full((tiles.height, tiles.width), -1, dtype=torch.int32)
         area = torch.zeros(len(groups), dtype=torch.int64)
+        assigned = torch.zeros(len(groups), dtype=torch.int64)
         members: list[dict[int, list[int]]] = [{} for _ in range(len(tiles))]  # for each tile, segments by object
         for number, group in enumerate(groups):
             if selected[number]:
@@ -512,7 +515,8 @@ class TiledSegmentation:
                 winner[value > best] = number
                 best = torch.maximum(best, value)
             result[top:bottom, left:right] = winner
-        return result, area
+            assigned += torch.bincount(winner.flatten() + 1, minlength=len(groups) + 1)[1:]
+        return result, area, assigned
 
     def _is_fading(self, group: Sequence[int]) -> bool:
         """Whether an object is a single segment that its tile cuts off."""
@@ -523,14 +527,14 @@ class TiledSegmentation:
         [`SamClipImageProcessor.post_process_semantic_segmentation`]."""
         groups, probabilities = self._objects()
         if self.dense is not None and self.dense.next:
-            label_map = self.dense.label_map.clone()
+            label_map = self.dense.label_map
         else:
             label_map = torch.full((self.tiles.height, self.tiles.width), max(0, self.background), dtype=torch.int32)
         if groups:
-            winner, _ = self._assign(groups, [True] * len(groups))
+            winner, _, _ = self._assign(groups, [True] * len(groups))
             labels = probabilities.argmax(dim=-1).int()
-            inside = winner >= 0
-            label_map[inside] = labels[winner[inside]]
+            for rows, own in zip(label_map, winner, strict=True):  # without large arrays of indices
+                rows.copy_(torch.where(own >= 0, labels[own], rows))
         return label_map
 
     def post_process_panoptic_segmentation(
@@ -544,10 +548,9 @@ class TiledSegmentation:
             return {"segmentation": segmentation, "segments_info": []}
         scores, labels = probabilities.max(dim=-1)
         selected = (scores >= threshold) & (labels != self.background)
-        winner, area = self._assign(groups, selected.tolist())
+        winner, area, counts = self._assign(groups, selected.tolist())
         ids = torch.zeros(len(groups) + 1, dtype=torch.int32)  # the last one is for pixels outside all objects
         segments_info: list[dict] = []
-        counts = torch.bincount((winner.flatten() + 1).long(), minlength=len(groups) + 1)[1:]
         for number in range(len(groups)):
             if counts[number] == 0 or counts[number] < overlap_mask_area_threshold * area[number]:
                 continue
@@ -560,7 +563,9 @@ class TiledSegmentation:
                     "score": float(scores[number]),
                 }
             )
-        return {"segmentation": ids[winner], "segments_info": segments_info}
+        for row in winner:  # without large arrays of indices
+            row.copy_(ids[row])
+        return {"segmentation": winner, "segments_info": segments_info}
 
     def independent_segments(self, threshold: float, is_semantic: bool) -> list[tuple[float, int, dict]]:
         """Score, label and run-length encoding of each object and each label whose score reaches the threshold, in
