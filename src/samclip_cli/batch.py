@@ -205,7 +205,7 @@ class _Work:
         """Whether the outputs of a complete image have not been deleted since."""
         assert self.names is not None and self.plan.output is not None
         names = file_names(self.names.name(image), self.plan.formats)
-        return all((self.plan.output / name).exists() for name in names if not name.endswith("/"))
+        return all((self.plan.output / name).exists() for name in names)
 
     def process(self, batch: list[Loaded], predict: Predict) -> None:
         """Runs the model on a batch and writes its results."""

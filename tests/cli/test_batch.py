@@ -25,6 +25,20 @@ from .test_image_commands import LABEL_OPTIONS, LABELS, samclip, save, scene
 folder = test_image_commands.folder
 
 
+def before_writing(monkeypatch, wanted: str, action) -> list[str]:
+    """Calls `action` before the outputs of the image of this name are written. Returns the growing list of names."""
+    write, names = batch._Work._write, []
+
+    def act(self, image, name, files, line):
+        names.append(name)
+        if name == wanted:
+            action()
+        return write(self, image, name, files, line)
+
+    monkeypatch.setattr(batch._Work, "_write", act)
+    return names
+
+
 def test_files_folders_and_patterns_are_processed_once(capsys):
     save("a/1.png", "a/2.png", "a/deep/3.png", "b[1].png")
     paths = ["a/2.png", "a", "a/*.png", "./a/../a/1.png", "a/**/*.png", "b[1].png"]
@@ -237,14 +251,7 @@ def test_progress_is_shown_on_a_terminal_for_several_images(capsys, monkeypatch,
 def test_an_output_that_cannot_be_written_ends_the_command(capsys, monkeypatch):
     save("1.png", "2.png", "3.png")
     Path("out").mkdir()
-    encode = batch.encode
-
-    def remove_folder(image, record, prediction, formats, stem):
-        if stem == "2":
-            Path("out").rename("moved")
-        return encode(image, record, prediction, formats, stem)
-
-    monkeypatch.setattr(batch, "encode", remove_folder)
+    before_writing(monkeypatch, "2", lambda: Path("out").rename("moved"))
     _, [message] = samclip(capsys, "classify", "[123].png", "--labels", "a, b", "--output", "out", status=1)
     assert (
         "stopped after 1 of 3 images: the output cannot be written" in message
@@ -265,14 +272,7 @@ def test_a_full_disk_behind_standard_output_is_reported(capsys, monkeypatch):
 def test_ctrl_c_keeps_complete_outputs(capsys, monkeypatch):
     save(*(f"photos/{number}.png" for number in range(4)))
     Path("out").mkdir()
-    encode = batch.encode
-
-    def interrupt(image, record, prediction, formats, stem):
-        if stem == "2":
-            signal.raise_signal(signal.SIGINT)
-        return encode(image, record, prediction, formats, stem)
-
-    monkeypatch.setattr(batch, "encode", interrupt)
+    before_writing(monkeypatch, "2", lambda: signal.raise_signal(signal.SIGINT))
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore the signal
     try:
         command = ["masks", "photos", "--points_per_crop", "4", "--output", "out"]
@@ -291,18 +291,14 @@ def test_ctrl_c_keeps_complete_outputs(capsys, monkeypatch):
 def test_a_closed_pipe_ends_the_command_without_a_traceback(capsys, monkeypatch):
     save(*(f"photos/{number}.png" for number in range(4)))
     read, write = os.pipe()
-    encode, images = batch.encode, []
 
-    def close_pipe(image, record, prediction, formats, stem):
-        images.append(record["image"])
-        if len(images) == 2:
-            assert json.loads(os.read(read, 100_000))["image"] == "photos/0.png"
-            os.close(read)
-        return encode(image, record, prediction, formats, stem)
+    def close_pipe():
+        assert json.loads(os.read(read, 100_000))["image"] == "photos/0.png"
+        os.close(read)
 
-    monkeypatch.setattr(batch, "encode", close_pipe)
+    written = before_writing(monkeypatch, "1", close_pipe)
     with open(write, "w") as stdout:
         monkeypatch.setattr(sys, "stdout", stdout)
         assert main(["masks", "photos", "--points_per_crop", "4"]) == 141
-    assert images == ["photos/0.png", "photos/1.png"]
+    assert written == ["0", "1"]
     assert capsys.readouterr().err.count("\n") == 1  # only the line about the default model

@@ -2,6 +2,7 @@
 interruptions at any moment, in several processes, and from tars and data sets."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 from samclip_cli import batch, main, run_record
 
 from . import test_image_commands
+from .test_batch import before_writing
 from .test_image_commands import samclip, save
 
 folder = test_image_commands.folder
@@ -97,8 +99,9 @@ def test_new_images_are_added_and_deleted_outputs_are_written_again(capsys, phot
     samclip(capsys, *COMMAND, "--output", "out")
     Path("2.png").rename("photos/2.png")
     Path("out/1.json").unlink()
+    shutil.rmtree("out/3_masks")
     _, messages = samclip(capsys, *COMMAND, "--output", "out")
-    assert messages == ["samclip: 2 images processed; 3 skipped, which were complete. The results are in out."]
+    assert messages == ["samclip: 3 images processed; 2 skipped, which were complete. The results are in out."]
     found = contents("out")
     assert sorted(found.pop("results.jsonl").splitlines()) == sorted(photos.pop("results.jsonl").splitlines())
     assert {name for name in found if name.startswith("coco")} == {"coco_results.json", "coco_dataset.json"}
@@ -170,17 +173,10 @@ def test_an_image_that_failed_is_tried_again(capsys, photos):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs locks of files")
 def test_two_commands_do_not_write_to_one_folder_at_a_time(capsys, monkeypatch, photos):
-    encode, messages = batch.encode, []
-
-    def start_another(*arguments):
-        if not messages:
-            messages.append("")
-            assert main([*COMMAND, "--output", "out"]) == 2
-        return encode(*arguments)
-
-    monkeypatch.setattr(batch, "encode", start_another)
+    before_writing(monkeypatch, "3", lambda: others.append(main([*COMMAND, "--output", "out"])))
+    others: list[int] = []
     assert main([*COMMAND, "--output", "out"]) == 0
-    assert "another process writes to out" in capsys.readouterr().err
+    assert others == [2] and "another process writes to out" in capsys.readouterr().err
     assert contents("out") == photos
 
 
