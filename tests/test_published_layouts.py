@@ -557,7 +557,9 @@ def test_pipelines_give_the_segments_of_the_model(pair, model, processor, image,
     segmenter = SamClipForImageSegmentation.from_pretrained(pair.unmerged).set_vocabulary(LABELS, templates=TEMPLATE)
     segmenter.drop_text_tower().save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    stock = pipeline("image-segmentation", model=str(tmp_path))(image, threshold=0.0)
+    # transformers' default of the area threshold is 0.5.
+    stock = pipeline("image-segmentation", model=str(tmp_path))
+    stock = stock(image, threshold=0.0, overlap_mask_area_threshold=0.8)
     with torch.no_grad():
         outputs = model.eval()(**processor(image), vocabulary=model.embed_vocabulary(LABELS, templates=TEMPLATE))
     size = [(image.height, image.width)]
