@@ -879,13 +879,10 @@ class SamClipModel(SamClipPreTrainedModel):
             if input_ids.shape[-1] < longest:
                 input_ids = F.pad(input_ids, (0, longest - input_ids.shape[-1]), value=pad)
             # Gemma's tokenizer pads on the left by default, but SigLIP 2 was trained with padding on the right.
-            start = (input_ids != pad).int().argmax(dim=-1, keepdim=True)
-            position = torch.arange(input_ids.shape[-1], device=input_ids.device)
-            input_ids = input_ids.gather(-1, (start + position) % input_ids.shape[-1])
+            input_ids = input_ids.gather(-1, _positions_from_first(input_ids != pad))
             return self.text_model(input_ids=input_ids, position_ids=position_ids, **kwargs)
         if attention_mask is not None and position_ids is None:  # CLIP was trained with padding on the right
-            start = attention_mask.int().argmax(dim=-1, keepdim=True)
-            position = (start + torch.arange(input_ids.shape[-1], device=input_ids.device)) % input_ids.shape[-1]
+            position = _positions_from_first(attention_mask)
             input_ids, attention_mask = input_ids.gather(-1, position), attention_mask.gather(-1, position)
         outputs = self.text_model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs
@@ -1025,6 +1022,14 @@ SamClipModel.forward.__signature__ = _signature.replace(  # type: ignore[attr-de
         for parameter in _signature.parameters.values()
     ]
 )
+
+
+def _positions_from_first(mask: torch.Tensor) -> torch.Tensor:
+    """Positions `(batch_size, length)` that move padding from the left to the right: from the first marked position of
+    `mask` `(batch_size, length)` to the end, and then from the start."""
+    length = mask.shape[-1]
+    position = mask.int().argmax(dim=-1, keepdim=True) + torch.arange(length, device=mask.device)
+    return torch.where(position < length, position, position - length)  # `%` by a dynamic length fails in ONNX
 
 
 def _sigmoid_loss(logits_per_text: torch.Tensor) -> torch.Tensor:
