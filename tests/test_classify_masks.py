@@ -122,12 +122,30 @@ def test_a_given_vocabulary_replaces_that_of_the_checkpoint(model, processor):
     assert outputs.logits.shape == (1, 3, 2) and torch.allclose(outputs.logits, expected, atol=1e-4)
 
 
+def test_a_list_of_names_is_not_a_vocabulary(model, processor):
+    with pytest.raises(ValueError, match=r"must be the result of model.embed_vocabulary\(\[...\]\), got list"):
+        model.classify_masks([MASKS], **processor(IMAGE), vocabulary=["red fuzzy shape"])
+
+
+def test_a_model_in_memory_finds_the_tokenizer_of_its_clip_teacher():
+    teachers = miniature.sam_teacher(), miniature.clip_teacher()
+    unmerged = SamClipForImageSegmentation.from_teachers(*teachers, merged=False)
+    vocabulary = unmerged.embed_vocabulary(["red fuzzy shape"])
+    tokenizer = SamClipProcessor.from_teachers(*teachers).tokenizer
+    assert torch.equal(
+        vocabulary.class_embeds, unmerged.embed_vocabulary(["red fuzzy shape"], tokenizer=tokenizer).class_embeds
+    )
+
+
 def test_masks_for_other_images_raise(model, processor):
     inputs = processor(IMAGE.crop((0, 0, 128, 64)))
     masks = MASKS[:, :64]
     for wrong, message in (
         (masks, "masks of 3 images for 1 images"),
-        ([MASKS], "do not have the aspect ratio of their image, 16 : 8"),  # for example the logits of the padded image
+        (
+            [MASKS],
+            r"do not have the aspect ratio of their image, width / height = 2\.",
+        ),  # for example the logits of the padded image
         ([masks.transpose(1, 2)], "do not have the aspect ratio"),
         ([masks[0]], r"must be \(num_masks, height, width\)"),
         ([masks[:, None].expand(-1, 3, -1, -1)], r"select one: masks\[:, 0\]"),

@@ -633,6 +633,7 @@ class SamClipModel(SamClipPreTrainedModel):
             if part is not None:
                 part.dtype = torch.float32  # the teachers' configurations have the types of their weights
         model = cls(config)
+        model._clip_name_or_path = clip.name_or_path  # where its tokenizer is
         for name in ("shared_image_embedding", "vision_encoder", "prompt_encoder", "mask_decoder"):
             getattr(model, name).load_state_dict(getattr(sam, name).state_dict())
         model.text_model.load_state_dict(clip.text_model.state_dict())

@@ -421,10 +421,21 @@ class SamClipForImageSegmentation(SamClipModel):
         )
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer in the folder or repository that the model was loaded from."""
-        if not self.config.name_or_path:
+        """The tokenizer in the folder or repository that the model, or its CLIP teacher, was loaded from."""
+        name = self.config.name_or_path or getattr(self, "_clip_name_or_path", None)
+        if not name:
             raise ValueError("This model was not loaded from a folder or the Hub. Pass its tokenizer.")
-        return load_tokenizer(self.config.name_or_path)
+        return load_tokenizer(name)
+
+    def _vocabulary_or_own(self, vocabulary: SamClipVocabulary | None) -> SamClipVocabulary:
+        """The vocabulary, or the checkpoint's if it is `None`. Raises `ValueError` for another type."""
+        if vocabulary is None:
+            return self.vocabulary
+        if not isinstance(vocabulary, SamClipVocabulary):
+            raise ValueError(
+                f"vocabulary must be the result of model.embed_vocabulary([...]), got {type(vocabulary).__name__}."
+            )
+        return vocabulary
 
     def _embed_texts(self, texts: list[str], tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
         """Embeddings `(num_texts, projection_dim)`, of length 1."""
@@ -546,7 +557,7 @@ class SamClipForImageSegmentation(SamClipModel):
                 "This model segments by its vocabulary and does not accept input_ids. set_vocabulary changes the "
                 "texts."
             )
-        vocabulary = self.vocabulary if vocabulary is None else vocabulary
+        vocabulary = self._vocabulary_or_own(vocabulary)
         refuse_labels(kwargs)
         vision_outputs = self._encode_once(pixel_values, vision_embeds, reshaped_input_sizes, **kwargs)
         image_embeddings, patch_tokens = vision_outputs.last_hidden_state, vision_outputs.patch_tokens
@@ -704,7 +715,7 @@ class SamClipForImageSegmentation(SamClipModel):
         Raises `ValueError` if the masks are not for these images: another number of images, another aspect ratio,
         another number of axes, or other values.
         """
-        vocabulary = self.vocabulary if vocabulary is None else vocabulary
+        vocabulary = self._vocabulary_or_own(vocabulary)
         vision_outputs = self._encode_once(pixel_values, vision_embeds, reshaped_input_sizes)
         patch_tokens = vision_outputs.patch_tokens
         image_grid = vision_outputs.last_hidden_state.permute(0, 2, 3, 1)
@@ -833,7 +844,7 @@ class SamClipForObjectDetection(SamClipForImageSegmentation):
             raise ValueError(f"Pass one text for each image; got {len(input_ids)} for {len(pixel_values)}.")
         if self.config.composition != "segments":
             raise ValueError('Object detection needs the embeddings of segments: set config.composition = "segments".')
-        vocabulary = self.vocabulary if vocabulary is None else vocabulary
+        vocabulary = self._vocabulary_or_own(vocabulary)
         outputs = super().forward(pixel_values, reshaped_input_sizes, original_sizes, vocabulary=vocabulary, **kwargs)
         text_embeds = F.normalize(self.get_text_features(input_ids, attention_mask).pooler_output, dim=-1)
         similarity = (outputs["segment_embeds"] @ text_embeds[:, :, None]).squeeze(-1) * self.logit_scale.exp()
@@ -917,8 +928,8 @@ def _check_masks(masks, content_size: Sequence[float]) -> torch.Tensor:
         tolerance = 1 / min(height, width) + 1 / min(expected_height, expected_width)
         if abs(math.log(height / width * expected_width / expected_height)) > tolerance:
             raise ValueError(
-                f"Masks of {width} x {height} pixels do not have the aspect ratio of their image, "
-                f"{expected_width:g} : {expected_height:g}. Masks must cover the image without its padding, and "
+                f"Masks of {width} x {height} pixels do not have the aspect ratio of their image, width / height = "
+                f"{expected_width / expected_height:.3g}. Masks must cover the image without its padding, and "
                 "reshaped_input_sizes must be passed for an image with padding."
             )
     return masks > 0
