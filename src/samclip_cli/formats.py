@@ -47,8 +47,8 @@ class Prediction:
     masks (`Sequence[numpy.ndarray]` of shape `(height, width)`):
         Boolean masks.
     label_ids (`list[int]`):
-        Value of each mask in the label map, from 1, or 0 for background; also its color. Masks without names are
-        numbered.
+        Value of each mask in the label map, from 1, or 0 for background and masks without a label; also its color.
+        Masks with 0 are left out of the annotated image. If masks have no names, they are numbered.
     names (`list[str]`):
         Names of the labels 1, 2, ...; empty if masks have no names.
     """
@@ -114,10 +114,7 @@ def encode(
         if name == "json":
             files[path] = (json.dumps(record) + "\n").encode()
         elif name == "overlay":
-            from samclip_hf.visualization import draw_segments
-
-            drawn = draw_segments(image, prediction.masks, prediction.label_ids, prediction.legend, prediction.caption)
-            files[path] = _png(drawn, prediction)
+            files[path] = _png(_overlay(image, prediction), prediction)
         elif name == "labelmap":
             files[path] = _png(label_map(prediction, image.size), prediction)
         else:
@@ -127,6 +124,16 @@ def encode(
                 own = _cutout(image, mask) if name == "cutouts" else _black_and_white(mask)
                 files[f"{path}{number + 1:03d}{_suffix(prediction, number)}.png"] = _png(own, prediction)
     return files
+
+
+def _overlay(image: "Image.Image", prediction: Prediction) -> "Image.Image":
+    from samclip_hf.tiling_samclip import ComputedSequence
+    from samclip_hf.visualization import draw_segments
+
+    shown = [number for number, label_id in enumerate(prediction.label_ids) if label_id]
+    masks = ComputedSequence(len(shown), lambda index: prediction.masks[shown[index]])
+    label_ids = [prediction.label_ids[number] for number in shown]
+    return draw_segments(image, masks, label_ids, prediction.legend, prediction.caption)
 
 
 def label_map(prediction: Prediction, size: tuple[int, int]) -> "Image.Image":
@@ -217,7 +224,9 @@ def _suffix(prediction: Prediction, number: int) -> str:
     """The label of a mask, as far as it can be part of a file name."""
     if not prediction.names:
         return ""
-    label_id = prediction.label_ids[number]
+    label_id, masks = prediction.label_ids[number], prediction.record.get("masks", [])
+    if number < len(masks) and masks[number]["label"] is None:
+        return ""
     name = prediction.names[label_id - 1] if label_id else "background"
     return "_" + re.sub(r"[^\w-]+", "_", name)[:40]
 

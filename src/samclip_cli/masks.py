@@ -11,7 +11,15 @@ from .formats import Prediction, coco_annotation
 from .image_arguments import add_tile_arguments, check_tiles, create_parser
 from .models import load_model, mask_generation_options
 from .plan import prepare
-from .vocabulary import LABELS_HELP, add_label_arguments, embed_labels, name_masks, read_labels
+from .vocabulary import (
+    LABELS_HELP,
+    add_label_arguments,
+    add_label_threshold,
+    embed_labels,
+    name_masks,
+    read_label_threshold,
+    read_labels,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -28,7 +36,8 @@ examples:
 The score of a mask is its IoU as the model predicts it, in descending order. With --labels, every
 mask gets a name: "label", "label_id" and "label_score" in the JSON. The label_score is the
 probability of the label among all labels and background texts. With --multi_label, "label_scores"
-has an independent score of each label."""
+has an independent score of each label, and a mask whose scores are all below --threshold has no
+label."""
 
 RECORD = '"masks": [{"score": 0.97, "bbox": [...], "area": 5120,\n       "segmentation": {...}}, ...]'
 
@@ -36,6 +45,7 @@ RECORD = '"masks": [{"score": 0.97, "bbox": [...], "area": 5120,\n       "segmen
 def build_parser() -> argparse.ArgumentParser:
     parser = create_parser("masks", DESCRIPTION, RECORD, has_masks=True, help_text=LABELS_HELP)
     add_label_arguments(parser, "masks have no names")
+    add_label_threshold(parser)
     parser.add_argument(
         "--points_per_crop",
         type=positive_int,
@@ -63,6 +73,7 @@ def run(argv: Sequence[str]) -> int:
     arguments = build_parser().parse_args(argv)
     check_tiles(arguments)
     read_labels(arguments)
+    read_label_threshold(arguments)
     if arguments.tile is not None and arguments.labels is not None:
         raise CommandError(
             "--labels cannot be combined with --tile, because masks are named in the whole image. Use 'samclip "
@@ -103,7 +114,7 @@ def run(argv: Sequence[str]) -> int:
             sizes = inputs["reshaped_input_sizes"]
             with torch.inference_mode():
                 vision_embeds = loaded.model.get_vision_embeds(inputs["pixel_values"], sizes)
-            return name_masks(loaded, records, masks, arguments.multi_label, vision_embeds, sizes)
+            return name_masks(loaded, records, masks, arguments.multi_label, arguments.threshold, vision_embeds, sizes)
         text = f"{len(masks)} masks, scores from {min(scores):.2f} to {max(scores):.2f}" if masks else "no masks"
         record = {"model": loaded.description, "masks": records}
         return Prediction(record, [(None, text)], loaded.caption, masks, list(range(1, len(masks) + 1)))

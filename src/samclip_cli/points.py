@@ -14,7 +14,15 @@ from .formats import Prediction, coco_annotation
 from .image_arguments import create_parser
 from .models import load_model
 from .plan import prepare
-from .vocabulary import LABELS_HELP, add_label_arguments, embed_labels, name_masks, read_labels
+from .vocabulary import (
+    LABELS_HELP,
+    add_label_arguments,
+    add_label_threshold,
+    embed_labels,
+    name_masks,
+    read_label_threshold,
+    read_labels,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +42,8 @@ The score of a mask is its IoU as the model predicts it. A single point often fi
 such as a shirt and the person who wears it; the mask with the highest score is returned. With
 --labels, every mask gets a name: "label", "label_id" and "label_score" in the JSON. The label_score
 is the probability of the label among all labels and background texts. With --multi_label,
-"label_scores" has an independent score of each label."""
+"label_scores" has an independent score of each label, and a mask whose scores are all below
+--threshold has no label."""
 
 PROMPTS_HELP = """
 prompts:
@@ -79,12 +88,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--boxes", metavar='"X1,Y1,X2,Y2"', help="boxes, one for each object, see below")
     parser.add_argument("--prompts", metavar="FILE.json", help="points and boxes of each image, see below")
     add_label_arguments(parser, "masks have no names")
+    add_label_threshold(parser)
     return parser
 
 
 def run(argv: Sequence[str]) -> int:
     arguments = build_parser().parse_args(argv)
     read_labels(arguments)
+    read_label_threshold(arguments)
     prompts = read_prompts(arguments)
     plan = prepare(arguments)
 
@@ -120,7 +131,7 @@ def run(argv: Sequence[str]) -> int:
             for score, prompt, mask in zip(scores, own, masks, strict=True)
         ]
         if arguments.labels is not None:
-            return name_masks(loaded, records, masks, arguments.multi_label, vision_embeds, sizes)
+            return name_masks(loaded, records, masks, arguments.multi_label, arguments.threshold, vision_embeds, sizes)
         legend: list[tuple[int | None, str]] = [
             (number, f"object {number}, {score:.2f}") for number, score in enumerate(scores, start=1)
         ]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from . import CommandError, first_line, log
+from .argument_types import probability
 from .formats import Prediction
 from .models import LoadedModel
 
@@ -68,7 +69,7 @@ def read_labels(arguments: argparse.Namespace) -> None:
     elif arguments.labels is not None:
         arguments.labels = parse_labels("--labels", arguments.labels)
     elif given := [f"--{name}" for name in LABEL_OPTIONS if getattr(arguments, name, None)]:
-        raise CommandError(f"{' and '.join(given)} require --labels.")
+        raise CommandError(f"{' and '.join(given)} require{'s' * (len(given) == 1)} --labels.")
     if background is not None:
         if arguments.multi_label:
             raise CommandError("--background has no effect with --multi_label: every label has its own score.")
@@ -80,6 +81,26 @@ def read_labels(arguments: argparse.Namespace) -> None:
             '--template must contain {} once, in the place of the label, such as "a photo of a {}": got '
             f"{arguments.template!r}."
         )
+
+
+def add_label_threshold(parser: argparse.ArgumentParser) -> None:
+    """Adds `--threshold`, for commands that name masks."""
+    parser.add_argument(
+        "--threshold",
+        type=probability,
+        metavar="P",
+        help='a mask whose best label has a lower score, from 0 to 1, gets no label: "label" is null and "label_id" '
+        "is 0 (default: 0.5 with --multi_label, otherwise 0)",
+    )
+
+
+def read_label_threshold(arguments: argparse.Namespace) -> None:
+    """Replaces `arguments.threshold` by its default, after [`read_labels`]. Raises `CommandError` if it is given
+    without labels."""
+    if arguments.threshold is None:
+        arguments.threshold = 0.5 if arguments.multi_label else 0.0
+    elif arguments.labels is None:
+        raise CommandError("--threshold requires --labels.")
 
 
 def embed_labels(arguments: argparse.Namespace, loaded: LoadedModel) -> "SamClipVocabulary":
@@ -116,6 +137,7 @@ def name_masks(
     records: list[dict],
     masks: Sequence["np.ndarray"],
     multi_label: bool,
+    threshold: float,
     vision_embeds: "SamClipVisionEncoderOutput",
     reshaped_input_sizes: "torch.Tensor",
 ) -> Prediction:
@@ -129,6 +151,8 @@ def name_masks(
         Boolean masks. The label of a mask without pixels is `None`.
     multi_label (`bool`):
         Whether scores are independent. The JSON of a mask then has the "label_scores" of all labels.
+    threshold (`float`):
+        The label of a mask whose best score is lower is `None`.
     vision_embeds, reshaped_input_sizes:
         Arguments of [`SamClipForImageSegmentation.classify_masks`] for the image.
     """
@@ -149,7 +173,7 @@ def name_masks(
     scores = torch.cat(parts).float()
     best_scores, best = scores.max(dim=-1)
     for number, (record, score, index) in enumerate(zip(records, best_scores.tolist(), best.tolist(), strict=True)):
-        name = vocabulary.id2label[index] if score else None
+        name = vocabulary.id2label[index] if score and score >= threshold else None
         label_ids.append(loaded.names.index(name) + 1 if name in loaded.names else 0)
         label_scores.append(score)
         named = {"label": name, "label_id": label_ids[-1], "label_score": score}
@@ -167,23 +191,21 @@ def label_legend(
     names: Sequence[str], label_ids: Sequence[int], scores: Sequence[float], word: str
 ) -> list[tuple[int | None, str]]:
     """
-    Rows of the legend, in the order of the labels.
+    Rows of the legend, in the order of the labels. Masks of the background and without a label have none.
 
     names (`Sequence[str]`):
         Names of the labels 1, 2, ...
     label_ids (`Sequence[int]`), scores (`Sequence[float]`):
-        The label of each mask, 0 for background, and its score.
+        The label of each mask, 0 for background or none, and its score.
     word (`str`):
         What masks are called, in the plural.
     """
     legend: list[tuple[int | None, str]] = []
-    for label_id in sorted(set(label_ids)):
+    for label_id in sorted(set(label_ids) - {0}):
         own = [score for other, score in zip(label_ids, scores, strict=True) if other == label_id]
-        if not any(own):  # masks without pixels
-            continue
         count = f" ({len(own)} {word})" if len(own) > 1 else ""
-        legend.append((label_id, f"{names[label_id - 1] if label_id else 'background'} {max(own):.2f}{count}"))
-    return legend or [(None, f"no {word}")]
+        legend.append((label_id, f"{names[label_id - 1]} {max(own):.2f}{count}"))
+    return legend or [(None, f"no {word} with these labels" if label_ids else f"no {word}")]
 
 
 def _read_labels_file(path: str) -> list[list[str]]:

@@ -237,8 +237,8 @@ def test_wrong_arguments_give_one_message_and_no_output(capsys, folder, command,
 
 
 SEGMENT_WRONG_ARGUMENTS = {
-    "background alone": (["--background", "wall"], "require --labels"),
-    "template alone": (["--template", "a {}"], "require --labels"),
+    "background alone": (["--background", "wall"], "requires --labels"),
+    "template alone": (["--template", "a {}"], "requires --labels"),
     "empty background": (["--labels", "cat, sofa", "--background", ","], "--background is empty"),
     "a label called background": (["--labels", "cat, background", "--background", "wall"], "another name"),
 }

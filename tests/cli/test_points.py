@@ -11,6 +11,7 @@ from transformers import SamModel, SamProcessor
 
 from samclip_cli import CommandError, main
 from samclip_cli.points import parse_boxes, parse_points
+from samclip_cli.vocabulary import label_legend
 from samclip_hf import SamClipForImageSegmentation, SamClipProcessor, miniature
 from samclip_hf.images import decode_mask
 from samclip_hf.miniature.scenes import render
@@ -97,8 +98,9 @@ def test_masks_get_the_names_of_classify_masks(capsys, photo, model):
 
 
 def test_independent_scores_do_not_depend_on_the_other_labels(capsys):
+    command = ["points", "photo.png", "--points", "40,30; 100,60", "--multi_label", "--threshold", "0", "--labels"]
     one, two = (
-        samclip(capsys, "points", "photo.png", "--points", "40,30; 100,60", "--multi_label", "--labels", labels)[0][0]
+        samclip(capsys, *command, labels)[0][0]
         for labels in ("red fuzzy shape", "green zigzag shape, red fuzzy shape")
     )
     for alone, together in zip(one["masks"], two["masks"], strict=True):
@@ -113,6 +115,41 @@ def test_independent_scores_do_not_depend_on_the_other_labels(capsys):
     alone, _ = samclip(capsys, "classify", "photo.png", "--multi_label", "--labels", "red fuzzy shape")
     scores = {label["label"]: label["score"] for label in ranks[0]["labels"]}
     assert scores["red fuzzy shape"] == pytest.approx(alone[0]["labels"][0]["score"], abs=1e-4)
+
+
+@pytest.mark.parametrize("command", [["points", "--points", "40,30; 100,60"], ["masks", "--points_per_crop", "6"]])
+def test_a_mask_with_a_score_below_the_threshold_has_no_label(capsys, photo, command):
+    command = [*command, "photo.png", "--multi_label", "--labels", "red fuzzy shape"]
+    [every], _ = samclip(capsys, *command, "--threshold", "0")
+    scores = sorted(mask["label_score"] for mask in every["masks"])
+    assert {mask["label"] for mask in every["masks"]} == {"red fuzzy shape"} and scores[0] < 0.5
+    high = scores[-1] + 1e-6
+    default, strict = (
+        samclip(capsys, *command, *options)[0][0]["masks"] for options in ([], ["--threshold", f"{high}"])
+    )
+    for mask, other, some in zip(every["masks"], default, strict, strict=True):
+        unnamed = {"label": None, "label_id": 0}
+        assert some == mask | unnamed
+        assert other == (mask if mask["label_score"] >= 0.5 else mask | unnamed)
+        assert list(mask["label_scores"]) == ["red fuzzy shape"]
+    formats = ["--threshold", f"{high}", "--formats", "overlay,labelmap,coco,masks", "--output", "out"]
+    samclip(capsys, *command, *formats)
+    assert json.loads(Path("out/coco_results.json").read_text()) == []
+    assert not np.asarray(Image.open("out/photo_labels.png")).any()
+    overlay = np.asarray(Image.open("out/photo.png"))[: SIZE[1], : SIZE[0]]
+    assert np.array_equal(overlay, np.asarray(photo))
+    assert "001.png" in {path.name for path in Path("out/photo_masks").iterdir()}
+
+
+def test_masks_of_the_background_are_not_in_the_overlay(capsys, photo):
+    texts = ["--labels", "green zigzag shape", "--background", "red fuzzy shape, a photo of a red fuzzy shape"]
+    command = ["points", "--points", "40,30", "photo.png", *texts]
+    [record], _ = samclip(capsys, *command)
+    assert [mask["label_id"] for mask in record["masks"]] == [0]
+    samclip(capsys, *command, "--output", "out.png")
+    assert np.array_equal(np.asarray(Image.open("out.png"))[: SIZE[1], : SIZE[0]], np.asarray(photo))
+    assert label_legend(["cat"], [0, 1, 0, 1], [0.9, 0.6, 0.8, 0.7], "masks") == [(1, "cat 0.70 (2 masks)")]
+    assert label_legend(["cat"], [0, 0], [0.9, 0.6], "masks") == [(None, "no masks with these labels")]
 
 
 def test_every_mask_of_everything_mode_gets_a_name(capsys, monkeypatch):
@@ -163,8 +200,9 @@ WRONG_ARGUMENTS = {
     "prompts twice": (["--prompts", "p.json", "--points", "1,2"], "either --prompts, or --points and --boxes"),
     "other numbers": (["--points", "1,2;3,4", "--boxes", "1,2,3,4"], "--points has 2 objects and --boxes 1"),
     "outside only": (["--points", "1,2,0"], "add one inside"),
-    "labels": (["--points", "1,2", "--template", "a {}"], "--template require"),
-    "independent": (["--points", "1,2", "--multi_label"], "--multi_label require --labels"),
+    "labels": (["--points", "1,2", "--template", "a {}"], "--template requires"),
+    "independent": (["--points", "1,2", "--multi_label"], "--multi_label requires --labels"),
+    "threshold": (["--points", "1,2", "--threshold", "0.3"], "--threshold requires --labels"),
     "no effect": (["--points", "1,2", "--multi_label", *LABELS], "--background has no effect with --multi_label"),
     "no file": (["--prompts", "nosuch.json"], "--prompts nosuch.json: No such file"),
 }
