@@ -290,6 +290,10 @@ def _missing_extra(name: str, error: ModuleNotFoundError) -> CommandError:
     )
 
 
+def _count(pixels: int) -> str:
+    return f"{pixels / 1e6:.0f} million" if pixels >= 1e7 else f"{pixels}"
+
+
 def read_image(source: Path | Callable[[], bytes | str], max_pixels: int | None) -> "Image.Image":
     """
     The image in RGB, with its EXIF orientation applied.
@@ -314,6 +318,6 @@ def read_image(source: Path | Callable[[], bytes | str], max_pixels: int | None)
         raise ValueError("not an image, or a format that Pillow cannot read.") from error
     except Image.DecompressionBombError as error:
         raise ValueError(
-            f"the image has more than {(max_pixels or 0) / 1e6:.0f} million pixels. Resize it first, or raise the "
+            f"the image has more than {_count(max_pixels or 0)} pixels. Resize it first, or raise the "
             "limit with --max_image_pixels."
         ) from error

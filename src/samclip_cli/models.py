@@ -240,10 +240,31 @@ def load_model(arguments: argparse.Namespace) -> LoadedModel:
     except Exception as error:  # a faulty checkpoint can raise any exception of the libraries that read it
         given = f"--model {name}" if sam is None else f"--sam {sam} --clip {clip}"
         raise CommandError(f"{given} cannot be loaded: {first_line(error)}") from error
-    shipped = (miniature.checkpoint(), miniature.sam_teacher(), miniature.clip_teacher())
-    if any(_is_same(part, path) for part in (name, sam, clip) if part is not None for path in shipped):
+    if _has_miniature_encoder(model):
         description["note"] = MINIATURE_NOTE
     return LoadedModel(model.to(device).eval(), image_processor, tokenizer, description)
+
+
+def _has_miniature_encoder(model: "SamClipForImageSegmentation") -> bool:
+    """Whether an image encoder of the model has the weights of a shipped miniature, from whatever folder."""
+    import torch
+    from safetensors.torch import load_file
+
+    from samclip_hf import miniature
+
+    own = model.state_dict()
+    for folder, saved, prefix in (
+        (miniature.checkpoint(), "vision_encoder.", "vision_encoder."),
+        (miniature.sam_teacher(), "vision_encoder.", "vision_encoder."),
+        (miniature.clip_teacher(), "vision_model.", "clip_head.vision_model."),
+    ):
+        weights = load_file(os.path.join(folder, "model.safetensors"))
+        pairs = [(own.get(prefix + name[len(saved) :]), weights[name]) for name in weights if name.startswith(saved)]
+        if all(one is not None and one.shape == other.shape for one, other in pairs) and all(
+            torch.equal(one.cpu().float(), other.float()) for one, other in pairs if one is not None
+        ):
+            return bool(pairs)
+    return False
 
 
 def mask_generation_options(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -78,6 +78,8 @@ def plan_output(arguments: argparse.Namespace, inputs: Inputs, process: tuple[in
     if path is None or output == "-":
         if path is not None:
             raise CommandError("--output -: without --output, JSON is written to standard output.")
+        if arguments.formats is not None:
+            raise CommandError("--formats has no effect without a folder as --output.")
         if sys.stdout is None:
             raise CommandError("standard output is closed: pass --output.")
         if process[1] > 1:
@@ -96,6 +98,8 @@ def plan_output(arguments: argparse.Namespace, inputs: Inputs, process: tuple[in
     elif os.path.isfile(path) or (path.suffix and not output.endswith(os.sep)):
         raise CommandError(f"--output {output} must end in .png or .json, or be a folder, such as {path.stem}/.")
     check_writable(path.parent if is_file else path, "--output")
+    if is_file and arguments.formats is not None:
+        raise CommandError(f"--formats has no effect with the file {output}: pass a folder as --output.")
     if is_file:
         plan = Plan(arguments, inputs, path, False, ("overlay" if path.suffix.lower() == ".png" else "json",), process)
     else:

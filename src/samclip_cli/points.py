@@ -93,7 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run(argv: Sequence[str]) -> int:
-    arguments = build_parser().parse_args(argv)
+    arguments = build_parser().parse_args(_join_negative(argv))
     read_labels(arguments)
     read_label_threshold(arguments)
     prompts = read_prompts(arguments)
@@ -142,6 +142,17 @@ def run(argv: Sequence[str]) -> int:
         return [predict_one(image, name) for image, name in zip(images, names, strict=True)]
 
     return process_images(plan, predict, loaded)
+
+
+def _join_negative(argv: Sequence[str]) -> list[str]:
+    """Writes `--points -5,30` as `--points=-5,30`, because argparse takes "-5,30" for an option."""
+    joined: list[str] = []
+    for argument in argv:
+        if joined and joined[-1] in ("--points", "--boxes") and re.match(r"-[\d.]", argument):
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    return joined
 
 
 def _model_inputs(prompt: Prompt, inputs) -> "dict[str, torch.Tensor]":
@@ -304,10 +315,16 @@ def check_inside(prompts: Sequence[Prompt], size: tuple[int, int]) -> None:
         for kind, coordinates in named:
             limits = size * (len(coordinates) // 2)
             if not all(0 <= value <= limit for value, limit in zip(coordinates, limits, strict=True)):
+                overlaps = kind == "box" and _overlaps(coordinates, size)
+                relation = "extends beyond" if overlaps else "is outside"
                 raise ValueError(
-                    f"the {kind} {_text(coordinates)} of object {number} is outside the image, which is {size[0]} "
+                    f"the {kind} {_text(coordinates)} of object {number} {relation} the image, which is {size[0]} "
                     f"wide and {size[1]} high."
                 )
+
+
+def _overlaps(box: Sequence[float], size: tuple[int, int]) -> bool:
+    return box[0] < size[0] and box[1] < size[1] and box[2] > 0 and box[3] > 0
 
 
 def _text(numbers: Sequence[float]) -> str:

@@ -107,6 +107,8 @@ def embed_labels(arguments: argparse.Namespace, loaded: LoadedModel) -> "SamClip
     """Sets the vocabulary of the model to the labels of [`read_labels`] and `loaded.names` to its names without the
     background, and returns it. Without labels, it is that of the checkpoint. Raises `CommandError` if the labels
     cannot be embedded, or if the checkpoint has none."""
+    if arguments.labels is None and loaded.model.class_embeds is None:
+        raise CommandError(f'--model {arguments.model} has no vocabulary: pass --labels, such as "cat, sofa".')
     try:
         if arguments.labels is not None:
             if loaded.tokenizer is None:

@@ -11,6 +11,7 @@ from transformers import pipeline
 
 from samclip_cli import main
 from samclip_cli.formats import coco_annotation
+from samclip_cli.models import _has_miniature_encoder
 from samclip_hf import SamClipForImageSegmentation, SamClipModel, miniature
 from samclip_hf.miniature.scenes import render
 from samclip_hf.visualization import color_of, draw_segments
@@ -202,6 +203,8 @@ WRONG_ARGUMENTS = {
     "folder instead of a file": (["photo.png", "--output", "taken", "--overwrite"], "because it is a folder"),
     "file instead of a folder": (["photo.png", "--output", "other.png/o.png"], "other.png does not exist"),
     "device as output": (["photo.png", "--output", "/dev/null"], "neither a file nor a folder"),
+    "formats without an output": (["photo.png", "--formats", "json"], "--formats has no effect without"),
+    "formats of a file": (["photo.png", "--formats", "json", "--output", "o.png"], "--formats has no effect with"),
     "standard output by a dash": (["photo.png", "--output", "-"], "without --output"),
     "onto the image": (["photo.png", "--output", "photo.png"], "would overwrite the input image"),
     "onto the images": (["photo.png", "--output", "."], "would overwrite the input image"),
@@ -303,7 +306,16 @@ def test_a_published_checkpoint_loads_without_its_own_code(capsys):
     Path("hub/config.json").write_text(json.dumps(config))
     records, _ = samclip(capsys, "segment", "photo.png", *LABEL_OPTIONS, "--model", "hub")
     [expected], _ = samclip(capsys, "segment", "photo.png", *LABEL_OPTIONS)
-    assert records == [expected | {"model": {"name": "hub"}}]
+    assert records == [expected | {"model": expected["model"] | {"name": "hub"}}]
+    SamClipForImageSegmentation.from_teachers(
+        miniature.sam_teacher(), miniature.clip_teacher(), merged=False
+    ).save_pretrained("unmerged")
+    for name in ("unmerged", "hub"):
+        model = SamClipForImageSegmentation.from_pretrained(name)
+        assert _has_miniature_encoder(model)
+        for part in model.vision_encoder, getattr(model.clip_head, "vision_model", model):
+            next(part.parameters()).data += 0.1
+        assert not _has_miniature_encoder(model)
 
 
 def test_a_missing_text_tower_or_vocabulary_is_reported(capsys):
@@ -320,4 +332,10 @@ def test_a_missing_text_tower_or_vocabulary_is_reported(capsys):
         options = ["--labels", "cat, sofa", "--model", "small"]
         assert "no text tower" in samclip(capsys, command, "photo.png", *options, status=2)[1][0]
     _, messages = samclip(capsys, "segment", "photo.png", "--model", "bare", status=2)
-    assert "has no vocabulary" in messages[0] and "--labels" in messages[0]
+    assert messages == ['samclip segment: --model bare has no vocabulary: pass --labels, such as "cat, sofa".']
+
+
+def test_a_small_limit_of_pixels_is_named_exactly(capsys):
+    save("photo.png")
+    _, messages = samclip(capsys, "classify", "photo.png", "--labels", "a, b", "--max_image_pixels", "100", status=1)
+    assert "more than 100 pixels" in messages[0]

@@ -240,7 +240,9 @@ def test_wrong_files_of_prompts_give_one_message(capsys, content, part):
     "prompt, part",
     [
         (["--points", "10,10; 20,20 151,5"], "the point 151,5 of object 2 is outside the image, which is 150 wide"),
-        (["--boxes", "10,10,20,108"], "the box 10,10,20,108 of object 1 is outside the image"),
+        (["--boxes", "10,10,20,108"], "the box 10,10,20,108 of object 1 extends beyond the image"),
+        (["--boxes", "160,10,170,100"], "the box 160,10,170,100 of object 1 is outside the image"),
+        (["--points", "-5,30"], "the point -5,30 of object 1 is outside the image"),
         (["--points", "nan,5"], "the point nan,5 of object 1"),
     ],
 )
