@@ -203,6 +203,65 @@ def test_a_mask_that_is_cut_off_and_has_no_counterpart_is_removed():
     assert decode_rle(encodings[0]).sum() == 400
 
 
+def longest_cut(mask, tiles):
+    """The number of pixels of a mask that end exactly on the same inner edge of a tile."""
+    lengths = [0]
+    for edges, values in ((tiles.columns, mask.T), (tiles.rows, mask)):
+        for edge in {edge for span in edges for edge in span if 0 < edge < len(values)}:
+            lengths.append(int((values[edge - 1] ^ values[edge]).sum()))
+    return max(lengths)
+
+
+def draw_mosaic():
+    """Disks in a grid, of which one crosses the edges of four tiles of 100 pixels, and tiles of `(240, 240)`."""
+    y, x = np.mgrid[:240, :240]
+    disks = [np.hypot(x - cx, y - cy) < 25 for cy in (30, 85, 155, 210) for cx in (30, 85, 155, 210)]
+    return disks, ImageTiles(240, 240, 100, 0.25)
+
+
+@pytest.mark.parametrize("missing_column", [None, 1])
+def test_masks_do_not_end_at_inner_edges_of_tiles(missing_column):
+    """Nothing is found in tiles of the missing column, so disks in two tiles of the first column are cut off."""
+    disks, tiles = draw_mosaic()
+    merged = TiledMasks(tiles)
+    parts = TiledSegmentation(tiles, with_map=False)
+    for index, (left, top, right, bottom) in enumerate(tiles.boxes):
+        visible = [disk[top:bottom, left:right] for disk in disks]
+        is_missing = index % len(tiles.columns) == missing_column
+        visible = [] if is_missing else [part for part in visible if part.sum() > 30]
+        found = [mask_to_box(part) for part in visible]
+        boxes = torch.tensor([[b[0], b[1], b[2] - 1, b[3] - 1] for b in found], dtype=torch.int64).reshape(-1, 4)
+        merged.add(index, [encode_rle(part) for part in visible], torch.full((len(visible),), 0.9), boxes)
+        logits = torch.stack([torch.from_numpy(part) * 20.0 - 10 for part in visible] or [torch.full((100, 100), -10)])
+        segment_logits = torch.tensor([[5.0, 0.0]]).repeat(len(logits), 1)
+        scores = torch.full((len(logits),), 0.9 if visible else 0.0)
+        parts.add(to_output(torch.zeros(2, 100, 100), logits, segment_logits, scores))
+    everything = [decode_rle(encoding) for encoding in merged.merge()[0]]
+    labeled = [decode_rle(encoding) for _, _, encoding in parts.independent_segments(0.5, is_semantic=False)]
+    for found in (everything, labeled):
+        assert all(any(np.array_equal(mask, disk) for disk in disks) for mask in found)
+        assert max(longest_cut(mask, tiles) for mask in found if mask.any()) <= max(
+            longest_cut(disk, tiles) for disk in disks
+        )
+        assert len(found) == 16 if missing_column is None else 0 < len(found) < 16
+
+
+def test_slivers_of_parts_are_not_objects():
+    """The logits of one cell of 8 x 8 pixels are above 0 in its center only: 4 of 64 pixels."""
+    tiles = ImageTiles(64, 112, 64, 0.25)
+    masks = torch.full((2, 8, 8), -4.0)
+    masks[0, 3, 3], masks[1, 2:6, 5] = 0.6, 8.0
+    merged = TiledSegmentation(tiles, with_map=False)
+    segment_logits = torch.tensor([[9.0, 0.0], [3.0, 0.0]])
+    merged.add(to_output(torch.zeros(2, 8, 8), masks, segment_logits, torch.ones(2)))
+    merged.add(to_output(torch.zeros(2, 8, 8), masks[:1] * 0 - 4, segment_logits[:1], torch.zeros(1)))
+    sizes = [decode_rle(encoding).sum() for _, _, encoding in merged.independent_segments(0.5, is_semantic=False)]
+    assert len(sizes) == 1 and sizes[0] > 200
+    sizes = [decode_rle(encoding).sum() for _, _, encoding in merged.independent_segments(0.5, is_semantic=True)]
+    assert len(sizes) == 1 and sizes[0] > 200
+    assert len(merged.post_process_panoptic_segmentation(0.5)["segments_info"]) == 1
+
+
 ARGUMENTS = {
     "candidate_labels": list(CLASS_NAMES),
     "hypothesis_template": "a {}",
@@ -349,6 +408,7 @@ def test_wrong_tiles_raise(segmenter, arguments, message):
 def test_computed_sequences_compute_items_at_access():
     calls = []
     sequence = ComputedSequence(4, lambda index: calls.append(index) or index * 10)
+    assert repr(sequence) == "<ComputedSequence of 4 items, computed at access>"
     assert len(sequence) == 4 and not calls
     assert sequence[-1] == 30 and sequence[1:3] == [10, 20] and list(sequence) == [0, 10, 20, 30]
     assert calls == [3, 1, 2, 0, 1, 2, 3]

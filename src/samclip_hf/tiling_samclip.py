@@ -31,6 +31,11 @@ MATCH_THRESHOLD = 0.7
 # A mask is cut off by its tile if it is closer to an inner edge than this fraction of the tile's longer side. SAM's
 # everything mode uses 20 pixels of images that are resized to 1024.
 CUT_TOLERANCE = 0.02
+# A part is cut only if it is that close to the edge over at least this many pixels along it.
+MIN_CUT_LENGTH = 4
+# An object is a sliver if its merged mask has less than this fraction of the area of its largest part. A merged mask
+# contains about all of its parts, so the rest of a sliver is where other tiles have more weight.
+SLIVER_FRACTION = 0.25
 MATCHING_PIXELS = 2**17  # masks are compared on at most about this many pixels
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels; right and bottom exclusive
@@ -418,6 +423,60 @@ def _is_cut(tiles: ImageTiles, segment: TileSegment, region: Box | None = None) 
     )
 
 
+def _whole_parts(
+    tiles: ImageTiles, segments: Sequence[TileSegment], group: Sequence[int], threshold: float
+) -> list[int]:
+    """The segments of an object that no inner edge of their tiles cuts off. A segment is cut off at an edge if it has
+    `MIN_CUT_LENGTH` or more pixels along the edge where no other segment of the object continues on the other side.
+    Without a segment that is cut off, others may be cut off, so the search repeats until nothing changes."""
+    kept = list(group)
+    while True:
+        whole = [
+            index
+            for index in kept
+            if not any(
+                _cut_length(tiles, segments, kept, index, side, threshold) >= MIN_CUT_LENGTH for side in range(4)
+            )
+        ]
+        if len(whole) == len(kept):
+            return kept
+        kept = whole
+
+
+def _cut_length(
+    tiles: ImageTiles, segments: Sequence[TileSegment], group: Sequence[int], index: int, side: int, threshold: float
+) -> int:
+    """The number of pixels along a side of its tile (0 left, 1 top, 2 right, 3 bottom) at which a segment reaches the
+    edge, and no other segment of the group continues."""
+    segment = segments[index]
+    box = tiles.boxes[segment.tile]
+    tolerance = CUT_TOLERANCE * max(box[2] - box[0], box[3] - box[1])
+    edge = box[side]
+    if not tiles.inner_edges(segment.tile)[side] or abs(segment.mask.box[side] - edge) > tolerance:
+        return 0
+    width = int(tolerance) + 1
+    strip = list(segment.mask.box)
+    strip[side], strip[(side + 2) % 4] = edge, edge + width if side < 2 else edge - width
+    region: Box = (strip[0], strip[1], strip[2], strip[3])
+    axis = side % 2
+    touches = (segment.mask.probability(region) > threshold).any(dim=1 - axis)
+    for other in group:
+        other_box = tiles.boxes[segments[other].tile]
+        if not other_box[axis] < edge < other_box[axis + 2]:
+            continue
+        if (segments[other].mask.probability(region) > threshold).any():
+            # Along the edge, the other tile has nearly all weight, so that its mask is the one that counts there.
+            start = region[1 - axis]
+            touches[max(0, other_box[1 - axis] - start) : max(0, other_box[3 - axis] - start)] = False
+    return int(touches.sum())
+
+
+def _is_sliver(window: np.ndarray, parts: Sequence[TileSegment]) -> bool:
+    """Whether the merged mask of an object is empty or a small rest of its parts."""
+    area = int(window.sum())
+    return area == 0 or area < SLIVER_FRACTION * max(part.mask.area for part in parts)
+
+
 class TiledSegmentation:
     r"""
     Semantic, instance and panoptic segmentation of an image from the outputs for its tiles.
@@ -549,6 +608,11 @@ class TiledSegmentation:
         scores, labels = probabilities.max(dim=-1)
         selected = (scores >= threshold) & (labels != self.background)
         winner, area, counts = self._assign(groups, selected.tolist())
+        largest = torch.tensor([max(self.segments[index].mask.area for index in group) for group in groups])
+        is_sliver = selected & (area > 0) & (area < SLIVER_FRACTION * largest)
+        if not self.is_by_class and is_sliver.any():  # their pixels belong to the other objects that contain them
+            selected &= ~is_sliver
+            winner, area, counts = self._assign(groups, selected.tolist())
         ids = torch.zeros(len(groups) + 1, dtype=torch.int32)  # the last one is for pixels outside all objects
         segments_info: list[dict] = []
         for number in range(len(groups)):
@@ -569,7 +633,10 @@ class TiledSegmentation:
 
     def independent_segments(self, threshold: float, is_semantic: bool) -> list[tuple[float, int, dict]]:
         """Score, label and run-length encoding of each object and each label whose score reaches the threshold, in
-        descending order of scores. With `is_semantic`, of each label, with the union of its objects."""
+        descending order of scores. With `is_semantic`, of each label, with the union of its objects.
+
+        Parts that an inner edge of their tile cuts off, and slivers, are not objects. Unions contain them: a region of
+        a label may continue in another object, and without its part the region has a hole."""
         tiles = self.tiles
         groups, scores = self._objects()
         unions: dict[int, np.ndarray] = {}
@@ -578,9 +645,14 @@ class TiledSegmentation:
             labels = (own_scores >= threshold).nonzero().flatten().tolist()
             if not labels:
                 continue
+            keeps_all = is_semantic or self.is_by_class
+            if not keeps_all:
+                group = _whole_parts(tiles, self.segments, group, self.mask_threshold)
+                if not group:
+                    continue
             parts = [self.segments[index] for index in group]
             window, left, top = _merge_masks(tiles, parts, self.mask_threshold, self._is_fading(group))
-            if not window.any():
+            if not window.any() or (not keeps_all and _is_sliver(window, parts)):
                 continue
             encoding = encode_window(window, left, top, tiles.height, tiles.width)
             found += [(float(own_scores[label]), label, encoding) for label in labels]
@@ -648,7 +720,7 @@ def _blend(
 class TiledMasks:
     r"""
     Masks of an image from the masks of its tiles ("everything mode"). A mask that is cut off by an inner edge of its
-    tile and has no counterpart in another tile is removed, as SAM removes masks at the edges of crops.
+    tile and does not continue in the tile beyond the edge is removed, as SAM removes masks at the edges of crops.
 
     Args:
         tiles ([`ImageTiles`]):
@@ -673,12 +745,12 @@ class TiledMasks:
         by area, and boxes `(num_masks, 4)` with inclusive right and bottom."""
         encodings, scores, boxes = [], [], []
         for group in match_segments(self.tiles, self.segments, 0.5):
-            parts = [self.segments[index] for index in group]
-            if len(parts) == 1 and _is_cut(self.tiles, parts[0]):
+            parts = [self.segments[index] for index in _whole_parts(self.tiles, self.segments, group, 0.5)]
+            if not parts:
                 continue
             window, left, top = _merge_masks(self.tiles, parts, 0.5, is_fading=False)
             box = mask_to_box(window)
-            if box is None:
+            if box is None or _is_sliver(window, parts):
                 continue
             areas = [part.mask.area for part in parts]
             encodings.append(encode_window(window, left, top, self.tiles.height, self.tiles.width))
@@ -696,6 +768,9 @@ class ComputedSequence(Sequence):
 
     def __len__(self) -> int:
         return self._length
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self._length} items, computed at access>"
 
     def __getitem__(self, index):
         if isinstance(index, slice):
