@@ -31,7 +31,7 @@ MATCH_THRESHOLD = 0.7
 # A mask is cut off by its tile if it is closer to an inner edge than this fraction of the tile's longer side. SAM's
 # everything mode uses 20 pixels of images that are resized to 1024.
 CUT_TOLERANCE = 0.02
-# A part is cut only if it is that close to the edge over at least this many pixels along it.
+# A part is cut off only if it reaches the edge over at least this many pixels along it.
 MIN_CUT_LENGTH = 4
 # An object is a sliver if its merged mask has less than this fraction of the area of its largest part. A merged mask
 # contains about all of its parts, so the rest of a sliver is where other tiles have more weight.
@@ -447,14 +447,15 @@ def _cut_length(
     tiles: ImageTiles, segments: Sequence[TileSegment], group: Sequence[int], index: int, side: int, threshold: float
 ) -> int:
     """The number of pixels along a side of its tile (0 left, 1 top, 2 right, 3 bottom) at which a segment reaches the
-    edge, and no other segment of the group continues."""
+    edge, and no other segment of the group continues. A segment alone reaches the edge within `CUT_TOLERANCE`; one of
+    several touches it, because objects that other tiles confirm may end close to an edge."""
     segment = segments[index]
     box = tiles.boxes[segment.tile]
     tolerance = CUT_TOLERANCE * max(box[2] - box[0], box[3] - box[1])
     edge = box[side]
     if not tiles.inner_edges(segment.tile)[side] or abs(segment.mask.box[side] - edge) > tolerance:
         return 0
-    width = int(tolerance) + 1
+    width = 1 if len(group) > 1 else int(tolerance) + 1
     strip = list(segment.mask.box)
     strip[side], strip[(side + 2) % 4] = edge, edge + width if side < 2 else edge - width
     region: Box = (strip[0], strip[1], strip[2], strip[3])
