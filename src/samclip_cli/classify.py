@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from . import CommandError, first_line
+from . import CommandError, first_line, log
 from .batch import process_images
 from .formats import Prediction
 from .image_arguments import create_parser
@@ -54,6 +54,8 @@ def run(argv: Sequence[str]) -> int:
 
     loaded = load_model(arguments)
     vocabulary = embed_labels(arguments, loaded)
+    if len(arguments.labels) == 1 and not arguments.multi_label:
+        log("with one label, every score is 1. Pass more labels, or --multi_label.")
     try:
         to_candidate_labels([name for synonyms in arguments.labels for name in synonyms], loaded.tokenizer)
     except ValueError as error:

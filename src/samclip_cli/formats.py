@@ -25,7 +25,7 @@ FORMATS = {
     "coco": (
         "coco_results.json",
         "COCO results of all images with compressed run-length encodings; image and category ids are in "
-        "coco_dataset.json",
+        "coco_dataset.json, and results.jsonl is written, too",
     ),
 }
 WITHOUT_MASKS = ("overlay", "json", "jsonl")

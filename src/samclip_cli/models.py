@@ -192,9 +192,10 @@ class LoadedModel:
 
     @property
     def caption(self) -> str:
-        """One line for annotated images."""
+        """One line for annotated images, with the last component of folders only."""
         about = self.description
-        name = about["name"] if "name" in about else f"{about['sam']} + {about['clip']}"
+        parts = [about[key] for key in ("name", "sam", "clip") if key in about]
+        name = " + ".join(Path(part).resolve().name if os.path.isdir(part) else part for part in parts)
         return f"Model: {name}" + (f", {about['note']}" if "note" in about else "")
 
 

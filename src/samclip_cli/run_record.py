@@ -288,6 +288,8 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         before, after = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
             texts += _differences(before, after)
+        elif before != after and key in ("weights", "configuration"):  # hashes
+            texts.append(f"{'other' if key == 'weights' else 'another'} {key} of the model")
         elif before != after:
             texts.append(f"another {key} ({json.dumps(before)} instead of {json.dumps(after)})")
     return texts

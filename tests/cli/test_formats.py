@@ -54,6 +54,7 @@ def test_a_sam_and_a_clip_give_an_overlay_a_label_map_and_coco_results(capsys, p
     assert written <= set(os.listdir("out"))
     assert json.loads(Path("out/photo.json").read_text()) == record
     overlay = Image.open("out/photo.png")
+    assert overlay.info["Comment"].startswith("Model: sam + clip, ")
     assert overlay.width >= 150 and overlay.height > 107 and NOTE in overlay.info["Comment"]
 
     expected = np.zeros((107, 150), dtype=int)

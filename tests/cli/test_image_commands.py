@@ -281,6 +281,10 @@ def test_a_single_label_without_background_gives_a_warning(capsys):
     [record], messages = samclip(capsys, "segment", "photo.png", "--labels", "cat")
     assert len(messages) == 1 and "--background" in messages[0]
     assert {segment["score"] for segment in record["segments"]} == {1.0}
+    [record], messages = samclip(capsys, "classify", "photo.png", "--labels", "cat")
+    assert messages == ["samclip: with one label, every score is 1. Pass more labels, or --multi_label."]
+    assert record["labels"] == [{"label": "cat", "score": 1.0}]
+    assert samclip(capsys, "classify", "photo.png", "--labels", "cat", "--multi_label")[1] == []
 
 
 def test_the_default_model_is_reported(capsys):

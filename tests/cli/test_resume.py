@@ -126,7 +126,7 @@ def test_results_of_different_runs_are_not_mixed(capsys, monkeypatch, photos, ch
         model.logit_scale.data += 0.1
         monkeypatch.setattr(SamClipForImageSegmentation, "from_pretrained", lambda *_, **__: model)
         monkeypatch.setattr("samclip_hf.modeling_samclip.load_complete_model", lambda *_: model)
-        part = "with another weights"
+        part = "with other weights of the model. Pass"
     elif change == "image":
         Path("photos/1.png").write_bytes(Path("photos/2.png").read_bytes())
         part = "photos/1.png has changed since"
