@@ -14,6 +14,8 @@ from .models import check_model
 from .outputs import check_writable
 
 if TYPE_CHECKING:
+    import torch
+
     from samclip_hf.datasets.streams import Stream
     from samclip_hf.distillation import ClipTeacher
 
@@ -141,15 +143,14 @@ def run(argv: Sequence[str]) -> int:
             open_stream(data, with_masks=with_regions)
             for data in (arguments.sam_data if with_regions else arguments.clip_data or ["miniature"])
         ]
+        shards = [(number, shard) for number, stream in enumerate(streams) for shard in range(stream.num_shards)]
+        own = shards[state.process_index :: state.num_processes]
         prepare = _prepare_regions if with_regions else _prepare_crops
-        description, samples, embed, shape = prepare(arguments, teacher, streams, state.device)
+        description, samples, embed, shape = prepare(arguments, teacher, streams, own, state.device)
         write_description(arguments.output_dir, description)
     except (OSError, TypeError, ValueError) as error:
         sys.exit(f"Nothing was computed. {error}")
-    shards = [(number, shard) for number, stream in enumerate(streams) for shard in range(stream.num_shards)]
-    own = shards[state.process_index :: state.num_processes]
     done = sum(shard_path(arguments.output_dir, *shard).is_file() for shard in own)
-    samples.shards = own
 
     causes: Counter[str] = Counter()
     num_images = 0
@@ -174,29 +175,42 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-def _prepare_crops(arguments: argparse.Namespace, teacher: "ClipTeacher", streams: "list[Stream]", device) -> tuple:
+def _prepare_crops(
+    arguments: argparse.Namespace,
+    teacher: "ClipTeacher",
+    streams: "list[Stream]",
+    shards: list[tuple[int, int]],
+    device: "torch.device",
+) -> tuple:
     """Description, samples, function and shape for `embed_shards`, for the crops of images."""
+    from samclip_hf.distillation import SamClipTrainingArguments
     from samclip_hf.distillation.embedding_cache import ShardCrops, describe_cache, embed_crops
 
-    min_crop_scale = 0.5 if arguments.min_crop_scale is None else arguments.min_crop_scale
+    min_crop_scale = arguments.min_crop_scale or SamClipTrainingArguments.min_crop_scale
     description = describe_cache(teacher, streams, arguments.seed, min_crop_scale, arguments.num_crops)
-    samples = ShardCrops(streams, [], description, arguments.batch_size)
+    samples = ShardCrops(streams, shards, description, arguments.batch_size)
     shape = (arguments.num_crops, description.projection_dim)
     return description, samples, partial(embed_crops, teacher, device), shape
 
 
-def _prepare_regions(arguments: argparse.Namespace, teacher: "ClipTeacher", streams: "list[Stream]", device) -> tuple:
+def _prepare_regions(
+    arguments: argparse.Namespace,
+    teacher: "ClipTeacher",
+    streams: "list[Stream]",
+    shards: list[tuple[int, int]],
+    device: "torch.device",
+) -> tuple:
     """As `_prepare_crops`, for the regions of images with masks."""
     from transformers import SamConfig
 
     from samclip_hf import miniature
-    from samclip_hf.distillation import RegionTeacher
+    from samclip_hf.distillation import RegionTeacher, SamClipTrainingArguments
     from samclip_hf.distillation.collation import SamBatches
     from samclip_hf.distillation.embedding_cache import ShardRegions, describe_region_cache, embed_regions
 
     sam = miniature.sam_teacher() if arguments.sam_teacher in (None, "miniature") else arguments.sam_teacher
     sam_config = SamConfig.from_pretrained(sam).vision_config
-    regions_per_image = arguments.regions_per_image or 8
+    regions_per_image = arguments.regions_per_image or SamClipTrainingArguments.regions_per_image
     region_teacher = RegionTeacher(teacher, arguments.region_image_size)
     description = describe_region_cache(
         teacher,
@@ -219,6 +233,6 @@ def _prepare_regions(arguments: argparse.Namespace, teacher: "ClipTeacher", stre
         regions_per_image=regions_per_image,
         mask_size=4 * sam_config.image_size // sam_config.patch_size,
     )
-    samples = ShardRegions(streams, [], description, batches, arguments.batch_size)
+    samples = ShardRegions(streams, shards, description, batches, arguments.batch_size)
     shape = (arguments.num_crops, regions_per_image, description.projection_dim)
     return description, samples, partial(embed_regions, region_teacher, device), shape

@@ -12,6 +12,7 @@ embeddings of the sample in `num_crops` epochs, or NaN if the sample cannot be u
 
 import json
 import zlib
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
@@ -350,7 +351,7 @@ def write_description(folder: Path, description: CacheDescription | RegionCacheD
         )
 
 
-class ShardSamples(IterableDataset):
+class ShardSamples(IterableDataset, ABC):
     """The inputs of the teacher for whole shards, in batches. Shards are divided among the data loader workers."""
 
     def __init__(self, streams: list[Stream], shards: list[tuple[int, int]], num_crops: int, batch_size: int):
@@ -376,10 +377,10 @@ class ShardSamples(IterableDataset):
                     part = {"shard": (number, shard), "keys": [], "inputs": [], "usable": [], "causes": []}
             yield part | {"is_last": True}
 
+    @abstractmethod
     def inputs(self, sample: dict[str, Any], causes: list[str]) -> list[Any]:
         """Returns an input for each of `num_crops` epochs. Appends the causes of skipped annotations to `causes`.
         Raises [`SkippedSampleError`] if the sample cannot be used."""
-        raise NotImplementedError
 
 
 class ShardCrops(ShardSamples):
