@@ -917,7 +917,7 @@ class App:
         ]
         if self.is_miniature:
             return (
-                f"**This model knows drawn scenes only**, not photographs: it is the shipped miniature ({size}). For "
+                f"**This model works on drawn scenes only**, not photographs: it is the shipped miniature ({size}). For "
                 "photographs: `python demo/app.py --sam facebook/sam-vit-base --clip openai/clip-vit-base-patch16`"
             )
         if len(names) == 1:

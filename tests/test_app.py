@@ -1038,7 +1038,7 @@ def image_names(number: int) -> list[str]:
 @needs_chromium
 class TestPage:
     def test_the_page_opens_with_an_example_and_says_what_the_miniature_can_do(self, page, app):
-        assert "This model knows drawn scenes only" in page.find("#note").text
+        assert "This model works on drawn scenes only" in page.find("#note").text
         assert "--sam facebook/sam-vit-base --clip openai/clip-vit-base-patch16" in page.find("#note").text
         assert set(page.rows()) == set(image_names(0))
         assert re.search(r"Image encoder: once for this image, \d+ ms. Measured on the server", page.line())

@@ -683,7 +683,7 @@ class SamClipModel(SamClipPreTrainedModel):
         """Raises `ValueError`: the tokens of the text tower are those of its CLIP or SigLIP."""
         raise ValueError(
             "The token embeddings of a SAM-CLIP cannot be resized: texts are compared in the space of its CLIP or "
-            "SigLIP, which knows no new tokens."
+            "SigLIP, which has no embeddings of new tokens."
         )
 
     @torch.no_grad()
