@@ -917,8 +917,8 @@ class App:
         ]
         if self.is_miniature:
             return (
-                f"**This model works on drawn scenes only**, not photographs: it is the shipped miniature ({size}). For "
-                "photographs: `python demo/app.py --sam facebook/sam-vit-base --clip openai/clip-vit-base-patch16`"
+                f"**This model works on drawn scenes only**, not photographs: it is the shipped miniature ({size}). "
+                "For photographs: `python demo/app.py --sam facebook/sam-vit-base --clip openai/clip-vit-base-patch16`"
             )
         if len(names) == 1:
             return f"Model: {names[0]}, {size}."
