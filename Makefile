@@ -8,7 +8,7 @@ BIN = $(VENV)/bin
 
 help:
 	@echo 'make shell              a shell in which samclip, accelerate and python are those of .venv'
-	@echo 'make demo               train and evaluate the miniature, and draw the result (10 minutes)'
+	@echo 'make demo               train and evaluate the miniature, and draw the result (15 minutes)'
 	@echo 'make app                the app in the browser'
 	@echo 'make test               the tests, without the slow ones'
 	@echo 'make test-all           all tests'
