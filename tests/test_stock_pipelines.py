@@ -88,6 +88,21 @@ def test_registering_again_extends_nothing():
     assert [(made.preprocess, made._sanitize_parameters) for made in STOCK_PIPELINES] == before
 
 
+@pytest.mark.parametrize("arguments", [{"tile": 64}, {"tile": 64, "overlap": 0.2}, {"overlap": 0.2}])
+@pytest.mark.parametrize("task", TASKS)
+def test_tiles_of_stock_pipelines_raise(pipelines, task, arguments):
+    expected = {
+        "image-segmentation": 'use pipeline\\("zero-shot-image-segmentation"\\)',
+        "mask-generation": "pass pipeline_class=SamClipMaskGenerationPipeline",
+    }.get(task, "it processes images as a whole")
+    image = Image.fromarray(render(seed=0, index=8).image)
+    inputs = {"image": image} if task == "zero-shot-object-detection" else image
+    with pytest.raises(ValueError, match=f"has no {' and '.join(arguments)}.*{expected}"):
+        pipelines[task](inputs, **TASKS[task], **arguments)
+    with pytest.raises(ValueError, match=expected):
+        pipeline(task, model=miniature.checkpoint(), **arguments)
+
+
 def test_labels_of_object_detection_are_a_list_or_separated_by_commas(pipelines):
     detect, image = pipelines["zero-shot-object-detection"], Image.fromarray(render(seed=0, index=8).image)
     names = ["red fuzzy shape", "green zigzag shape"]
@@ -136,3 +151,4 @@ class TestZeroShotImageClassification:
     def test_other_models_are_unchanged(self, classify_with_clip, gray):
         scores = classify_with_clip(Image.fromarray(gray), candidate_labels="ab", hypothesis_template="a photo")
         assert sorted(score["label"] for score in scores) == ["a", "b"]
+        assert len(classify_with_clip(Image.fromarray(gray), candidate_labels=["a"], tile=64)) == 1

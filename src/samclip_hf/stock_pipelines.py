@@ -2,8 +2,8 @@
 SAM-CLIP models in transformers' own pipelines.
 
 transformers chooses the class of a pipeline by its task, not by its model. The methods of these classes are therefore
-extended: with a SAM-CLIP model they read images with this package's `load_image` and check labels. With another model
-they do what they did before.
+extended: with a SAM-CLIP model they read images with this package's `load_image`, check labels and refuse tiles. With
+another model they do what they did before.
 """
 
 import functools
@@ -33,13 +33,18 @@ STOCK_PIPELINES = (
     ZeroShotImageClassificationPipeline,
     ZeroShotObjectDetectionPipeline,
 )
+TILE_ARGUMENTS = ("tile", "overlap")  # of this package's pipelines
+PIPELINES_WITH_TILES = {
+    ImageSegmentationPipeline: 'use pipeline("zero-shot-image-segmentation")',
+    MaskGenerationPipeline: "pass pipeline_class=SamClipMaskGenerationPipeline to pipeline()",
+}
 
 
 def extend_stock_pipelines() -> None:
     """Extends the methods of transformers' pipelines. Can be called more than once; later calls change nothing."""
     for pipeline_class in STOCK_PIPELINES:
         _extend(pipeline_class, "preprocess", _with_image)
-    _extend(ZeroShotImageClassificationPipeline, "_sanitize_parameters", _with_checks)
+        _extend(pipeline_class, "_sanitize_parameters", _with_checks)
     _extend(MaskGenerationPipeline, "check_model_type", _without_table)
 
 
@@ -117,13 +122,15 @@ def _without_table(check_model_type: Callable) -> Callable:
 
 
 def _with_checks(sanitize_parameters: Callable) -> Callable:
-    """`_sanitize_parameters` of zero-shot image classification, with checks of labels and template. transformers would
-    read a text as a list of characters and a generator as no labels, and rank all labels equally in a template without
-    `{}`."""
+    """`_sanitize_parameters`, with an error for tiles, which transformers would ignore, and in zero-shot image
+    classification with checks of labels and template: transformers would read a text as a list of characters and a
+    generator as no labels, and rank all labels equally in a template without `{}`."""
 
     def extended(self, *args, **kwargs):
-        preprocess_params, *others = sanitize_parameters(self, *args, **kwargs)
         if _is_samclip(self):
+            _refuse_tiles(self, kwargs)
+        preprocess_params, *others = sanitize_parameters(self, *args, **kwargs)
+        if _is_samclip(self) and isinstance(self, ZeroShotImageClassificationPipeline):
             template = preprocess_params.get("hypothesis_template", "{}")
             if not isinstance(template, str) or template.count("{}") != 1:
                 raise ValueError(f"hypothesis_template must be a text that contains {{}} once, got {template!r}.")
@@ -133,3 +140,14 @@ def _with_checks(sanitize_parameters: Callable) -> Callable:
         return preprocess_params, *others
 
     return extended
+
+
+def _refuse_tiles(pipeline: Pipeline, arguments: dict) -> None:
+    given = [name for name in TILE_ARGUMENTS if arguments.get(name) is not None]
+    if not given:
+        return
+    message = f"transformers' {type(pipeline).__name__} has no {' and '.join(given)}"
+    for pipeline_class, instruction in PIPELINES_WITH_TILES.items():
+        if isinstance(pipeline, pipeline_class):
+            raise ValueError(f"{message}. For tiled inference, {instruction}.")
+    raise ValueError(f"{message}: it processes images as a whole. Remove {' and '.join(given)}.")
