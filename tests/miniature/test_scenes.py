@@ -1,3 +1,4 @@
+import colorsys
 import hashlib
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from samclip_hf.miniature.scenes import (
     SEEN,
     evaluation_scene,
     render,
+    render_cluttered,
 )
 
 
@@ -98,3 +100,60 @@ def test_a_scene_contains_at_most_num_objects(num_objects):
     counts = [len(render(6, index, num_objects=num_objects).masks) for index in range(30)]
     assert max(counts) == num_objects
     assert min(counts) >= min(num_objects, 1)
+
+
+# Of version 0.1.0: the mean of the image, the areas of the masks, the classes and the caption of `render(3, index)`;
+# the mean of the image and the area of the mask of `evaluation_scene(3, index)`.
+SCENES = [
+    (126.707, [10263], (30,), "a red fuzzy shape", 110.437, 6651),
+    (65.923, [], (), "a noisy background", 101.274, 3229),
+    (132.430, [3937], (15,), "a yellow dotted shape on a gradient background", 108.876, 2861),
+    (
+        149.031,
+        [3098, 773, 1582],
+        (29, 41, 14),
+        "a blue dotted shape and a cyan meshed shape and a cyan zigzag shape on a noisy background",
+        82.953,
+        7033,
+    ),
+    (164.338, [2952], (42,), "a red marbled shape on a plain background", 153.422, 10675),
+    (124.605, [2767, 4345], (39, 2), None, 81.441, 3561),
+]
+
+
+@pytest.mark.parametrize("index", range(1, 7))
+def test_scenes_are_those_on_which_the_shipped_models_were_trained_and_evaluated(index):
+    mean, areas, class_ids, caption, single_mean, single_area = SCENES[index - 1]
+    scene, single = render(3, index), evaluation_scene(3, index)
+    assert (scene.class_ids, scene.caption) == (class_ids, caption)
+    # Tolerances for the rounding of other processors: another random number changes means by more than 1.
+    assert scene.masks.sum(axis=(1, 2)).tolist() == pytest.approx(areas, abs=2)
+    assert single.masks.sum() == pytest.approx(single_area, abs=2)
+    assert [scene.image.mean(), single.image.mean()] == pytest.approx([mean, single_mean], abs=0.01)
+
+
+def test_cluttered_scenes_have_disjoint_masks_of_as_many_objects():
+    for index in range(40):
+        scene = render_cluttered(0, index, num_objects=1 + index % 4)
+        assert 1 <= len(scene.masks) == len(scene.class_ids) <= 1 + index % 4
+        assert scene.masks.sum(axis=0).max() == 1 and (scene.masks.mean(axis=(1, 2)) >= MIN_AREA).all()
+    again = render_cluttered(0, 39, num_objects=4)
+    assert np.array_equal(again.image, scene.image) and np.array_equal(again.masks, scene.masks)
+    assert not np.array_equal(scene.image, render(0, 39, num_objects=4).image)
+
+
+def test_the_colors_of_a_cluttered_scene_show_which_pixels_belong_to_objects():
+    hues = np.array([0.0, 0.36, 0.63, 0.145, 0.79, 0.5])  # of COLOURS
+    num_colorless = 0
+    for index in range(40):
+        scene = render_cluttered(1, index, num_objects=1 + index % 4)
+        chroma = np.ptp(scene.image.astype(int), axis=2) / 255
+        assert chroma[scene.label_map == 0].max() < 0.31  # backgrounds have at most 0.3 x 0.95
+        num_colorless += ((chroma < 0.02) & (scene.label_map == 0)).mean() > 0.1
+        for mask, class_id in zip(scene.masks, scene.class_ids, strict=True):
+            colored = scene.image[mask & (chroma > 0.33)]
+            assert len(colored) > 0.2 * mask.sum()
+            hue = np.array([colorsys.rgb_to_hsv(*pixel / 255)[0] for pixel in colored[::50]])
+            distances = np.abs((hue[:, None] - hues + 0.5) % 1 - 0.5)
+            assert (distances.argmin(axis=1) == class_id % len(COLOURS)).all()
+    assert num_colorless > 10  # clutter and colorless parts

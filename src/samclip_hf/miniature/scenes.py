@@ -12,7 +12,7 @@ local texture, as it often is in photographs, and patch features can segment by 
 
 import colorsys
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +34,8 @@ BACKGROUND_PROMPTS = ("an empty scene", *(f"a {background} background" for backg
 
 MIN_AREA = 0.035  # minimum visible area of an object, as a fraction of the image
 
+_MIN_VISIBLE_FRACTION = 0.4  # of the objects in `render_cluttered`
+_LUMINANCE = (0.3, 0.59, 0.11)  # of red, green and blue
 _HUES = (0.0, 0.36, 0.63, 0.145, 0.79, 0.5)
 _PERIODS = (0.0, 9.0, 11.5, 12.0, 11.0, 0.0, 10.0, 0.0)  # pixels; half of that at the 64 px of the miniature CLIP
 _NUM_ANGLES = 720
@@ -121,6 +123,12 @@ def render(
         masks.append(mask)
         class_ids.append(int(drawn))
 
+    return _finish(rng, canvas, masks, class_ids, background)
+
+
+def _finish(
+    rng: np.random.Generator, canvas: np.ndarray, masks: list[np.ndarray], class_ids: list[int], background: str
+) -> Scene:
     canvas += _crop(rng, _noise_bank()[1], IMAGE_SIZE, IMAGE_SIZE) * np.float32(0.015)  # sensor noise
     np.clip(canvas, 0.0, 1.0, out=canvas)
     canvas *= 255.0
@@ -132,6 +140,63 @@ def render(
 def evaluation_scene(seed: int, index: int) -> Scene:
     """Draws one object of class `index % 48`. Consecutive indices are balanced over all classes."""
     return render(seed, index, num_objects=1, class_id=index % len(CLASS_NAMES))
+
+
+def render_cluttered(seed: int, index: int, num_objects: int) -> Scene:
+    """
+    Draws a scene with ambiguous masks, for evaluation. Training and the shipped models use only [`render`].
+
+    The classes are the same. A pixel belongs to a class if the surface there has the pattern and the color of the
+    class, so all that is colorless is background. In contrast to [`render`],
+
+    - half of the objects have a second part: a silhouette at their outline with the same class, but with its own tones
+      and a smaller or larger pattern,
+    - half of the objects have a colorless part: a band, a cap or a spot,
+    - small colorless shapes, most of them with the patterns of classes, lie behind, between and in front of the
+      objects, and half of the backgrounds have such a pattern, too,
+    - objects hide up to 60 % of each other.
+
+    Args:
+        seed (`int`), index (`int`): Determine the scene.
+        num_objects (`int`): Number of objects, 1 to 4. The scene has fewer objects if one would hide too much of the
+            others.
+    """
+    rng = np.random.default_rng((seed, index, 1))  # the third number separates the scenes from those of `render`
+    background = BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
+    canvas = _draw_background(rng, background)
+    if rng.random() < 0.5:
+        pattern = rng.integers(1, len(PATTERNS))
+        weights = _weights(rng, PATTERNS[pattern], _PERIODS[pattern], _COORDINATES, _COORDINATES)
+        canvas += (weights - np.float32(0.5)) * np.float32(rng.uniform(0.1, 0.2))
+
+    masks: list[np.ndarray] = []
+    class_ids: list[int] = []
+    _draw_clutter(rng, canvas, masks, int(rng.integers(3, 7)))
+    for _ in range(num_objects):
+        class_id = int(rng.integers(len(CLASS_NAMES)))
+        if class_ids and rng.random() < 0.5:  # the same color as the first object, so that only the pattern differs
+            class_id += class_ids[0] % len(COLOURS) - class_id % len(COLOURS)
+        body = _place(rng, masks, num_objects == 1, _MIN_VISIBLE_FRACTION)
+        if body is None:
+            continue
+        second_part = _attach(rng, body) if rng.random() < 0.5 else np.zeros_like(body)
+        if not _leaves_visible(masks, body | second_part, _MIN_VISIBLE_FRACTION):
+            second_part[:] = False
+        whole = body | second_part
+        for earlier in masks:
+            earlier &= ~whole
+        tones = [_draw_object(rng, canvas, body, class_id)]
+        if second_part.any():
+            tones.append(_draw_object(rng, canvas, second_part, class_id, scale=(0.8, 1.4)[rng.integers(2)]))
+        if rng.random() < 0.5:
+            part = _colorless_part(rng, whole)
+            if np.count_nonzero(whole & ~part) >= MIN_AREA * IMAGE_SIZE**2:
+                _draw_colorless(rng, canvas, part, PATTERNS.index("solid"), tones)
+                whole &= ~part
+        masks.append(whole)
+        class_ids.append(class_id)
+        _draw_clutter(rng, canvas, masks, 1)
+    return _finish(rng, canvas, masks, class_ids, background)
 
 
 def describe(rng: np.random.Generator, class_ids: Iterable[int], background: str | None) -> str | None:
@@ -193,24 +258,57 @@ def _place(
         radius = rng.uniform(25, 60) if single else rng.uniform(20, 42)
         table, hole = _silhouette(rng, radius)
         row, column = rng.integers(int(radius * 0.6), IMAGE_SIZE - int(radius * 0.6), size=2)
-        window = (
-            slice(IMAGE_SIZE - row, 2 * IMAGE_SIZE - row),
-            slice(IMAGE_SIZE - column, 2 * IMAGE_SIZE - column),
-        )
-        limit = table[_ANGLE[window]]
-        mask = _RADIUS[window] < limit
-        if hole:
-            mask &= _RADIUS[window] > hole * limit
-        if np.count_nonzero(mask) < smallest * 1.2:
-            continue
-        for earlier in masks:
-            area = np.count_nonzero(earlier)
-            left = area - np.count_nonzero(earlier & mask)
-            if left < smallest or left < min_visible_fraction * area:
-                break
-        else:
+        mask = _fill(table, hole, row, column)
+        if np.count_nonzero(mask) >= smallest * 1.2 and _leaves_visible(masks, mask, min_visible_fraction):
             return mask
     return None
+
+
+def _fill(table: np.ndarray, hole: float, row: int, column: int) -> np.ndarray:
+    """Returns the mask `(128, 128)` of a silhouette at a center."""
+    window = (slice(IMAGE_SIZE - row, 2 * IMAGE_SIZE - row), slice(IMAGE_SIZE - column, 2 * IMAGE_SIZE - column))
+    limit = table[_ANGLE[window]]
+    mask = _RADIUS[window] < limit
+    if hole:
+        mask &= _RADIUS[window] > hole * limit
+    return mask
+
+
+def _leaves_visible(masks: list[np.ndarray], mask: np.ndarray, min_visible_fraction: float) -> bool:
+    """Whether enough of all objects remains visible behind a new mask."""
+    for earlier in masks:
+        area = np.count_nonzero(earlier)
+        left = area - np.count_nonzero(earlier & mask)
+        if left < MIN_AREA * IMAGE_SIZE**2 or left < min_visible_fraction * area:
+            return False
+    return True
+
+
+def _attach(rng: np.random.Generator, body: np.ndarray) -> np.ndarray:
+    """Returns the mask of a smaller silhouette with its center at the outline of a body."""
+    inside = body.copy()
+    for axis in (0, 1):
+        for step in (-1, 1):
+            inside &= np.roll(body, step, axis)
+    outline = np.argwhere(body & ~inside)
+    row, column = outline[rng.integers(len(outline))]
+    radius = max(np.sqrt(np.count_nonzero(body) / np.pi) * rng.uniform(0.4, 0.65), 11.0)
+    return _fill(*_silhouette(rng, radius), row, column)
+
+
+def _colorless_part(rng: np.random.Generator, whole: np.ndarray) -> np.ndarray:
+    """Returns the mask of a band across an object, of a cap at one of its ends, or of a spot in it."""
+    pixels = np.argwhere(whole)
+    kind = rng.integers(3)
+    if kind == 0:
+        row, column = pixels[rng.integers(len(pixels))]
+        return whole & _fill(*_silhouette(rng, np.sqrt(len(pixels) / np.pi) * rng.uniform(0.35, 0.5)), row, column)
+    angle = rng.uniform(0, np.pi)
+    distances = _COORDINATES * np.cos(angle) + (_COORDINATES * np.sin(angle))[:, None]
+    nearest, farthest = distances[whole].min(), distances[whole].max()
+    position = (distances - nearest) / (farthest - nearest)
+    start = rng.uniform(0.3, 0.45) if kind == 1 else rng.uniform(0.65, 0.75)
+    return whole & (position > start) & (position < (start + rng.uniform(0.2, 0.3) if kind == 1 else 1.0))
 
 
 # ---- colors, patterns, backgrounds ----
@@ -220,7 +318,7 @@ def _object_colors(rng: np.random.Generator, color: int) -> tuple[np.ndarray, np
     """Returns an RGB color of the class and a second tone, which always differs in lightness."""
     hue = (_HUES[color] + rng.uniform(-0.022, 0.022)) % 1.0
     base = np.array(colorsys.hsv_to_rgb(hue, rng.uniform(0.7, 1.0), rng.uniform(0.6, 1.0)), dtype=np.float32)
-    lightness = float(base @ (0.3, 0.59, 0.11))
+    lightness = float(base @ _LUMINANCE)
     darker, lighter = max(lightness - 0.3, 0.0), max(0.95 - lightness - 0.3, 0.0)
     step = rng.uniform(0.0, darker + lighter)
     neutral = step if step < darker else lightness + 0.3 + step - darker
@@ -260,13 +358,52 @@ def _weights(
     return inside.astype(np.float32)
 
 
-def _draw_object(rng: np.random.Generator, canvas: np.ndarray, mask: np.ndarray, class_id: int) -> None:
+def _draw_object(
+    rng: np.random.Generator, canvas: np.ndarray, mask: np.ndarray, class_id: int, scale: float = 1.0
+) -> np.ndarray:
+    """Draws a surface with the pattern and the color of a class, and returns its second tone."""
     pattern, color = divmod(class_id, len(COLOURS))
     base, second = _object_colors(rng, color)
+    _draw_surface(rng, canvas, mask, pattern, base, second, scale)
+    return second
+
+
+def _draw_colorless(
+    rng: np.random.Generator, canvas: np.ndarray, mask: np.ndarray, pattern: int, tones: Sequence[np.ndarray] = ()
+) -> None:
+    """Draws a gray surface that differs in lightness from other tones."""
+    lightness = [float(tone @ _LUMINANCE) for tone in tones]
+    candidates = rng.uniform(0.05, 0.95, size=8).tolist()
+    first = max(candidates, key=lambda value: min((abs(value - other) for other in lightness), default=0.0))
+    second = (first + rng.uniform(0.4, 0.6)) % 1.0
+    _draw_surface(rng, canvas, mask, pattern, np.full(3, first, np.float32), np.full(3, second, np.float32))
+
+
+def _draw_clutter(rng: np.random.Generator, canvas: np.ndarray, masks: list[np.ndarray], number: int) -> None:
+    """Draws small colorless shapes with random patterns, in front of all that is drawn, and removes them from the
+    masks. Those that hide too much of an object are left out."""
+    for _ in range(number):
+        table, hole = _silhouette(rng, rng.uniform(5, 12))
+        shape = _fill(table, hole, *rng.integers(IMAGE_SIZE, size=2))
+        if shape.any() and _leaves_visible(masks, shape, _MIN_VISIBLE_FRACTION):
+            _draw_colorless(rng, canvas, shape, int(rng.integers(len(PATTERNS))))
+            for mask in masks:
+                mask &= ~shape
+
+
+def _draw_surface(
+    rng: np.random.Generator,
+    canvas: np.ndarray,
+    mask: np.ndarray,
+    pattern: int,
+    base: np.ndarray,
+    second: np.ndarray,
+    scale: float = 1.0,
+) -> None:
     used_rows, used_columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     window = (slice(used_rows[0], used_rows[-1] + 1), slice(used_columns[0], used_columns[-1] + 1))
     rows, columns = _COORDINATES[window[0]], _COORDINATES[window[1]]
-    weights = _weights(rng, PATTERNS[pattern], _PERIODS[pattern], rows, columns)
+    weights = _weights(rng, PATTERNS[pattern], _PERIODS[pattern] * scale, rows, columns)
     # A light gradient, so that solid objects are not constant.
     slope = rng.uniform(-0.12, 0.12, size=2).astype(np.float32)
     light = 1 + np.linspace(-slope[0], slope[0], len(rows), dtype=np.float32)[:, None]

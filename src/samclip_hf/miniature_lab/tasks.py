@@ -34,6 +34,7 @@ from ..miniature.scenes import (
     Scene,
     evaluation_scene,
     render,
+    render_cluttered,
 )
 
 SIZES = (64, 96, 128)  # correspond to the paper's 224, 448 and 1024 px
@@ -75,8 +76,7 @@ class ByNumberOfObjects(LabelMapEvaluator):
         for sample in samples:
             own = super().new_metrics()
             scores += super().update(model, [sample], own)
-            seed, index = map(int, sample.key.split()[1].split("/"))
-            for name in ("mean_iou", OBJECT_COUNTS[len(scene(seed, index).masks) - 1]):
+            for name in ("mean_iou", OBJECT_COUNTS[num_objects(sample.key) - 1]):
                 metrics[name].merge(own["mean_iou"].state)
         return scores
 
@@ -84,6 +84,10 @@ class ByNumberOfObjects(LabelMapEvaluator):
         return super().compute_metrics(metrics) | {
             name: metrics[name].compute()["mean_iou"] if metrics[name].state else None for name in OBJECT_COUNTS
         }
+
+
+class MiniatureSemantic(ByNumberOfObjects, SemanticSegmentation):
+    """Segmentation by patch embeddings."""
 
 
 class MiniatureComposed(ByNumberOfObjects, ComposedSegmentation):
@@ -102,29 +106,39 @@ def evaluate(evaluator: Evaluator, model: ModelAdapter) -> Metrics:
 
 
 @lru_cache(maxsize=8)  # the image, label map and objects of a scene are read separately
-def scene(seed: int, index: int) -> Scene:
+def scene(seed: int, index: int, is_cluttered: bool = False) -> Scene:
     """A scene with one to four objects of any class."""
-    return render(seed, index, num_objects=1 + index % len(OBJECT_COUNTS))
+    return (render_cluttered if is_cluttered else render)(seed, index, num_objects=1 + index % len(OBJECT_COUNTS))
+
+
+def sample_key(seed: int, index: int, is_cluttered: bool) -> str:
+    return f"{'cluttered' if is_cluttered else 'scene'} {seed}/{index}"
+
+
+def num_objects(key: str) -> int:
+    """The number of objects in the scene with a key of [`sample_key`]."""
+    kind, numbers = key.split()
+    seed, index = map(int, numbers.split("/"))
+    return len(scene(seed, index, kind == "cluttered").masks)
 
 
 def single_object(seed: int, index: int) -> Image.Image:
     return Image.fromarray(evaluation_scene(seed, index).image)
 
 
-def image(seed: int, index: int) -> Image.Image:
-    return Image.fromarray(scene(seed, index).image)
+def image(seed: int, index: int, is_cluttered: bool) -> Image.Image:
+    return Image.fromarray(scene(seed, index, is_cluttered).image)
 
 
-def label_map(seed: int, index: int) -> np.ndarray:
-    return scene(seed, index).label_map
+def label_map(seed: int, index: int, is_cluttered: bool) -> np.ndarray:
+    return scene(seed, index, is_cluttered).label_map
 
 
-def objects(seed: int, index: int) -> list[dict[str, Any]]:
+def objects(seed: int, index: int, is_cluttered: bool) -> list[dict[str, Any]]:
     """The objects of a scene as annotations in COCO's format."""
     annotations = []
-    for number, (mask, class_id) in enumerate(
-        zip(scene(seed, index).masks, scene(seed, index).class_ids, strict=True)
-    ):
+    shown = scene(seed, index, is_cluttered)
+    for number, (mask, class_id) in enumerate(zip(shown.masks, shown.class_ids, strict=True)):
         annotations.append(
             {
                 "id": index * 8 + number + 1,
@@ -148,29 +162,34 @@ def labeled_images(seed: int, num_scenes: int) -> DataSet[LabeledImage]:
     return DataSet("miniature", samples, [[name] for name in CLASS_NAMES], description=describe(seed, num_scenes))
 
 
-def segmented_images(seed: int, num_scenes: int) -> DataSet[SegmentedImage]:
+def segmented_images(seed: int, num_scenes: int, is_cluttered: bool = False) -> DataSet[SegmentedImage]:
     """Scenes with one to four objects and their label maps. Label 0 is background."""
     samples = [
-        SegmentedImage(f"scene {seed}/{index}", partial(image, seed, index), partial(label_map, seed, index))
+        SegmentedImage(
+            sample_key(seed, index, is_cluttered),
+            partial(image, seed, index, is_cluttered),
+            partial(label_map, seed, index, is_cluttered),
+        )
         for index in range(num_scenes)
     ]
     names = [["background"], *([name] for name in CLASS_NAMES)]
-    return DataSet("miniature", samples, names, list(BACKGROUND_PROMPTS), describe(seed, num_scenes))
+    return DataSet("miniature", samples, names, list(BACKGROUND_PROMPTS), describe(seed, num_scenes, is_cluttered))
 
 
-def images_with_objects(seed: int, num_scenes: int) -> DataSet[ImageWithObjects]:
+def images_with_objects(seed: int, num_scenes: int, is_cluttered: bool = False) -> DataSet[ImageWithObjects]:
     """The scenes of `segmented_images`, with their objects."""
     samples = [
         ImageWithObjects(
-            f"scene {seed}/{index}",
-            partial(image, seed, index),
-            partial(objects, seed, index),
+            sample_key(seed, index, is_cluttered),
+            partial(image, seed, index, is_cluttered),
+            partial(objects, seed, index, is_cluttered),
             image_info={"id": index, "height": IMAGE_SIZE, "width": IMAGE_SIZE},
         )
         for index in range(num_scenes)
     ]
     categories = [{"id": class_id + 1, "name": name} for class_id, name in enumerate(CLASS_NAMES)]
-    return DataSet("miniature", samples, description=describe(seed, num_scenes) | {"categories": categories})
+    description = describe(seed, num_scenes, is_cluttered) | {"categories": categories}
+    return DataSet("miniature", samples, description=description)
 
 
 def captioned_images(seed: int, num_scenes: int) -> DataSet[CaptionedImage]:
@@ -188,8 +207,9 @@ def captioned_image(seed: int, index: int) -> Image.Image:
     return Image.fromarray(render(seed, index, held_out=False).image)
 
 
-def describe(seed: int, num_scenes: int) -> dict[str, Any]:
-    return {"data": f"{num_scenes} procedural scenes, seed {seed}"}
+def describe(seed: int, num_scenes: int, is_cluttered: bool = False) -> dict[str, Any]:
+    kind = "cluttered procedural" if is_cluttered else "procedural"
+    return {"data": f"{num_scenes} {kind} scenes, seed {seed}"}
 
 
 def tasks(seed: int = 101, fraction: float = 1.0) -> dict[str, Evaluator]:
@@ -205,26 +225,35 @@ def tasks(seed: int = 101, fraction: float = 1.0) -> dict[str, Evaluator]:
         return max(16, round(full * fraction))
 
     scenes = segmented_images(seed + 1, number(NUM_SCENES))
-    with_objects = images_with_objects(seed + 1, number(NUM_SCENES))
+    cluttered = segmented_images(seed + 1, number(NUM_SCENES), is_cluttered=True)
     by_size: dict[str, Evaluator] = {}
     for size in SIZES:
         by_size[f"classification:miniature@{size}"] = MiniatureClassification(
             labeled_images(seed, number(480)), size, TEMPLATES
         )
     for size in SIZES[1:]:
-        by_size[f"semantic:miniature@{size}"] = SemanticSegmentation(scenes, size, templates=TEMPLATES)
+        by_size[f"semantic:miniature@{size}"] = MiniatureSemantic(scenes, size, templates=TEMPLATES)
     probe_images = labeled_images(seed + 2, number(1920)), labeled_images(seed, number(480))
     probe_scenes = segmented_images(seed + 3, number(800)), scenes
+    with_objects = images_with_objects(seed + 1, number(NUM_SCENES))
+    cluttered_objects = images_with_objects(seed + 1, number(NUM_SCENES), is_cluttered=True)
     return by_size | {
+        "semantic:miniature@cluttered": MiniatureSemantic(cluttered, IMAGE_SIZE, templates=TEMPLATES),
         "retrieval:miniature": Retrieval(captioned_images(seed + 4, number(500))),
         "instances:miniature": ZeroShotInstanceSegmentation(with_objects),
         "prompts:miniature": PromptedSegmentation(with_objects, point="random"),
+        "prompts:miniature@cluttered": PromptedSegmentation(cluttered_objects, point="random"),
         "composed:miniature": MiniatureComposed(scenes, templates=TEMPLATES),
-        "cascade:miniature": MiniatureCascade(scenes, MASK_GENERATION, templates=TEMPLATES),
-        "cascade:miniature@raw-crops": MiniatureCascade(
-            scenes, MASK_GENERATION, masked_crops=False, templates=TEMPLATES
-        ),
+        "composed:miniature@cluttered": MiniatureComposed(cluttered, templates=TEMPLATES),
+        "cascade:miniature": cascade(scenes),
+        "cascade:miniature@raw-crops": cascade(scenes, masked_crops=False),
+        "cascade:miniature@cluttered": cascade(cluttered),
+        "cascade:miniature@cluttered-raw-crops": cascade(cluttered, masked_crops=False),
         "linear-probe:miniature": LinearProbing(*probe_images, size=IMAGE_SIZE),
         "head-probe:miniature": HeadProbing(*probe_scenes, size=IMAGE_SIZE, steps=number(400)),
         "cost:miniature": Cost(IMAGE_SIZE, IMAGE_SIZE, list(CLASS_NAMES), size=IMAGE_SIZE, generation=MASK_GENERATION),
     }
+
+
+def cascade(scenes: DataSet[SegmentedImage], masked_crops: bool = True) -> MiniatureCascade:
+    return MiniatureCascade(scenes, MASK_GENERATION, masked_crops, templates=TEMPLATES)
