@@ -366,6 +366,8 @@ class TestOnePass:
             model(image_embeddings=embeddings, input_masks=torch.zeros(2, 1, 8, 8))
         with pytest.raises(ValueError, match="one for each of 2 images"):
             model(image_embeddings=embeddings, input_masks=torch.zeros(1, 1, 32, 32))
+        with pytest.raises(ValueError, match="got 2 masks and 3 input_points for an image"):
+            model(image_embeddings=embeddings, input_points=random_points(), input_masks=torch.zeros(2, 2, 32, 32))
         with pytest.raises(ValueError, match="one text per image"):
             model(random_images(2), input_ids=INPUT_IDS, return_loss=True)
 

@@ -279,6 +279,21 @@ class TestAgainstSam:
             assert_same(again.pred_masks, sam(pixel_values, input_points=random_points()).pred_masks)
         assert_same(model.get_image_wide_positional_embeddings(), sam.get_image_wide_positional_embeddings())
 
+    @pytest.mark.parametrize("kind", ["points", "boxes", "masks alone"])
+    def test_a_mask_for_each_prompt_gives_sams_masks_for_one_prompt_at_a_time(self, sam, model, kind):
+        prompts = {"input_masks": 5 * torch.randn(2, 3, 32, 32)}
+        if kind == "points":
+            prompts |= {"input_points": random_points(), "input_labels": torch.tensor([[[1, 0]] * 3] * 2)}
+        elif kind == "boxes":
+            prompts["input_boxes"] = torch.tensor([[[3.0, 4, 40, 50], [0, 0, 9, 60], [1, 2, 30, 20]]] * 2)
+        with torch.no_grad():
+            actual = model(random_images(), **prompts, multimask_output=False)
+            for number in range(3):
+                one = {name: value[:, number : number + 1] for name, value in prompts.items()}
+                expected = sam(random_images(), **one, multimask_output=False)
+                assert_same(actual.pred_masks[:, number : number + 1], expected.pred_masks)
+                assert_same(actual.iou_scores[:, number : number + 1], expected.iou_scores)
+
     def test_same_embeddings_without_relative_positions(self, clip):
         sam = tiny_sam(use_rel_pos=False)
         model = SamClipModel.from_teachers(sam, clip).eval()

@@ -748,16 +748,40 @@ class SamClipModel(SamClipPreTrainedModel):
             )
         if input_points is not None and input_labels is None:
             input_labels = torch.ones_like(input_points[..., 0], dtype=torch.int)
-        if input_masks is not None and (input_masks.ndim != 4 or input_masks.shape[:2] != (batch_size, 1)):
+        if input_masks is not None and (input_masks.ndim != 4 or input_masks.shape[0] != batch_size):
             raise ValueError(
-                f"input_masks must be one for each of {batch_size} images, ({batch_size}, 1, height, width), got "
-                f"{tuple(input_masks.shape)}."
+                f"input_masks must be one for each of {batch_size} images, ({batch_size}, 1, height, width), or one "
+                f"for each prompt, got {tuple(input_masks.shape)}."
             )
         if input_masks is not None and input_masks.shape[-2:] != (4 * grid_height, 4 * grid_width):
             raise ValueError(
                 f"input_masks are {tuple(input_masks.shape[-2:])} but must be {4 * grid_height} x {4 * grid_width}, "
                 "four times the patch grid, like the pred_masks of an earlier call."
             )
+        if input_masks is not None and (num_masks := input_masks.shape[1]) != 1:
+            for name, prompt in (("input_points", input_points), ("input_boxes", input_boxes)):
+                if prompt is not None and prompt.shape[1] != num_masks:
+                    raise ValueError(
+                        f"input_masks must be one for each image or one for each prompt: got {num_masks} masks and "
+                        f"{prompt.shape[1]} {name} for an image."
+                    )
+            if attention_similarity is not None or target_embedding is not None:
+                raise ValueError("attention_similarity and target_embedding need one mask for each image.")
+            # SAM's mask decoder takes one mask for each image: every prompt becomes an image.
+            input_points, input_labels, input_boxes, input_masks = (
+                None if prompt is None else prompt.flatten(0, 1)[:, None]
+                for prompt in (input_points, input_labels, input_boxes, input_masks)
+            )
+            masks, iou_scores = self.predict_masks(
+                image_embeddings.repeat_interleave(num_masks, dim=0),
+                input_points,
+                input_labels,
+                input_boxes,
+                input_masks,
+                multimask_output,
+            )
+            size = (batch_size, num_masks)
+            return masks[:, 0].unflatten(0, size), iou_scores[:, 0].unflatten(0, size)
 
         # SAM's prompt encoder has one input size: rescale the coordinates to it. It adds 0.5 to them, the center of a
         # pixel.
@@ -923,8 +947,8 @@ class SamClipModel(SamClipPreTrainedModel):
             1 inside the object, 0 outside, -1 no point, -10 padding. 1 by default.
         input_boxes (`torch.Tensor` of shape `(batch_size, num_prompts, 4)`):
             x1, y1, x2, y2 in pixels of `pixel_values`.
-        input_masks (`torch.Tensor` of shape `(batch_size, 1, 4 * grid_height, 4 * grid_width)`):
-            Mask logits of an earlier call, for all prompts of the image.
+        input_masks (`torch.Tensor` of shape `(batch_size, 1 or num_prompts, 4 * grid_height, 4 * grid_width)`):
+            Mask logits, for example of an earlier call: one mask for all prompts of an image, or one for each prompt.
         image_embeddings (`torch.Tensor` of shape `(batch_size, output_channels, grid_height, grid_width)`):
             From `get_image_embeddings`, in place of `pixel_values`, to prompt an image again.
         multimask_output (`bool`, defaults to `True`):

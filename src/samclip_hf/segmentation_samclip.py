@@ -249,6 +249,20 @@ def apply_background_threshold(
     return logits.index_copy(dim, index, background.to(logits.dtype))
 
 
+def to_mask_prompts(probabilities: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """
+    Turns the probabilities of classes at patches into mask prompts for the SAM head, which are logits.
+
+    probabilities (`torch.Tensor` of shape `(batch_size, num_classes, grid_height, grid_width)`):
+        From 0 to 1.
+    size (`tuple[int, int]`):
+        Height and width of the mask prompts.
+
+    Returns `(batch_size, num_classes, *size)` in float32: in bfloat16, probabilities near 1 round to 1.
+    """
+    return F.interpolate(probabilities.float().logit(eps=1e-4), size=size, mode="bilinear", align_corners=False)
+
+
 class SamClipForImageSegmentation(SamClipModel):
     """
     SAM-CLIP with a vocabulary: labels (`config.id2label`) and their text embeddings (`class_embeds`) are part of the
@@ -772,13 +786,8 @@ class SamClipForImageSegmentation(SamClipModel):
         )
         points = torch.stack([cells % grid_width, cells // grid_width], dim=-1)[:, None]
         points = (points + 0.5) * self.config.vision_config.patch_size - 0.5
-        prompts = F.interpolate(
-            # SAM's mask prompts are logits. In float32, because in bfloat16 probabilities near 1 round to 1.
-            probabilities[image, label][:, None].float().logit(eps=1e-4).to(image_embeddings.dtype),
-            size=(4 * grid_height, 4 * grid_width),
-            mode="bilinear",
-            align_corners=False,
-        )
+        mask_size = (4 * grid_height, 4 * grid_width)
+        prompts = to_mask_prompts(probabilities[image, label][:, None], mask_size).to(image_embeddings.dtype)
 
         counts = torch.bincount(image, minlength=len(logits))
         number = torch.arange(len(image), device=image.device) - (counts.cumsum(0) - counts)[image]

@@ -24,6 +24,7 @@ SETTINGS = {
     "model": miniature.checkpoint(),
     "clip_resolutions": [64, 128],
     "masks_per_image": 4,
+    "mask_prompt_fraction": 0.5,
     "shuffle_buffer": 64,
     "warmup_steps": 0,
     "logging_steps": 1,

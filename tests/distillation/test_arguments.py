@@ -112,6 +112,13 @@ def test_every_argument_of_transformers_has_an_effect_or_raises_an_error():
         ({"remove_unused_columns": True}, "remove_unused_columns has no effect"),
         ({"do_eval": True}, "do_eval has no effect .* Set eval_strategy"),
         ({"sam_loss_weight": 1.0}, "sam_loss_weight has no effect .* Only stage 2 has the SAM loss"),
+        ({"mask_prompt_fraction": 0.5}, "mask_prompt_fraction has no effect .* Only stage 2 has the SAM loss"),
+        (
+            {"decoder_lr_multiplier": 0.1},
+            "decoder_lr_multiplier has no effect .* Only stage 2 trains image encoder and",
+        ),
+        ({"stage": 3, "encoder_lr_multiplier": 1.0}, "encoder_lr_multiplier has no effect .* Only stage 2 trains"),
+        ({"stage": 2, "decoder_lr_multiplier": -1.0}, "decoder_lr_multiplier must be 0 or more, got -1.0"),
         ({"model": "runs/stage1", "clip_head_layers": 2}, "clip_head_layers has no effect .* that of model"),
         ({"model": "runs/stage1", "clip_head_initialization": "copied"}, "clip_head_initialization has no effect"),
         ({"max_steps": 10, "warmup_steps": 11}, "longer than the run: warmup_steps is 11, max_steps 10"),

@@ -1,9 +1,11 @@
-"""Point and box prompts from masks."""
+"""Point, box and mask prompts from masks."""
 
 import numpy as np
 import pytest
+import torch
 
-from samclip_hf.distillation.prompts import box_from_mask, point_from_mask
+from samclip_hf.distillation.prompts import box_from_mask, class_probabilities, point_from_mask
+from samclip_hf.segmentation_samclip import to_mask_prompts
 
 
 @pytest.fixture
@@ -47,6 +49,27 @@ def test_prompts_depend_on_the_generator_only(mask):
         first, again, other = (prompt(mask, np.random.default_rng(seed)) for seed in (1, 1, 2))
         assert (first == again).all()
         assert (first != other).any()
+
+
+def test_mask_prompts_are_confident_outside_of_the_mask_and_miss_patches_inside():
+    coverage = np.zeros((16, 16), dtype=np.float32)
+    coverage[4:12, 4:12] = 1
+    coverage[4:12, 12] = 0.5
+    rng = np.random.default_rng(0)
+    drawn = np.stack([class_probabilities(coverage, rng) for _ in range(400)])
+    assert drawn.dtype == np.float32
+    assert (drawn[:, coverage == 0] == 0).all() and drawn[:, 4:12, 12].max() <= 0.5
+    logits = torch.from_numpy(drawn[:, 4:12, 4:12]).double().logit(eps=1e-6).numpy()
+    means = logits.mean(axis=(1, 2))
+    assert means.mean() == pytest.approx(4, abs=0.3)  # the middle of -1 and 9
+    assert means.min() < 0 and means.max() > 8
+    np.testing.assert_allclose((logits - means[:, None, None]).std(), 4, rtol=0.1)
+    assert (logits < 0).mean() > 0.1
+
+    prompts = to_mask_prompts(torch.from_numpy(drawn[:2, None]), (64, 64))
+    assert prompts.shape == (2, 1, 64, 64)
+    assert (prompts[:, :, :8] + np.log(1e4 - 1)).abs().max() < 1e-2
+    assert prompts.max().item() <= np.log((1 - 1e-4) / 1e-4) + 1e-3
 
 
 def test_an_empty_mask_raises():

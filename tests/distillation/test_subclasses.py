@@ -50,7 +50,7 @@ def test_a_subclass_freezes_layers_and_sets_learning_rates(make_trainer, model):
     assert {name.split(".")[0] for name in changed} == {"vision_encoder", "mask_decoder", "clip_head"}
     assert all("vision_encoder.layers.2." in name for name in changed if name.startswith("vision_encoder."))
     rates = {group["name"]: group["initial_lr"] for group in trainer.optimizer.param_groups}
-    assert rates == pytest.approx({"layer_2": 5e-3, "encoder": 1e-3, "head": 1e-2})
+    assert rates == pytest.approx({"layer_2": 5e-3, "decoder": 1e-3, "head": 1e-2})
     assert "grad_norm_vision_encoder.layers.2" in trainer.state.log_history[0]
 
 

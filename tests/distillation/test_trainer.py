@@ -38,6 +38,7 @@ from samclip_hf.distillation import (
 )
 from samclip_hf.images import normalize
 
+from ..conftest import assert_same
 from ..datasets.tars import jpeg, write_tar
 
 TRAINED = {
@@ -68,10 +69,65 @@ def test_only_trained_parts_get_gradients(make_trainer, model):
     assert with_gradient == {"clip_head"}
 
 
-def test_the_initial_sam_loss_is_zero(make_trainer, model):
-    trainer = make_trainer()
-    batch = next(iter(trainer.get_train_dataloader()))
-    assert trainer.sam_loss(model, **batch["sam"]).item() == pytest.approx(0, abs=1e-6)
+@pytest.mark.parametrize("mask_prompt_fraction", [0.0, 1.0])
+def test_the_initial_sam_loss_is_zero(make_trainer, model, mask_prompt_fraction):
+    trainer = make_trainer(mask_prompt_fraction=mask_prompt_fraction)
+    batch = next(iter(trainer.get_train_dataloader()))["sam"]
+    assert ("class_probabilities" in batch) == (mask_prompt_fraction == 1)
+    assert trainer.sam_loss(model, **batch).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_mask_prompts_are_those_of_the_paper_s_composition(make_trainer, model, sam):
+    """Teacher and student get the same prompts in one pass of the encoder: per mask, three points in it and a coarse
+    mask, with one mask as output. SAM's answers to them, one prompt at a time, are the truth."""
+    passes, prompts = [], []
+    trainer = make_trainer(mask_prompt_fraction=1.0)
+    batch = next(iter(trainer.get_train_dataloader()))["sam"]
+    torch.nn.init.normal_(model.vision_encoder.pos_embed)
+    model.vision_encoder.register_forward_hook(lambda *_: passes.append(1))
+    model.register_forward_pre_hook(lambda _, args, kwargs: prompts.append(kwargs), with_kwargs=True)
+    loss = trainer.sam_loss(model, **batch)
+    loss.backward()
+    assert len(passes) == 1 and loss > 0
+    assert all(p.grad is not None for p in model.mask_decoder.output_hypernetworks_mlps[0].parameters())
+    (given,) = prompts
+    assert given["input_points"].shape == (2, 2, 3, 2) and given["multimask_output"] is False
+    assert given["input_masks"].shape == (2, 2, 32, 32)
+    teacher_masks, teacher_iou = trainer.sam_teacher(
+        batch["images"],
+        batch["content_sizes"],
+        **{name: given[name] for name in ("input_points", "input_labels", "input_masks", "multimask_output")},
+    )
+    for number in range(2):
+        one = {name: given[name][:, number : number + 1] for name in ("input_points", "input_labels", "input_masks")}
+        with torch.no_grad():
+            expected = sam(given["pixel_values"], **one, multimask_output=False)
+        assert_same(teacher_masks[:, number : number + 1], expected.pred_masks)
+        assert_same(teacher_iou[:, number : number + 1], expected.iou_scores)
+
+
+def test_mask_prompts_have_the_student_s_resolution(make_trainer, model):
+    trainer = make_trainer(mask_prompt_fraction=1.0, sam_resolutions=[32])
+    batch = next(iter(trainer.get_train_dataloader()))["sam"]
+    prompts = []
+    model.register_forward_pre_hook(lambda _, args, kwargs: prompts.append(kwargs), with_kwargs=True)
+    trainer.sam_loss(model, **batch).backward()
+    assert prompts[0]["pixel_values"].shape[-1] == 32 and prompts[0]["input_masks"].shape[-2:] == (16, 16)
+
+
+def test_mask_prompts_change_no_other_step(make_trainer):
+    """Steps with points and boxes are the same with and without mask prompts."""
+    drawn = {}
+    for fraction in (0.0, 0.5):
+        loader = iter(make_trainer(mask_prompt_fraction=fraction).get_train_dataloader())
+        drawn[fraction] = [next(loader)["sam"] for _ in range(8)]
+    with_masks = ["class_probabilities" in batch for batch in drawn[0.5]]
+    assert 0 < sum(with_masks) < 8
+    for has_masks, before, after in zip(with_masks, drawn[0.0], drawn[0.5], strict=True):
+        assert torch.equal(before["images"], after["images"])
+        if not has_masks:
+            assert before.keys() == after.keys()
+            assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
 def test_the_gradient_of_a_step_is_that_of_the_summed_losses(make_trainer, model):
@@ -111,13 +167,27 @@ def test_accumulated_micro_batches_have_the_gradient_of_the_whole_batch(make_tra
         torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-4)
 
 
-def test_encoder_and_mask_decoder_have_a_tenth_of_the_learning_rate(make_trainer, model):
-    trainer = make_trainer(learning_rate=1e-3, weight_decay=0.1)
+@pytest.mark.parametrize(
+    ("arguments", "rates"),
+    [
+        ({}, {"head": 1e-3, "encoder": 1e-4, "decoder": 1e-4}),
+        ({"encoder_lr_multiplier": 0.5}, {"head": 1e-3, "encoder": 5e-4, "decoder": 5e-4}),
+        ({"decoder_lr_multiplier": 0.0}, {"head": 1e-3, "encoder": 1e-4, "decoder": 0}),
+        (
+            {"encoder_lr_multiplier": 1.0, "decoder_lr_multiplier": 0.01},
+            {"head": 1e-3, "encoder": 1e-3, "decoder": 1e-5},
+        ),
+    ],
+)
+def test_encoder_and_mask_decoder_have_learning_rates_of_their_own(make_trainer, model, arguments, rates):
+    trainer = make_trainer(learning_rate=1e-3, weight_decay=0.1, **arguments)
+    groups = {"clip_head": "head", "vision_encoder": "encoder", "mask_decoder": "decoder"}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for group in trainer.create_optimizer().param_groups:
         for parameter in group["params"]:
             name = names[id(parameter)]
-            assert group["lr"] == pytest.approx(1e-3 if name.startswith("clip_head.") else 1e-4)
+            assert group["name"] == groups[name.partition(".")[0]]
+            assert group["lr"] == pytest.approx(rates[group["name"]])
             *_, module, last = name.split(".")
             without_decay = {"pos_embed", "rel_pos_h", "rel_pos_w", "mask_tokens", "iou_token"} & {module, last}
             has_decay = not (without_decay or last == "bias" or "norm" in name)
@@ -131,7 +201,13 @@ def test_the_log_has_all_losses_metrics_and_gradient_norms(make_trainer):
     assert logged.keys() >= {
         *("loss", "clip_loss", "sam_loss", "sam_focal", "sam_dice", "sam_iou_head"),
         *("cosine_32px", "cosine_64px", "mask_iou_point", "mask_iou_box"),
-        *("learning_rate_head", "learning_rate_encoder", "images_per_second", "peak_memory_gb"),
+        *(
+            "learning_rate_head",
+            "learning_rate_encoder",
+            "learning_rate_decoder",
+            "images_per_second",
+            "peak_memory_gb",
+        ),
         *("grad_norm", "grad_norm_clip_head", "grad_norm_vision_encoder", "grad_norm_mask_decoder"),
     }
     assert logged["loss"] == pytest.approx(logged["clip_loss"] + 10 * logged["sam_loss"], rel=1e-4)
@@ -168,7 +244,13 @@ def test_teachers_are_frozen_and_not_saved(make_trainer, model, sam_teacher, tmp
 @pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(make_trainer, model, tmp_path, num_workers):
     start = {name: value.clone() for name, value in model.state_dict().items()}
-    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "save_total_limit": None}
+    settings = {
+        "mask_prompt_fraction": 0.5,
+        "max_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "save_total_limit": None,
+    }
     settings |= {"logging_steps": 2, "dataloader_num_workers": num_workers, "gradient_accumulation_steps": 2}
 
     def curve(trainer):
@@ -402,6 +484,7 @@ def test_a_clip_teacher_with_another_text_tower_raises(model, clip_teacher):
         ({"max_steps": -1}, "max_steps must be set for streaming data"),
         ({"clip_resolutions": [30]}, r"clip_resolutions must be multiples of the student's patch size, 8: got \[30\]"),
         ({"min_crop_scale": 0.0}, r"min_crop_scale must be above 0 and at most 1, got 0\.0"),
+        ({"mask_prompt_fraction": 1.5}, r"mask_prompt_fraction must be between 0 and 1, got 1\.5"),
         ({"sam_batch_size": 0}, "sam_batch_size must be 1 or more, got 0"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be 1 or more, got 0"),
         ({"learning_rate": -1e-3}, "learning_rate must be 0 or more, got -0.001"),
@@ -619,7 +702,7 @@ def test_adapters_train_save_load_and_merge_into_a_checkpoint(make_trainer, mode
     parts = {name.split(".")[2] for name in trained}
     assert parts == {"vision_encoder", "mask_decoder", "clip_head"}
     assert all("lora_" in name or "clip_head.modules_to_save" in name for name in trained)
-    assert {group["name"] for group in trainer.optimizer.param_groups} == {"encoder", "head"}
+    assert {group["name"] for group in trainer.optimizer.param_groups} == {"encoder", "decoder", "head"}
 
     pixel_values, points = torch.randn(1, 3, 64, 64), torch.tensor([[[[20.0, 30.0]]]])
     adapted = trainer.model.eval()

@@ -96,9 +96,14 @@ WITHOUT_EFFECT: tuple[tuple[tuple[str, ...], Callable[["SamClipTrainingArguments
         "Only stage 2 and the region loss (region_loss_weight, dense_loss_weight) read images with masks.",
     ),
     (
-        ("max_box_noise", "sam_loss_weight", "focal_weight", "dice_weight", "iou_head_weight"),
+        ("max_box_noise", "mask_prompt_fraction", "sam_loss_weight", "focal_weight", "dice_weight", "iou_head_weight"),
         lambda args: args.stage == 2,
         "Only stage 2 has the SAM loss.",
+    ),
+    (
+        ("encoder_lr_multiplier", "decoder_lr_multiplier"),
+        lambda args: args.stage == 2,
+        "Only stage 2 trains image encoder and mask decoder.",
     ),
     (
         ("regions_per_image", "region_image_size", "region_embedding_cache"),
@@ -318,6 +323,13 @@ class SamClipTrainingArguments(TrainingArguments):
     max_box_noise: float = field(
         default=20.0, metadata={"help": "Largest noise of a box prompt in pixels of the model's input (SAM: 20)."}
     )
+    mask_prompt_fraction: float = field(
+        default=0.0,
+        metadata={
+            "help": "Fraction of the steps whose prompts for the SAM loss are coarse masks with three points, like "
+            "those of the paper's composition (section 5). The other steps have points or boxes."
+        },
+    )
     min_crop_scale: float = field(
         default=0.5,
         metadata={"help": "Smallest area of a random crop for the CLIP loss, relative to the image."},
@@ -384,8 +396,15 @@ class SamClipTrainingArguments(TrainingArguments):
     encoder_lr_multiplier: float = field(
         default=0.1,
         metadata={
-            "help": "Learning rate of image encoder and mask decoder, relative to that of the CLIP head, which is "
-            "learning_rate (paper: 0.1)."
+            "help": "Learning rate of the image encoder, relative to that of the CLIP head, which is learning_rate "
+            "(paper: 0.1)."
+        },
+    )
+    decoder_lr_multiplier: float | None = field(
+        default=None,
+        metadata={
+            "help": "Learning rate of the mask decoder, relative to that of the CLIP head. By default "
+            "encoder_lr_multiplier, as in the paper."
         },
     )
     skip_step_grad_norm: float = field(
@@ -472,11 +491,12 @@ class SamClipTrainingArguments(TrainingArguments):
             "dense_loss_weight",
             "learning_rate",
             "encoder_lr_multiplier",
+            "decoder_lr_multiplier",
             "max_box_noise",
             "lora_r",
         ):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}.")
+            if (value := getattr(self, name)) is not None and not value >= 0:
+                raise ValueError(f"{name} must be 0 or more, got {value}.")
         for name in ("clip_data", "sam_data"):
             names, weights = getattr(self, name), getattr(self, f"{name}_weights")
             if weights is None:
@@ -493,8 +513,9 @@ class SamClipTrainingArguments(TrainingArguments):
             raise ValueError(f"eval_fraction must be at least 0 and below 1, got {self.eval_fraction}.")
         if self.eval_strategy != "no" and self.eval_fraction == 0:
             raise ValueError("eval_strategy requires held-out samples, but eval_fraction is 0.")
-        if not 0 <= self.max_corrupt_fraction <= 1:
-            raise ValueError(f"max_corrupt_fraction must be between 0 and 1, got {self.max_corrupt_fraction}.")
+        for name in ("max_corrupt_fraction", "mask_prompt_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}.")
         if not self.clip_resolutions or min(self.clip_resolutions) < 1:
             raise ValueError(f"clip_resolutions must be one or more sizes in pixels, got {self.clip_resolutions}.")
         if not self.max_grad_norm > 0:
@@ -513,6 +534,11 @@ class SamClipTrainingArguments(TrainingArguments):
         # A micro-batch of one task leaves parameters of the other task without gradients.
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = self.stage == 2
+
+    @property
+    def effective_decoder_lr_multiplier(self) -> float:
+        """Learning rate of the mask decoder, relative to that of the CLIP head."""
+        return self.encoder_lr_multiplier if self.decoder_lr_multiplier is None else self.decoder_lr_multiplier
 
     @property
     def has_region_loss(self) -> bool:

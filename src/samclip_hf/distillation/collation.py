@@ -25,9 +25,10 @@ from transformers.utils import logging
 
 from ..datasets.shards import REMEDIES
 from ..datasets.streams import UNREADABLE_SHARD, DataError, SkippedSampleError, Stream, decode_image, draw_masks
+from ..segmentation_samclip import POINTS_PER_CLASS
 from .crops import STUDENT_FILTER, cut, draw_crop, sample_rng
 from .embedding_cache import CacheDescription, RegionCacheDescription, no_collation
-from .prompts import box_from_mask, point_from_mask
+from .prompts import box_from_mask, class_probabilities, point_from_mask
 from .sampling import Mixture, Position, count_readers
 
 logger = logging.get_logger(__name__)
@@ -136,7 +137,8 @@ class SamBatches:
     processor does, and prompts from randomly drawn masks.
 
     The prompts of a step are either all points or all boxes, with equal probability. SAM draws the type for each mask;
-    the paper does not state it. SAM predicts three masks for a point and one for a box.
+    the paper does not state it. SAM predicts three masks for a point and one for a box. With `mask_prompt_fraction`,
+    the prompts of some steps are all masks with three points, as in the paper's composition (section 5).
 
     Args:
         streams (`list[Stream]`), weights (`list[float]`):
@@ -156,9 +158,11 @@ class SamBatches:
         regions_per_image (`int`):
             Number of the masks that are also regions for the region loss. 0 without that loss.
         mask_size (`int`):
-            Side of the regions' masks in pixels, for the padded image.
+            Side of the regions' masks in pixels, for the padded image: four times the teacher's patch grid.
         region_cache (`RegionCacheDescription`, *optional*):
             Description of the cache of regions. The samples of the streams then contain the teacher's embeddings.
+        mask_prompt_fraction (`float`):
+            Fraction of the steps with mask prompts.
     """
 
     streams: list[Stream]
@@ -172,11 +176,14 @@ class SamBatches:
     regions_per_image: int = 0
     mask_size: int = 0
     region_cache: RegionCacheDescription | None = None
+    mask_prompt_fraction: float = 0.0
 
     def step_settings(self, rng: np.random.Generator) -> dict[str, Any]:
-        """Draws the type of the prompts and the resolution of the student for a step."""
+        """Draws the type of the prompts ("point", "box" or "mask") and the resolution of the student for a step."""
         prompt = "point" if rng.random() < 0.5 else "box"
         student_image_size = int(rng.choice(self.student_image_sizes))
+        if self.mask_prompt_fraction and rng.random() < self.mask_prompt_fraction:
+            prompt = "mask"
         return {"num_samples": self.batch_size, "prompt": prompt, "student_image_size": student_image_size}
 
     def sample(
@@ -186,12 +193,14 @@ class SamBatches:
         Returns the arrays of an image with its prompts, and the number of skipped annotations by cause.
 
         `images` is the padded image, uint8 `(image_size, image_size, 3)`; `content_sizes` `(2,)` are height and width
-        without the padding. `input_points` `(masks_per_image, 1, 2)` with `input_labels`, or `input_boxes`
-        `(masks_per_image, 4)`, are in pixels of the padded image. `student_images` is the padded image at the
-        student's resolution, if that is not `image_size`. `region_masks` `(regions_per_image, mask_size, mask_size)`
-        are the regions' masks on the padded image, uint8 from 0 to 255; of a mask that is drawn several times, all but
-        the first are empty. With a cache of regions, `teacher_regions` `(regions_per_image, projection_dim)` are the
-        teacher's embeddings, and masks are drawn as for the cache.
+        without the padding. `input_points` `(masks_per_image, num_points, 2)` with `input_labels`, or `input_boxes`
+        `(masks_per_image, 4)`, are in pixels of the padded image. With mask prompts, `class_probabilities`
+        `(masks_per_image, grid_height, grid_width)` are those of [`class_probabilities`] at the teacher's patches, and
+        there are three points instead of one. `student_images` is the padded image at the student's resolution, if
+        that is not `image_size`. `region_masks` `(regions_per_image, mask_size, mask_size)` are the regions' masks on
+        the padded image, uint8 from 0 to 255; of a mask that is drawn several times, all but the first are empty. With
+        a cache of regions, `teacher_regions` `(regions_per_image, projection_dim)` are the teacher's embeddings, and
+        masks are drawn as for the cache.
         """
         image = decode_image(raw)
         rng = mask_rng = sample_rng(seed, epoch, raw["key"])
@@ -244,26 +253,42 @@ class SamBatches:
             sample["student_images"], _ = _pad(image, student_image_size)
 
         to_input = np.array([width / image.width, height / image.height], dtype=np.float32)
-        if prompt == "point":
-            sample["input_points"] = np.stack([point_from_mask(mask, rng) * to_input for mask in masks])[:, None]
-            sample["input_labels"] = np.ones((len(masks), 1), dtype=np.int64)
-        else:
+        if prompt == "box":
             boxes = [box_from_mask(mask, rng, self.max_box_noise / scale) for mask in masks]
             sample["input_boxes"] = np.stack(boxes) * np.tile(to_input, 2)
+        else:
+            num_points = POINTS_PER_CLASS if prompt == "mask" else 1
+            points = [[point_from_mask(mask, rng) * to_input for _ in range(num_points)] for mask in masks]
+            sample["input_points"] = np.array(points, dtype=np.float32)
+            sample["input_labels"] = np.ones((len(masks), num_points), dtype=np.int64)
+        if prompt == "mask":
+            cells = self._on_padded_image(masks, height, width).astype(np.float32) / 255
+            side = self.mask_size // 4  # patches
+            coverage = cells.reshape(-1, side, 4, side, 4).mean(axis=(2, 4))
+            sample["class_probabilities"] = np.stack([class_probabilities(mask, rng) for mask in coverage])
         if self.regions_per_image:
             sample["region_masks"] = self._region_masks(masks, height, width)
         return sample
 
     def _region_masks(self, masks: list[np.ndarray], height: int, width: int) -> np.ndarray:
-        """Masks of the image -> masks of the padded image, whose content has this height and width."""
+        """The masks of `_on_padded_image` for the regions. Of a mask that is drawn several times, all but the first
+        are empty."""
+        region_masks = self._on_padded_image(masks[: self.regions_per_image], height, width)
+        for number, mask in enumerate(masks[: self.regions_per_image]):
+            if any(mask is earlier for earlier in masks[:number]):
+                region_masks[number] = 0
+        return region_masks
+
+    def _on_padded_image(self, masks: list[np.ndarray], height: int, width: int) -> np.ndarray:
+        """Masks of the image -> masks of the padded image, whose content has this height and width: uint8 from 0 to
+        255, `(num_masks, mask_size, mask_size)`."""
         scale = self.mask_size / self.image_size
         size = (max(1, round(width * scale)), max(1, round(height * scale)))
-        region_masks = np.zeros((self.regions_per_image, self.mask_size, self.mask_size), dtype=np.uint8)
-        for number, mask in enumerate(masks[: self.regions_per_image]):
-            if not any(mask is earlier for earlier in masks[:number]):
-                resized = Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.Resampling.BOX)
-                region_masks[number, : size[1], : size[0]] = np.asarray(resized)
-        return region_masks
+        padded = np.zeros((len(masks), self.mask_size, self.mask_size), dtype=np.uint8)
+        for number, mask in enumerate(masks):
+            resized = Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.Resampling.BOX)
+            padded[number, : size[1], : size[0]] = np.asarray(resized)
+        return padded
 
 
 def _pad(image: Image.Image, size: int) -> tuple[np.ndarray, tuple[int, int]]:

@@ -1,10 +1,17 @@
-"""Point and box prompts from masks, as in SAM's training (Kirillov et al. 2023, appendix A)."""
+"""
+Prompts from masks: points and boxes as in SAM's training (Kirillov et al. 2023, appendix A), and mask prompts as in
+SAM-CLIP's composition of both heads (paper, section 5).
+"""
 
 import numpy as np
 
 from ..images import mask_to_prompt_box
 
 BOX_NOISE = 0.1  # standard deviation, relative to the side of the box
+# Logits of a class at the patches of its objects: the mean differs between masks, the noise between patches. Similar
+# to the CLIP head of the miniature, which misses many of the patches of an object and has few errors outside.
+CLASS_LOGIT_RANGE = (-1.0, 9.0)
+CLASS_LOGIT_NOISE = 4.0  # standard deviation
 
 
 def point_from_mask(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -52,3 +59,21 @@ def box_from_mask(mask: np.ndarray, rng: np.random.Generator, max_noise: float =
     height, width = mask.shape
     noisy = np.clip(box + noise, 0, np.array([width - 1, height - 1] * 2)).astype(np.float32)
     return np.concatenate([np.minimum(noisy[:2], noisy[2:]), np.maximum(noisy[:2], noisy[2:])])
+
+
+def class_probabilities(coverage: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    r"""
+    Draws probabilities of a class at patches, such as the CLIP head finds for the objects of a mask. With
+    [`to_mask_prompts`], they are mask prompts like those of the paper's composition.
+
+    SAM's own mask prompts are the logits of its previous prediction. The composition's are coarser and have errors.
+
+    Args:
+        coverage (`np.ndarray` of type float32 and shape `(grid_height, grid_width)`):
+            The part of each patch that is inside the mask, from 0 to 1.
+
+    Returns:
+        `np.ndarray` of type float32 and shape `(grid_height, grid_width)`: Probabilities, at most `coverage`.
+    """
+    logits = rng.uniform(*CLASS_LOGIT_RANGE) + CLASS_LOGIT_NOISE * rng.standard_normal(coverage.shape)
+    return (coverage / (1 + np.exp(-logits))).astype(np.float32)

@@ -214,12 +214,20 @@ class SamTeacher(Teacher):
             content_sizes (`torch.Tensor` of shape `(batch_size, 2)`):
                 Height and width of each image without its padding.
             prompts:
-                Prompts of [`SamModel`]: `input_points` and `input_labels`, or `input_boxes`; `multimask_output`.
+                Prompts of [`SamModel`]: `input_points` and `input_labels`, or `input_boxes`; `multimask_output`;
+                `input_masks` `(batch_size, num_prompts, height, width)`, one for each prompt.
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: Mask logits `(batch_size, num_prompts, num_masks, height, width)` and
             predicted IoUs `(batch_size, num_prompts, num_masks)`.
         """
         pixel_values = normalize(images, self.image_mean, self.image_std, content_sizes)
-        outputs = self.model(pixel_values=pixel_values, **prompts)
-        return outputs.pred_masks, outputs.iou_scores
+        if "input_masks" not in prompts:
+            outputs = self.model(pixel_values=pixel_values, **prompts)
+            return outputs.pred_masks, outputs.iou_scores
+        # [`SamModel`] takes one mask for each image: every prompt becomes an image.
+        size = prompts["input_masks"].shape[:2]
+        prompts = {name: p.flatten(0, 1)[:, None] if isinstance(p, Tensor) else p for name, p in prompts.items()}
+        image_embeddings = self.model.get_image_embeddings(pixel_values).repeat_interleave(size[1], dim=0)
+        outputs = self.model(image_embeddings=image_embeddings, **prompts)
+        return outputs.pred_masks[:, 0].unflatten(0, size), outputs.iou_scores[:, 0].unflatten(0, size)

@@ -34,6 +34,7 @@ from ..datasets.streams import DataError, open_stream
 from ..images import mean_and_std, normalize
 from ..modeling_samclip import SamClipModel, patches_of_masks
 from ..processing_samclip import SamClipProcessor
+from ..segmentation_samclip import to_mask_prompts
 from ..visualization import save_panel
 from . import provenance
 from .arguments import SamClipTrainingArguments
@@ -75,6 +76,9 @@ COPIED_HEAD = "base_model.model.clip_head.modules_to_save.default."  # peft's co
 # The parts of the model that each stage trains (paper, section 4). The prompt encoder, SAM's positional embedding and
 # the text tower are always frozen.
 TRAINED_PARTS = {1: ("clip_head",), 2: ("vision_encoder", "mask_decoder", "clip_head"), 3: ("clip_head",)}
+# The modules with pretrained weights, by group of the optimizer.
+ENCODERS = ("vision_encoder.", "text_model.", "text_projection.")
+DECODERS = ("prompt_encoder.", "mask_decoder.")
 # Positional embeddings, and mask and IoU tokens of the mask decoder: zero has no special meaning for them, and weight
 # decay would reduce rows without gradients to zero.
 WITHOUT_WEIGHT_DECAY = re.compile(r"\.(pos_embed|rel_pos_[hw]|mask_tokens\.weight|iou_token\.weight)$")
@@ -254,14 +258,18 @@ class SamClipTrainer(Trainer):
     def parameter_group(self, name: str) -> tuple[str, float]:
         """
         Returns the group of a parameter, under which its learning rate is logged, and the multiplier of its learning
-        rate. By default the CLIP head has the full learning rate, image encoder and mask decoder a lower one (paper,
-        section 4: a tenth).
+        rate: `encoder_lr_multiplier` and `decoder_lr_multiplier` for the parts with pretrained weights (paper, section
+        4: a tenth), 1 for the CLIP head and for heads that a subclass adds.
 
         Args:
             name (`str`):
                 Name of the parameter in the student, after wrapping with LoRA adapters.
         """
-        return ("head", 1.0) if "clip_head." in name else ("encoder", self.args.encoder_lr_multiplier)
+        if any(part in name for part in ENCODERS):
+            return "encoder", self.args.encoder_lr_multiplier
+        if any(part in name for part in DECODERS):
+            return "decoder", self.args.effective_decoder_lr_multiplier
+        return "head", 1.0
 
     def losses(self) -> dict[str, Callable[..., Tensor]]:
         """Returns the loss function of each task. It is called with the model and the tensors of the task's
@@ -325,6 +333,7 @@ class SamClipTrainer(Trainer):
                 regions_per_image=regions_per_image,
                 mask_size=4 * image_size // student.config.vision_config.patch_size,
                 region_cache=None if self.region_cache is None else self.region_cache.description,
+                mask_prompt_fraction=args.mask_prompt_fraction,
             )
         return tasks
 
@@ -353,6 +362,7 @@ class SamClipTrainer(Trainer):
         student_images: Tensor | None = None,
         region_masks: Tensor | None = None,
         teacher_regions: Tensor | None = None,
+        class_probabilities: Tensor | None = None,
         **prompts,
     ) -> Tensor:
         """Returns the losses of a micro-batch of [`SamBatches`], from one pass of the image encoder: lambda * L_SAM in
@@ -365,6 +375,9 @@ class SamClipTrainer(Trainer):
                 teacher_regions = self.region_teacher(images, content_sizes, region_masks)
         if self.sam_teacher is not None:
             prompt = "point" if "input_points" in prompts else "box"
+            if class_probabilities is not None:
+                prompt = "mask"
+                prompts["input_masks"] = to_mask_prompts(class_probabilities, self._mask_size(images))
             inputs = prompts | {"multimask_output": prompt == "point"}
             with self.accelerator.autocast():
                 teacher_masks, teacher_iou = self.sam_teacher(images, content_sizes, **inputs)
@@ -373,6 +386,8 @@ class SamClipTrainer(Trainer):
             images, content_sizes = student_images, (content_sizes * scale).round().long().clamp_min(1)
             for name in inputs.keys() & {"input_points", "input_boxes"}:
                 inputs[name] = (inputs[name] + 0.5) * scale - 0.5
+            if class_probabilities is not None:
+                inputs["input_masks"] = to_mask_prompts(class_probabilities, self._mask_size(images))
         if region_masks is not None:
             grid_size = (images.shape[-2] // self._patch_size, images.shape[-1] // self._patch_size)
             inputs["segments"] = patches_of_masks(region_masks.float() / 255, grid_size, grid_size)
@@ -402,6 +417,10 @@ class SamClipTrainer(Trainer):
                 loss + self.args.region_loss_weight * parts["segment"] + self.args.dense_loss_weight * parts["dense"]
             )
         return loss
+
+    def _mask_size(self, images: Tensor) -> tuple[int, int]:
+        """Height and width of mask prompts and mask logits for images `(batch_size, 3, height, width)`."""
+        return 4 * (images.shape[-2] // self._patch_size), 4 * (images.shape[-1] // self._patch_size)
 
     def record(self, values: dict[str, Tensor]) -> None:
         """Adds values to the averages of the next log."""
@@ -632,6 +651,8 @@ class SamClipTrainer(Trainer):
         """The arguments that determined the weights, with the precision and the optimizer that were used."""
         arguments = provenance.recorded_arguments(self.args)
         arguments["warmup_steps"] = self.args.get_warmup_steps(self.args.max_steps)  # also of a fraction
+        if "decoder_lr_multiplier" in arguments:
+            arguments["decoder_lr_multiplier"] = self.args.effective_decoder_lr_multiplier
         if self.args.model is None:
             arguments["clip_head_layers"] = self._head_config.num_hidden_layers
             arguments["clip_head_pooling"] = self._head_config.pooling
@@ -645,6 +666,7 @@ class SamClipTrainer(Trainer):
                 "learning_rate": [float(group.get("initial_lr", group["lr"])) for group in groups],
                 "weight_decay": [group.get("weight_decay") for group in groups],
                 "encoder_lr_multiplier": None,
+                "decoder_lr_multiplier": None,
             }
         elif self.optimizer_cls_and_kwargs is not None:
             optimizer_class, optimizer_arguments = self.optimizer_cls_and_kwargs
