@@ -36,6 +36,7 @@ from samclip_hf.distillation import (
     last_checkpoint,
     provenance,
 )
+from samclip_hf.distillation.losses import hard_mask_distillation_loss
 from samclip_hf.images import normalize
 
 from ..conftest import assert_same
@@ -75,6 +76,21 @@ def test_the_initial_sam_loss_is_zero(make_trainer, model, mask_prompt_fraction)
     batch = next(iter(trainer.get_train_dataloader()))["sam"]
     assert ("class_probabilities" in batch) == (mask_prompt_fraction == 1)
     assert trainer.sam_loss(model, **batch).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_sams_own_mask_losses_can_be_selected(make_trainer, model):
+    trainer = make_trainer(
+        mask_loss="sam", focal_weight=5.0, dice_weight=2.0, iou_head_weight=0.5, sam_loss_weight=3.0
+    )
+    batch = next(iter(trainer.get_train_dataloader()))["sam"]
+    outputs = []
+    model.register_forward_hook(lambda *arguments: outputs.append(arguments[-1]))
+    loss = trainer.sam_loss(model, **batch)  # student and teacher are equal
+    (masks, scores) = outputs[0].pred_masks, outputs[0].iou_scores
+    parts = hard_mask_distillation_loss(masks, masks, scores, scores, focal_weight=5.0, dice_weight=2.0)
+    assert parts["iou_head"] == 0
+    torch.testing.assert_close(loss, 3 * (5 * parts["focal"] + 2 * parts["dice"]), rtol=1e-4, atol=0)
+    assert loss > 0.1
 
 
 def test_mask_prompts_are_those_of_the_paper_s_composition(make_trainer, model, sam):
@@ -485,6 +501,7 @@ def test_a_clip_teacher_with_another_text_tower_raises(model, clip_teacher):
         ({"clip_resolutions": [30]}, r"clip_resolutions must be multiples of the student's patch size, 8: got \[30\]"),
         ({"min_crop_scale": 0.0}, r"min_crop_scale must be above 0 and at most 1, got 0\.0"),
         ({"mask_prompt_fraction": 1.5}, r"mask_prompt_fraction must be between 0 and 1, got 1\.5"),
+        ({"mask_loss": "focal"}, "mask_loss must be quality or sam, got 'focal'"),
         ({"sam_batch_size": 0}, "sam_batch_size must be 1 or more, got 0"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be 1 or more, got 0"),
         ({"learning_rate": -1e-3}, "learning_rate must be 0 or more, got -0.001"),

@@ -96,7 +96,15 @@ WITHOUT_EFFECT: tuple[tuple[tuple[str, ...], Callable[["SamClipTrainingArguments
         "Only stage 2 and the region loss (region_loss_weight, dense_loss_weight) read images with masks.",
     ),
     (
-        ("max_box_noise", "mask_prompt_fraction", "sam_loss_weight", "focal_weight", "dice_weight", "iou_head_weight"),
+        (
+            "max_box_noise",
+            "mask_prompt_fraction",
+            "mask_loss",
+            "sam_loss_weight",
+            "focal_weight",
+            "dice_weight",
+            "iou_head_weight",
+        ),
         lambda args: args.stage == 2,
         "Only stage 2 has the SAM loss.",
     ),
@@ -359,6 +367,14 @@ class SamClipTrainingArguments(TrainingArguments):
     sam_loss_weight: float = field(
         default=10.0, metadata={"help": "Lambda in L_CLIP + lambda * L_SAM (paper, section 3: 10)."}
     )
+    mask_loss: Literal["quality", "sam"] = field(
+        default="quality",
+        metadata={
+            "help": "Mask losses in L_SAM. quality: focal and dice loss for the teacher's probabilities, on all "
+            "masks, zero where the student equals the teacher. sam: SAM's focal (alpha 0.25, gamma 2) and dice loss "
+            "for the teacher's best mask, on the student's mask with the lowest loss."
+        },
+    )
     focal_weight: float = field(default=20.0, metadata={"help": "Weight of the focal loss in L_SAM (SAM: 20)."})
     dice_weight: float = field(default=1.0, metadata={"help": "Weight of the dice loss in L_SAM (SAM: 1)."})
     iou_head_weight: float = field(default=1.0, metadata={"help": "Weight of the IoU head's loss in L_SAM (SAM: 1)."})
@@ -527,6 +543,8 @@ class SamClipTrainingArguments(TrainingArguments):
             raise ValueError(f"skip_step_grad_norm must be above 0, got {self.skip_step_grad_norm}.")
         if self.stage not in (1, 2, 3):
             raise ValueError(f"stage must be 1, 2 or 3, got {self.stage}.")
+        if self.mask_loss not in ("quality", "sam"):
+            raise ValueError(f"mask_loss must be quality or sam, got {self.mask_loss!r}.")
         if self.lora_r and self.stage != 2:
             raise ValueError(f"lora_r is supported in stage 2 only, got lora_r {self.lora_r} in stage {self.stage}.")
         if self.clip_head_initialization is None and self.model is None and self.stage == 1:

@@ -2,7 +2,8 @@
 The distillation losses (paper, section 3), as functions of tensors that return named parts.
 
 Every part is a mean over the batch: the mean of two micro-batches of equal size is the loss of the whole batch. Every
-part has its minimum, with zero gradient, where the student equals the teacher.
+part has its minimum, with zero gradient, where the student equals the teacher, except focal and dice loss of
+`hard_mask_distillation_loss`.
 """
 
 import torch
@@ -72,6 +73,55 @@ def mask_distillation_loss(
     return {
         "focal": (error * cross_entropy).mean(),
         "dice": dice.mean(),
+        "iou_head": F.mse_loss(student_iou.float(), teacher_iou.float()),
+    }
+
+
+def hard_mask_distillation_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    student_iou: Tensor,
+    teacher_iou: Tensor,
+    focal_weight: float = 20.0,
+    dice_weight: float = 1.0,
+) -> dict[str, Tensor]:
+    r"""
+    L_SAM as in SAM's training (Kirillov et al. 2023, appendix A), with a mask of the teacher in place of the ground
+    truth: the teacher's mask (logit > 0) with the highest predicted IoU is the target, and only the student's mask
+    with the lowest loss is back-propagated.
+
+    The focal loss has alpha 0.25 and gamma 2 (Lin et al., arXiv 1708.02002). The dice loss is 1 - (2 sum(pt) + 1) /
+    (sum(p) + sum(t) + 1), as in MaskFormer (arXiv 2107.06278). The IoU head learns the teacher's predictions, as in
+    [`mask_distillation_loss`].
+
+    Unlike [`mask_distillation_loss`], focal and dice loss are not zero where the student equals the teacher: they make
+    the logits larger.
+
+    Args:
+        student_logits, teacher_logits (`torch.Tensor` of shape `(batch_size, num_prompts, num_masks, height, width)`):
+            Mask logits.
+        student_iou, teacher_iou (`torch.Tensor` of shape `(batch_size, num_prompts, num_masks)`):
+            Predicted IoUs.
+        focal_weight, dice_weight (`float`):
+            Weights of both parts in the loss that is compared between masks. By default SAM's.
+
+    Returns:
+        `dict[str, torch.Tensor]`: `focal`, `dice` and `iou_head`, unweighted.
+    """
+    best = teacher_iou.argmax(dim=2, keepdim=True)[..., None, None]
+    target = teacher_logits.take_along_dim(best, dim=2).gt(0).float().expand_as(student_logits)
+    student_logits = student_logits.float()
+    probability = student_logits.sigmoid()
+    cross_entropy = F.binary_cross_entropy_with_logits(student_logits, target, reduction="none")
+    error = (target - probability).abs()  # 1 - p_t
+    alpha = 0.75 - 0.5 * target  # 0.25 inside, 0.75 outside
+    focal = (alpha * error.square() * cross_entropy).mean(dim=(-2, -1))
+    overlap, sizes = (probability * target).sum(dim=(-2, -1)), (probability + target).sum(dim=(-2, -1))
+    dice = 1 - (2 * overlap + 1) / (sizes + 1)
+    lowest = (focal_weight * focal + dice_weight * dice).argmin(dim=2, keepdim=True)
+    return {
+        "focal": focal.take_along_dim(lowest, dim=2).mean(),
+        "dice": dice.take_along_dim(lowest, dim=2).mean(),
         "iou_head": F.mse_loss(student_iou.float(), teacher_iou.float()),
     }
 

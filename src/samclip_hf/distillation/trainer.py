@@ -43,7 +43,13 @@ from .callbacks import PreemptionCallback
 from .checkpoints import last_checkpoint, read_stream_state, shards_checksum, weights_checksum, write_stream_state
 from .collation import ClipBatches, SamBatches, StepLoader, StepStream, TaskBatches
 from .embedding_cache import EmbeddingCache, RegionEmbeddingCache
-from .losses import cosine_distillation_loss, mask_distillation_loss, mask_iou, region_distillation_loss
+from .losses import (
+    cosine_distillation_loss,
+    hard_mask_distillation_loss,
+    mask_distillation_loss,
+    mask_iou,
+    region_distillation_loss,
+)
 from .panel import panel_rows
 from .teachers import ClipTeacher, RegionTeacher, SamTeacher
 
@@ -398,7 +404,12 @@ class SamClipTrainer(Trainer):
             if teacher_masks.shape[-2:] != size:
                 resized = F.interpolate(teacher_masks.flatten(0, 1).float(), size, mode="bilinear", antialias=True)
                 teacher_masks = resized.view(*teacher_masks.shape[:-2], *size)
-            parts = mask_distillation_loss(outputs.pred_masks, teacher_masks, outputs.iou_scores, teacher_iou)
+            masks_and_scores = outputs.pred_masks, teacher_masks, outputs.iou_scores, teacher_iou
+            if self.args.mask_loss == "sam":
+                weights = self.args.focal_weight, self.args.dice_weight
+                parts = hard_mask_distillation_loss(*masks_and_scores, *weights)
+            else:
+                parts = mask_distillation_loss(*masks_and_scores)
             sam_loss = (
                 self.args.focal_weight * parts["focal"]
                 + self.args.dice_weight * parts["dice"]
