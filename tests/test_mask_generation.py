@@ -24,7 +24,9 @@ from samclip_hf.mask_generation_samclip import (
     UpsampledMasks,
     decode_rle,
     encode_rle,
+    encode_window,
     mask_to_box,
+    rle_iou,
 )
 from samclip_hf.miniature.scenes import render
 
@@ -138,6 +140,28 @@ def test_empty_masks_are_dropped(processor_class, deferred):
     assert [decode_rle(encoding).any() for encoding in encodings] == [True, True]
     assert kept_scores.tolist() == [scores[1, 2], scores[3, 0]]
     assert boxes[1].tolist() == [0, 0, 63, 63]
+
+
+@pytest.mark.parametrize("pixels", [1, 40, 10_000])
+def test_masks_are_encoded_in_parts_as_pycocotools_does(monkeypatch, pixels):
+    monkeypatch.setattr(mask_generation_samclip, "ENCODED_PIXELS", pixels)
+    rng = np.random.default_rng(0)
+    for window, left, top in ((rng.random((5, 9)) > 0.5, 3, 2), (np.ones((13, 17), dtype=bool), 0, 0)):
+        mask = np.zeros((13, 17), dtype=bool)
+        mask[top : top + window.shape[0], left : left + window.shape[1]] = window
+        encoding = encode_window(window, left, top, 13, 17)
+        assert coco.frPyObjects(encoding, 13, 17) == coco.encode(np.asfortranarray(mask, dtype=np.uint8))
+
+
+def test_iou_of_run_length_encodings_equals_that_of_pycocotools():
+    rng = np.random.default_rng(0)
+    masks = [rng.random((13, 17)) > threshold for threshold in (0.1, 0.5, 0.9)]
+    masks += [np.zeros((13, 17), dtype=bool), np.ones((13, 17), dtype=bool)]
+    encoded = [coco.encode(np.asfortranarray(mask, dtype=np.uint8)) for mask in masks]
+    expected = coco.iou(encoded, encoded, [False] * len(encoded))
+    expected[3] = expected[:, 3] = 0  # of an empty mask
+    actual = [[rle_iou(encode_rle(one), encode_rle(other)) for other in masks] for one in masks]
+    np.testing.assert_allclose(actual, expected)
 
 
 def test_equal_masks_of_one_row_or_column_are_duplicates():

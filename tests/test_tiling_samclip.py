@@ -8,8 +8,14 @@ import torch
 from PIL import Image
 from transformers import pipeline
 
-from samclip_hf import SamClipImageProcessorPil, SamClipMaskGenerationPipeline, miniature
-from samclip_hf.mask_generation_samclip import decode_rle, encode_rle, mask_to_box
+from samclip_hf import (
+    SamClipForImageSegmentation,
+    SamClipImageProcessor,
+    SamClipImageProcessorPil,
+    SamClipMaskGenerationPipeline,
+    miniature,
+)
+from samclip_hf.mask_generation_samclip import decode_rle, distinct_boxes, encode_rle, mask_to_box
 from samclip_hf.miniature.scenes import BACKGROUND_PROMPTS, CLASS_NAMES, render
 from samclip_hf.segmentation_samclip import SamClipSegmentationOutput
 from samclip_hf.tiling_samclip import ComputedSequence, ImageTiles, TiledMasks, TiledSegmentation
@@ -180,7 +186,7 @@ def test_masks_across_edges_come_out_whole_and_once(overlap):
         found = [(part, mask_to_box(part)) for part in parts if part.sum() > 30]
         boxes = torch.tensor([[b[0], b[1], b[2] - 1, b[3] - 1] for _, b in found]).reshape(-1, 4)
         merged.add(index, [encode_rle(part) for part, _ in found], torch.full((len(found),), 0.9), boxes)
-    encodings, scores, boxes = merged.merge()
+    encodings, scores, boxes, _ = merged.merge()
     found = [decode_rle(encoding) for encoding in encodings]
     for name, mask in masks.items():
         assert sum(np.array_equal(mask, other) for other in found) == 1, name
@@ -198,7 +204,7 @@ def test_a_mask_that_is_cut_off_and_has_no_counterpart_is_removed():
     boxes = torch.tensor([[60, 10, 99, 29], [60, 60, 79, 79]])
     merged.add(0, [encode_rle(cut), encode_rle(whole)], torch.tensor([0.9, 0.8]), boxes)
     merged.add(1, [], torch.zeros(0), torch.zeros(0, 4, dtype=torch.int64))
-    encodings, scores, boxes = merged.merge()
+    encodings, scores, boxes, _ = merged.merge()
     assert scores.tolist() == pytest.approx([0.8]) and boxes.tolist() == [[60, 60, 79, 79]]
     assert decode_rle(encodings[0]).sum() == 400
 
@@ -244,6 +250,118 @@ def test_masks_do_not_end_at_inner_edges_of_tiles(missing_column):
             longest_cut(disk, tiles) for disk in disks
         )
         assert len(found) == 16 if missing_column is None else 0 < len(found) < 16
+
+
+def disk_of(height, width, x, y, radius):
+    rows, columns = np.mgrid[:height, :width] + 0.5
+    return np.hypot(columns - x, rows - y) < radius
+
+
+def add_everything(merged, masks, edge):
+    """Adds the parts of masks in tiles, and the masks in an overview with a longer side of `edge` pixels."""
+    for index, (left, top, right, bottom) in enumerate(merged.tiles.boxes):
+        parts = [mask[top:bottom, left:right] for mask in masks]
+        # A part that covers its tile has no edge there, so that a model does not find it.
+        parts = [part for part in parts if part.sum() > 30 and not part.all()]
+        boxes = [mask_to_box(part) for part in parts]
+        boxes = torch.tensor([[b[0], b[1], b[2] - 1, b[3] - 1] for b in boxes], dtype=torch.int64).reshape(-1, 4)
+        merged.add(index, [encode_rle(part) for part in parts], torch.full((len(parts),), 0.8), boxes)
+    size = (edge, round(edge * merged.tiles.height / merged.tiles.width))
+    small = [np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)) for mask in masks]
+    merged.add_overview([encode_rle(mask) for mask in small], torch.full((len(small),), 0.9))
+
+
+@pytest.mark.parametrize("with_overview", [False, True])
+def test_a_mask_larger_than_a_tile_comes_from_the_overview(with_overview):
+    tiles = ImageTiles(300, 420, 80, 0.25)
+    large, across = disk_of(300, 420, 200, 150, 110), disk_of(300, 420, 65, 70, 20)
+    merged = TiledMasks(tiles)
+    add_everything(merged, [large, across], 120)
+    if not with_overview:
+        merged.overview = []
+    encodings, scores, _, _ = merged.merge()
+    found = [decode_rle(encoding) for encoding in encodings]
+    assert best_iou(across, found) == 1  # at the resolution of the tiles, and once
+    assert len(found) == 1 + with_overview
+    assert scores[-1] == pytest.approx(0.8) and (scores > 0.81).sum() == with_overview
+    assert (best_iou(large, found) > 0.97) == with_overview
+
+
+def test_masks_that_tiles_complete_are_not_replaced_by_the_overview():
+    """The tiles overlap enough to show the whole edge of the disk, which is larger than a tile."""
+    tiles = ImageTiles(160, 160, 100, 0.4)
+    disk = disk_of(160, 160, 80, 80, 55)
+    merged = TiledMasks(tiles)
+    add_everything(merged, [disk], 40)
+    assert not tiles.contain(mask_to_box(disk)) and len(merged.overview) == 1
+    [encoding], scores, _, _ = merged.merge()
+    assert np.array_equal(decode_rle(encoding), disk) and scores.tolist() == pytest.approx([0.8])
+
+
+def test_masks_with_nearly_equal_pixels_are_duplicates_even_if_their_boxes_differ():
+    tiles = ImageTiles(100, 180, 100, 0.2)
+    disk = disk_of(100, 100, 40, 40, 20)
+    stray, other = disk.copy(), disk_of(100, 100, 60, 75, 15)
+    stray[2, 60:78] = True  # a few pixels far from the disk
+    merged = TiledMasks(tiles)
+    masks = [disk, stray, other]
+    boxes = [mask_to_box(mask) for mask in masks]
+    boxes = torch.tensor([[b[0], b[1], b[2] - 1, b[3] - 1] for b in boxes])
+    assert len(distinct_boxes(boxes, torch.tensor([0.9, 0.8, 0.7]), 0.7)) == 3
+    merged.add(0, [encode_rle(mask) for mask in masks], torch.tensor([0.8, 0.9, 0.7]), boxes)
+    encodings, scores, _, _ = merged.merge(0.7)
+    assert scores.tolist() == pytest.approx([0.9, 0.7])
+    assert np.array_equal(decode_rle(encodings[0])[:, :100], stray)
+
+
+def add_segments(merged, masks, labels, num_labels=3):
+    """Adds the parts of masks in tiles, except for those that cover a tile, and the masks in an overview."""
+
+    def output(parts, shape):
+        logits = torch.stack([torch.from_numpy(part) * 20.0 - 10 for part, _ in parts] or [torch.full(shape, -10.0)])
+        own = torch.nn.functional.one_hot(torch.tensor([label for _, label in parts] or [0]), num_labels) * 5.0
+        scores = torch.full((len(logits),), 0.9 if parts else 0.0)
+        return to_output(torch.zeros(num_labels, *shape), logits, own, scores, background=0)
+
+    for left, top, right, bottom in merged.tiles.boxes:
+        parts = [(mask[top:bottom, left:right], label) for mask, label in zip(masks, labels, strict=True)]
+        parts = [(part, label) for part, label in parts if part.sum() > 30 and not part.all()]
+        merged.add(output(parts, (bottom - top, right - left)))
+    merged.add_overview(output([(m[::4, ::4], label) for m, label in zip(masks, labels, strict=True)], (75, 105)))
+
+
+def test_a_segment_larger_than_a_tile_replaces_its_parts():
+    large, front, beside = (
+        disk_of(300, 420, 200, 150, 110),
+        disk_of(300, 420, 180, 120, 25),
+        disk_of(300, 420, 65, 40, 20),
+    )
+    merged = TiledSegmentation(ImageTiles(300, 420, 80, 0.25), with_map=False)
+    add_segments(merged, [large & ~front, front, beside], [1, 2, 2])
+    found = merged.post_process_panoptic_segmentation(0.4, overlap_mask_area_threshold=0.5)
+    assert sorted(info["label_id"] for info in found["segments_info"]) == [1, 2, 2]
+    expected = np.where(front | beside, 2, np.where(large, 1, 0))
+    label_map = merged.post_process_semantic_segmentation().numpy()
+    assert (label_map != expected).mean() < 0.01
+    assert np.array_equal(label_map == 2, expected == 2)  # at the resolution of the tiles
+    entries = merged.independent_segments(0.5, is_semantic=False)
+    assert sorted(label for _, label, _ in entries) == [1, 2, 2]
+    assert best_iou(large & ~front, [decode_rle(encoding) for _, _, encoding in entries]) > 0.95
+
+
+def test_a_group_of_objects_in_the_overview_is_not_an_object():
+    disks = [disk_of(300, 420, x, y, 28) for x in range(30, 420, 60) for y in range(30, 300, 60)]
+    merged = TiledSegmentation(ImageTiles(300, 420, 80, 0.25), with_map=False)
+    add_segments(merged, disks, [2] * len(disks))
+    group = np.zeros((300, 420), dtype=bool)
+    group[10:290, 10:410] = True
+    logits = torch.from_numpy(group[::4, ::4])[None] * 20.0 - 10
+    merged.add_overview(
+        to_output(torch.zeros(3, 75, 105), logits, torch.tensor([[0.0, 5, 0]]), torch.ones(1), background=0)
+    )
+    assert any(segment.mask.area >= group.sum() for segment in merged.overview)
+    found = merged.post_process_panoptic_segmentation(0.4, overlap_mask_area_threshold=0.0)
+    assert [info["label_id"] for info in found["segments_info"]] == [2] * len(disks)
 
 
 def test_slivers_of_parts_are_not_objects():
@@ -346,6 +464,58 @@ def test_independent_labels_of_objects_across_tiles(segmenter):
     all_masks = [np.asarray(entry["mask"]) > 0 for entry in found if entry["label"] == names[0]]
     union = next(np.asarray(entry["mask"]) > 0 for entry in unions if entry["label"] == names[0])
     assert np.array_equal(union, np.logical_or.reduce(all_masks))
+
+
+@pytest.fixture(scope="module")
+def everything():
+    model = SamClipForImageSegmentation.from_pretrained(miniature.checkpoint())
+    image_processor = SamClipImageProcessor.from_pretrained(miniature.checkpoint())
+    return SamClipMaskGenerationPipeline(model=model, image_processor=image_processor)
+
+
+def test_masks_of_tiles_have_embeddings_without_another_pass_of_the_encoder(everything, monkeypatch):
+    image, masks, names = draw_large_scene(150, 290, 5, POSITIONS)
+    model, calls = everything.model, []
+    encode = model.get_vision_embeds
+    monkeypatch.setattr(model, "get_vision_embeds", lambda *args: calls.append(args) or encode(*args))
+    options = miniature.MASK_GENERATION | {"points_per_crop": 8}
+    found = everything(image, tile=150, output_segment_embeds=True, **options)
+    tiles = ImageTiles(150, 290, 150)
+    assert len(calls) == 1 + len(tiles)
+    plain = everything(image, tile=150, **options)
+    assert torch.equal(found["scores"], plain["scores"]) and len(found["masks"]) == len(plain["masks"]) == 3
+    assert found["segment_embeds"].norm(dim=-1).tolist() == pytest.approx([1] * 3)
+    logits = model.classify(found["segment_embeds"], model.vocabulary)
+    labels = [model.config.id2label[index] for index in logits.argmax(dim=-1).tolist()]
+    best = [int(np.argmax([best_iou(mask, [other.numpy()]) for other in found["masks"]])) for mask in masks]
+    assert sum(labels[index] == name for index, name in zip(best, names, strict=True)) >= 2  # of 48 names
+    # The first mask is inside a single tile, so that its embedding is that of classify_masks in the tile.
+    left, top, right, bottom = tiles.boxes[0]
+    inputs = everything.image_processor(image.crop(tiles.boxes[0]), return_tensors="pt")
+    own = model.classify_masks([[found["masks"][best[0]][top:bottom, left:right]]], **inputs).segment_embeds[0, 0]
+    torch.testing.assert_close(found["segment_embeds"][best[0]], own, rtol=0, atol=1e-4)
+
+
+def test_embeddings_of_a_whole_image_are_those_of_classify_masks(everything):
+    image = Image.fromarray(render(seed=0, index=8).image).resize((200, 150))
+    options = miniature.MASK_GENERATION | {"points_per_crop": 8, "output_rle_mask": True, "output_bboxes_mask": True}
+    expected = everything(image, **options)
+    found = everything(image, output_segment_embeds=True, points_per_batch=None, **options)
+    assert len(found["masks"]) > 1 and found["rle_mask"] == expected["rle_mask"]
+    torch.testing.assert_close(found["scores"], expected["scores"])
+    assert torch.equal(found["bounding_boxes"], expected["bounding_boxes"])
+    assert all(torch.equal(one, other) for one, other in zip(found["masks"], expected["masks"], strict=True))
+    inputs = everything.image_processor(image, return_tensors="pt")
+    embeds = everything.model.classify_masks([expected["masks"]], **inputs).segment_embeds[0]
+    torch.testing.assert_close(found["segment_embeds"], embeds, rtol=0, atol=1e-4)
+    with pytest.raises(ValueError, match="either output_segment_embeds or crops_n_layers"):
+        everything(image, output_segment_embeds=True, crops_n_layers=1)
+    for arguments in ({"output_segment_embeds": True}, {"tile": 100}):
+        with pytest.raises(ValueError, match="batch_size has no effect"):
+            everything(image, batch_size=2, **arguments)
+    stock = pipeline("mask-generation", model=miniature.checkpoint(), pipeline_class=SamClipMaskGenerationPipeline)
+    with pytest.raises(ValueError, match="SamClipModel cannot embed masks"):
+        stock(image, output_segment_embeds=True)
 
 
 def test_everything_mode_finds_objects_across_tiles():

@@ -4,7 +4,6 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from . import CommandError
 from .argument_types import positive_int, probability
 from .batch import process_images
 from .formats import Prediction, coco_annotation
@@ -74,15 +73,9 @@ def run(argv: Sequence[str]) -> int:
     check_tiles(arguments)
     read_labels(arguments)
     read_label_threshold(arguments)
-    if arguments.tile is not None and arguments.labels is not None:
-        raise CommandError(
-            "--labels cannot be combined with --tile, because masks are named in the whole image. Use 'samclip "
-            "segment --tile' to find labels in a large image."
-        )
     plan = prepare(arguments)
 
     import numpy as np
-    import torch
 
     from samclip_hf import SamClipMaskGenerationPipeline
     from samclip_hf.tiling_samclip import ComputedSequence
@@ -99,7 +92,14 @@ def run(argv: Sequence[str]) -> int:
     )
 
     def predict_one(image: "Image.Image") -> Prediction:
-        result = generator(image, output_rle_mask=True, tile=arguments.tile, overlap=arguments.overlap, **options)
+        result = generator(
+            image,
+            output_rle_mask=True,
+            output_segment_embeds=arguments.labels is not None,
+            tile=arguments.tile,
+            overlap=arguments.overlap,
+            **options,
+        )
         found = result["masks"]
         masks: Sequence[np.ndarray] = ComputedSequence(len(found), lambda index: np.asarray(found[index]))
         if arguments.tile is None:
@@ -110,11 +110,8 @@ def run(argv: Sequence[str]) -> int:
             for score, mask, segmentation in zip(scores, masks, result["rle_mask"], strict=True)
         ]
         if arguments.labels is not None and masks:
-            inputs = loaded.image_processor(image, return_tensors="pt").to(loaded.model.device, loaded.model.dtype)
-            sizes = inputs["reshaped_input_sizes"]
-            with torch.inference_mode():
-                vision_embeds = loaded.model.get_vision_embeds(inputs["pixel_values"], sizes)
-            return name_masks(loaded, records, masks, arguments.multi_label, arguments.threshold, vision_embeds, sizes)
+            embeds = result["segment_embeds"]
+            return name_masks(loaded, records, masks, embeds, arguments.multi_label, arguments.threshold)
         text = f"{len(masks)} masks, scores from {min(scores):.2f} to {max(scores):.2f}" if masks else "no masks"
         record = {"model": loaded.description, "masks": records}
         return Prediction(record, [(None, text)], loaded.caption, masks, list(range(1, len(masks) + 1)))

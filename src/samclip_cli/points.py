@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
+MASK_MEMORY = 2**28  # bytes of masks that are embedded in one call
 DESCRIPTION = """\
 Segments the objects at points and in boxes.
 
@@ -131,7 +132,13 @@ def run(argv: Sequence[str]) -> int:
             for score, prompt, mask in zip(scores, own, masks, strict=True)
         ]
         if arguments.labels is not None:
-            return name_masks(loaded, records, masks, arguments.multi_label, arguments.threshold, vision_embeds, sizes)
+            per_call = max(1, MASK_MEMORY // masks[0].size)
+            with torch.inference_mode():
+                parts = [
+                    loaded.model.embed_masks([masks[start : start + per_call]], None, sizes, vision_embeds)[0]
+                    for start in range(0, len(masks), per_call)
+                ]
+            return name_masks(loaded, records, masks, torch.cat(parts), arguments.multi_label, arguments.threshold)
         legend: list[tuple[int | None, str]] = [
             (number, f"object {number}, {score:.2f}") for number, score in enumerate(scores, start=1)
         ]

@@ -15,9 +15,7 @@ if TYPE_CHECKING:  # importing these takes seconds, see the docstring of the pac
     import torch
 
     from samclip_hf import SamClipVocabulary
-    from samclip_hf.vision_encoder_samclip import SamClipVisionEncoderOutput
 
-MASK_MEMORY = 2**28  # bytes of masks that are classified in one call
 LABEL_OPTIONS = ("background", "template", "multi_label")  # need labels
 LABELS_HELP = """
 labels:
@@ -138,10 +136,9 @@ def name_masks(
     loaded: LoadedModel,
     records: list[dict],
     masks: Sequence["np.ndarray"],
+    embeds: "torch.Tensor",
     multi_label: bool,
     threshold: float,
-    vision_embeds: "SamClipVisionEncoderOutput",
-    reshaped_input_sizes: "torch.Tensor",
 ) -> Prediction:
     """
     The prediction for an image whose masks get the names of the vocabulary, see [`embed_labels`].
@@ -150,29 +147,21 @@ def name_masks(
     records (`list[dict]`):
         The JSON of each mask, which gets "label", "label_id" and "label_score".
     masks (`Sequence[numpy.ndarray]` of shape `(height, width)`):
-        Boolean masks. The label of a mask without pixels is `None`.
+        Boolean masks.
+    embeds (`torch.Tensor` of shape `(num_masks, projection_dim)`):
+        Embeddings of the masks. The label of a mask without pixels, whose embedding is 0, is `None`.
     multi_label (`bool`):
         Whether scores are independent. The JSON of a mask then has the "label_scores" of all labels.
     threshold (`float`):
         The label of a mask whose best score is lower is `None`.
-    vision_embeds, reshaped_input_sizes:
-        Arguments of [`SamClipForImageSegmentation.classify_masks`] for the image.
     """
     import torch
 
     vocabulary, label_ids, label_scores = loaded.model.vocabulary, [], []
-    masks_per_call = max(1, MASK_MEMORY // masks[0].size)
     with torch.inference_mode():
-        parts = [
-            loaded.model.classify_masks(
-                [masks[start : start + masks_per_call]],
-                vision_embeds=vision_embeds,
-                reshaped_input_sizes=reshaped_input_sizes,
-                multi_label=multi_label,
-            )["scores"][0]
-            for start in range(0, len(masks), masks_per_call)
-        ]
-    scores = torch.cat(parts).float()
+        logits = loaded.model.classify(embeds.to(loaded.model.device), vocabulary, multi_label).float()
+    scores = logits.sigmoid() if multi_label else logits.softmax(dim=-1)
+    scores = scores * embeds.to(scores.device).any(dim=-1, keepdim=True)
     best_scores, best = scores.max(dim=-1)
     for number, (record, score, index) in enumerate(zip(records, best_scores.tolist(), best.tolist(), strict=True)):
         name = vocabulary.id2label[index] if score and score >= threshold else None

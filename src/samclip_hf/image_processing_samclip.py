@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub.utils import httpx  # version 2 uses a successor of httpx
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from transformers import SamImageProcessorPil
 from transformers.utils import is_torchvision_available, logging
 
@@ -399,6 +399,8 @@ def convert_to_rgb(image: Image.Image, apply_orientation: bool = False) -> Image
     r"""
     Converts a PIL image of any mode to RGB. An alpha channel is dropped, as in `image.convert("RGB")`.
 
+    An RGB image that is not a file is returned as it is, without a copy.
+
     Unlike `image.convert`, this function scales images with more than 8 bits per channel: values up to 65535, if any
     value is above 255, and float values from 0 to 1. Only the first frame of an animated image is read, and a warning
     is logged.
@@ -416,13 +418,14 @@ def convert_to_rgb(image: Image.Image, apply_orientation: bool = False) -> Image
         raise ValueError(f"An image of {image.width} x {image.height} has no pixels.")
     if getattr(image, "is_animated", False) and image.format != "MPO":  # MPO: photographs with a preview
         logger.warning_once("An image has several frames or pages. Only the first one of each image is read.")
-    if apply_orientation:
+    if apply_orientation and image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # exif_transpose copies any image
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         return Image.fromarray(_to_8_bits(np.asarray(image)).round().astype(np.uint8)).convert("RGB")
     if image.mode in ("La", "RGBa"):  # colors multiplied by alpha, which PIL converts only to this mode
         image = image.convert(image.mode[:-1] + "A")
-    return image.convert("RGB")
+    is_rgb = image.mode == "RGB" and type(image) is Image.Image  # and not a file, which may be closed
+    return image if is_rgb else image.convert("RGB")
 
 
 def _to_8_bits(pixels):

@@ -25,6 +25,7 @@ MASK_GENERATION_DEFAULTS = {
     "stability_score_thresh": 0.95,
     "crops_nms_thresh": 0.7,
 }
+ENCODED_PIXELS = 2**22  # masks are encoded in parts of about this many pixels
 CROP_EDGE_TOLERANCE = 20  # pixels, as in SAM: a mask this close to the edge of its crop counts as cut off
 
 
@@ -309,6 +310,23 @@ def decode_rle(encoding: dict) -> np.ndarray:
     return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height).T
 
 
+def rle_iou(one: dict, other: dict) -> float:
+    r"""
+    IoU of two masks from their uncompressed run-length encodings, without decoding them.
+
+    Args:
+        one, other (`dict`):
+            `size` and `counts`, see [`encode_rle`]. Both have the same size.
+    """
+    ends, other_ends = (np.cumsum([0, *encoding["counts"]]) for encoding in (one, other))
+    # The number of pixels of the other mask before each end of a run. It grows linearly inside of its runs.
+    lengths = np.array([0, *other["counts"]])
+    lengths[1::2] = 0  # outside the mask
+    before = np.interp(ends, other_ends, lengths.cumsum())
+    intersection = np.diff(before)[1::2].sum()
+    return float(intersection / (sum(one["counts"][1::2]) + lengths.sum() - intersection or 1))
+
+
 def mask_to_box(mask: np.ndarray) -> tuple[int, int, int, int] | None:
     r"""
     Returns the bounding box of a mask as left, top, right and bottom in pixels, right and bottom exclusive; `None` if
@@ -381,10 +399,18 @@ def _extents(marked: torch.Tensor) -> tuple[list[int], list[int]]:
 def encode_window(window: np.ndarray, left: int, top: int, height: int, width: int) -> dict:
     """As [`encode_rle`], for a mask `(height, width)` that is empty outside a window `(window_height, window_width)`
     at `left` and `top`."""
-    columns = np.zeros((window.shape[1], height), dtype=bool)
-    columns[:, top : top + window.shape[0]] = window.T
-    changes = left * height + np.flatnonzero(np.diff(columns.ravel(), prepend=False, append=False))
-    counts = np.diff(changes, prepend=0, append=height * width).tolist()
+    changes, last = [], False
+    step = max(1, ENCODED_PIXELS // height)
+    for start in range(0, window.shape[1], step):
+        part = window[:, start : start + step].T
+        columns = np.zeros((len(part), height), dtype=bool)
+        columns[:, top : top + window.shape[0]] = part
+        pixels = columns.ravel()
+        changes.append((left + start) * height + np.flatnonzero(np.diff(pixels, prepend=last)))
+        last = pixels[-1]
+    if last:
+        changes.append(np.array([(left + window.shape[1]) * height]))
+    counts = np.diff(np.concatenate(changes), prepend=0, append=height * width).tolist()
     if counts[-1] == 0:  # the last pixel is inside the mask
         counts.pop()
     return {"size": [height, width], "counts": counts}

@@ -3,18 +3,19 @@ The pipeline `zero-shot-image-segmentation`: segmentation by texts that are pass
 `pipeline("mask-generation")` for large images.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from numbers import Real
 
 import numpy as np
 import torch
 from PIL import Image
-from transformers import ImageSegmentationPipeline, MaskGenerationPipeline
+from transformers import ImageSegmentationPipeline, MaskGenerationPipeline, SamImageProcessorPil
 
 from .image_processing_samclip import load_image, resize_content
 from .mask_generation_samclip import decode_rle, distinct_boxes
 from .segmentation_samclip import SamClipVocabulary, to_label_groups, to_texts
-from .tiling_samclip import ComputedSequence, ImageTiles, TiledMasks, TiledSegmentation
+from .tiling_samclip import OVERVIEW, ComputedSequence, ImageTiles, TiledMasks, TiledSegmentation
 
 # Arguments of transformers' pipeline. `pipeline(...)` passes its deprecated `torch_dtype` to the constructor.
 STOCK_ARGUMENTS = {
@@ -72,9 +73,10 @@ class SamClipImageSegmentationPipeline(ImageSegmentationPipeline):
             Number of images, or of tiles of one image, in a forward pass of the model.
         tile (`int`, *optional*):
             For large images: side of the overlapping tiles that are segmented one by one and merged, in pixels of the
-            image. An image that is not larger than a tile is segmented as a whole. Memory depends on the tile, except
-            for the image and one map of its size. Objects may cross tiles, but should not be much larger than a tile,
-            because the model sees one tile at a time.
+            image. An image that is not larger than a tile is segmented as a whole. Objects may cross tiles. Segments
+            that are larger than a tile come from an additional pass over the whole image at a lower resolution,
+            except with `config.composition = "classes"`. Memory depends on the tile, except for the image and one map
+            of its size.
         overlap (`float`, defaults to 0.25):
             Overlap of neighboring tiles as a fraction of `tile`, above 0 and at most 0.5.
 
@@ -178,11 +180,16 @@ class SamClipImageSegmentationPipeline(ImageSegmentationPipeline):
             return outputs
         image, merged = model_inputs["image"], model_inputs["merged"]
         boxes = merged.tiles.boxes
-        for start in range(0, len(boxes), tiles_per_batch):
-            crops = [image.crop(box) for box in boxes[start : start + tiles_per_batch]]
+
+        def predict(crops: list[Image.Image]):
             inputs = self.image_processor(images=crops, return_tensors="pt").to(self.dtype)
             inputs = self._ensure_tensor_on_device(inputs, device=self.device)
-            merged.add(self._predict(inputs, vocabulary, multi_label))
+            return self._predict(inputs, vocabulary, multi_label)
+
+        if self.model.config.composition == "segments":
+            merged.add_overview(predict([_shrink(image, boxes[0], self.image_processor)]))
+        for start in range(0, len(boxes), tiles_per_batch):
+            merged.add(predict([image.crop(box) for box in boxes[start : start + tiles_per_batch]]))
         return {"merged": merged}
 
     def _predict(self, inputs, vocabulary, multi_label: bool):
@@ -227,13 +234,7 @@ class SamClipImageSegmentationPipeline(ImageSegmentationPipeline):
             return _independent_segments(model_outputs, id2label, subtask == "semantic", threshold, mask_threshold)
         if multi_label:
             entries = merged.independent_segments(threshold, subtask == "semantic")
-
-            def to_entry(index: int) -> dict:
-                score, label_id, encoding = entries[index]
-                mask = _to_image(torch.from_numpy(decode_rle(encoding)))
-                return {"score": score, "label": id2label[label_id], "mask": mask}
-
-            return ComputedSequence(len(entries), to_entry)
+            return _computed_segments([(score, id2label[label], encoding) for score, label, encoding in entries])
         if subtask == "semantic":
             if merged is None:
                 sizes = model_outputs["target_size"]
@@ -257,17 +258,19 @@ class SamClipImageSegmentationPipeline(ImageSegmentationPipeline):
             label_map = result["segmentation"]
             found = [(info["score"], id2label[info["label_id"]], info["id"]) for info in result["segments_info"]]
 
-        def to_segment(index: int) -> dict:
-            score, label, number = found[index]
-            return {"score": score, "label": label, "mask": _to_image(label_map == number)}
-
-        segments = ComputedSequence(len(found), to_segment)
-        return list(segments) if merged is None else segments
+        if merged is None:
+            return [
+                {"score": score, "label": label, "mask": _to_image((label_map == number).numpy())}
+                for score, label, number in found
+            ]
+        encodings = merged.encode_segments(label_map, [number for _, _, number in found])
+        return _computed_segments([(*entry[:2], encoding) for entry, encoding in zip(found, encodings, strict=True)])
 
 
 class SamClipMaskGenerationPipeline(MaskGenerationPipeline):
     """
-    The `mask-generation` pipeline of transformers ("everything mode") with tiles for large images.
+    The `mask-generation` pipeline of transformers ("everything mode") with tiles for large images and with embeddings
+    of the masks.
 
     Example:
 
@@ -288,60 +291,150 @@ class SamClipMaskGenerationPipeline(MaskGenerationPipeline):
         tile (`int`, *optional*):
             For large images: side of the overlapping tiles that are processed one by one, in pixels of the image. Each
             tile has its own grid of points. Parts of one object in several tiles become one mask. A mask that its tile
-            cuts off, and that no other tile completes, is removed. An image that is not larger than a tile is
-            processed as a whole. Memory depends on the tile, except for the image and the run-length encodings.
-            Objects may cross tiles, but should not be much larger than a tile.
+            cuts off, and that no other tile completes, is removed. Masks that are larger than a tile come from an
+            additional pass over the whole image at a lower resolution. An image that is not larger than a tile is
+            processed as a whole. Memory depends on the tile, except for the image, one mask of its size, and the
+            run-length encodings.
         overlap (`float`, defaults to 0.25):
             Overlap of neighboring tiles as a fraction of `tile`, above 0 and at most 0.5.
+        output_segment_embeds (`bool`, *optional*, defaults to `False`):
+            Whether to return `segment_embeds` `(num_masks, projection_dim)`, for `model.classify`. They are those of
+            [`SamClipForImageSegmentation.embed_masks`], without another pass of the image encoder; with tiles, those
+            of the largest part of a mask in its tile. The model must be a [`SamClipForImageSegmentation`].
 
         For an image of several tiles, `masks` is a `Sequence` whose masks are computed at each access.
+
+        Raises `ValueError` for a `batch_size` or `crops_n_layers` with `tile` or `output_segment_embeds`, because the
+        tiles are processed one by one.
         """
+        given = self._preprocess_params | kwargs
+        has_tiles = given.get("tile") is not None or given.get("output_segment_embeds")
+        if has_tiles and (kwargs.get("batch_size") or self._batch_size or 1) != 1:
+            raise ValueError(
+                "With tile or output_segment_embeds, batch_size has no effect: remove it. points_per_batch is the "
+                "number of points in a forward pass of the mask decoder."
+            )
         return super().__call__(image, **kwargs)
 
-    def _sanitize_parameters(self, tile=None, overlap=None, **kwargs):
+    def _sanitize_parameters(self, tile=None, overlap=None, output_segment_embeds=None, **kwargs):
         preprocess_params, forward_params, postprocess_params = super()._sanitize_parameters(**kwargs)
-        preprocess_params |= {
-            name: value for name, value in (("tile", tile), ("overlap", overlap)) if value is not None
-        }
+        own = {"tile": tile, "overlap": overlap, "output_segment_embeds": output_segment_embeds}
+        preprocess_params |= {name: value for name, value in own.items() if value is not None}
+        if "crops_nms_thresh" in kwargs:
+            forward_params["crops_nms_thresh"] = kwargs["crops_nms_thresh"]
+        if output_segment_embeds and not hasattr(self.model, "embed_masks"):
+            raise ValueError(
+                f"{type(self.model).__name__} cannot embed masks: pass model=SamClipForImageSegmentation."
+                "from_pretrained(name) to the pipeline."
+            )
         return preprocess_params, forward_params, postprocess_params
 
-    def preprocess(self, image, tile=None, overlap=None, timeout=None, **kwargs):
+    def preprocess(
+        self, image, tile=None, overlap=None, output_segment_embeds=False, timeout=None, points_per_batch=64, **kwargs
+    ):
         image = load_image(image, timeout)
         tiles = _divide(image, tile, overlap)
-        if tiles is None:
-            yield from super().preprocess(image, **kwargs)
+        if tiles is None and not output_segment_embeds:
+            yield from super().preprocess(image, points_per_batch=points_per_batch, **kwargs)
             return
         if kwargs.get("crops_n_layers"):
-            raise ValueError("Tiles have no crops of their own: pass either tile or crops_n_layers.")
-        for index, box in enumerate(tiles.boxes):
-            for inputs in super().preprocess(image.crop(box), **kwargs):
-                is_last = inputs.pop("is_last") and index == len(tiles) - 1
-                yield {**inputs, "is_last": is_last, "tiles": tiles, "tile_index": index}
+            name = "output_segment_embeds" if tiles is None else "tile"
+            raise ValueError(f"The image is not divided in two ways: pass either {name} or crops_n_layers.")
+        views = [(0, image)]
+        if tiles is not None:
+            views = [(OVERVIEW, _shrink(image, tiles.boxes[0], self.image_processor))]
+            views += [(index, image.crop(box)) for index, box in enumerate(tiles.boxes)]
+        for position, (index, view) in enumerate(views):
+            yield {
+                "view": view,
+                "tile_index": index,
+                "tiles": tiles,
+                "points_per_batch": points_per_batch,
+                "points_per_crop": kwargs.get("points_per_crop", 32),
+                "with_embeds": output_segment_embeds,
+                "is_last": position == len(views) - 1,
+            }
 
-    def _forward(self, model_inputs, **kwargs):
-        tiling = {name: model_inputs.pop(name) for name in ("tiles", "tile_index") if name in model_inputs}
-        return {**super()._forward(model_inputs, **kwargs), **tiling}
+    def _forward(self, model_inputs, crops_nms_thresh=0.7, **thresholds):
+        if "view" not in model_inputs:
+            return super()._forward(model_inputs, **thresholds)
+        view, with_embeds = model_inputs["view"], model_inputs["with_embeds"]
+        size = self.image_processor.size
+        crop_boxes, points, _, labels = self.image_processor.generate_crop_boxes(
+            view, size.get("longest_edge", size.get("height")), points_per_crop=model_inputs["points_per_crop"]
+        )
+        inputs = self.image_processor(images=view, return_tensors="pt").to(self.dtype)
+        inputs = self._ensure_tensor_on_device(inputs, device=self.device)
+        pixel_values, sizes = inputs.pop("pixel_values"), inputs.get("reshaped_input_sizes")
+        vision_embeds = self.model.get_vision_embeds(pixel_values, sizes) if with_embeds else None
+        image_embeddings = (
+            self.model.get_image_embeddings(pixel_values) if vision_embeds is None else vision_embeds.last_hidden_state
+        )
+        step = points.shape[1] if model_inputs["points_per_batch"] is None else model_inputs["points_per_batch"]
+        outputs = []
+        for start in range(0, points.shape[1], step):
+            chunk = {
+                "input_points": points[:, start : start + step],
+                "input_labels": labels[:, start : start + step],
+                "input_boxes": crop_boxes,
+                "is_last": False,
+                "full_image_size": inputs["original_sizes"][0],
+                "image_embeddings": image_embeddings,
+                **inputs,
+            }
+            outputs.append(super()._forward(self._ensure_tensor_on_device(chunk, device=self.device), **thresholds))
+        encodings = [encoding for output in outputs for encoding in output["masks"]]
+        scores, boxes = (torch.cat([output[name] for output in outputs]) for name in ("iou_scores", "boxes"))
+        kept = distinct_boxes(boxes, scores, crops_nms_thresh)
+        encodings = [encodings[index] for index in kept]
+        embeds = None
+        if vision_embeds is not None:
+            masks = [decode_rle(encoding) for encoding in encodings]
+            embeds = self.model.embed_masks([masks], reshaped_input_sizes=sizes, vision_embeds=vision_embeds)[0]
+        found = {"masks": encodings, "iou_scores": scores[kept], "boxes": boxes[kept], "segment_embeds": embeds}
+        return found | {name: model_inputs[name] for name in ("tile_index", "tiles", "is_last")}
 
     def postprocess(self, model_outputs, output_rle_mask=False, output_bboxes_mask=False, crops_nms_thresh=0.7):
-        if "tiles" not in model_outputs[0]:
+        if "tile_index" not in model_outputs[0]:
             return super().postprocess(model_outputs, output_rle_mask, output_bboxes_mask, crops_nms_thresh)
-        merged = TiledMasks(model_outputs[0]["tiles"])
-        for index in range(len(merged.tiles)):
-            outputs = [output for output in model_outputs if output["tile_index"] == index]
-            encodings = [encoding for output in outputs for encoding in output["masks"]]
-            scores = torch.cat([output["iou_scores"] for output in outputs])
-            boxes = torch.cat([output["boxes"] for output in outputs])
-            kept = distinct_boxes(boxes, scores, crops_nms_thresh)
-            merged.add(index, [encodings[number] for number in kept], scores[kept], boxes[kept])
-        encodings, scores, boxes = merged.merge()
-        kept = distinct_boxes(boxes, scores, crops_nms_thresh)
-        encodings = [encodings[number] for number in kept]
+        tiles = model_outputs[0]["tiles"]
+        found = [
+            (output["masks"], output["iou_scores"], output["boxes"], output["segment_embeds"])
+            for output in model_outputs
+        ]
+        if tiles is None:
+            [(encodings, scores, boxes, embeds)] = found
+        else:
+            merged = TiledMasks(tiles)
+            for output, own in zip(model_outputs, found, strict=True):
+                if output["tile_index"] == OVERVIEW:
+                    merged.add_overview(own[0], own[1], own[3])
+                else:
+                    merged.add(output["tile_index"], *own)
+            encodings, scores, boxes, embeds = merged.merge(crops_nms_thresh)
+
+        def to_mask(index: int) -> torch.Tensor | np.ndarray:
+            mask = decode_rle(encodings[index])
+            return mask if isinstance(self.image_processor, SamImageProcessorPil) else torch.from_numpy(mask)
+
+        masks = ComputedSequence(len(encodings), to_mask)
         return {
-            "masks": ComputedSequence(len(kept), lambda index: torch.from_numpy(decode_rle(encodings[index]))),
-            "scores": scores[kept],
+            "masks": list(masks) if tiles is None else masks,
+            "scores": scores,
             **({"rle_mask": encodings} if output_rle_mask else {}),
-            **({"bounding_boxes": boxes[kept]} if output_bboxes_mask else {}),
+            **({"bounding_boxes": boxes} if output_bboxes_mask else {}),
+            **({} if embeds is None else {"segment_embeds": embeds}),
         }
+
+
+def _shrink(image: Image.Image, tile_box: Sequence[int], image_processor) -> Image.Image:
+    """The image at the resolution of the model, or of a tile if it is higher, for an overview."""
+    longest = max(image.size)
+    edge = max(tile_box[2] - tile_box[0], tile_box[3] - tile_box[1], image_processor.size["longest_edge"])
+    if edge >= longest:
+        return image
+    size = [max(1, round(side * edge / longest)) for side in image.size]
+    return image.resize((size[0], size[1]), Image.Resampling.BILINEAR)
 
 
 def _divide(image: Image.Image, tile: int | None, overlap: float | None) -> ImageTiles | None:
@@ -399,12 +492,24 @@ def _independent_segments(
             by_label[label] = max(score, highest), union | mask
         found = [(score, label, mask) for label, (score, mask) in by_label.items()]
     found.sort(key=lambda entry: -entry[0])
-    return [{"score": score, "label": id2label[label], "mask": _to_image(mask)} for score, label, mask in found]
+    return [
+        {"score": score, "label": id2label[label], "mask": _to_image(mask.numpy())} for score, label, mask in found
+    ]
 
 
-def _to_image(mask) -> Image.Image:
+def _computed_segments(entries: Sequence[tuple[float | None, str, dict]]) -> ComputedSequence:
+    """The segments of a large image from score, label and run-length encoding."""
+
+    def to_segment(index: int) -> dict:
+        score, label, encoding = entries[index]
+        return {"score": score, "label": label, "mask": _to_image(decode_rle(encoding))}
+
+    return ComputedSequence(len(entries), to_segment)
+
+
+def _to_image(mask: np.ndarray) -> Image.Image:
     """A boolean mask `(height, width)` as a black and white image."""
-    return Image.fromarray(mask.numpy().astype(np.uint8) * 255)
+    return Image.fromarray(mask.view(np.uint8) * np.uint8(255))
 
 
 __all__ = ["SamClipImageSegmentationPipeline", "SamClipMaskGenerationPipeline"]

@@ -730,6 +730,25 @@ class SamClipForImageSegmentation(SamClipModel):
         another number of axes, or other values.
         """
         vocabulary = self._vocabulary_or_own(vocabulary)
+        embeds = self.embed_masks(masks, pixel_values, reshaped_input_sizes, vision_embeds)
+        is_segment = embeds.any(dim=-1)
+        logits = self.classify(embeds, vocabulary, multi_label) * is_segment[..., None]
+        scores = (logits.sigmoid() if multi_label else logits.softmax(dim=-1)) * is_segment[..., None]
+        return SamClipMaskClassificationOutput(logits=logits, scores=scores, segment_embeds=embeds)
+
+    def embed_masks(
+        self,
+        masks: Sequence,
+        pixel_values: torch.Tensor | None = None,
+        reshaped_input_sizes: torch.Tensor | None = None,
+        vision_embeds: SamClipVisionEncoderOutput | None = None,
+    ) -> torch.Tensor:
+        """
+        Embeds given masks, for `classify`. Arguments and errors are those of `classify_masks`.
+
+        Returns embeddings `(batch_size, num_masks, projection_dim)` of length 1, or 0 for masks without pixels and for
+        those that images with fewer masks do not have.
+        """
         vision_outputs = self._encode_once(pixel_values, vision_embeds, reshaped_input_sizes)
         patch_tokens = vision_outputs.patch_tokens
         image_grid = vision_outputs.last_hidden_state.permute(0, 2, 3, 1)
@@ -749,10 +768,7 @@ class SamClipForImageSegmentation(SamClipModel):
             for number in range(len(own)):  # one by one, because masks may be large
                 mask = own[number : number + 1].to(segments.device)
                 segments[index, number] = patches_of_masks(mask, covered, grid_size)[0]
-        embeds, is_segment = self._embed_segments(patch_tokens, segments)
-        logits = self.classify(embeds, vocabulary, multi_label) * is_segment[..., None]
-        scores = (logits.sigmoid() if multi_label else logits.softmax(dim=-1)) * is_segment[..., None]
-        return SamClipMaskClassificationOutput(logits=logits, scores=scores, segment_embeds=embeds)
+        return self._embed_segments(patch_tokens, segments)[0]
 
     def compose_heads_by_class(
         self,

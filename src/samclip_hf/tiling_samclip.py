@@ -9,8 +9,9 @@ Tiled inference for large images: overlapping tiles, and results of tiles merged
 
 Where tiles overlap, each has a weight that decreases linearly to 0 at its inner edges, and the weights of all tiles
 sum to 1. Maps are averaged with these weights, so that no edge of a tile is visible. Segments of two tiles are parts
-of one object if their masks agree where the tiles overlap. Memory: the parts of maps and masks at the resolution of
-the image are not larger than a tile, and a merged result has one label map or run-length encodings.
+of one object if their masks agree where the tiles overlap. Objects that no tile contains come from an overview, the
+whole image at a lower resolution, unless their parts in the tiles agree. Memory: the parts of maps and masks at the
+resolution of the image are not larger than a tile, and a merged result has one label map or run-length encodings.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 
 from .image_processing_samclip import argmax_in_chunks, resize_content
-from .mask_generation_samclip import decode_rle, encode_rle, encode_window, mask_to_box
+from .mask_generation_samclip import decode_rle, distinct_boxes, encode_rle, encode_window, mask_to_box, rle_iou
 
 DEFAULT_OVERLAP = 0.25
 # Masks of two tiles belong to one object if their IoU where the tiles overlap is at least this value.
@@ -37,6 +38,13 @@ MIN_CUT_LENGTH = 4
 # contains about all of its parts, so the rest of a sliver is where other tiles have more weight.
 SLIVER_FRACTION = 0.25
 MATCHING_PIXELS = 2**17  # masks are compared on at most about this many pixels
+# An object of the overview is used if at most this fraction of it is inside objects that the tiles show completely.
+# It is the complement of transformers' default of overlap_mask_area_threshold, 0.8.
+MAX_COVERED_FRACTION = 0.2
+SAME_OBJECT = 0.5  # a higher IoU than this one is possible with one of several disjoint masks
+OVERVIEW = -1  # in place of the index of a tile
+# Weight of the overview beside those of tiles, which sum to 1: it counts where no tile has a part of an object.
+OVERVIEW_WEIGHT = 0.01
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels; right and bottom exclusive
 
@@ -87,6 +95,13 @@ class ImageTiles:
         """Whether left, top, right and bottom of a tile are inside the image."""
         left, top, right, bottom = self.boxes[index]
         return [left > 0, top > 0, right < self.width, bottom < self.height]
+
+    def contain(self, box: Box) -> bool:
+        """Whether there is a tile that contains a box of the image."""
+        return all(
+            any(start <= box[axis] and box[axis + 2] <= end for start, end in spans)
+            for axis, spans in enumerate((self.columns, self.rows))
+        )
 
     def neighbors(self) -> Iterator[tuple[int, int, Box]]:
         """All pairs of tiles that overlap, and the region that they share."""
@@ -301,13 +316,14 @@ class BinaryMask:
 
 @dataclass
 class TileSegment:
-    """A segment of a tile: the index of the tile, its mask, its score from 0 to 1, and the probabilities of the labels
-    `(num_labels,)` or `None`."""
+    """A segment of a tile: the index of the tile or `OVERVIEW`, its mask, its score from 0 to 1, the probabilities of
+    the labels `(num_labels,)` or `None`, and its embedding `(projection_dim,)` or `None`."""
 
     tile: int
     mask: MapMask | BinaryMask
     score: float
     probabilities: torch.Tensor | None = None
+    embeds: torch.Tensor | None = None
 
     @property
     def label(self) -> int | None:
@@ -413,6 +429,8 @@ def _match_pair(
 
 def _is_cut(tiles: ImageTiles, segment: TileSegment, region: Box | None = None) -> bool:
     """Whether the mask of a segment reaches an inner edge of its tile, or one that is an edge of `region`."""
+    if segment.tile == OVERVIEW:
+        return False
     box = tiles.boxes[segment.tile]
     tolerance = CUT_TOLERANCE * max(box[2] - box[0], box[3] - box[1])
     return any(
@@ -423,20 +441,19 @@ def _is_cut(tiles: ImageTiles, segment: TileSegment, region: Box | None = None) 
     )
 
 
-def _whole_parts(
-    tiles: ImageTiles, segments: Sequence[TileSegment], group: Sequence[int], threshold: float
-) -> list[int]:
+def _whole_parts(tiles: ImageTiles, parts: Sequence[TileSegment], threshold: float) -> list[TileSegment]:
     """The segments of an object that no inner edge of their tiles cuts off. A segment is cut off at an edge if it has
     `MIN_CUT_LENGTH` or more pixels along the edge where no other segment of the object continues on the other side.
-    Without a segment that is cut off, others may be cut off, so the search repeats until nothing changes."""
-    kept = list(group)
+    Without a segment that is cut off, others may be cut off, so the search repeats until nothing changes. A segment of
+    the overview completes all of them."""
+    kept = list(parts)
+    if any(part.tile == OVERVIEW for part in parts):
+        return kept
     while True:
         whole = [
-            index
-            for index in kept
-            if not any(
-                _cut_length(tiles, segments, kept, index, side, threshold) >= MIN_CUT_LENGTH for side in range(4)
-            )
+            part
+            for part in kept
+            if not any(_cut_length(tiles, kept, part, side, threshold) >= MIN_CUT_LENGTH for side in range(4))
         ]
         if len(whole) == len(kept):
             return kept
@@ -444,32 +461,110 @@ def _whole_parts(
 
 
 def _cut_length(
-    tiles: ImageTiles, segments: Sequence[TileSegment], group: Sequence[int], index: int, side: int, threshold: float
+    tiles: ImageTiles, parts: Sequence[TileSegment], part: TileSegment, side: int, threshold: float
 ) -> int:
     """The number of pixels along a side of its tile (0 left, 1 top, 2 right, 3 bottom) at which a segment reaches the
-    edge, and no other segment of the group continues. A segment alone reaches the edge within `CUT_TOLERANCE`; one of
-    several touches it, because objects that other tiles confirm may end close to an edge."""
-    segment = segments[index]
-    box = tiles.boxes[segment.tile]
+    edge, and no other of the parts of its object continues. A segment alone reaches the edge within `CUT_TOLERANCE`;
+    one of several touches it, because objects that other tiles confirm may end close to an edge."""
+    box = tiles.boxes[part.tile]
     tolerance = CUT_TOLERANCE * max(box[2] - box[0], box[3] - box[1])
     edge = box[side]
-    if not tiles.inner_edges(segment.tile)[side] or abs(segment.mask.box[side] - edge) > tolerance:
+    if not tiles.inner_edges(part.tile)[side] or abs(part.mask.box[side] - edge) > tolerance:
         return 0
-    width = 1 if len(group) > 1 else int(tolerance) + 1
-    strip = list(segment.mask.box)
+    width = 1 if len(parts) > 1 else int(tolerance) + 1
+    strip = list(part.mask.box)
     strip[side], strip[(side + 2) % 4] = edge, edge + width if side < 2 else edge - width
     region: Box = (strip[0], strip[1], strip[2], strip[3])
     axis = side % 2
-    touches = (segment.mask.probability(region) > threshold).any(dim=1 - axis)
-    for other in group:
-        other_box = tiles.boxes[segments[other].tile]
+    touches = (part.mask.probability(region) > threshold).any(dim=1 - axis)
+    for other in parts:
+        other_box = tiles.boxes[other.tile]
         if not other_box[axis] < edge < other_box[axis + 2]:
             continue
-        if (segments[other].mask.probability(region) > threshold).any():
+        if (other.mask.probability(region) > threshold).any():
             # Along the edge, the other tile has nearly all weight, so that its mask is the one that counts there.
             start = region[1 - axis]
             touches[max(0, other_box[1 - axis] - start) : max(0, other_box[3 - axis] - start)] = False
     return int(touches.sum())
+
+
+def add_overview(
+    tiles: ImageTiles,
+    objects: Sequence[Sequence[TileSegment]],
+    overview: Sequence[TileSegment],
+    threshold: float,
+    max_covered: float = MAX_COVERED_FRACTION,
+) -> list[list[TileSegment]]:
+    r"""
+    Adds the segments of the overview to the objects of the tiles.
+
+    A segment of the overview completes an object that the tiles cut off if their IoU is above `SAME_OBJECT`: it is
+    used where the tiles show no part of the object. If the tiles show the object completely, it is not used. Without
+    such an object, it is an object of its own, unless more than a fraction `max_covered` of it is inside objects that
+    the tiles show completely, as in a group of small objects. Other objects that the tiles cut off and that are inside
+    a used segment, by at least `MATCH_THRESHOLD` of their area, are its parts and are removed.
+
+    Args:
+        tiles ([`ImageTiles`]), objects (`Sequence[Sequence[TileSegment]]`):
+            The tiles, and the segments of each object in them.
+        overview (`Sequence[TileSegment]`):
+            The segments of the overview.
+        threshold (`float`):
+            A pixel is inside a mask if its probability is above this value.
+        max_covered (`float`, *optional*, defaults to `MAX_COVERED_FRACTION`):
+            See above.
+
+    Returns:
+        `list[list[TileSegment]]`: The segments of each object.
+    """
+    candidates: list[tuple[TileSegment, torch.Tensor]] = []
+    for segment in sorted(overview, key=lambda segment: -segment.score):
+        sample = _sample(tiles, [segment], threshold)
+        if sample.any() and all(_iou(sample, other) < MATCH_THRESHOLD for _, other in candidates):
+            candidates.append((segment, sample))
+    covered = [torch.zeros_like(sample) for _, sample in candidates]
+    best: list[tuple[float, int]] = [(0.0, -1)] * len(candidates)  # IoU with the most similar object, and its position
+    incomplete: dict[int, torch.Tensor] = {}
+    for number, parts in enumerate(objects):
+        if all(_is_empty(_intersect(part.mask.box, large.mask.box)) for part in parts for large, _ in candidates):
+            continue
+        own = _sample(tiles, parts, threshold)
+        is_whole = len(_whole_parts(tiles, parts, threshold)) == len(parts)
+        if not is_whole:
+            incomplete[number] = own
+        for position, (_, sample) in enumerate(candidates):
+            best[position] = max(best[position], (_iou(own, sample), number))
+            if is_whole:
+                covered[position] |= own & sample
+    result: list[list[TileSegment]] = [list(parts) for parts in objects]
+    used = _sample(tiles, [], threshold)
+    for (segment, sample), inside, (iou, number) in zip(candidates, covered, best, strict=True):
+        if iou > SAME_OBJECT:
+            if number in incomplete:
+                result[number].append(segment)
+                del incomplete[number]
+                used |= sample
+        elif inside.sum() <= max_covered * sample.sum():
+            result.append([segment])
+            used |= sample
+    removed = {number for number, own in incomplete.items() if (own & used).sum() >= MATCH_THRESHOLD * own.sum()}
+    return [parts for number, parts in enumerate(result) if number not in removed]
+
+
+def _sample(tiles: ImageTiles, parts: Sequence[TileSegment], threshold: float) -> torch.Tensor:
+    """Whether pixels are inside one of the masks, in a grid of about `MATCHING_PIXELS` pixels of the image."""
+    step = int(np.ceil(np.sqrt(tiles.height * tiles.width / MATCHING_PIXELS)))
+    result = torch.zeros(-(-tiles.height // step), -(-tiles.width // step), dtype=torch.bool)
+    for part in parts:
+        for region, _ in tiles.blocks(part.mask.box):
+            left, top, right, bottom = region
+            inside = part.mask.probability(region)[-top % step :: step, -left % step :: step] > threshold
+            result[-(-top // step) : -(-bottom // step), -(-left // step) : -(-right // step)] |= inside
+    return result
+
+
+def _iou(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one & other).sum() / (one | other).sum().clamp_min(1))
 
 
 def _is_sliver(window: np.ndarray, parts: Sequence[TileSegment]) -> bool:
@@ -497,6 +592,7 @@ class TiledSegmentation:
         self.mask_threshold = mask_threshold
         self.dense = TiledMap(tiles) if with_map else None
         self.segments: list[TileSegment] = []
+        self.overview: list[TileSegment] = []
         self.next = 0
         self.background = -1
         self.is_by_class = False
@@ -504,65 +600,82 @@ class TiledSegmentation:
     def add(self, outputs) -> None:
         """Adds the outputs of [`SamClipForImageSegmentation`] for the next tiles, in the order of `tiles.boxes`."""
         for index in range(len(outputs.logits)):
-            box = self.tiles.boxes[self.next]
-            content_size = outputs.content_sizes[index].tolist()
             self.background = int(outputs.background_label_ids[index])
             if self.dense is not None and (self.background < 0 or outputs.get("segment_masks") is None):
-                self.dense.add(outputs.logits[index], content_size)
+                self.dense.add(outputs.logits[index], outputs.content_sizes[index].tolist())
             if outputs.get("segment_masks") is not None:
                 self.is_by_class = outputs.get("segment_embeds") is None
-                masks, scores = outputs.segment_masks[index], outputs.segment_scores[index]
-                mask_content = [cells * masks.shape[-1] / outputs.logits.shape[-1] for cells in content_size]
-                probabilities = outputs.get("label_scores")  # the pipeline's, which may be independent of each other
-                if probabilities is None:
-                    probabilities = outputs.segment_logits.softmax(dim=-1)
-                probabilities = probabilities[index].float().cpu()
-                for number in (scores > 0).nonzero().flatten().tolist():
-                    mask = MapMask.from_map(masks[number], mask_content, box, self.mask_threshold)
-                    if mask is not None:
-                        segment = TileSegment(self.next, mask, float(scores[number]), probabilities[number])
-                        self.segments.append(segment)
+                self.segments += self._read_segments(outputs, index, self.next, self.tiles.boxes[self.next])
             self.next += 1
 
-    def _objects(self) -> tuple[list[list[int]], torch.Tensor]:
+    def add_overview(self, outputs) -> None:
+        """Adds the outputs for the whole image, for objects that no tile contains. Its batch size is 1, and the
+        composition is that of segments: segments of classes have no objects."""
+        self.overview += [
+            segment
+            for segment in self._read_segments(outputs, 0, OVERVIEW, (0, 0, self.tiles.width, self.tiles.height))
+            if segment.label != int(outputs.background_label_ids[0]) and not self.tiles.contain(segment.mask.box)
+        ]
+
+    def _read_segments(self, outputs, index: int, tile: int, box: Box) -> Iterator[TileSegment]:
+        """The segments of an image of a batch, which is a tile or the overview, and covers a box of the image."""
+        masks, scores = outputs.segment_masks[index], outputs.segment_scores[index]
+        scale = masks.shape[-1] / outputs.logits.shape[-1]
+        content_size = [cells * scale for cells in outputs.content_sizes[index].tolist()]
+        probabilities = outputs.get("label_scores")  # the pipeline's, which may be independent of each other
+        if probabilities is None:
+            probabilities = outputs.segment_logits.softmax(dim=-1)
+        probabilities = probabilities[index].float().cpu()
+        for number in (scores > 0).nonzero().flatten().tolist():
+            mask = MapMask.from_map(masks[number], content_size, box, self.mask_threshold)
+            if mask is not None:
+                yield TileSegment(tile, mask, float(scores[number]), probabilities[number])
+
+    def _objects(self) -> tuple[list[list[TileSegment]], torch.Tensor]:
         """The segments of each object, and the probabilities of its labels `(num_objects, num_labels)`: the mean over
         its segments, weighted by area."""
         if self.is_by_class:
             by_label: dict[int | None, list[int]] = {}
             for index, segment in enumerate(self.segments):
                 by_label.setdefault(segment.label, []).append(index)
-            groups = list(by_label.values())
+            objects = [[self.segments[index] for index in group] for group in by_label.values()]
         else:
             groups = match_segments(self.tiles, self.segments, self.mask_threshold)
+            objects = [[self.segments[index] for index in group] for group in groups]
+            objects = add_overview(self.tiles, objects, self.overview, self.mask_threshold)
         means = []
-        for group in groups:
-            areas = torch.tensor([self.segments[index].mask.area for index in group])
-            probabilities = [self.segments[index].probabilities for index in group]
+        for parts in objects:
+            areas = torch.tensor([part.mask.area for part in parts])
+            probabilities = [part.probabilities for part in parts]
             means.append(sum(a * p for a, p in zip(areas, probabilities, strict=True)) / areas.sum())
-        return groups, torch.stack(means) if means else torch.zeros(0, 1)
+        return objects, torch.stack(means) if means else torch.zeros(0, 1)
 
     def _assign(
-        self, groups: Sequence[Sequence[int]], selected: Sequence[bool]
+        self, objects: Sequence[Sequence[TileSegment]], selected: Sequence[bool]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The object of each pixel `(height, width)`, -1 outside all, the area of each object's mask in pixels
-        `(num_objects,)`, and the number of pixels that are assigned to it `(num_objects,)`."""
+        `(num_objects,)`, and the number of pixels that are assigned to it `(num_objects,)`. Objects of the overview
+        are below those of the tiles, which have a higher resolution."""
         tiles = self.tiles
         result = torch.full((tiles.height, tiles.width), -1, dtype=torch.int32)
-        area = torch.zeros(len(groups), dtype=torch.int64)
-        assigned = torch.zeros(len(groups), dtype=torch.int64)
-        members: list[dict[int, list[int]]] = [{} for _ in range(len(tiles))]  # for each tile, segments by object
-        for number, group in enumerate(groups):
+        area = torch.zeros(len(objects), dtype=torch.int64)
+        assigned = torch.zeros(len(objects), dtype=torch.int64)
+        # For each tile and, as the last one, for the overview: segments by object.
+        members: list[dict[int, list[TileSegment]]] = [{} for _ in range(len(tiles) + 1)]
+        for number, parts in enumerate(objects):
             if selected[number]:
-                for index in group:
-                    members[self.segments[index].tile].setdefault(number, []).append(index)
-        fading = [self._is_fading(group) for group in groups]
+                for part in parts:
+                    members[part.tile].setdefault(number, []).append(part)
+        fading = [self._is_fading(parts) for parts in objects]
+        is_in_tiles = [any(part.tile != OVERVIEW for part in parts) for parts in objects]
         for region, weights in tiles.blocks():
             left, top, right, bottom = region
             best = torch.zeros(bottom - top, right - left)
             winner = torch.full(best.shape, -1, dtype=torch.int32)
+            weights[OVERVIEW] = torch.tensor(OVERVIEW_WEIGHT)
             for number in sorted({number for tile in weights for number in members[tile]}):
                 probability = _blend(
-                    [self.segments[i] for tile in weights for i in members[tile].get(number, [])],
+                    [part for tile in weights for part in members[tile].get(number, [])],
                     weights,
                     region,
                     fading[number],
@@ -571,30 +684,28 @@ class TiledSegmentation:
                     continue
                 inside, value = probability[0] > self.mask_threshold, probability[1]
                 area[number] += inside.sum()
-                value = value * inside
+                value = (value + is_in_tiles[number]) * inside
                 winner[value > best] = number
                 best = torch.maximum(best, value)
             result[top:bottom, left:right] = winner
-            assigned += torch.bincount(winner.flatten() + 1, minlength=len(groups) + 1)[1:]
+            assigned += torch.bincount(winner.flatten() + 1, minlength=len(objects) + 1)[1:]
         return result, area, assigned
 
-    def _is_fading(self, group: Sequence[int]) -> bool:
+    def _is_fading(self, parts: Sequence[TileSegment]) -> bool:
         """Whether an object is a single segment that its tile cuts off."""
-        return not self.is_by_class and len(group) == 1 and _is_cut(self.tiles, self.segments[group[0]])
+        return not self.is_by_class and len(parts) == 1 and _is_cut(self.tiles, parts[0])
 
     def post_process_semantic_segmentation(self) -> torch.Tensor:
         """The label map `(height, width)` of type `torch.int32`, see
         [`SamClipImageProcessor.post_process_semantic_segmentation`]."""
-        groups, probabilities = self._objects()
-        if self.dense is not None and self.dense.next:
-            label_map = self.dense.label_map
-        else:
-            label_map = torch.full((self.tiles.height, self.tiles.width), max(0, self.background), dtype=torch.int32)
-        if groups:
-            winner, _, _ = self._assign(groups, [True] * len(groups))
-            labels = probabilities.argmax(dim=-1).int()
-            for rows, own in zip(label_map, winner, strict=True):  # without large arrays of indices
-                rows.copy_(torch.where(own >= 0, labels[own], rows))
+        objects, probabilities = self._objects()
+        dense = self.dense.label_map if self.dense is not None and self.dense.next else None
+        if dense is not None and not objects:
+            return dense
+        label_map, _, _ = self._assign(objects, [True] * len(objects))
+        labels = torch.cat([probabilities.argmax(dim=-1).int(), torch.tensor([max(0, self.background)]).int()])
+        for number, own in enumerate(label_map):  # in place, and row by row without large arrays of indices
+            own.copy_(labels[own] if dense is None else torch.where(own >= 0, labels[own], dense[number]))
         return label_map
 
     def post_process_panoptic_segmentation(
@@ -602,21 +713,21 @@ class TiledSegmentation:
     ) -> dict[str, Any]:
         """`segmentation` `(height, width)` and `segments_info`, see
         [`SamClipImageProcessor.post_process_panoptic_segmentation`]."""
-        groups, probabilities = self._objects()
-        if not groups:
+        objects, probabilities = self._objects()
+        if not objects:
             segmentation = torch.zeros(self.tiles.height, self.tiles.width, dtype=torch.int32)
             return {"segmentation": segmentation, "segments_info": []}
         scores, labels = probabilities.max(dim=-1)
         selected = (scores >= threshold) & (labels != self.background)
-        winner, area, counts = self._assign(groups, selected.tolist())
-        largest = torch.tensor([max(self.segments[index].mask.area for index in group) for group in groups])
+        winner, area, counts = self._assign(objects, selected.tolist())
+        largest = torch.tensor([max(part.mask.area for part in parts) for parts in objects])
         is_sliver = selected & (area > 0) & (area < SLIVER_FRACTION * largest)
         if not self.is_by_class and is_sliver.any():  # their pixels belong to the other objects that contain them
             selected &= ~is_sliver
-            winner, area, counts = self._assign(groups, selected.tolist())
-        ids = torch.zeros(len(groups) + 1, dtype=torch.int32)  # the last one is for pixels outside all objects
+            winner, area, counts = self._assign(objects, selected.tolist())
+        ids = torch.zeros(len(objects) + 1, dtype=torch.int32)  # the last one is for pixels outside all objects
         segments_info: list[dict] = []
-        for number in range(len(groups)):
+        for number in range(len(objects)):
             if counts[number] == 0 or counts[number] < overlap_mask_area_threshold * area[number]:
                 continue
             ids[number] = len(segments_info) + 1
@@ -632,6 +743,26 @@ class TiledSegmentation:
             row.copy_(ids[row])
         return {"segmentation": winner, "segments_info": segments_info}
 
+    def encode_segments(self, segmentation: torch.Tensor, numbers: Sequence[int]) -> list[dict]:
+        """Run-length encodings of the regions of a map `(height, width)` with these numbers, such as the ids of
+        `post_process_panoptic_segmentation`."""
+        boxes: dict[int, Box] = {}
+        for region, _ in self.tiles.blocks():
+            for number in segmentation[_slices(region, (0, 0, 0, 0))].unique().tolist():
+                left, top, right, bottom = boxes.get(number, region)
+                boxes[number] = (
+                    min(left, region[0]),
+                    min(top, region[1]),
+                    max(right, region[2]),
+                    max(bottom, region[3]),
+                )
+        encodings = []
+        for number in numbers:
+            box = boxes[number]
+            window = (segmentation[_slices(box, (0, 0, 0, 0))] == number).numpy()
+            encodings.append(encode_window(window, box[0], box[1], self.tiles.height, self.tiles.width))
+        return encodings
+
     def independent_segments(self, threshold: float, is_semantic: bool) -> list[tuple[float, int, dict]]:
         """Score, label and run-length encoding of each object and each label whose score reaches the threshold, in
         descending order of scores. With `is_semantic`, of each label, with the union of its objects.
@@ -639,20 +770,19 @@ class TiledSegmentation:
         Parts that an inner edge of their tile cuts off, and slivers, are not objects. Unions contain them: a region of
         a label may continue in another object, and without its part the region has a hole."""
         tiles = self.tiles
-        groups, scores = self._objects()
+        objects, scores = self._objects()
         unions: dict[int, np.ndarray] = {}
         found = []
-        for group, own_scores in zip(groups, scores, strict=True):
+        for parts, own_scores in zip(objects, scores, strict=True):
             labels = (own_scores >= threshold).nonzero().flatten().tolist()
             if not labels:
                 continue
             keeps_all = is_semantic or self.is_by_class
             if not keeps_all:
-                group = _whole_parts(tiles, self.segments, group, self.mask_threshold)
-                if not group:
+                parts = _whole_parts(tiles, parts, self.mask_threshold)
+                if not parts:
                     continue
-            parts = [self.segments[index] for index in group]
-            window, left, top = _merge_masks(tiles, parts, self.mask_threshold, self._is_fading(group))
+            window, left, top = _merge_masks(tiles, parts, self.mask_threshold, self._is_fading(parts))
             if not window.any() or (not keeps_all and _is_sliver(window, parts)):
                 continue
             encoding = encode_window(window, left, top, tiles.height, tiles.width)
@@ -682,6 +812,7 @@ def _merge_masks(
     )
     window = np.zeros((box[3] - box[1], box[2] - box[0]), dtype=bool)
     for region, weights in tiles.blocks(box):
+        weights[OVERVIEW] = torch.tensor(OVERVIEW_WEIGHT)
         blended = _blend([part for part in parts if part.tile in weights], weights, region, is_fading)
         if blended is not None:
             window[_slices(region, box)] = (blended[0] > threshold).numpy()
@@ -722,6 +853,7 @@ class TiledMasks:
     r"""
     Masks of an image from the masks of its tiles ("everything mode"). A mask that is cut off by an inner edge of its
     tile and does not continue in the tile beyond the edge is removed, as SAM removes masks at the edges of crops.
+    Masks of the overview are for objects that no tile contains.
 
     Args:
         tiles ([`ImageTiles`]):
@@ -731,22 +863,61 @@ class TiledMasks:
     def __init__(self, tiles: ImageTiles):
         self.tiles = tiles
         self.segments: list[TileSegment] = []
+        self.overview: list[TileSegment] = []
 
-    def add(self, index: int, encodings: Sequence[dict], scores: torch.Tensor, boxes: torch.Tensor) -> None:
-        """Adds the masks of a tile: run-length encodings of the tile, predicted IoUs `(num_masks,)`, and boxes
-        `(num_masks, 4)` with inclusive right and bottom, as `filter_masks` returns them."""
-        for encoding, score, (left, top, right, bottom) in zip(
-            encodings, scores.tolist(), boxes.tolist(), strict=True
-        ):
+    def add(
+        self,
+        index: int,
+        encodings: Sequence[dict],
+        scores: torch.Tensor,
+        boxes: torch.Tensor,
+        embeds: torch.Tensor | None = None,
+    ) -> None:
+        """Adds the masks of a tile: run-length encodings of the tile, predicted IoUs `(num_masks,)`, boxes
+        `(num_masks, 4)` with inclusive right and bottom, as `filter_masks` returns them, and optionally embeddings
+        `(num_masks, projection_dim)`."""
+        for number, (encoding, (left, top, right, bottom)) in enumerate(zip(encodings, boxes.tolist(), strict=True)):
             mask = BinaryMask.from_rle(encoding, (left, top, right + 1, bottom + 1), self.tiles.boxes[index])
-            self.segments.append(TileSegment(index, mask, score))
+            own = None if embeds is None else embeds[number]
+            self.segments.append(TileSegment(index, mask, float(scores[number]), embeds=own))
 
-    def merge(self) -> tuple[list[dict], torch.Tensor, torch.Tensor]:
-        """Run-length encodings of the image, predicted IoUs `(num_masks,)`, the mean over the parts of a mask weighted
-        by area, and boxes `(num_masks, 4)` with inclusive right and bottom."""
-        encodings, scores, boxes = [], [], []
-        for group in match_segments(self.tiles, self.segments, 0.5):
-            parts = [self.segments[index] for index in _whole_parts(self.tiles, self.segments, group, 0.5)]
+    def add_overview(
+        self,
+        encodings: Sequence[dict],
+        scores: torch.Tensor,
+        embeds: torch.Tensor | None = None,
+    ) -> None:
+        """Adds the masks of the image at a lower resolution, see `add`. Those that a tile contains have no effect."""
+        image_box = (0, 0, self.tiles.width, self.tiles.height)
+        for number, encoding in enumerate(encodings):
+            logits = torch.from_numpy(decode_rle(encoding).copy()) * 20.0 - 10
+            mask = MapMask.from_map(logits, logits.shape, image_box, 0.5)
+            if mask is not None and not self.tiles.contain(mask.box):
+                own = None if embeds is None else embeds[number]
+                self.overview.append(TileSegment(OVERVIEW, mask, float(scores[number]), embeds=own))
+
+    def merge(self, max_iou: float = 0.7) -> tuple[list[dict], torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        r"""
+        Merges the masks of all tiles and of the overview, and removes duplicates.
+
+        Args:
+            max_iou (`float`, *optional*, defaults to 0.7):
+                A mask is removed if the IoU of its box or of its pixels with those of a better mask is above this
+                value. Masks of tiles are better than those of the overview, and then those of higher score.
+
+        Returns:
+            `tuple`: Run-length encodings of the image; predicted IoUs `(num_masks,)`, the mean over the parts of a
+            mask weighted by area; boxes `(num_masks, 4)` with inclusive right and bottom; and the embeddings
+            `(num_masks, projection_dim)` of the largest parts, or `None`. In descending order of predicted IoUs.
+        """
+        groups = match_segments(self.tiles, self.segments, 0.5)
+        objects = [[self.segments[index] for index in group] for group in groups]
+        objects = add_overview(self.tiles, objects, self.overview, 0.5, max_covered=1)
+        encodings, scores, priorities = [], [], []
+        boxes: list[Box] = []
+        embeds: list[torch.Tensor | None] = []
+        for parts in objects:
+            parts = _whole_parts(self.tiles, parts, 0.5)
             if not parts:
                 continue
             window, left, top = _merge_masks(self.tiles, parts, 0.5, is_fading=False)
@@ -756,8 +927,23 @@ class TiledMasks:
             areas = [part.mask.area for part in parts]
             encodings.append(encode_window(window, left, top, self.tiles.height, self.tiles.width))
             scores.append(sum(a * part.score for a, part in zip(areas, parts, strict=True)) / sum(areas))
-            boxes.append([left + box[0], top + box[1], left + box[2] - 1, top + box[3] - 1])
-        return encodings, torch.tensor(scores), torch.tensor(boxes, dtype=torch.int64).reshape(-1, 4)
+            boxes.append((left + box[0], top + box[1], left + box[2] - 1, top + box[3] - 1))
+            priorities.append(scores[-1] + (parts[0].tile != OVERVIEW))  # a segment of the overview is the last one
+            embeds.append(parts[int(np.argmax(areas))].embeds)
+        all_boxes = torch.tensor(boxes, dtype=torch.int64).reshape(-1, 4)
+        kept: list[int] = []
+        for index in distinct_boxes(all_boxes, torch.tensor(priorities), max_iou):
+            others = (other for other in kept if not _is_empty(_intersect(boxes[index], boxes[other])))
+            if all(rle_iou(encodings[index], encodings[other]) <= max_iou for other in others):
+                kept.append(index)
+        kept.sort(key=lambda index: -scores[index])
+        own_embeds = [embed for index in kept if (embed := embeds[index]) is not None]
+        return (
+            [encodings[index] for index in kept],
+            torch.tensor([scores[index] for index in kept]),
+            all_boxes[kept],
+            torch.stack(own_embeds) if own_embeds else None,
+        )
 
 
 class ComputedSequence(Sequence):

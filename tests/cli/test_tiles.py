@@ -68,6 +68,22 @@ def test_masks_of_tiles_equal_those_of_the_pipeline(scene):
         assert (decode_mask(mask["segmentation"]) != reference.numpy()).mean() < 1e-3
 
 
+def test_masks_of_tiles_have_names(scene):
+    names = [*scene[1], "red solid shape"]
+    arguments = ["--tile", "150", "--points_per_crop", "6", "--labels", ",".join(names), "--output", "out.json"]
+    assert main(["masks", "large.png", *arguments]) == 0
+    masks = json.loads(Path("out.json").read_text())["masks"]
+    truth = draw_large_scene(150, 290, 1, POSITIONS)[1]
+    matched = set()
+    for mask in masks:
+        found = decode_mask(mask["segmentation"])
+        ious = [(found & own).sum() / (found | own).sum() for own in truth]
+        if max(ious) > 0.8:
+            assert mask["label"] == names[int(np.argmax(ious))] and mask["label_score"] > 0.5
+            matched.add(mask["label"])
+    assert matched == set(scene[1])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -75,7 +91,6 @@ def test_masks_of_tiles_equal_those_of_the_pipeline(scene):
         (["masks", "--overlap", "0.2"], "--overlap has no effect without --tile"),
         (["segment", "--tile", "64", "--overlap", "0.6"], "--overlap must be a fraction of --tile"),
         (["segment", "--tile", "64", "--overlap", "0.001"], "--overlap must be a fraction of --tile"),
-        (["masks", "--tile", "64", "--labels", "cat"], "--labels cannot be combined with --tile"),
     ],
 )
 def test_wrong_tiles_are_reported_before_the_model_is_loaded(capsys, monkeypatch, arguments, message):
