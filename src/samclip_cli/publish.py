@@ -137,7 +137,7 @@ def run(argv: Sequence[str]) -> int:
             if model_card.data.get("license") == UNKNOWN_LICENSE:
                 print(
                     "The licenses of the teachers are unknown or not all permissive: the model card has the license "
-                    "'other'. Set it with --license."
+                    "'other'. Check the licenses, and set one with --license."
                 )
             model_card.save(folder / "README.md")
             ModelCard.load(folder / "README.md")  # raises if the metadata cannot be read

@@ -96,6 +96,9 @@ class SamClipConfig(SamConfig):
     clip_pixel_scale, clip_pixel_shift (`list[float]`, *optional*):
         Factors and offsets of the channels that convert `pixel_values` from SAM's normalization to the tower's:
         `pixel_values * clip_pixel_scale + clip_pixel_shift`.
+    teachers (`dict[str, dict[str, str]]`, *optional*):
+        The models that [`SamClipModel.from_teachers`] copied weights from, `"sam"` and `"clip"`, as returned by
+        [`describe_teacher`]. The model card names them; no output depends on them.
 
     Example:
 
@@ -138,6 +141,7 @@ class SamClipConfig(SamConfig):
     clip_image_size: int | None = None
     clip_pixel_scale: list[float] | None = None
     clip_pixel_shift: list[float] | None = None
+    teachers: dict[str, dict[str, str]] | None = None
 
     def __post_init__(self, **kwargs):
         if self.text_config is None:

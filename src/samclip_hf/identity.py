@@ -16,7 +16,7 @@ VOCABULARY_ENTRIES = {
 # Entries of configurations, at any depth, that no output depends on.
 IGNORED_ENTRIES = {
     *("_name_or_path", "architectures", "auto_map", "custom_pipelines", "dtype", "initializer_factor"),
-    *("image_processor_type", "initializer_range", "minimum_transformers_version", "processor_class"),
+    *("image_processor_type", "initializer_range", "minimum_transformers_version", "processor_class", "teachers"),
     "transformers_version",
 }
 # Its tokens depend on how a tokenizer treats capitals, punctuation, digits and accents, and on its special tokens.

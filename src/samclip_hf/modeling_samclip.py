@@ -8,12 +8,14 @@ to the text space. The text tower, its projection and the logit scale are CLIP's
 import inspect
 import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import metadata_load, try_to_load_from_cache
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -56,6 +58,8 @@ logger = logging.get_logger(__name__)
 
 HALF_PRECISION = (torch.float16, torch.bfloat16)
 EMPTY_MASK = -1000.0  # mask logits of padding prompts: below every threshold
+_HUB_CACHE_FOLDER = re.compile(r"models--([^/\\]+)[/\\]snapshots[/\\]([0-9a-f]{40})(?=[/\\]|$)")
+_SHIPPED_WEIGHTS = os.path.join(os.path.dirname(os.path.realpath(__file__)), "miniature", "weights")
 
 
 class _InputName(str):
@@ -620,6 +624,7 @@ class SamClipModel(SamClipPreTrainedModel):
                 f"clip_head_config has projection_dim {head['projection_dim']}, but the CLIP teacher's text space has "
                 f"{projection_dim} dimensions. Remove projection_dim."
             )
+        teachers = {"sam": describe_teacher(sam), "clip": describe_teacher(clip)}
         config = SamClipConfig(
             vision_config=sam.config.vision_config.to_dict(),
             prompt_encoder_config=sam.config.prompt_encoder_config.to_dict(),
@@ -627,6 +632,7 @@ class SamClipModel(SamClipPreTrainedModel):
             text_config=text_config,
             clip_head_config=head,
             initializer_range=sam.config.initializer_range,
+            teachers={name: entry for name, entry in teachers.items() if entry} or None,
             **({} if merged else _tower_config(sam, clip, clip_image_size)),
         )
         for part in (config, *(getattr(config, name) for name in config.sub_configs)):
@@ -1175,13 +1181,66 @@ def load_teacher(classes: tuple[type[PreTrainedModel], ...], teacher, argument: 
     model_type = config.get("model_type")
     for cls in classes:
         if model_type == cls.config_class.model_type:
-            return load_complete_model(cls, teacher, use_safetensors=True)
+            model = load_complete_model(cls, teacher, use_safetensors=True)
+            # transformers 5.24 does not set it; earlier versions set it for names on the Hub.
+            model.config._commit_hash = _cached_commit(os.fspath(teacher))
+            return model
     hint = ""
     if model_type == "siglip2":
         hint = " Use a SigLIP 2 checkpoint with a fixed image size, not NaFlex: google/siglip2-base-patch16-224."
     raise TypeError(
         f"{argument} must be a {wanted}, but {str(teacher)!r} contains a model of type {model_type!r}.{hint}"
     )
+
+
+def describe_teacher(model: PreTrainedModel) -> dict[str, str]:
+    """
+    Where a teacher was loaded from, for `SamClipConfig.teachers`: `name`, see [`public_name`], and, if known,
+    `revision`, the commit on the Hub, and `license`, see [`read_license`]. Empty for a model that was not loaded.
+
+    Models that [`load_teacher`] loaded have a commit. transformers 5.24 and newer do not store that of others.
+    """
+    path = model.name_or_path
+    if not path:
+        return {}
+    entry = {
+        "name": public_name(path),
+        "revision": getattr(model.config, "_commit_hash", None),
+        "license": read_license(path),
+    }
+    return {key: value for key, value in entry.items() if value}
+
+
+def public_name(name_or_path: str) -> str:
+    """The name of a teacher in published files: "miniature" for a shipped one, that of the repository for a folder of
+    the Hub's cache, and the last part of the path for other folders. Names on the Hub are returned unchanged."""
+    if not os.path.isabs(name_or_path) and not os.path.isdir(name_or_path):
+        return name_or_path
+    path = os.path.abspath(name_or_path)
+    if os.path.realpath(os.path.dirname(path)) == _SHIPPED_WEIGHTS:
+        return "miniature"
+    in_cache = _HUB_CACHE_FOLDER.search(path)
+    return in_cache[1].replace("--", "/", 1) if in_cache else os.path.basename(path)
+
+
+def _cached_commit(name_or_path: str) -> str | None:
+    """The commit of a folder of the Hub's cache, or of the files of a name on the Hub that was just loaded; `None` for
+    other folders."""
+    path = name_or_path if os.path.isdir(name_or_path) else try_to_load_from_cache(name_or_path, "config.json")
+    in_cache = _HUB_CACHE_FOLDER.search(os.path.abspath(path)) if isinstance(path, str) else None
+    return in_cache[2] if in_cache else None
+
+
+def read_license(folder: str | os.PathLike) -> str | None:
+    """The license in the metadata of the model card in a folder, `None` if there is none."""
+    card = os.path.join(folder, "README.md")
+    if not os.path.isfile(card):
+        return None
+    try:
+        license = (metadata_load(card) or {}).get("license")
+    except Exception:  # a YAML parser has errors of many types
+        return None
+    return ", ".join(license) if isinstance(license, list) else license
 
 
 def tower_image_size(vision_config) -> int:

@@ -1,16 +1,20 @@
 """The model card, the published provenance and the example image."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
+from transformers import SamModel
 
-from samclip_hf import SamClipForImageSegmentation, SamClipProcessor, miniature
+from samclip_hf import SamClipConfig, SamClipForImageSegmentation, SamClipModel, SamClipProcessor, miniature
 from samclip_hf.configuration_samclip import MINIMUM_TRANSFORMERS_VERSION
 from samclip_hf.distillation import provenance
 from samclip_hf.evaluation import load_adapter
+from samclip_hf.identity import hash_configuration
 from samclip_hf.publishing import (
     PublishingError,
     create_model_card,
@@ -20,6 +24,8 @@ from samclip_hf.publishing import (
 )
 
 from .records import RECIPES, RESULTS, STAGES
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def test_the_card_contains_everything_that_is_recorded(folder, tmp_path):
@@ -125,6 +131,115 @@ def test_the_card_of_an_unmerged_model_says_that_it_has_two_encoders_and_is_not_
     assert "two image encoders" in card.content and "nothing was\ntrained" in card.content
     assert "share one pass" not in card.content and "was trained with" not in card.content
     assert "distillation" not in card.data.tags
+
+
+class TestTeachers:
+    """The card names the models that `from_teachers` copied weights from."""
+
+    @pytest.fixture
+    def teachers(self, tmp_path) -> list[Path]:
+        """Copies of the miniature's SAM, in a folder of the Hub's cache, and of its CLIP, in another folder."""
+        sam = tmp_path / "models--lab--sam-tiny" / "snapshots" / COMMIT
+        clip = tmp_path / "home" / "my-clip"
+        for folder, source in ((sam, miniature.sam_teacher()), (clip, miniature.clip_teacher())):
+            shutil.copytree(source, folder)
+        return [sam, clip]
+
+    def publish(self, model: SamClipForImageSegmentation, folder: Path) -> ModelCard:
+        """The card as it is read from a file, of a configuration that was saved, loaded and saved again."""
+        model.config.save_pretrained(folder)
+        SamClipConfig.from_pretrained(folder).save_pretrained(folder / "again")
+        stages, licenses = publish_provenance(folder, folder / "again")
+        create_model_card(folder / "again", "me/pair", stages, licenses=licenses).save(folder / "README.md")
+        return ModelCard.load(folder / "README.md")
+
+    @pytest.mark.parametrize("merged", [False, True])
+    def test_names_commits_and_licenses_are_in_the_configuration_and_the_card(self, teachers, tmp_path, merged):
+        sam, clip = teachers
+        (sam / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+        (clip / "README.md").write_text("---\nlicense: mit\n---\n")
+        model = SamClipForImageSegmentation.from_teachers(sam, clip, merged=merged)
+        assert model.config.teachers == {
+            "sam": {"name": "lab/sam-tiny", "revision": COMMIT, "license": "apache-2.0"},
+            "clip": {"name": "my-clip", "license": "mit"},
+        }
+        card = self.publish(model, tmp_path / "pair")
+        assert card.data.base_model == ["lab/sam-tiny"] and card.data.base_model_relation == "merge"
+        assert card.data.license == "apache-2.0"
+        expected = f"SAM `lab/sam-tiny` at commit `{COMMIT}`, license apache-2.0; CLIP `my-clip`, license mit. Their"
+        assert expected in card.content and ("first weights were copied" in card.content) == merged
+        assert str(tmp_path) not in card.content + (tmp_path / "pair" / "again" / "config.json").read_text()
+
+    @pytest.mark.parametrize(
+        ("licenses", "expected"),
+        [(("mit", "mit"), "mit"), (("mit", "other"), "other"), (("mit", None), "other"), (("mit", "[mit, "), "other")],
+    )
+    def test_the_default_license_depends_on_the_cards_of_the_teachers(self, teachers, tmp_path, licenses, expected):
+        for folder, license in zip(teachers, licenses, strict=True):
+            (folder / "README.md").write_text(
+                "# No metadata" if license is None else f"---\nlicense: {license}\n---\n"
+            )
+        model = SamClipForImageSegmentation.from_teachers(*teachers, merged=False)
+        card = self.publish(model, tmp_path / "pair")
+        assert card.data.license == expected
+        assert ("`my-clip`, license not recorded" in card.content) == (licenses[1] in (None, "[mit, "))
+
+    def test_names_on_the_hub_have_their_commit_and_the_license_of_their_card(self, tmp_path, monkeypatch):
+        for constant, value in (("HF_HUB_CACHE", str(tmp_path)), ("HF_HUB_OFFLINE", True)):
+            monkeypatch.setattr(f"huggingface_hub.constants.{constant}", value)
+        for name, license in (("sam", "mit"), ("clip", "gpl")):
+            folder = tmp_path / f"models--lab--{name}" / "snapshots" / COMMIT
+            shutil.copytree(Path(miniature.checkpoint()).with_name(name), folder)
+            (folder / "README.md").write_text(f"---\nlicense: {license}\n---\n")
+            (folder.parents[1] / "refs").mkdir()
+            (folder.parents[1] / "refs" / "main").write_text(COMMIT)
+        model = SamClipForImageSegmentation.from_teachers("lab/sam", "lab/clip", merged=False)
+        assert model.config.teachers == {name: {"name": f"lab/{name}", "revision": COMMIT} for name in ("sam", "clip")}
+        card = self.publish(model, tmp_path / "pair")
+        assert card.data.base_model == ["lab/sam", "lab/clip"] and card.data.license == "other"
+        assert f"CLIP `lab/clip` at commit `{COMMIT}`, license gpl." in card.content
+        shutil.rmtree(tmp_path / "models--lab--clip")
+        assert publish_provenance(tmp_path / "pair", tmp_path / "pair")[1] == {"lab/sam": "mit"}
+
+    def test_the_miniature_is_named_as_such(self, tmp_path):
+        teachers = miniature.sam_teacher(), miniature.clip_teacher()
+        model = SamClipForImageSegmentation.from_teachers(*teachers, merged=False)
+        assert model.config.teachers == {"sam": {"name": "miniature"}, "clip": {"name": "miniature"}}
+        processor = SamClipProcessor.from_teachers(*teachers)
+        identity = hash_configuration(model, processor)
+        card = self.publish(model, tmp_path)
+        model.config.teachers = None
+        assert hash_configuration(model, processor) == identity
+        assert card.data.base_model is None and card.data.license == "apache-2.0"
+        assert "SAM `miniature`, license apache-2.0; CLIP `miniature`, license apache-2.0." in card.content
+        assert "does not work on photographs" in card.content
+
+    def test_models_that_were_not_loaded_are_not_recorded(self, sam, clip, tmp_path):
+        assert SamClipModel.from_teachers(sam, clip).config.teachers is None
+        loaded = SamModel.from_pretrained(miniature.sam_teacher())
+        assert SamClipModel.from_teachers(loaded, clip).config.teachers == {"sam": {"name": "miniature"}}
+
+    def test_the_teachers_of_the_provenance_are_named_once(self, folder, tmp_path):
+        """The configuration adds the commit and the model at the start that the provenance does not have."""
+        shutil.copy(folder / "model.safetensors", tmp_path)
+        config = json.loads((folder / "config.json").read_text())
+        clip = {"name": "openai/clip-vit-base-patch16", "revision": "def"}
+        local = STAGES[0] | {"teachers": STAGES[0]["teachers"] | {"sam_teacher": "runs/my_sam"}}
+        for sam, stages, expected in (
+            (
+                "facebook/sam-vit-base",
+                STAGES,
+                "SAM `facebook/sam-vit-base` at commit `abc`, license not recorded; CLIP",
+            ),
+            ("lab/sam", STAGES, "SAM as the start `lab/sam` at commit `0`, license not recorded."),
+            ("my_sam", [local], "SAM `runs/my_sam` at commit `abc`"),
+        ):
+            config["teachers"] = {"sam": {"name": sam, "revision": "0"}, "clip": clip}
+            (tmp_path / "config.json").write_text(json.dumps(config))
+            card = create_model_card(tmp_path, "me/trained", stages)
+            assert expected in card.content
+            assert "CLIP `openai/clip-vit-base-patch16` at commit `def`" in card.content
+            assert card.content.count("license not recorded") == (3 if sam == "lab/sam" else 2)
 
 
 class TestResults:

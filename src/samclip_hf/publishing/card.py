@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image
 from safetensors.torch import load_file
 
-from .. import miniature
 from ..distillation import provenance
 from ..files import write_atomically
 from ..images import convert_to_rgb
+from ..modeling_samclip import public_name, read_license
 from ..processing_samclip import SamClipProcessor
 from ..segmentation_samclip import SamClipForImageSegmentation
 from ..visualization import draw_prompts, overlay_labels, overlay_masks
@@ -61,10 +61,10 @@ def create_model_card(
         stages (`Sequence[dict]`): Training stages, from `publish_provenance`.
         results (`dict`, *optional*): `results.json` of an evaluation.
         results_name (`str`, *optional*): Name of this model in `results`, from `find_results`.
-        licenses (`dict[str, str]`, *optional*): License of each teacher, by its name.
+        licenses (`dict[str, str]`, *optional*): License of each teacher, by its name, from `publish_provenance`.
         has_example_image (`bool`): Whether the folder contains `example.png`.
-        license (`str`, *optional*): License of this model. Default: "apache-2.0" if the licenses of all teachers are
-            recorded and permissive, else "other".
+        license (`str`, *optional*): License of this model. Default: if the licenses of all teachers are known and
+            permissive, their license or, if they differ, "apache-2.0", else "other".
 
     Raises:
         PublishingError: If `results` contains no model with the name `results_name`.
@@ -72,12 +72,14 @@ def create_model_card(
     config = json.loads((folder / "config.json").read_text())
     merged = config.get("clip_vision_config") is None
     licenses = licenses or {}
-    sources = provenance.teachers(stages)
+    sources = _add_start(provenance.teachers(stages), config.get("teachers") or {})
     names = list(dict.fromkeys(name for _, name in sources))
-    on_hub = [name for name in names if name.count("/") == 1 and not Path(name).exists()]
+    on_hub = [name for name in names if _is_on_hub(name)]
     if license is None:
-        permissive = bool(names) and all(licenses.get(name) in PERMISSIVE_LICENSES for name in names)
-        license = "apache-2.0" if permissive else UNKNOWN_LICENSE
+        known = {licenses.get(name) for name in names}
+        license = UNKNOWN_LICENSE
+        if known and known <= PERMISSIVE_LICENSES:
+            license = known.pop() if len(known) == 1 else "apache-2.0"
     eval_results: list[EvalResult] = []
     of_model: dict[str, Any] = {}
     if results is not None:
@@ -116,12 +118,41 @@ def create_model_card(
         stages=list(stages),
         teachers=[{"role": role, "name": name, "commit": commit} for (role, name), commit in sources.items()],
         licenses=licenses,
-        only_miniature=bool(stages) and all(_data_sources(stage) == {"miniature"} for stage in stages),
+        only_miniature=all(_data_sources(stage) == {"miniature"} for stage in stages)
+        if stages
+        else set(names) == {"miniature"},
         labels=list(config.get("id2label", {}).values()) if config.get("vocabulary_label_ids") else [],
         has_text_tower=config["has_text_tower"],
         has_example_image=has_example_image,
         **of_model,
     )
+
+
+def _add_start(
+    sources: dict[tuple[str, str], str | None], start: dict[str, dict[str, str]]
+) -> dict[tuple[str, str], str | None]:
+    """
+    Adds the models that a new model got its first weights from to the teachers of its training stages.
+
+    Args:
+        sources (`dict[tuple[str, str], str | None]`): From `provenance.teachers`. A model that is among them keeps its
+            role and its commit.
+        start (`dict[str, dict[str, str]]`): `SamClipConfig.teachers`.
+    """
+    found = dict(sources)
+    for argument, role in (("sam", "SAM"), ("clip", "CLIP")):
+        if argument not in start:
+            continue
+        name, revision = start[argument]["name"], start[argument].get("revision")
+        # The provenance records relative folders as they were given.
+        same = [key for key in sources if key[0].startswith(role) and name in (key[1], Path(key[1]).name)]
+        for key in same or [(f"{role} as the start" if sources else role, name)]:
+            found[key] = found.get(key) or revision
+    return found
+
+
+def _is_on_hub(name: str) -> bool:
+    return name.count("/") == 1 and not Path(name).exists()
 
 
 def _num_parameters(folder: Path) -> dict[str, int]:
@@ -231,19 +262,24 @@ def publish_provenance(source: str | Path, folder: Path) -> tuple[list[dict[str,
 
     Args:
         source (`str` or `Path`): The checkpoint. No file is written if it has no `provenance.json`.
-        folder (`Path`): The repository's folder. It may be the same as `source`.
+        folder (`Path`): The repository's folder, with `config.json`. It may be the same as `source`.
 
     Returns:
-        `tuple[list[dict], dict[str, str]]`: The stages, and the licenses of the teachers, by name. Teachers whose
-        model cards state no license are left out.
+        `tuple[list[dict], dict[str, str]]`: The stages, and the licenses of the teachers and of the models that the
+        configuration names as `teachers`, by name. Models whose cards cannot be read or state no license are left out.
     """
     stages = provenance.read(source)
-    teachers = [name for _, name in provenance.teachers(stages)]
-    licenses = {_shorten_paths(name): license for name in teachers if (license := _license(name)) is not None}
+    config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else {}
+    licenses: dict[str, str | None] = {}
+    for entry in (config.get("teachers") or {}).values():
+        licenses[entry["name"]] = entry.get("license") or _license(entry["name"])
+    for _, name in provenance.teachers(stages):
+        short = _shorten_paths(name)
+        licenses[short] = licenses.get(short) or _license(short) or read_license(name)
     stages = _shorten_paths(stages)
     if stages:
         write_atomically(folder / provenance.FILE_NAME, json.dumps({"stages": stages}, indent=2) + "\n")
-    return stages, licenses
+    return stages, {name: license for name, license in licenses.items() if license is not None}
 
 
 def _shorten_paths(value: Any) -> Any:
@@ -251,20 +287,17 @@ def _shorten_paths(value: Any) -> Any:
         return {key: _shorten_paths(part) for key, part in value.items()}
     if isinstance(value, list):
         return [_shorten_paths(part) for part in value]
-    if value in (miniature.sam_teacher(), miniature.clip_teacher()):
-        return "miniature"
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+    return public_name(value) if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def _license(name: str) -> str | None:
-    """License from the model card of a folder or a repository on the Hub, `None` if there is none."""
-    if _shorten_paths(name) == "miniature":
+    """License of the miniature, or from the model card of a repository on the Hub, `None` if there is none."""
+    if name == "miniature":
         return "apache-2.0"
-    card_path = Path(name, "README.md")
-    if Path(name).exists() and not card_path.is_file():
+    if not _is_on_hub(name):
         return None
     try:
-        return ModelCard.load(card_path if card_path.is_file() else name).data.get("license")
+        return read_license(Path(hf_hub_download(name, "README.md")).parent)
     except (OSError, ValueError, EntryNotFoundError):  # no card or no connection
         return None
 
