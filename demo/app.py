@@ -47,6 +47,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # some of Pillow's othe
 Image.init()  # loads the plugins of all formats; `Image.open(formats=...)` does not
 MAX_MEGAPIXELS = 50  # a small file can contain a very large image
 DISPLAY_EDGES = (512, 1024)  # pixels: the longer side of the displayed image, which is enlarged or reduced
+MAX_MASK_PIXELS = 2 * 10**9  # bytes, because masks are boolean: of all masks of a download in the original size
 MAX_SESSIONS = 200  # each stores the outputs for one image: 17 MB of image embeddings with ViT-B
 MAX_VOCABULARIES = 8  # per session
 POINTS_PER_BATCH = 64  # in automatic mask generation
@@ -886,10 +887,17 @@ class App:
             return None
         fields, picture = Fields(*values), session.picture
         with session.lock:
-            segments = self.segments(session, session.view, picture.original_size, fields.threshold)
-            if not segments:
+            shown = self.segments(session, session.view, picture.size, fields.threshold)
+            if not shown:
                 gr.Warning(f"There are no masks to download. {EMPTY[session.view]}")
                 return None
+            if len(shown) * math.prod(picture.original_size) > MAX_MASK_PIXELS:
+                gr.Warning(
+                    f"{len(shown)} masks in the original size need too much memory. Raise the thresholds, or open a "
+                    "smaller image."
+                )
+                return None
+            segments = self.segments(session, session.view, picture.original_size, fields.threshold)
             if suffix == ".json":
                 content = (json.dumps(self.record(session, segments)) + "\n").encode()
             else:
@@ -898,7 +906,8 @@ class App:
                 except (ValueError, OSError):
                     gr.Warning("The image was removed from the server. Open it again.")
                     return None
-                colors = self.colors(image, segments)
+                # The colors of the page, unless small segments exist in one of both sizes only.
+                colors = self.colors(picture.image, shown if len(shown) == len(segments) else segments)
                 result = self.draw(image, segments, colors, fields.opacity, caption=self.caption)
                 file = io.BytesIO()
                 result.save(file, "PNG")
@@ -1002,7 +1011,16 @@ class App:
                             buttons=[],
                             elem_id="pred_iou_thresh",
                         )
-                        opacity = gr.Slider(0, 1, 0.45, step=0.01, label="Opacity", buttons=[], elem_id="opacity")
+                        opacity = gr.Slider(
+                            0,
+                            1,
+                            0.45,
+                            step=0.01,
+                            label="Opacity of the masks",
+                            info="In both images and in the PNG: from 0, outlines alone, to 1.",
+                            buttons=[],
+                            elem_id="opacity",
+                        )
                 with gr.Column(min_width=340):
                     result = gr.Image(
                         label="Result", interactive=False, buttons=["fullscreen"], elem_id="result", **image_options

@@ -1,5 +1,6 @@
 // Keyboard access to the image: it can be focused, arrow keys move a cursor (with Shift in larger steps), Enter or the
-// space bar clicks at the cursor, and Backspace clicks "Undo". Gradio's image reacts to the pointer alone.
+// space bar clicks at the cursor, and Backspace clicks "Undo". Keys change the values of sliders. Gradio's image and
+// sliders react to the pointer alone.
 () => {
   const FRAME = "#input_image .image-frame";
   const STEPS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
@@ -49,6 +50,13 @@
     if (!cursor.hidden) place(event.target.querySelector("img"));
   });
   window.addEventListener("resize", () => (cursor.hidden = true));
+  // A slider sends its value when the pointer is released.
+  document.addEventListener("keyup", ({ key, target }) => {
+    const isRange = target.type === "range" && /^(Arrow|Page|Home|End)/.test(key);
+    if (isRange || (target.type === "number" && key === "Enter")) {
+      target.dispatchEvent(new Event("pointerup", { bubbles: true }));
+    }
+  });
   document.addEventListener("keydown", (event) => {
     const image = event.target.matches(FRAME) && event.target.querySelector("img");
     if (!image || event.ctrlKey || event.altKey || event.metaKey) return;
