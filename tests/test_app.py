@@ -27,6 +27,7 @@ import yaml
 from PIL import Image
 from scipy.ndimage import distance_transform_edt
 from selenium import webdriver
+from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver import ActionChains, Keys
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
@@ -281,6 +282,8 @@ def test_thresholds_and_opacity_change_the_result_without_a_pass_of_the_model(ap
     assert "Lower the score threshold" in results[2][2] or rows[2] > 0
     faint, strong = (app.update(session, *fields(alike, opacity=opacity))[1].value for opacity in (0.1, 0.9))
     assert np.abs(np.asarray(faint).astype(int) - np.asarray(strong)).mean() > 5
+    download = Image.open(app.download(".png", session, *fields(alike, opacity=0.9)))
+    assert np.array_equal(np.asarray(download)[:512, :512], np.asarray(strong))
 
 
 @pytest.mark.parametrize(
@@ -570,14 +573,30 @@ def test_the_download_of_a_large_photograph_has_its_original_size(app, session, 
     app.segment_everything(session, *values)
     app.segment(session, *values)
     for view in (demo.BY_TEXT, demo.EVERYTHING):
-        app.choose_view(session, view, *values)
+        result = app.choose_view(session, view, *values)[1].value
         masks = [segment.mask for segment in app.segments(session, view, (1200, 1600), 0.5)]
         for large, segment in zip(masks, shown(app, session), strict=True):
             assert large.shape == (1200, 1600)
             small = np.asarray(Image.fromarray(large).resize((1024, 768), Image.Resampling.NEAREST))
             assert iou(small, segment.mask) > 0.95
-    image = Image.open(app.download(".png", session, *values))
-    assert image.width == 1600 and image.height >= 1200
+        image = Image.open(app.download(".png", session, *values))
+        assert image.width == 1600 and image.height >= 1200
+        reduced = np.asarray(image.crop((0, 0, 1600, 1200)).resize((1024, 768))).astype(int)
+        inside = np.any([segment.mask for segment in shown(app, session)], axis=0)
+        differences = np.abs(reduced - np.asarray(result)).max(axis=-1)[inside]
+        assert np.median(differences) < 12  # the same colors and opacity
+
+
+def test_a_download_with_too_many_large_masks_shows_a_warning(app, session, monkeypatch):
+    values = fields(app.scenes[0][1])
+    app.segment(session, *values)
+    count = len(shown(app, session))
+    monkeypatch.setattr(demo, "MAX_MASK_PIXELS", count * 512 * 512)
+    assert app.download(".json", session, *values)
+    monkeypatch.setattr(demo, "MAX_MASK_PIXELS", count * 512 * 512 - 1)
+    for suffix in (".json", ".png"):
+        with pytest.warns(UserWarning, match=f"{count} masks in the original size need too much memory. Raise the"):
+            assert app.download(suffix, session, *values) is None
 
 
 def test_a_download_without_masks_shows_a_warning(app, session):
@@ -752,6 +771,7 @@ def test_the_demo_folder_is_a_space():
 
 # ---- the page ----
 
+TIMEOUT = 300  # seconds until a condition is an error, enough for a busy machine
 OPTIONS = (
     *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--force-color-profile=srgb"),
     *("--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"),
@@ -800,7 +820,7 @@ class Server:
             self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
 
     def url(self) -> str:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + TIMEOUT
         while time.monotonic() < deadline and self.process.poll() is None:
             if found := re.search(r"http://127\.0\.0\.1:\d+", self.log.read_text()):
                 return found[0]
@@ -831,7 +851,7 @@ class Page:
     def open(self, url: str) -> None:
         """Opens the page with a new session and waits for the masks of the first example."""
         self.driver.get(url)
-        self.until(lambda: self.rows() and self.line().startswith("Labels to masks"))
+        self.until(lambda: self.rows() and self.line().startswith("Labels to masks") and "no masks" not in self.alt())
 
     def resize(self, width: int, height: int) -> None:
         """Sets the size of the page, without the frame of the window."""
@@ -839,7 +859,14 @@ class Page:
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
 
     def until(self, condition):
-        return WebDriverWait(self.driver, 60, poll_frequency=0.05).until(lambda _: condition())
+        """Waits for a condition and then for two frames, after which all outputs of the same event are shown."""
+        wait = WebDriverWait(
+            self.driver, TIMEOUT, poll_frequency=0.05, ignored_exceptions=[StaleElementReferenceException]
+        )
+        result = wait.until(lambda _: condition())
+        frames = "requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(arguments[0])))"
+        self.driver.execute_async_script(frames)
+        return result
 
     def find(self, selector: str):
         return self.driver.find_element(By.CSS_SELECTOR, selector)
@@ -859,6 +886,10 @@ class Page:
     def durations_without_drawing(self) -> list[str]:
         """The durations of the text tower and the segmentation in the line."""
         return re.findall(r"(?:text tower|segmentation) \d+", self.line())
+
+    def alt(self) -> str:
+        """The text alternative of the result, which changes together with the result: "photo.jpg, 1 mask: cat"."""
+        return self.find("#result img").get_attribute("alt")
 
     def next_step(self) -> str:
         return " ".join(self.texts("#next_step p"))
@@ -892,7 +923,7 @@ class Page:
         image = self.find("#input_image img")
         offset = (round((x - 0.5) * image.size["width"]), round((y - 0.5) * image.size["height"]))
         click = ActionChains(self.driver, duration=0).move_to_element_with_offset(image, *offset).click()
-        self.after(click.perform, "input_image", "result")
+        self.after(click.perform, "input_image")
 
     def click_object(self, scene_number: int, mask_number: int) -> None:
         mask = render(seed=0, index=demo.EXAMPLE_SCENES[scene_number]).masks[mask_number]
@@ -956,12 +987,15 @@ class Page:
         """Presses a button and waits for its file."""
         before = set(self.downloads.iterdir())
         self.press(button)
-        self.until(lambda: any(not file.name.endswith(".crdownload") for file in self.new_files(before)))
-        return next(file for file in self.new_files(before))
 
-    def new_files(self, before: set[Path]) -> list[Path]:
-        """Chromium writes a hidden file or one that ends in .crdownload first."""
-        return [file for file in set(self.downloads.iterdir()) - before if not file.name.startswith(".")]
+        def finished() -> Path | None:
+            """Chromium writes a hidden file or one that ends in .crdownload first."""
+            files = set(self.downloads.iterdir()) - before
+            if any(file.name.startswith(".") or file.suffix == ".crdownload" for file in files):
+                return None
+            return next(iter(files), None)
+
+        return self.until(finished)
 
     def external_requests(self) -> list[str]:
         """URLs that the page requested from other hosts."""
@@ -977,6 +1011,7 @@ class Page:
         return self.driver.execute_script(LOW_CONTRASTS)
 
 
+NO_TRANSITION = "return !document.getAnimations().some(animation => animation instanceof CSSTransition)"
 # WCAG 2.2, success criterion 1.4.3. Transparent backgrounds are blended with those of the parents.
 LOW_CONTRASTS = """
 const parse = (color) => {
@@ -1090,11 +1125,13 @@ class TestPage:
         durations = page.durations_without_drawing()
         page.find("#labels :is(input, textarea)").click()
         page.find("h2").click()  # nothing has changed
-        time.sleep(1)
+        page.choose("mode", demo.BOX)  # a later event
+        page.until(lambda: "on a corner" in page.next_step())
         assert page.durations_without_drawing() == durations
+        scores = page.texts("#table td")
         page.open_settings()
         page.enter("template", "one {} in a picture", Keys.TAB)
-        page.until(lambda: page.durations_without_drawing() != durations)
+        page.until(lambda: page.texts("#table td") != scores)
 
     def test_invalid_labels_show_a_message_and_change_nothing(self, page):
         rows = page.rows()
@@ -1106,14 +1143,14 @@ class TestPage:
         assert page.rows() == rows and "Error" not in page.find("body").text
 
     def test_the_score_threshold_and_the_opacity_change_the_result(self, page):
-        page.enter("labels", "yellow dotted shape, yellow meshed shape, yellow tiled shape", Keys.ENTER)
-        page.until(lambda: "Labels to masks" in page.line() and "yellow tiled shape" not in page.rows())
+        names = {"yellow dotted shape", "yellow meshed shape", "yellow tiled shape"}
+        assert not set(page.rows()) <= names
+        page.enter("labels", ", ".join(sorted(names)), Keys.ENTER)
+        page.until(lambda: set(page.rows()) <= names)
+        page.set_slider("threshold", 1)
+        page.until(lambda: not page.rows() and "no masks" in page.alt())
         page.set_slider("threshold", 0)
-        page.until(lambda: len(page.rows()) >= 1)
-        count = len(page.rows())
-        page.after(lambda: page.set_slider("threshold", 1), "result")
-        page.until(lambda: len(page.rows()) < count)
-        page.after(lambda: page.set_slider("threshold", 0), "result")
+        page.until(lambda: page.rows() and "no masks" not in page.alt())
         page.open_settings()
         screenshots = {}
         for opacity in (0.01, 0.3, 0.9):
@@ -1122,11 +1159,19 @@ class TestPage:
         faint, strong = (np.abs(screenshots[opacity] - screenshots[0.01]).sum() for opacity in (0.3, 0.9))
         assert 2 < strong / faint < 4
 
+    def test_the_keyboard_changes_the_sliders(self, page):
+        page.find("#threshold input[type=range]").send_keys(Keys.END)
+        page.until(lambda: "Lower the score threshold" in page.texts("#table")[0])
+        number = page.find("#threshold input[type=number]")
+        number.send_keys(Keys.CONTROL, "a")
+        number.send_keys("0.3", Keys.ENTER)
+        page.until(lambda: set(page.rows()) == set(image_names(0)))
+
     def test_segmenting_everything_shows_named_masks(self, page):
         page.choose_scene(5)
         page.press("segment_everything")
-        page.until(lambda: page.line().startswith("Everything"))
-        assert set(image_names(5)) <= set(page.rows()) and page.checked("view") == demo.EVERYTHING
+        page.until(lambda: page.line().startswith("Everything") and set(image_names(5)) <= set(page.rows()))
+        assert page.checked("view") == demo.EVERYTHING
 
     def test_downloads_contain_the_shown_masks(self, page, app):
         session, *_, labels = app.choose(0, None, *fields())
@@ -1173,7 +1218,7 @@ class TestPage:
         (tmp_path / "empty.png").write_bytes(b"")
         page.upload(tmp_path / "empty.png")
         assert "empty" in page.message()
-        assert not any(map(page.images, ("input_image", "result")))
+        page.until(lambda: not any(map(page.images, ("input_image", "result"))))
         page.choose_scene(0)
         page.until(lambda: page.images("input_image") and page.images("result"))
 
@@ -1204,13 +1249,11 @@ class TestPage:
 
     def test_an_uploaded_photograph_is_encoded_and_segmented_with_the_labels(self, page, tmp_path):
         page.enter("labels", "purple solid shape", Keys.ENTER)
-        page.until(lambda: "purple solid shape" in page.find("#labels :is(input, textarea)").get_attribute("value"))
         image = Image.fromarray(render(seed=0, index=demo.EXAMPLE_SCENES[3]).image)
         image.resize((900, 600)).save(tmp_path / "photo.jpg")
         page.upload(tmp_path / "photo.jpg")
-        page.until(lambda: page.rows() == ["purple solid shape"])
-        alt = page.find("#result img").get_attribute("alt")
-        assert alt == "photo.jpg, 1 mask: purple solid shape"
+        page.until(lambda: page.alt() == "photo.jpg, 1 mask: purple solid shape")
+        assert page.rows() == ["purple solid shape"]
         page.click_image(0.5, 0.5)
         assert page.rows() and "1 foreground point" in page.find("#input_image img").get_attribute("alt")
 
@@ -1223,6 +1266,7 @@ class TestPage:
             if page.driver.switch_to.active_element == frame:
                 break
         assert page.driver.switch_to.active_element == frame and page.find("#cursor").is_displayed()
+        page.wait_for_image("input_image")
         mask = render(seed=0, index=demo.EXAMPLE_SCENES[1]).masks[0]
         x, y = (round(100 * side / 512) for side in center(mask))
         keys = ActionChains(page.driver, duration=0)
@@ -1261,7 +1305,7 @@ class TestPage:
         page.open_settings()
         page.find("#whole button").click()
         page.click_image(0.53, 0.4)
-        time.sleep(0.5)  # transitions of colors
+        page.until(lambda: page.driver.execute_script(NO_TRANSITION))
         assert page.low_contrasts() == []
         assert page.driver.execute_script("return document.body.classList.contains('dark')") == (theme == "dark")
 
