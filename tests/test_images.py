@@ -10,6 +10,7 @@ from PIL import Image
 
 from samclip_hf import SamClipImageProcessor, image_processing_samclip
 from samclip_hf.images import (
+    RunLengthMask,
     convert_to_rgb,
     decode_mask,
     encode_mask,
@@ -203,6 +204,57 @@ class TestRunLengths:
         assert decode_mask(polygons, (5, 6)).sum() == 6
         with pytest.raises(ValueError, match="size of their image"):
             decode_mask(polygons)
+
+
+def random_masks() -> dict[str, np.ndarray]:
+    """Masks of several sizes and densities, and extreme ones."""
+    rng = np.random.default_rng(0)
+    masks = {}
+    for number in range(40):
+        height, width = rng.integers(1, 20, size=2)
+        masks[f"random {number}"] = rng.random((height, width)) < rng.choice([0.02, 0.3, 0.7, 0.98])
+    one_pixel, one_column, one_row = np.zeros((3, 5, 8), dtype=bool)
+    one_pixel[4, 0] = one_column[:, 3] = one_row[2] = True
+    block, ends = np.zeros((2, 5, 8), dtype=bool)
+    block[1:3, 2:6] = True
+    ends[3:, 1] = ends[:2, 2] = True  # one run, the end of a column and the start of the next one
+    masks |= {"one pixel": one_pixel, "one column": one_column, "one row": one_row, "block": block, "ends": ends}
+    return masks | {"empty": np.zeros((4, 6), dtype=bool), "full": np.ones((4, 6), dtype=bool)}
+
+
+class TestRunLengthMask:
+    """Results equal those of the decoded mask, by brute force."""
+
+    @pytest.mark.parametrize("mask", random_masks().values(), ids=random_masks().keys())
+    def test_area_box_pixels_and_decoding(self, mask):
+        for runs in (RunLengthMask.encode(mask), RunLengthMask(mask.shape, [0, *_zero_runs(mask)])):
+            assert runs.shape == mask.shape and np.array_equal(runs.decode(), mask)
+            assert runs.area == mask.sum() and runs.box() == mask_to_box(mask)
+            ys, xs = np.nonzero(mask)
+            expected = sorted(zip(xs.tolist(), ys.tolist(), strict=True))  # column by column
+            assert [runs.pixel(index) for index in range(runs.area)] == expected
+
+    @pytest.mark.parametrize("mask", random_masks().values(), ids=random_masks().keys())
+    @pytest.mark.parametrize("size", [(1, 1), (3, 2), (7, 9)])
+    def test_the_coverage_is_the_foreground_part_of_each_cell(self, mask, size):
+        width, height = size
+        # Each pixel is repeated so often that the cells consist of whole pixels.
+        large = mask.repeat(height, axis=0).repeat(width, axis=1)
+        cells = large.reshape(height, mask.shape[0], width, mask.shape[1]).mean(axis=(1, 3))
+        np.testing.assert_allclose(RunLengthMask.encode(mask).coverage(width, height), cells, atol=1e-9)
+
+    def test_counts_must_be_integers_that_add_up_to_the_shape(self):
+        for counts in ([], [12.0], ["12"], [[12]], [11], [13], [14, -2], [2**62] * 4, [12, 2**63]):
+            with pytest.raises(ValueError, match="counts of a mask"):
+                RunLengthMask((3, 4), counts)
+        with pytest.raises(TypeError):
+            RunLengthMask((3.0, 4), [12])
+        assert RunLengthMask((3, 4), [12]).area == 0
+
+
+def _zero_runs(mask: np.ndarray) -> list[int]:
+    """The run lengths of a mask after a first one of 0, with a run of each pixel: foreground, background, ..."""
+    return [length for pixel in mask.T.flatten().tolist() for length in (int(pixel), int(not pixel))]
 
 
 class TestNormalize:

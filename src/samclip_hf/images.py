@@ -1,8 +1,10 @@
 """Functions for images and masks: opening, boxes of masks, run-length encoding and normalization."""
 
 import io
+import operator
 import warnings
 from collections.abc import Sequence
+from functools import cached_property
 from os import PathLike
 from typing import Any, BinaryIO
 
@@ -12,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from .image_processing_samclip import convert_to_rgb
-from .mask_generation_samclip import decode_rle, encode_rle, mask_to_box
+from .mask_generation_samclip import encode_rle, mask_to_box
 
 MAX_COORDINATE = 2**20  # of polygons, in pixels: pycocotools walks along their edges
 
@@ -59,13 +61,13 @@ def open_image(
         return convert_to_rgb(image, apply_orientation)
 
 
-def mask_to_prompt_box(mask: np.ndarray) -> tuple[int, int, int, int]:
+def mask_to_prompt_box(mask: "np.ndarray | RunLengthMask") -> tuple[int, int, int, int]:
     """
     Returns the bounding box of a mask `(height, width)` of type bool in the format of SAM's prompts: x1, y1, x2, y2,
     the first and the last column and row with a foreground pixel, both inclusive. Raises `ValueError` for an empty
     mask.
     """
-    box = mask_to_box(mask)
+    box = mask.box() if isinstance(mask, RunLengthMask) else mask_to_box(mask)
     if box is None:
         raise ValueError("An empty mask has no box.")
     left, top, right, bottom = box
@@ -120,26 +122,103 @@ def compress_rle(encoding: dict[str, Any]) -> dict[str, Any]:
     return {"size": list(encoding["size"]), "counts": characters[used].astype(np.uint8).tobytes().decode("ascii")}
 
 
-def decode_mask(segmentation: dict[str, Any] | list, size: tuple[int, int] | None = None) -> np.ndarray:
+class RunLengthMask:
     r"""
-    Returns the mask `(height, width)` of type bool of a COCO annotation's `"segmentation"`.
+    A mask as run lengths, from which points, boxes and low-resolution maps are computed without decoding it.
 
     Args:
-        segmentation (`dict` or `list`):
-            A run-length encoding, compressed or not, or a list of polygons. `pycocotools`, which the extra `train`
-            installs, decodes polygons.
-        size (`tuple[int, int]`, *optional*):
-            Height and width of the image. Required for polygons.
+        shape (`tuple[int, int]`):
+            Height and width in pixels.
+        counts (`Sequence[int]`):
+            The lengths of alternating background and foreground runs, column by column, see [`encode_mask`].
 
     Raises:
-        ValueError: The run lengths do not add up to the size, a polygon is invalid, or polygons have no size.
-            `pycocotools` would return uninitialized memory for run lengths that are too short, ignore the last of an
-            odd number of coordinates, and not return for coordinates that are not finite.
+        TypeError: The shape does not consist of integers.
+        ValueError: The counts are not a list of integers, are negative, or do not add up to the shape.
+    """
+
+    def __init__(self, shape: Sequence[int], counts: Sequence[int] | np.ndarray):
+        height, width = map(operator.index, shape)
+        self.shape = (height, width)
+        self.counts = np.asarray(counts)
+        if self.counts.ndim != 1 or not len(self.counts) or self.counts.dtype.kind not in "iu":
+            raise ValueError(f"The counts of a mask are a list of integers; got {str(counts)[:200]}.")
+        # Larger counts could overflow the sum.
+        if not (self.counts.min() >= 0 and self.counts.max() <= height * width == self.counts.sum()):
+            raise ValueError(f"The counts of a mask of {height} x {width} pixels do not add up to its size.")
+
+    @classmethod
+    def encode(cls, mask: np.ndarray) -> "RunLengthMask":
+        """Encodes a mask `(height, width)` of type bool."""
+        encoding = encode_rle(mask)
+        return cls(encoding["size"], encoding["counts"])
+
+    @cached_property
+    def _runs(self) -> tuple[np.ndarray, np.ndarray]:
+        """First pixel of each foreground run, and of the background run after it, counted column by column."""
+        ends = self.counts.cumsum()
+        return ends[:-1:2], ends[1::2]
+
+    @cached_property
+    def area(self) -> int:
+        """Number of foreground pixels."""
+        return int(self.counts[1::2].sum())
+
+    def decode(self) -> np.ndarray:
+        """Returns the mask `(height, width)` of type bool."""
+        return np.repeat(np.arange(len(self.counts)) % 2 == 1, self.counts).reshape(self.shape[::-1]).T
+
+    def pixel(self, index: int) -> tuple[int, int]:
+        """Returns x and y of a foreground pixel. `index` counts them column by column, from 0 to `area - 1`."""
+        starts, _ = self._runs
+        ends = self.counts[1::2].cumsum()  # foreground pixels up to the end of each run
+        run = int(np.searchsorted(ends, index, side="right"))
+        x, y = divmod(int(starts[run] + index - ends[run] + self.counts[2 * run + 1]), self.shape[0])
+        return x, y
+
+    def box(self) -> tuple[int, int, int, int] | None:
+        """Returns the bounding box as left, top, right and bottom in pixels, right and bottom exclusive; `None` if the
+        mask is empty, see [`mask_to_box`]."""
+        starts, ends = self._runs
+        is_run = ends > starts
+        if not is_run.any():
+            return None
+        (left, top), (right, bottom) = (np.divmod(of_run[is_run], self.shape[0]) for of_run in (starts, ends - 1))
+        if (left != right).any():  # a run that continues in the next column has pixels in the last and the first row
+            return int(left[0]), 0, int(right[-1]) + 1, self.shape[0]
+        return int(left[0]), int(top.min()), int(right[-1]) + 1, int(bottom.max()) + 1
+
+    def coverage(self, width: int, height: int) -> np.ndarray:
+        """Returns the part of each cell of a grid that is foreground, from 0 to 1, float `(height, width)`: the mask,
+        resized with a box filter."""
+        rows, columns = self.shape
+        covered = np.zeros((height, width))
+        if (box := self.box()) is None:
+            return covered
+        left, _, right, _ = box
+        # The number of foreground pixels before a position in column order is linear between the ends of runs.
+        positions = np.concatenate([[0], self.counts.cumsum()])
+        numbers = np.zeros(len(positions), dtype=np.int64)
+        numbers[1:] = np.where(np.arange(len(self.counts)) % 2 == 1, self.counts, 0).cumsum()
+        edges = np.arange(left, right)[:, None] * rows + np.arange(height + 1) * rows / height
+        of_columns = np.diff(np.interp(edges, positions, numbers), axis=1)  # (right - left, height)
+        # In the same way, the sum of columns up to an edge of the grid.
+        sums = np.concatenate([np.zeros((1, height)), of_columns.cumsum(axis=0)])
+        edges = (np.arange(width + 1) * columns / width).clip(left, right) - left
+        whole = np.minimum(edges.astype(int), right - left - 1)
+        sums = sums[whole] + (edges - whole)[:, None] * of_columns[whole]
+        return np.diff(sums, axis=0).T * (width * height / (rows * columns))
+
+
+def read_mask(segmentation: dict[str, Any] | list, size: tuple[int, int] | None = None) -> RunLengthMask:
+    r"""
+    Returns the mask of a COCO annotation's `"segmentation"` as run lengths. Arguments and errors as in
+    [`decode_mask`].
     """
     if isinstance(segmentation, dict):
         counts = segmentation["counts"]
-        counts = _decompress_counts(counts) if isinstance(counts, str | bytes) else list(counts)
-        return decode_rle({"size": segmentation["size"], "counts": counts})
+        counts = _decompress_counts(counts) if isinstance(counts, str | bytes) else counts
+        return RunLengthMask(segmentation["size"], counts)
 
     from pycocotools import mask as coco_mask
 
@@ -151,7 +230,27 @@ def decode_mask(segmentation: dict[str, Any] | list, size: tuple[int, int] | Non
                 "A polygon is a list of at least three points, x1, y1, x2, y2, ..., of finite numbers up to "
                 f"{MAX_COORDINATE} pixels; got {str(polygon)[:200]}."
             )
-    return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(segmentation, *size))).view(bool)
+    encoding = coco_mask.merge(coco_mask.frPyObjects(segmentation, *size))
+    return RunLengthMask(encoding["size"], _decompress_counts(encoding["counts"]))
+
+
+def decode_mask(segmentation: dict[str, Any] | list, size: tuple[int, int] | None = None) -> np.ndarray:
+    r"""
+    Returns the mask `(height, width)` of type bool of a COCO annotation's `"segmentation"`.
+
+    Args:
+        segmentation (`dict` or `list`):
+            A run-length encoding, compressed or not, or a list of polygons. `pycocotools`, which the extra `train`
+            installs, rasterizes polygons.
+        size (`tuple[int, int]`, *optional*):
+            Height and width of the image. Required for polygons.
+
+    Raises:
+        ValueError: The run lengths do not add up to the size, a polygon is invalid, or polygons have no size.
+            `pycocotools` would return uninitialized memory for run lengths that are too short, ignore the last of an
+            odd number of coordinates, and not return for coordinates that are not finite.
+    """
+    return read_mask(segmentation, size).decode()
 
 
 def _is_polygon(polygon: Any) -> bool:
@@ -160,7 +259,7 @@ def _is_polygon(polygon: Any) -> bool:
     return all(isinstance(number, int | float) and abs(number) <= MAX_COORDINATE for number in polygon)
 
 
-def _decompress_counts(text: str | bytes) -> list[int]:
+def _decompress_counts(text: str | bytes) -> np.ndarray:
     """
     Returns the run lengths of COCO's compressed run-length encoding, see `rleFrString` in
     https://github.com/cocodataset/cocoapi/blob/master/common/maskApi.c: each character
@@ -179,7 +278,7 @@ def _decompress_counts(text: str | bytes) -> list[int]:
     numbers -= is_negative.astype(np.int64) << (shifts[ends] + 5)
     numbers[1::2] = numbers[1::2].cumsum()
     numbers[2::2] = numbers[2::2].cumsum()
-    return numbers.tolist()
+    return numbers
 
 
 def mean_and_std(image_processor: Any) -> tuple[list[float], list[float]]:

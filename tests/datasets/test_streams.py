@@ -96,9 +96,9 @@ def test_images_above_the_pixel_limit_are_not_decoded(monkeypatch):
         decode_image(sample)
 
 
-def test_masks_with_another_size_than_the_image_are_not_decoded(sa1b, monkeypatch):
+def test_masks_with_another_size_than_the_image_are_not_read(sa1b, monkeypatch):
     _, sample = next(open_stream(str(sa1b), with_masks=True).read(0))
-    monkeypatch.setattr(streams, "decode_mask", lambda segmentation: pytest.fail("decoded"))
+    monkeypatch.setattr(streams, "read_mask", lambda segmentation, size: pytest.fail("read"))
     with pytest.raises(SkippedSampleError, match="mask and image differ in size"):
         streams.draw_masks(sample, 2, np.random.default_rng(0), (60, 40))
 

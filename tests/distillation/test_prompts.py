@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from samclip_hf.distillation.prompts import box_from_mask, class_probabilities, point_from_mask
+from samclip_hf.images import RunLengthMask
 from samclip_hf.segmentation_samclip import to_mask_prompts
 
 
@@ -72,7 +73,23 @@ def test_mask_prompts_are_confident_outside_of_the_mask_and_miss_patches_inside(
     assert prompts.max().item() <= np.log((1 - 1e-4) / 1e-4) + 1e-3
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_prompts_of_run_lengths_are_those_of_the_decoded_mask(seed):
+    rng = np.random.default_rng(seed)
+    mask = rng.random(rng.integers(1, 30, size=2)) < rng.uniform(0.01, 1)
+    mask[rng.integers(mask.shape[0]), rng.integers(mask.shape[1])] = True
+    runs = RunLengthMask.encode(mask)
+    x, y = point_from_mask(runs, np.random.default_rng(seed))
+    # The definition: a uniform index of the foreground pixels, column by column.
+    pixels = np.flatnonzero(mask.T)
+    assert (x, y) == divmod(pixels[np.random.default_rng(seed).integers(len(pixels))], len(mask))
+    for prompt in (point_from_mask, box_from_mask):
+        of_runs, of_mask = (prompt(form, np.random.default_rng(seed)) for form in (runs, mask))
+        assert np.array_equal(of_runs, of_mask) and of_runs.dtype == np.float32
+
+
 def test_an_empty_mask_raises():
     for prompt in (point_from_mask, box_from_mask):
-        with pytest.raises(ValueError, match="empty mask"):
-            prompt(np.zeros((4, 4), dtype=bool), np.random.default_rng(0))
+        for mask in (np.zeros((4, 4), dtype=bool), RunLengthMask((4, 4), [16])):
+            with pytest.raises(ValueError, match="empty mask"):
+                prompt(mask, np.random.default_rng(0))

@@ -10,7 +10,7 @@ from samclip_hf import SamClipModel
 from samclip_hf.distillation import RegionTeacher
 from samclip_hf.distillation.collation import SamBatches
 from samclip_hf.distillation.losses import region_distillation_loss
-from samclip_hf.images import normalize
+from samclip_hf.images import RunLengthMask, normalize
 
 from ..conftest import assert_same
 
@@ -89,7 +89,8 @@ def test_masks_follow_the_resizing_and_the_padding_of_the_image():
     batches = SamBatches([], [], 64, [64], 1, 2, 2.0, 1, regions_per_image=2, mask_size=32)
     mask = np.zeros((100, 200), dtype=bool)
     mask[50:, :100] = True  # the lower left quarter
-    sample = batches._with_prompts(Image.new("RGB", (200, 100)), [mask, mask], np.random.default_rng(0), "point", 64)
+    masks = [RunLengthMask.encode(mask)] * 2
+    sample = batches._with_prompts(Image.new("RGB", (200, 100)), masks, np.random.default_rng(0), "point", 64)
     expected = np.zeros((32, 32), dtype=np.uint8)
     expected[8:16, :16] = 255
     assert (sample["region_masks"][0] == expected).all()

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 from transformers.utils import logging
 
-from ..images import decode_mask
+from ..images import RunLengthMask, read_mask
 from .samples import read_image
 from .shards import ACCEPTED_NAMES, BROKEN_IMAGE, REMEDIES, DataError, Shards, TarShards, open_shards
 
@@ -224,11 +224,11 @@ def decode_image(sample: dict[str, Any]) -> Image.Image:
 
 def draw_masks(
     sample: dict[str, Any], num_masks: int, rng: np.random.Generator, size: tuple[int, int]
-) -> tuple[list[np.ndarray], Counter[str]]:
+) -> tuple[list[RunLengthMask], Counter[str]]:
     r"""
     Draws `num_masks` of a sample's masks at random, without repetition if there are enough. Masks that are empty,
     corrupt or of another size than the image are skipped, and masks that cover more than 90 % of the image are left
-    out. Only the drawn masks and those of annotations without an area are decoded.
+    out. Only the drawn masks and those of annotations without an area are read, as run lengths.
 
     Args:
         sample (`dict`):
@@ -241,8 +241,8 @@ def draw_masks(
             The image's height and width.
 
     Returns:
-        `tuple[list[numpy.ndarray], Counter[str]]`: Masks of shape `(height, width)` and type bool, and the number of
-        skipped annotations by cause, as far as they were read.
+        `tuple[list[RunLengthMask], Counter[str]]`: Masks of shape `(height, width)`, and the number of skipped
+        annotations by cause, as far as they were read.
 
     Raises:
         SkippedSampleError: There are no annotations, or none of them can be used.
@@ -250,23 +250,23 @@ def draw_masks(
     annotations = read_annotations(sample["json"])
     skipped: Counter[str] = Counter()
     usable = [annotation for annotation in annotations if _is_usable(annotation, size, skipped)]
-    decoded: dict[int, np.ndarray] = {}
+    masks: dict[int, RunLengthMask] = {}
     for index in rng.permutation(len(usable)).tolist():
-        if len(decoded) == num_masks:
+        if len(masks) == num_masks:
             break
-        mask = _decode(usable[index], size)
+        mask = _read_mask(usable[index], size)
         if mask is None:
             skipped[BROKEN_ANNOTATION] += 1
-        elif (area := np.count_nonzero(mask)) == 0:
+        elif mask.area == 0:
             skipped[EMPTY_ANNOTATION] += 1
-        elif area <= MAX_MASK_FRACTION * mask.size:
-            decoded[index] = mask
-    if not decoded:
+        elif mask.area <= MAX_MASK_FRACTION * size[0] * size[1]:
+            masks[index] = mask
+    if not masks:
         raise SkippedSampleError(max(skipped, key=skipped.__getitem__) if skipped else "no usable mask")
-    chosen = list(decoded)
+    chosen = list(masks)
     if len(chosen) < num_masks:
-        chosen += np.array(sorted(decoded))[rng.integers(len(decoded), size=num_masks - len(chosen))].tolist()
-    return [decoded[index] for index in chosen], skipped
+        chosen += np.array(sorted(masks))[rng.integers(len(masks), size=num_masks - len(chosen))].tolist()
+    return [masks[index] for index in chosen], skipped
 
 
 def read_annotations(content: bytes | str | dict[str, Any] | list | None) -> list[Any]:
@@ -298,26 +298,26 @@ def _annotated_size(sample: dict[str, Any]) -> tuple[int, int] | None:
 
 def _is_usable(annotation: Any, size: tuple[int, int], skipped: Counter[str]) -> bool:
     """Returns whether an annotation has a mask of this size that is not too large. Counts annotations without a mask,
-    or with one of another size. The mask is decoded only if the annotation has no area, or one that is larger than the
+    or with one of another size. The mask is read only if the annotation has no area, or one that is larger than the
     image."""
     segmentation = annotation.get("segmentation") if isinstance(annotation, dict) else None
     if not segmentation or not isinstance(segmentation, dict | list):
         skipped[BROKEN_ANNOTATION] += 1
         return False
-    # Before decoding, which allocates memory for this size. Polygons have no size.
+    # Polygons have no size.
     if isinstance(segmentation, dict) and list(segmentation.get("size") or []) != list(size):
         skipped[OTHER_SIZE] += 1
         return False
     area = annotation.get("area")
     if not isinstance(area, int | float) or not 0 < area <= size[0] * size[1]:
-        mask = _decode(annotation, size)
-        area = 0 if mask is None else mask.sum()  # whether it is corrupt or empty is counted when it is drawn
+        mask = _read_mask(annotation, size)
+        area = 0 if mask is None else mask.area  # whether it is corrupt or empty is counted when it is drawn
     return area <= MAX_MASK_FRACTION * size[0] * size[1]
 
 
-def _decode(annotation: dict[str, Any], size: tuple[int, int]) -> np.ndarray | None:
-    """Decodes the mask of an annotation. Returns `None` if it is corrupt."""
+def _read_mask(annotation: dict[str, Any], size: tuple[int, int]) -> RunLengthMask | None:
+    """Returns the mask of an annotation, or `None` if it is corrupt."""
     try:
-        return decode_mask(annotation["segmentation"], size)
+        return read_mask(annotation["segmentation"], size)
     except Exception:  # numpy and pycocotools raise many kinds of errors
         return None

@@ -25,6 +25,7 @@ from transformers.utils import logging
 
 from ..datasets.shards import REMEDIES
 from ..datasets.streams import UNREADABLE_SHARD, DataError, SkippedSampleError, Stream, decode_image, draw_masks
+from ..images import RunLengthMask
 from ..segmentation_samclip import POINTS_PER_CLASS
 from .crops import STUDENT_FILTER, cut, draw_crop, sample_rng
 from .embedding_cache import CacheDescription, RegionCacheDescription, no_collation
@@ -230,7 +231,7 @@ class SamBatches:
 
     def placeholder(self, prompt: str, student_image_size: int) -> dict[str, np.ndarray]:
         """Returns a black image with masks of the whole image."""
-        masks = [np.ones((8, 8), bool)] * self.masks_per_image
+        masks = [RunLengthMask((8, 8), [0, 64])] * self.masks_per_image
         rng = np.random.default_rng(0)
         sample = self._with_prompts(Image.new("RGB", (8, 8)), masks, rng, prompt, student_image_size)
         if self.region_cache is not None:
@@ -241,7 +242,7 @@ class SamBatches:
     def _with_prompts(
         self,
         image: Image.Image,
-        masks: list[np.ndarray],
+        masks: list[RunLengthMask],
         rng: np.random.Generator,
         prompt: str,
         student_image_size: int,
@@ -270,7 +271,7 @@ class SamBatches:
             sample["region_masks"] = self._region_masks(masks, height, width)
         return sample
 
-    def _region_masks(self, masks: list[np.ndarray], height: int, width: int) -> np.ndarray:
+    def _region_masks(self, masks: list[RunLengthMask], height: int, width: int) -> np.ndarray:
         """The masks of `_on_padded_image` for the regions. Of a mask that is drawn several times, all but the first
         are empty."""
         region_masks = self._on_padded_image(masks[: self.regions_per_image], height, width)
@@ -279,15 +280,14 @@ class SamBatches:
                 region_masks[number] = 0
         return region_masks
 
-    def _on_padded_image(self, masks: list[np.ndarray], height: int, width: int) -> np.ndarray:
+    def _on_padded_image(self, masks: list[RunLengthMask], height: int, width: int) -> np.ndarray:
         """Masks of the image -> masks of the padded image, whose content has this height and width: uint8 from 0 to
         255, `(num_masks, mask_size, mask_size)`."""
         scale = self.mask_size / self.image_size
-        size = (max(1, round(width * scale)), max(1, round(height * scale)))
+        width, height = max(1, round(width * scale)), max(1, round(height * scale))
         padded = np.zeros((len(masks), self.mask_size, self.mask_size), dtype=np.uint8)
         for number, mask in enumerate(masks):
-            resized = Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.Resampling.BOX)
-            padded[number, : size[1], : size[0]] = np.asarray(resized)
+            padded[number, :height, :width] = np.rint(255 * mask.coverage(width, height))
         return padded
 
 

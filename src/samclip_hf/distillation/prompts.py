@@ -5,7 +5,7 @@ SAM-CLIP's composition of both heads (paper, section 5).
 
 import numpy as np
 
-from ..images import mask_to_prompt_box
+from ..images import RunLengthMask, mask_to_prompt_box
 
 BOX_NOISE = 0.1  # standard deviation, relative to the side of the box
 # Logits of a class at the patches of its objects: the mean differs between masks, the noise between patches. Similar
@@ -14,12 +14,12 @@ CLASS_LOGIT_RANGE = (-1.0, 9.0)
 CLASS_LOGIT_NOISE = 4.0  # standard deviation
 
 
-def point_from_mask(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def point_from_mask(mask: np.ndarray | RunLengthMask, rng: np.random.Generator) -> np.ndarray:
     r"""
     Draws a foreground pixel of a mask with uniform probability.
 
     Args:
-        mask (`np.ndarray` of type bool and shape `(height, width)`):
+        mask (`np.ndarray` of type bool, or `RunLengthMask`, of shape `(height, width)`):
             A mask with at least one foreground pixel.
 
     Returns:
@@ -28,21 +28,19 @@ def point_from_mask(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     Raises:
         ValueError: If the mask is empty.
     """
-    # Transposed: masks that are decoded from run lengths are stored column by column.
-    pixels = np.flatnonzero(mask.T)
-    if len(pixels) == 0:
+    runs = mask if isinstance(mask, RunLengthMask) else RunLengthMask.encode(mask)
+    if runs.area == 0:
         raise ValueError("An empty mask has no point.")
-    x, y = divmod(int(pixels[rng.integers(len(pixels))]), mask.shape[0])
-    return np.array([x, y], dtype=np.float32)
+    return np.array(runs.pixel(int(rng.integers(runs.area))), dtype=np.float32)
 
 
-def box_from_mask(mask: np.ndarray, rng: np.random.Generator, max_noise: float = 20.0) -> np.ndarray:
+def box_from_mask(mask: np.ndarray | RunLengthMask, rng: np.random.Generator, max_noise: float = 20.0) -> np.ndarray:
     r"""
     Returns the bounding box of a mask with normal noise, whose standard deviation is 10 % of the side. The noise is
     clipped to `max_noise`, the box to the image.
 
     Args:
-        mask (`np.ndarray` of type bool and shape `(height, width)`):
+        mask (`np.ndarray` of type bool, or `RunLengthMask`, of shape `(height, width)`):
             A mask with at least one foreground pixel.
         max_noise (`float`):
             Largest noise in pixels of the mask. SAM uses 20 px at 1024 px.
