@@ -1105,7 +1105,8 @@ def main() -> None:
         arguments.model = os.environ.get("SAMCLIP_CHECKPOINT")
     try:
         check_models(arguments)
-        app = App(load_model(arguments), mask_generation_options(arguments))
+        loaded = load_model(arguments)
+        app = App(loaded, mask_generation_options(loaded))
     except (CommandError, OSError, ValueError) as error:
         parser.error(str(error))
     folder = Path(__file__).parent

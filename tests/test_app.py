@@ -65,7 +65,8 @@ def start(*arguments: str):
     parser = argparse.ArgumentParser()
     add_model_arguments(parser)
     parsed = parser.parse_args(arguments)
-    return demo.App(load_model(parsed), mask_generation_options(parsed))
+    loaded = load_model(parsed)
+    return demo.App(loaded, mask_generation_options(loaded))
 
 
 def fields(labels: str = "", **changes):

@@ -8,6 +8,7 @@ must not wait for them.
 
 import argparse
 import json
+import logging
 import os
 import sys
 import time
@@ -52,6 +53,13 @@ def log(message: str) -> None:
     tqdm.write(f"samclip: {message}", file=sys.stderr)
 
 
+class _MessageHandler(logging.Handler):
+    """Prints warnings of samclip_hf as messages of the command. By default, they have no prefix."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        log(record.getMessage())
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """
     Runs a command line, by default that of this process.
@@ -68,6 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     arguments = parser.parse_args(argv)
     module = import_module(f".{arguments.command}", __name__)
+    logger, handler = logging.getLogger("samclip_hf"), _MessageHandler(logging.WARNING)
+    logger.addHandler(handler)
     try:
         try:
             return module.run(arguments.arguments)
@@ -99,6 +109,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of standard output, such as `head`, has closed it
         discard_standard_output()
         return BROKEN_PIPE
+    finally:
+        logger.removeHandler(handler)
 
 
 def tell_launcher(message: str) -> None:
@@ -122,6 +134,7 @@ def build_parser() -> argparse.ArgumentParser:
         description=f"SAM-CLIP: segment and classify images by text, and train the models.\n\ncommands:\n{commands}",
         epilog="'samclip COMMAND --help' describes a command and its arguments.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     version = f"samclip {metadata.version('samclip-hf')}"
     parser.add_argument("--version", action="version", version=version, help="print the version and exit")

@@ -1,6 +1,44 @@
-"""Types of command-line arguments, for `argparse`."""
+"""The parser of the commands, and types of their arguments."""
 
 import argparse
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+from . import CommandError
+
+
+class CommandParser(argparse.ArgumentParser):
+    """
+    A parser that does not accept abbreviations of options, of which `argparse` reports the ambiguous ones only. The
+    help text keeps its lines.
+
+    command (`str`):
+        Name of the command.
+    hints (`dict[str, str]`, *optional*):
+        What to do instead of passing an option that the command does not have.
+    kwargs:
+        Arguments of `argparse.ArgumentParser`.
+    """
+
+    def __init__(self, command: str, hints: dict[str, str] | None = None, **kwargs: Any):
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(f"samclip {command}", formatter_class=formatter, allow_abbrev=False, **kwargs)
+        self.hints = hints or {}
+
+    def parse_args(self, args: Sequence[str]) -> argparse.Namespace:  # type: ignore[override]
+        """The parsed arguments. Raises `CommandError` for an unknown option, and exits with status 2 for other
+        errors."""
+        arguments, unknown = self.parse_known_args(args)
+        if not unknown:
+            return arguments
+        name = next((word for word in unknown if word.startswith("-")), unknown[0]).partition("=")[0]
+        if name in self.hints:
+            raise CommandError(f"{name}: {self.hints[name]}")
+        options = [option for option in self._option_string_actions if option.startswith("--")]
+        close = difflib.get_close_matches(name, options, n=1)
+        hint = f"Did you mean {close[0]}?" if close else f"See {self.prog} --help."
+        raise CommandError(f"unknown argument {name}. {hint}")
 
 
 def probability(text: str) -> float:

@@ -12,18 +12,18 @@ import re
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import INTERRUPTED, discard_standard_output, first_line, log
-from .formats import Prediction, encode, file_names, run_files, write_coco
+from .formats import RESULTS, Prediction, encode, file_names, write_coco
 from .inputs import ImageInput, InputError, read_image
 from .models import LoadedModel
 from .plan import OutputNames, Plan, check_plan
-from .run_record import RESULTS, RunRecord
+from .run_record import RunRecord
 
 if TYPE_CHECKING:  # importing these takes seconds, see the docstring of the package
     from PIL import Image
@@ -59,8 +59,8 @@ def process_images(plan: Plan, predict: Predict, loaded: LoadedModel) -> int:
     record = names = None
     if plan.has_record:
         assert plan.output is not None
-        description, files = _describe_run(plan, loaded), run_files(plan.formats)
-        record = RunRecord(plan.output, description, files, plan.arguments.overwrite, plan.process)
+        description = _describe_run(plan, loaded)
+        record = RunRecord(plan.output, description, plan.run_files, plan.arguments.overwrite, plan.process)
         record.check_unchanged(plan.inputs.listed)
     if plan.is_folder:
         names = OutputNames(plan, record.names if record is not None else None)
@@ -167,7 +167,8 @@ class _Work:
         self.failures: Counter[str] = Counter()  # by cause
         self.progress = _Progress(plan.count, plan.process)
         self.has_reported_batch = False
-        self.writes_results = RESULTS in run_files(plan.formats)
+        self.writes_results = RESULTS in plan.run_files
+        self.results: list[dict[str, Any]] = []  # of a run without record, for COCO's files
         self.replaces = plan.arguments.overwrite or (record is not None and record.replaces)
 
     def start(self) -> None:
@@ -233,6 +234,8 @@ class _Work:
                 self._fail(image, ValueError(message), EXISTS)
                 continue
             self.done += 1
+            if self.record is None and self.plan.is_folder:
+                self.results.append(record)
             self.progress.advance()
 
     def _predict(
@@ -289,17 +292,19 @@ class _Work:
 
     def join(self, loaded: LoadedModel) -> None:
         """Joins the results of all processes and writes the files for all images, in a single process."""
-        if not self.plan.is_folder or not self.writes_results:
-            return
-        assert self.plan.output is not None
-        if self.record is not None:
+        results: Iterable[dict[str, Any]] = self.results
+        if self.record is not None and self.writes_results:
             self.record.close()
             if self.plan.process[1] > 1:
                 return
             self.record.join(self.plan.images())
+            assert self.plan.output is not None
+            results = _read_results(self.plan.output / RESULTS)
+        elif not results:
+            return
         if "coco" in self.plan.formats:
-            path = self.plan.output / RESULTS
-            write_coco(_read_results(path), self.plan.output, loaded.names, loaded.description)
+            assert self.plan.output is not None
+            write_coco(results, self.plan.output, loaded.names, loaded.description)
 
     def _fail(self, image: ImageInput, error: Exception, cause: str) -> None:
         self.failures[cause] += 1
@@ -322,8 +327,10 @@ class _Work:
         if self.record is None:
             if failed:
                 log(f"{failed} of {self._total()} images failed ({causes}).")
+            elif self.done and self.plan.output is not None:
+                log(f"files written: {', '.join(map(str, self._written()))}")
             return
-        parts = [f"{self.done} images processed"]
+        parts = [f"{self.done} image{'s' * (self.done != 1)} processed"]
         parts += [f"{self.skipped} skipped, which were complete"] if self.skipped else []
         parts += [f"{failed} failed ({causes})"] if failed else []
         number, processes = self.plan.process
@@ -332,8 +339,17 @@ class _Work:
         if processes > 1 and number == 0 and self.writes_results:
             log(
                 "when all processes have ended, run the same command in a single process to join their results in "
-                f"{', '.join(run_files(self.plan.formats))}."
+                f"{', '.join(self.plan.run_files)}."
             )
+
+    def _written(self) -> list[Path]:
+        """The outputs of a run without record. Those of formats with a folder for each image are the folders."""
+        output = self.plan.output
+        assert output is not None
+        if self.names is None:
+            return [output]
+        names = file_names(*self.names.names.values(), self.plan.formats) + self.plan.run_files
+        return [output / name for name in names]
 
     def _total(self) -> str:
         return "all" if self.plan.count is None else str(self.plan.count)

@@ -30,11 +30,15 @@ examples:
 Scores are probabilities among the labels, in descending order. With --multi_label, each score is
 independent of the other labels."""
 
+BACKGROUND_HINT = (
+    "an image gets one of the labels. For images with none of them, add a label, such as "
+    '--labels "cat, dog, something else".'
+)
 RECORD = '"labels": [{"label": "cat", "score": 0.93}, ...]'
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = create_parser("classify", DESCRIPTION, RECORD, has_masks=False, help_text=LABELS_HELP)
+    parser = create_parser("classify", DESCRIPTION, RECORD, False, LABELS_HELP, {"--background": BACKGROUND_HINT})
     add_label_arguments(parser, None, "This is a photo of {}.", has_background=False)
     add_batch_size(parser)
     return parser

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import CommandError
-from .argument_types import positive_int
+from .argument_types import CommandParser, positive_int
 from .models import check_model
 from .train import collect_arguments, parse_arguments
 
@@ -44,9 +44,7 @@ Hub; if it cannot be reached, SAM ViT-B and CLIP ViT-L/14 are assumed."""
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="samclip cost", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser("cost", description=DESCRIPTION)
     parser.add_argument("recipes", nargs="+", metavar="RECIPE", help="YAML files, or names of recipes in the package")
     parser.add_argument(
         "--num_processes",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import CommandError
-from .argument_types import fraction, positive_int
+from .argument_types import CommandParser, fraction, positive_int
 from .models import check_model
 from .outputs import check_writable
 
@@ -43,9 +43,7 @@ divide the shards among themselves."""
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="samclip embed", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser("embed", description=DESCRIPTION)
     parser.add_argument(
         "--clip_teacher",
         metavar="NAME",

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import CommandError
-from .argument_types import fraction, positive_int
+from .argument_types import CommandParser, fraction, positive_int
 from .models import check_model
 from .outputs import check_writable
 
@@ -52,7 +52,8 @@ tasks:
 
 models:
   SAM-CLIP, SAM, CLIP and SigLIP checkpoints. SAM+CLIP, the names of a SAM and of a CLIP or SigLIP
-  with a plus between them, is the unmerged model of both. cascade is for unmerged models only.
+  with a plus between them, is the unmerged model of both (--sam and --clip of other commands), such
+  as facebook/sam-vit-base+openai/clip-vit-base-patch16. cascade is for unmerged models only.
   Tasks that a model does not support are listed and skipped.
 
 output:
@@ -62,6 +63,10 @@ output:
   folder of the same name, and of another protocol of the same task, have separate names. No result
   is replaced."""
 
+PAIR_HINT = (
+    "pass the unmerged model of a SAM and a CLIP as SAM+CLIP, such as --model "
+    "facebook/sam-vit-base+openai/clip-vit-base-patch16."
+)
 PROTOCOLS = (
     *("classification", "retrieval", "instances", "prompts", "semantic", "composed", "cascade"),
     *("linear-probe", "head-probe", "cost"),
@@ -83,9 +88,7 @@ OPTIONS = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="samclip evaluate", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser("evaluate", dict.fromkeys(("--sam", "--clip"), PAIR_HINT), description=DESCRIPTION)
     parser.add_argument(
         "--model",
         nargs="+",
@@ -138,7 +141,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=None,
         help="apply the templates of the class names also to the texts that describe the background",
     )
-    parser.add_argument("--limit", type=positive_int, metavar="N", help="evaluate only the first N samples")
+    parser.add_argument("--limit", type=positive_int, metavar="N", help="evaluate the first N samples of datasets")
     parser.add_argument(
         "--share",
         type=fraction,
@@ -171,9 +174,10 @@ def check_tasks(arguments: argparse.Namespace) -> None:
     for option, protocols in OPTIONS.items():
         is_set = getattr(arguments, option) not in (None, [None])
         if is_set and not any(name.split(":")[0] in protocols for name in others):
+            hint = " Pass --share to evaluate a part of the miniature's scenes." * (option == "limit")
             raise CommandError(
                 f"--{option} applies to {', '.join(protocols)} on data other than the miniature's scenes, and none of "
-                f"the tasks is one of them: {' '.join(arguments.task)}."
+                f"the tasks is one of them: {' '.join(arguments.task)}.{hint}"
             )
     for option in ("share", "seed"):
         if getattr(arguments, option) is not None and len(others) == len(arguments.task):

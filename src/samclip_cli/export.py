@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .argument_types import CommandParser
 from .models import check_model
 from .outputs import check_writable
 
@@ -27,9 +28,7 @@ how to combine the parts."""
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="samclip export", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser("export", description=DESCRIPTION)
     parser.add_argument(
         "--model", metavar="NAME", help="a folder or a repository on the Hub (default: the shipped miniature)"
     )

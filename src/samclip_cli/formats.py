@@ -25,11 +25,13 @@ FORMATS = {
     "coco": (
         "coco_results.json",
         "COCO results of all images with compressed run-length encodings; image and category ids are in "
-        "coco_dataset.json, and results.jsonl is written, too",
+        "coco_dataset.json. For several images, results.jsonl is written, too: an interrupted run "
+        "continues from it",
     ),
 }
 WITHOUT_MASKS = ("overlay", "json", "jsonl")
-RUN_FILES = {"jsonl": ["results.jsonl"], "coco": ["results.jsonl", "coco_results.json", "coco_dataset.json"]}
+RESULTS = "results.jsonl"
+RUN_FILES = {"jsonl": [RESULTS], "coco": ["coco_results.json", "coco_dataset.json"]}
 MAX_PALETTE_INDEX = 254  # 255 is "ignore" in the label maps of many datasets
 
 
@@ -78,9 +80,17 @@ def file_names(stem: str, formats: Sequence[str]) -> list[str]:
     return [FORMATS[name][0].format(stem) for name in formats if name not in RUN_FILES]
 
 
-def run_files(formats: Sequence[str]) -> list[str]:
-    """Files for all images of a run in the output folder."""
-    return list(dict.fromkeys(file for name in formats for file in RUN_FILES.get(name, [])))
+def run_files(formats: Sequence[str], has_record: bool) -> list[str]:
+    """
+    Files for all images of a run in the output folder.
+
+    formats (`Sequence[str]`):
+        Names of formats.
+    has_record (`bool`):
+        Whether the run can be continued after an interruption: COCO's files are then made from `results.jsonl`.
+    """
+    files = [file for name in formats for file in RUN_FILES.get(name, [])]
+    return [RESULTS, *files] if has_record and "coco" in formats and RESULTS not in files else files
 
 
 def coco_annotation(mask: "np.ndarray", segmentation: dict | None = None) -> dict[str, Any]:

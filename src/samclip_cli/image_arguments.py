@@ -4,7 +4,7 @@ import argparse
 import textwrap
 
 from . import CommandError
-from .argument_types import positive_int
+from .argument_types import CommandParser, positive_int
 from .formats import FORMATS, WITHOUT_MASKS, parse_formats
 from .inputs import INPUTS_HELP, add_input_arguments
 from .models import add_model_arguments
@@ -37,18 +37,24 @@ MASKS_HELP = """\
 
 
 def create_parser(
-    command: str, description: str, record: str, has_masks: bool, help_text: str
-) -> argparse.ArgumentParser:
+    command: str,
+    description: str,
+    record: str,
+    has_masks: bool,
+    help_text: str,
+    hints: dict[str, str] | None = None,
+) -> CommandParser:
     """A parser with the arguments of all image commands. `description` has examples, `record` is an example of the
-    JSON, and `help_text` explains arguments of the command, for `--help`."""
+    JSON, and `help_text` explains arguments of the command, for `--help`. See [`CommandParser`] for `hints`."""
     names = [name for name in FORMATS if has_masks or name in WITHOUT_MASKS]
     lines = []
     for name in names:
         path, meaning = FORMATS[name]
         first, *rest = textwrap.wrap(meaning, 64)
         lines += [f"    {name:<9} {path.format('NAME'):<17} {first}", *(" " * 32 + line for line in rest)]
-    parser = argparse.ArgumentParser(
-        prog=f"samclip {command}",
+    parser = CommandParser(
+        command,
+        hints,
         usage=f"samclip {command} IMAGE [IMAGE ...] [options]",
         description=description,
         epilog=COMMON_HELP
@@ -59,7 +65,6 @@ def create_parser(
             "help_text": help_text,
             "formats_help": "\n".join(lines),
         },
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_input_arguments(parser)
     add_model_arguments(parser)

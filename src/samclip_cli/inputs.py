@@ -45,8 +45,9 @@ images:
 many images:
   Run the same command again to continue an interrupted run with a folder as --output. The folder
   .samclip in it records the run, and results of other options or models are not mixed.
-  Several processes share the images; each one uses a GPU of its own if there are several:
-    accelerate launch -m samclip_cli COMMAND IMAGE [IMAGE ...] --output out/
+  Several processes share the images; each one uses a GPU of its own if there are several, and the
+  CPU if there is none:
+    torchrun --nproc_per_node N -m samclip_cli COMMAND IMAGE [IMAGE ...] --output out/
   Then run the command in a single process to join their results in results.jsonl and COCO's files."""
 
 
@@ -184,7 +185,8 @@ def add_batch_size(parser: argparse.ArgumentParser) -> None:
 
 def find_inputs(patterns: Sequence[str]) -> Inputs:
     """Finds the images of all arguments `IMAGE`. Raises `CommandError` for an argument that matches no image."""
-    listed: dict[str, list[ImageInput]] = {}  # by absolute path
+    # By paths in which links of folders are resolved: '**' follows a link to a folder above up to 40 times.
+    listed: dict[str, list[ImageInput]] = {}
     data_sets: dict[str, DataSetImages] = {}
     for pattern in patterns:
         if pattern.startswith(HUB_PREFIX):
@@ -192,10 +194,10 @@ def find_inputs(patterns: Sequence[str]) -> Inputs:
             data_sets.setdefault(data_set.key, data_set)
             continue
         for path in _find_files(pattern):
-            absolute = os.path.abspath(path)
-            if absolute not in listed:
+            resolved = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
+            if resolved not in listed:
                 is_tar = path.lower().endswith(TAR_EXTENSION)
-                listed[absolute] = _images_of_tar(path) if is_tar else [_image_of_file(path)]
+                listed[resolved] = _images_of_tar(path) if is_tar else [_image_of_file(path)]
     return Inputs(list(itertools.chain.from_iterable(listed.values())), list(data_sets.values()))
 
 
@@ -221,7 +223,8 @@ def _files_of_folder(folder: str) -> list[str]:
         names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
     except OSError as error:
         raise CommandError(f"{folder}: {error.strerror}.") from error
-    paths = [path for name in names if os.path.isfile(path := os.path.join(folder, name))]
+    paths = [os.path.join(folder, name) for name in names]
+    paths = [path for path in paths if os.path.isfile(path) or not os.path.exists(path)]  # a broken link is reported
     found = [path for path in paths if path.lower().endswith(IMAGE_EXTENSIONS)]
     found = found or [path for path in paths if path.lower().endswith(TAR_EXTENSION)]
     if not found:

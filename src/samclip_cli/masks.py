@@ -80,11 +80,11 @@ def run(argv: Sequence[str]) -> int:
     from samclip_hf import SamClipMaskGenerationPipeline
     from samclip_hf.tiling_samclip import ComputedSequence
 
-    options = mask_generation_options(arguments)
+    loaded = load_model(arguments)
+    options = mask_generation_options(loaded)
     for name in ("points_per_crop", "pred_iou_thresh", "stability_score_thresh"):
         if getattr(arguments, name) is not None:
             options[name] = getattr(arguments, name)
-    loaded = load_model(arguments)
     if arguments.labels is not None:
         embed_labels(arguments, loaded)
     generator = SamClipMaskGenerationPipeline(

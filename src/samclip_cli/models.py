@@ -248,36 +248,41 @@ def load_model(arguments: argparse.Namespace) -> LoadedModel:
 
 def _has_miniature_encoder(model: "SamClipForImageSegmentation") -> bool:
     """Whether an image encoder of the model has the weights of a shipped miniature, from whatever folder."""
+    from samclip_hf import miniature
+
+    return _is_miniature_sam(model) or _has_weights(
+        model, miniature.clip_teacher(), "vision_model.", "clip_head.vision_model."
+    )
+
+
+def _is_miniature_sam(model: "SamClipForImageSegmentation") -> bool:
+    """Whether the image encoder that the masks come from has the weights of a shipped miniature."""
+    from samclip_hf import miniature
+
+    folders = (miniature.checkpoint(), miniature.sam_teacher())
+    return any(_has_weights(model, folder, "vision_encoder.", "vision_encoder.") for folder in folders)
+
+
+def _has_weights(model: "SamClipForImageSegmentation", folder: str, saved: str, prefix: str) -> bool:
+    """Whether the weights of a model whose names start with `prefix` are those of a saved model, whose names start
+    with `saved`."""
     import torch
     from safetensors.torch import load_file
 
-    from samclip_hf import miniature
-
-    own = model.state_dict()
-    for folder, saved, prefix in (
-        (miniature.checkpoint(), "vision_encoder.", "vision_encoder."),
-        (miniature.sam_teacher(), "vision_encoder.", "vision_encoder."),
-        (miniature.clip_teacher(), "vision_model.", "clip_head.vision_model."),
-    ):
-        weights = load_file(os.path.join(folder, "model.safetensors"))
-        pairs = [(own.get(prefix + name[len(saved) :]), weights[name]) for name in weights if name.startswith(saved)]
-        if all(one is not None and one.shape == other.shape for one, other in pairs) and all(
-            torch.equal(one.cpu().float(), other.float()) for one, other in pairs if one is not None
-        ):
-            return bool(pairs)
-    return False
+    own, weights = model.state_dict(), load_file(os.path.join(folder, "model.safetensors"))
+    pairs = [(own.get(prefix + name[len(saved) :]), weights[name]) for name in weights if name.startswith(saved)]
+    return all(one is not None and one.shape == other.shape for one, other in pairs) and all(
+        torch.equal(one.cpu().float(), other.float()) for one, other in pairs if one is not None
+    )
 
 
-def mask_generation_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of the mask generation pipeline for the model of the command line: `miniature.MASK_GENERATION` for the
+def mask_generation_options(loaded: LoadedModel) -> dict[str, Any]:
+    """Arguments of the mask generation pipeline for a model: `miniature.MASK_GENERATION` for the weights of the
     shipped miniatures, `MASK_GENERATION_DEFAULTS` for any other."""
     from samclip_hf import miniature
     from samclip_hf.mask_generation_samclip import MASK_GENERATION_DEFAULTS
 
-    name = arguments.model or arguments.sam or miniature.checkpoint()
-    shipped = (miniature.checkpoint(), miniature.sam_teacher())
-    is_miniature = any(_is_same(name, path) for path in shipped)
-    return dict(miniature.MASK_GENERATION if is_miniature else MASK_GENERATION_DEFAULTS)
+    return dict(miniature.MASK_GENERATION if _is_miniature_sam(loaded.model) else MASK_GENERATION_DEFAULTS)
 
 
 def _is_same(name: str, folder: str) -> bool:

@@ -51,7 +51,7 @@ def check_outputs(paths: Sequence[Path], inputs: Iterable[Path], overwrite: bool
 
     Raises `CommandError`.
     """
-    originals = set(map(identity, inputs))
+    originals = {identity(path) for path in inputs if os.path.exists(path)}  # not broken links
     existing = []
     for path in paths:
         try:

@@ -10,11 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import CommandError, log
-from .formats import file_names, run_files
+from .formats import RESULTS, file_names, run_files
 from .inputs import ImageInput, Inputs, find_inputs
 from .models import check_models
 from .outputs import check_outputs, check_writable, identity
-from .run_record import RESULTS, RunRecord, results_name
+from .run_record import RunRecord, results_name
+
+# Launchers of processes, and the variables of the environment in which they state the number of processes.
+OTHER_LAUNCHERS = (("mpirun", "OMPI_COMM_WORLD_SIZE"), ("mpirun", "PMI_SIZE"), ("srun", "SLURM_STEP_NUM_TASKS"))
 
 
 @dataclass
@@ -49,6 +52,11 @@ class Plan:
         return self.is_folder and self.inputs.count != 1
 
     @property
+    def run_files(self) -> list[str]:
+        """Names of the files for all images in the output folder."""
+        return run_files(self.formats, self.has_record)
+
+    @property
     def count(self) -> int | None:
         """The number of images of this process, if it is known."""
         count = self.inputs.count
@@ -62,11 +70,25 @@ class Plan:
 def prepare(arguments: argparse.Namespace) -> Plan:
     """Finds the images and checks the output and the model. Raises `CommandError` if one of them cannot be used.
     Imports torch and transformers for tars and data sets only."""
-    process = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    process = find_process()
     inputs = find_inputs(arguments.images)
     plan = plan_output(arguments, inputs, process)
     check_models(arguments)
     return plan
+
+
+def find_process() -> tuple[int, int]:
+    """The number of this process, and the number of processes, which `torchrun` and `accelerate launch` set. Raises
+    `CommandError` for processes of other launchers, each of which would process all images."""
+    if "RANK" in os.environ:
+        return int(os.environ["RANK"]), int(os.environ.get("WORLD_SIZE", 1))
+    for launcher, variable in OTHER_LAUNCHERS:
+        if (count := int(os.environ.get(variable) or 1)) > 1:
+            raise CommandError(
+                f"{launcher} has started {count} processes, and each of them would process all images. Start the "
+                f"processes with 'torchrun --nproc_per_node {count} -m samclip_cli ...' instead."
+            )
+    return 0, 1
 
 
 def plan_output(arguments: argparse.Namespace, inputs: Inputs, process: tuple[int, int]) -> Plan:
@@ -125,7 +147,7 @@ class OutputNames:
     def __init__(self, plan: Plan, names: dict[str, str] | None = None):
         self.formats = plan.formats
         self.names = dict(names or {})
-        self._used = {_normalize(name) for name in run_files(self.formats)}
+        self._used = {_normalize(name) for name in plan.run_files}
         self._used.update(*map(self._files, self.names.values()))
         self._stems = set(itertools.chain.from_iterable(self._files(image.stem) for image in plan.inputs.listed))
         renamed = []
@@ -171,8 +193,7 @@ def check_plan(plan: Plan, names: OutputNames, record: RunRecord | None) -> None
         is_begun = record is not None and image.key in record.names
         (begun if is_begun else new).extend(file_names(names.name(image), plan.formats))
     if record is None or not record.exists:
-        files = run_files(plan.formats)
-        new += files + [results_name(plan.process)] * (RESULTS in files)
+        new += plan.run_files + [results_name(plan.process)] * (RESULTS in plan.run_files)
     parents = {identity(file.parent) for file in plan.inputs.files}
     for files, replace in ((begun, True), (new, may_replace)):
         check_outputs([plan.output / name for name in files if not name.endswith("/")], plan.inputs.files, replace)

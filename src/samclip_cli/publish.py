@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import CommandError
+from .argument_types import CommandParser
 from .models import check_model
 from .outputs import check_writable
 
@@ -23,13 +24,17 @@ The repository contains the weights, the model code and a model card, which is w
 training output's provenance.json and the results of samclip evaluate. Before the upload, a new
 process without this package loads the repository through every Auto class and pipeline, and the
 outputs are compared with those of the model. The upload is a single commit. Running the command
-again uploads only the files that have changed."""
+again uploads only the files that have changed.
+
+The unmerged model of a SAM and a CLIP (--sam and --clip of other commands, SAM+CLIP of samclip
+evaluate) must be saved in a folder first:
+  SamClipForImageSegmentation.from_teachers(SAM, CLIP, merged=False).save_pretrained(FOLDER)
+  SamClipProcessor.from_teachers(SAM, CLIP).save_pretrained(FOLDER)"""
+PAIR_HINT = "save the unmerged model of the SAM and the CLIP in a folder, as --help shows, and pass the folder."
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="samclip publish", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser("publish", dict.fromkeys(("--sam", "--clip"), PAIR_HINT), description=DESCRIPTION)
     parser.add_argument(
         "model", metavar="MODEL", help="a training output folder, or 'miniature' for the shipped model"
     )

@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import CommandError
+from .formats import RESULTS
 from .inputs import ImageInput
 
-FOLDER, RESULTS = ".samclip", "results.jsonl"
+FOLDER = ".samclip"
+LONGEST_VALUE = 60  # of an option in messages, in characters
 
 
 class ResultLine(NamedTuple):
@@ -150,7 +152,7 @@ class RunRecord:
         self._journal_file = open(self.journal, "ab")  # noqa: SIM115
         _lock(self._journal_file, self.output)
         if self.exists and self._journal_file.tell() != self._journal_size:
-            raise CommandError(f"another process writes to {self.output}.")
+            raise _is_in_use(self.output)
         self._journal_file.truncate(self._journal_end)
         if not self._journal_end:
             self._append(self.header)
@@ -291,8 +293,23 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         elif before != after and key in ("weights", "configuration"):  # hashes
             texts.append(f"{'other' if key == 'weights' else 'another'} {key} of the model")
         elif before != after:
-            texts.append(f"another {key} ({json.dumps(before)} instead of {json.dumps(after)})")
+            texts.append(f"another {key} ({_value_text(before)} instead of {_value_text(after)})")
     return texts
+
+
+def _value_text(value: Any) -> str:
+    """The value of an option, for messages."""
+    if value is None:
+        return "not given"
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 3]}..."
+
+
+def _is_in_use(output: Path) -> CommandError:
+    return CommandError(
+        f"another process writes to {output}. To share the images among processes, start them with one command: "
+        "'torchrun --nproc_per_node 2 -m samclip_cli ...'."
+    )
 
 
 def _lock(file, output: Path) -> None:
@@ -304,6 +321,6 @@ def _lock(file, output: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise CommandError(f"another process writes to {output}.") from error
+        raise _is_in_use(output) from error
     except OSError:  # a file system without locks
         return

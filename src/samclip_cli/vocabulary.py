@@ -21,7 +21,8 @@ LABELS_HELP = """
 labels:
   "cat|kitten, sofa" are two labels, and the first one has a synonym. A backslash before a comma or
   bar makes it a part of the name: "blue\\, bright". A --labels_file has one label on each line;
-  commas need no backslash there.
+  commas need no backslash there. A line that starts with # is a comment; one that starts with \\#
+  is a label that starts with #.
 """
 
 
@@ -202,19 +203,25 @@ def label_legend(
 def _read_labels_file(path: str) -> list[list[str]]:
     try:
         with open(path, encoding="utf-8-sig") as file:
-            lines = [line for line in file.read().splitlines() if line.strip()]
+            lines = [line.strip() for line in file.read().splitlines() if line.strip()]
     except UnicodeDecodeError as error:
         raise CommandError(f"--labels_file {path}: not a text file in UTF-8.") from error
     except OSError as error:
         raise CommandError(f"--labels_file {path}: {error.strerror}.") from error
-    if not lines:
+    labels = [line for line in lines if not line.startswith("#")]
+    if not labels:
         raise CommandError(f"--labels_file {path} has no labels: write one on each line.")
-    return _check_labels(f"--labels_file {path}", _split("\n".join(lines), "\n"))
+    if comments := len(lines) - len(labels):
+        log(
+            f"{path}: skipping {comments} of {len(lines)} lines, which are comments, because they start with #. Write "
+            "a backslash before the # of a label."
+        )
+    return _check_labels(f"--labels_file {path}", _split("\n".join(labels), "\n"))
 
 
 def parse_labels(option: str, text: str) -> list[list[str]]:
-    """Splits "cat|kitten, sofa" into labels and their synonyms. A backslash before a comma, a bar or a backslash makes
-    it a part of the name. Raises `CommandError` for an empty or repeated name."""
+    """Splits "cat|kitten, sofa" into labels and their synonyms. A backslash before a comma, a bar, a number sign or a
+    backslash makes it a part of the name. Raises `CommandError` for an empty or repeated name."""
     if not text.replace(",", "").strip():
         raise CommandError(f'{option} is empty: pass comma-separated names, such as "cat, sofa".')
     # Surrogates stand for bytes of the argument that cannot be decoded.
@@ -225,7 +232,7 @@ def parse_labels(option: str, text: str) -> list[list[str]]:
 
 def _split(text: str, separator: str) -> list[list[str]]:
     groups = [[""]]
-    for token in re.findall(r"\\[\\,|]|.", text, re.DOTALL):  # a character or one with a backslash before it
+    for token in re.findall(r"\\[\\,|#]|.", text, re.DOTALL):  # a character or one with a backslash before it
         if token == separator:
             groups.append([""])
         elif token == "|":

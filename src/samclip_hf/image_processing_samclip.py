@@ -424,6 +424,8 @@ def convert_to_rgb(image: Image.Image, apply_orientation: bool = False) -> Image
         return Image.fromarray(_to_8_bits(np.asarray(image)).round().astype(np.uint8)).convert("RGB")
     if image.mode in ("La", "RGBa"):  # colors multiplied by alpha, which PIL converts only to this mode
         image = image.convert(image.mode[:-1] + "A")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # without this step, Pillow warns of several transparent colors
     is_rgb = image.mode == "RGB" and type(image) is Image.Image  # and not a file, which may be closed
     return image if is_rgb else image.convert("RGB")
 

@@ -56,6 +56,21 @@ def test_skipped_files_of_a_folder_are_reported(capsys):
     assert messages == ["samclip: photos: skipping 2 of 3 files, which are not images (.HEIC, .txt)."]
 
 
+def test_links_are_followed_once_and_broken_ones_are_reported(capsys):
+    save("photos/1.png")
+    Path("photos/2.png").symlink_to("1.png")  # another image, as in folders of links to the files of a dataset
+    Path("photos/lost.png").symlink_to("nowhere.png")
+    Path("photos/again").symlink_to("../photos")
+    expected = ["photos/1.png", "photos/2.png"]
+    records, messages = samclip(capsys, "classify", "photos", "--labels", "a, b", status=1)
+    assert [record["image"] for record in records] == expected
+    assert messages[0].startswith("samclip: photos/lost.png: ") and "No such file" in messages[0]
+    records, messages = samclip(capsys, "classify", "photos/**/*.png", "photos/again", "--labels", "a, b", status=1)
+    assert len(records) == 2 and len(messages) == 2
+    samclip(capsys, "classify", "photos", "--labels", "a, b", "--output", "out", status=1)
+    assert sorted(os.listdir("out")) == [".samclip", "1.json", "1.png", "2.json", "2.png"]
+
+
 def test_outputs_of_images_with_the_same_name_do_not_collide(capsys):
     save("a/cat.png", "b/Cat.png", "b/cat-2.png")
     Path("out").mkdir()

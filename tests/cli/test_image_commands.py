@@ -1,6 +1,8 @@
 """`samclip segment`, `classify` and `masks` on the shipped miniature, compared with the pipelines and pycocotools."""
 
 import json
+import logging
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +13,9 @@ from transformers import pipeline
 
 from samclip_cli import main
 from samclip_cli.formats import coco_annotation
-from samclip_cli.models import _has_miniature_encoder
-from samclip_hf import SamClipForImageSegmentation, SamClipModel, miniature
+from samclip_cli.models import LoadedModel, _has_miniature_encoder, mask_generation_options
+from samclip_hf import SamClipForImageSegmentation, SamClipModel, image_processing_samclip, miniature
+from samclip_hf.mask_generation_samclip import MASK_GENERATION_DEFAULTS
 from samclip_hf.miniature.scenes import render
 from samclip_hf.visualization import color_of, draw_segments
 
@@ -287,6 +290,31 @@ def test_a_single_label_without_background_gives_a_warning(capsys):
     assert samclip(capsys, "classify", "photo.png", "--labels", "cat", "--multi_label")[1] == []
 
 
+@pytest.mark.parametrize("options", ([], ["--formats", "coco,masks,jsonl"], ["--output", "a.png"]))
+@pytest.mark.parametrize("command", ["segment", "points --points 5,5", "masks --points_per_crop 2"])
+def test_the_files_of_a_single_image_are_named_and_no_others_are_written(capsys, command, options):
+    save("photo.png")
+    records, messages = samclip(capsys, *command.split(), "photo.png", "--output", "out", *options)
+    prefix = "samclip: files written: "
+    assert records == [] and len(messages) == 1 and messages[0].startswith(prefix)
+    named = messages[0].removeprefix(prefix).split(", ")
+    assert sorted(named) == sorted(str(path) for path in [*Path().glob("out/*"), *Path().glob("a.png")])
+    assert ("out/results.jsonl" in named) == ("jsonl" in str(options)) and all(map(os.path.exists, named))
+
+
+def test_warnings_of_the_package_have_the_prefix_of_messages(capsys):
+    frames = [scene(8), scene(9)]
+    frames[0].save("photo.gif", save_all=True, append_images=frames[1:])
+    image_processing_samclip.logger.warning_once.cache_clear()
+    options = ["--labels", "cat, Cat, sofa", "--background", "wall"]
+    _, messages = samclip(capsys, "segment", "photo.gif", *options)
+    assert [message[:40] for message in messages] == [
+        "samclip: These names have the same token",
+        "samclip: An image has several frames or ",
+    ]
+    assert logging.getLogger("samclip_hf").handlers == []
+
+
 def test_the_default_model_is_reported(capsys):
     save("photo.png")
     command = ["classify", "photo.png", "--labels", "a, b"]
@@ -316,9 +344,13 @@ def test_a_published_checkpoint_loads_without_its_own_code(capsys):
     ).save_pretrained("unmerged")
     for name in ("unmerged", "hub"):
         model = SamClipForImageSegmentation.from_pretrained(name)
+        loaded = LoadedModel(model, None, None, {})
         assert _has_miniature_encoder(model)
-        for part in model.vision_encoder, getattr(model.clip_head, "vision_model", model):
-            next(part.parameters()).data += 0.1
+        assert mask_generation_options(loaded) == miniature.MASK_GENERATION
+        next(model.vision_encoder.parameters()).data += 0.1
+        assert mask_generation_options(loaded) == MASK_GENERATION_DEFAULTS
+        assert _has_miniature_encoder(model) == (name == "unmerged")  # its CLIP is the miniature's
+        next(getattr(model.clip_head, "vision_model", model).parameters()).data += 0.1
         assert not _has_miniature_encoder(model)
 
 

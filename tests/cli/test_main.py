@@ -46,6 +46,10 @@ WRONG_ARGUMENTS = [
     ["evaluate", "--task", "unknown:data"],
     ["evaluate", "--task", "classification", "unknown"],
     ["evaluate", "--limit", "5"],
+    ["evaluate", "--sam", "a", "--clip", "b"],
+    ["publish", "model", "me/model", "--clip", "b"],
+    ["classify", "photo.png", "--labels", "a, b", "--background", "c"],
+    ["masks", "photo.png", "--label", "a, b"],
     ["publish"],
     ["export"],
     ["export", "--output_dir", "onnx", "--opset", "3"],
@@ -100,6 +104,40 @@ def test_examples_in_the_help_text_can_be_parsed(capsys, tmp_path, monkeypatch, 
             assert collect_arguments(words)
         else:
             importlib.import_module(f"samclip_cli.{command}").build_parser().parse_args(words)
+
+
+@pytest.mark.parametrize(
+    "argv, part",
+    [
+        (["evaluate", "--limit", "5"], "Pass --share to evaluate a part of the miniature's scenes"),
+        (["evaluate", "--sam", "a", "--clip", "b"], "--sam: pass the unmerged model of a SAM and a CLIP as SAM+CLIP"),
+        (["publish", "model", "me/model", "--clip=b"], "--clip: save the unmerged model of the SAM and the CLIP"),
+        (["classify", "a.png", "--labels", "a, b", "--background", "c"], "--background: an image gets one of the lab"),
+        (["masks", "photo.png", "--nothing"], "unknown argument --nothing. See samclip masks --help."),
+        (["cost", "vit_b_stage1", "--num_process", "2"], "--num_process. Did you mean --num_processes?"),
+        (["--vers"], "COMMAND"),
+    ],
+)
+def test_an_option_that_a_command_does_not_have_is_explained(capsys, argv, part):
+    try:
+        assert main(argv) == 2
+    except SystemExit as error:
+        assert error.code == 2 and argv == ["--vers"]  # argparse
+    assert part in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"train"}))  # train has a parser of its own
+def test_options_cannot_be_abbreviated(capsys, command):
+    parser = importlib.import_module(f"samclip_cli.{command}").build_parser()
+    options = [option for option in parser._option_string_actions if option.startswith("--")]
+    required = [word for action in parser._actions if action.required for word in (*action.option_strings[:1], "x")]
+    checked = 0
+    for option in options:
+        if option[:-1] not in options and option != "--help":
+            assert main([command, *required, f"{option[:-1]}=x"]) == 2
+            assert f"unknown argument {option[:-1]}. Did you mean {option}?" in capsys.readouterr().err
+            checked += 1
+    assert checked
 
 
 def test_the_help_text_lists_all_commands(capsys):

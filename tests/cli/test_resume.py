@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from samclip_cli import batch, main, run_record
+from samclip_cli.plan import find_process
 
 from . import test_image_commands
 from .test_batch import before_writing
@@ -110,13 +111,16 @@ def test_new_images_are_added_and_deleted_outputs_are_written_again(capsys, phot
     }
 
 
-@pytest.mark.parametrize("change", ["option", "formats", "model", "image", "results", "another file"])
+@pytest.mark.parametrize("change", ["option", "new option", "formats", "model", "image", "results", "another file"])
 def test_results_of_different_runs_are_not_mixed(capsys, monkeypatch, photos, change):
     run_until_killed(monkeypatch, "3", *COMMAND, "--output", "out")
     command, part = [*COMMAND, "--output", "out"], ""
     capsys.readouterr()
     if change == "option":
         command, part = [*command, "--threshold", "0.9"], "with another threshold (0.3 instead of 0.9)"
+    elif change == "new option":
+        command = [*command, "--tile", "64"]
+        part = "with another tile (not given instead of 64)"
     elif change == "formats":
         command, part = [*command, "--formats", "json"], "with another formats"
     elif change == "model":
@@ -237,6 +241,20 @@ def test_a_join_of_results_continues_after_a_kill_in_any_step(capsys, monkeypatc
         main(command)
     samclip(capsys, *command)
     assert contents("out") == photos
+
+
+@pytest.mark.parametrize("variable", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"])
+def test_processes_that_would_each_process_all_images_are_refused(capsys, monkeypatch, photos, variable):
+    """mpirun and srun do not set RANK and WORLD_SIZE."""
+    monkeypatch.setenv(variable, "4")
+    _, [message] = samclip(capsys, *COMMAND, "--output", "out", status=2)
+    assert "has started 4 processes" in message and "'torchrun --nproc_per_node 4 -m samclip_cli ...'" in message
+    monkeypatch.setenv(variable, "1")
+    assert find_process() == (0, 1)
+    monkeypatch.setenv(variable, "4")  # torchrun in each of the four, or accelerate launch
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert find_process() == (2, 4)
 
 
 def test_several_processes_need_an_output_folder(capsys, monkeypatch, photos):
