@@ -348,8 +348,8 @@ class _Work:
         assert output is not None
         if self.names is None:
             return [output]
-        names = file_names(*self.names.names.values(), self.plan.formats) + self.plan.run_files
-        return [output / name for name in names]
+        [name] = self.names.names.values()
+        return [output / file for file in file_names(name, self.plan.formats) + self.plan.run_files]
 
     def _total(self) -> str:
         return "all" if self.plan.count is None else str(self.plan.count)
