@@ -1,64 +1,91 @@
-"""Subclasses of the trainer: frozen layers, other learning rates, another loss, another task."""
+"""The subclasses of docs/extend.md: a third teacher, another loss, frozen layers, other learning rates, other data."""
 
-import dataclasses
 import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
+from transformers import Dinov2Config, Dinov2Model
+from transformers.trainer_utils import set_seed
 
-from samclip_hf.distillation import SamClipTrainer
-from samclip_hf.images import normalize
-
-
-class LastLayerTrainer(SamClipTrainer):
-    """Trains the last layer of the image encoder only, with its own learning rate."""
-
-    def trained_parts(self):
-        return ["vision_encoder.layers.2", "mask_decoder", "clip_head"]
-
-    def parameter_group(self, name):
-        group, lr_multiplier = super().parameter_group(name)
-        if match := re.search(r"vision_encoder\.layers\.(\d+)\.", name):
-            return f"layer_{match[1]}", 0.5
-        return group, lr_multiplier
+PAGE = Path(__file__).parents[2] / "docs" / "extend.md"
 
 
-class DenseTrainer(SamClipTrainer):
-    """Adds a loss on the mean of the dense embeddings, with its own batches."""
-
-    def make_tasks(self, student):
-        tasks = super().make_tasks(student)
-        return tasks | {"dense": dataclasses.replace(tasks["clip"], image_sizes=[32])}
-
-    def losses(self):
-        return super().losses() | {"dense": self.dense_loss}
-
-    def dense_loss(self, model, images, teacher_images):
-        outputs = model(pixel_values=normalize(images, self.image_mean, self.image_std))
-        dense_embeds = outputs.dense_embeds.mean(dim=(2, 3))
-        loss = 1 - F.cosine_similarity(dense_embeds, self.clip_teacher(teacher_images)).mean()
-        self.record({"dense_loss": loss})
-        return loss
+@pytest.fixture(scope="module")
+def examples() -> dict[str, Any]:
+    """The names that the Python blocks of the page define."""
+    namespace: dict[str, Any] = {"__name__": "examples"}
+    code = "\n".join(re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE))
+    start = code.index("from dataclasses import dataclass")  # after the trainer of the miniature
+    exec(
+        "from samclip_hf import SamClipModel\nfrom samclip_hf.distillation import SamClipTrainer\n" + code[start:],
+        namespace,
+    )
+    return namespace
 
 
-def test_a_subclass_freezes_layers_and_sets_learning_rates(make_trainer, model):
+def test_a_third_teacher_trains_a_head_of_its_own_in_the_same_encoder_pass(examples, make_trainer, model, tmp_path):
+    set_seed(0)
+    student = examples["ThreeHeadedModel"](model.config)
+    student.load_state_dict(model.state_dict(), strict=False)
+    passes = []
+    student.vision_encoder.register_forward_hook(lambda *_: passes.append(1))
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 14, "image_size": 28}
+    trainer = make_trainer(
+        2, student=student, trainer_class=examples["ThreeTeacherTrainer"], max_steps=4, seed=1, learning_rate=1e-2
+    )
+    trainer.dino = Dinov2Model(Dinov2Config(**size)).eval()
+    trainer.train()
+    changed = {
+        name.split(".")[0] for name, value in student.state_dict().items() if not torch.equal(value, before[name])
+    }
+    assert changed == {"vision_encoder", "mask_decoder", "clip_head", "dino_head"}
+    assert len(passes) == 2 * 4  # CLIP loss and SAM loss in each step
+    log = trainer.state.log_history[0]
+    expected = log["clip_loss"] + log["dino_loss"] + 10 * log["sam_loss"]
+    assert log["loss"] == pytest.approx(expected, rel=1e-4)
+    assert log["dino_loss"] > 0 and log["grad_norm_dino_head"] > 0
+    (group,) = [g for g in trainer.optimizer.param_groups if any(p is student.dino_head.weight for p in g["params"])]
+    assert (group["name"], group["initial_lr"]) == ("head", 1e-2)
+    assert not any(p.requires_grad and p.grad is not None for p in trainer.dino.parameters())
+    trainer.save_model()
+    loaded = examples["ThreeHeadedModel"].from_pretrained(tmp_path / "run")
+    torch.testing.assert_close(loaded.dino_head.weight, student.dino_head.weight)
+
+
+def test_another_loss_is_added_to_the_sam_loss(examples, make_trainer, model):
+    torch.nn.init.normal_(model.vision_encoder.pos_embed)  # so that the SAM loss is not zero
+    trainers = [make_trainer(2), make_trainer(2, trainer_class=examples["OutlineTrainer"])]
+    batch = next(iter(trainers[0].get_train_dataloader()))["sam"]
+    plain, with_outlines = (trainer.sam_loss(model, **batch).item() for trainer in trainers)
+    outline_loss = trainers[1]._averages.compute()["outline_loss"]
+    assert outline_loss > 0
+    assert with_outlines == pytest.approx(plain + 10 * outline_loss, rel=1e-4)
+
+
+def test_layers_are_frozen_and_have_learning_rates_of_their_own(examples, make_trainer, model, monkeypatch):
+    trainer_class = examples["LayerDecayTrainer"]
+    monkeypatch.setattr(trainer_class, "num_layers", 3)  # of the tiny model
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    trainer = make_trainer(2, trainer_class=LastLayerTrainer, max_steps=4, seed=1, learning_rate=1e-2)
+    trainer = make_trainer(2, trainer_class=trainer_class, max_steps=4, seed=1, learning_rate=1e-2)
     trainer.train()
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert {name.split(".")[0] for name in changed} == {"vision_encoder", "mask_decoder", "clip_head"}
-    assert all("vision_encoder.layers.2." in name for name in changed if name.startswith("vision_encoder."))
+    in_encoder = {".".join(name.split(".")[:3]) for name in changed if name.startswith("vision_encoder.layers.")}
+    assert in_encoder == {"vision_encoder.layers.1", "vision_encoder.layers.2"}
     rates = {group["name"]: group["initial_lr"] for group in trainer.optimizer.param_groups}
-    assert rates == pytest.approx({"layer_2": 5e-3, "decoder": 1e-3, "head": 1e-2})
+    expected = {"layer_1": 3.6e-4, "layer_2": 6e-4, "encoder": 1e-3, "decoder": 1e-3, "head": 1e-2}
+    assert rates == pytest.approx(expected)
     assert "grad_norm_vision_encoder.layers.2" in trainer.state.log_history[0]
 
 
-def test_a_subclass_adds_a_task_with_its_own_loss(make_trainer, tmp_path):
+def test_a_task_of_other_data_has_its_own_loss(examples, make_trainer):
     settings = {"max_steps": 2, "eval_fraction": 0.4, "eval_strategy": "steps", "eval_steps": 2, "eval_batches": 1}
-    trainer = make_trainer(1, trainer_class=DenseTrainer, clip_resolutions=[64], **settings)
+    trainer = make_trainer(1, trainer_class=examples["LowResolutionTrainer"], clip_resolutions=[64], **settings)
     trainer.train()
     logged, *_ = trainer.state.log_history
-    assert logged["loss"] == pytest.approx(logged["clip_loss"] + logged["dense_loss"], rel=1e-4)
-    assert logged.keys() >= {"cosine_64px", "dense_loss"} and "cosine_32px" not in logged
-    assert any("eval_dense_loss" in entry for entry in trainer.state.log_history)
+    assert logged["loss"] == pytest.approx(logged["clip_loss"] + logged["low_resolution_loss"], rel=1e-4)
+    assert logged.keys() >= {"cosine_64px", "low_resolution_loss"} and "cosine_32px" not in logged
+    assert any("eval_low_resolution_loss" in entry for entry in trainer.state.log_history)

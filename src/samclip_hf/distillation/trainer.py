@@ -1,8 +1,9 @@
 """
 [`SamClipTrainer`] trains the three stages of SAM-CLIP.
 
-Subclasses change what is trained, and how: override `trained_parts` to freeze layers, `parameter_group` for other
-learning rates, `losses` for other losses or teachers, and `make_tasks` for other data.
+Subclasses change what is trained, and how; docs/extend.md has examples. Override `trained_parts` to freeze layers,
+`parameter_group` for other learning rates, `image_loss` and `mask_loss` for other losses or teachers on the same
+images, and `make_tasks` and `losses` for other data.
 """
 
 import contextlib
@@ -32,7 +33,7 @@ from transformers.utils import logging
 from .. import miniature
 from ..datasets.streams import DataError, open_stream
 from ..images import mean_and_std, normalize
-from ..modeling_samclip import SamClipModel, patches_of_masks
+from ..modeling_samclip import SamClipModel, SamClipOutput, patches_of_masks
 from ..processing_samclip import SamClipProcessor
 from ..segmentation_samclip import to_mask_prompts
 from ..visualization import save_panel
@@ -343,19 +344,35 @@ class SamClipTrainer(Trainer):
             )
         return tasks
 
-    def clip_loss(
+    def clip_loss(self, model: nn.Module, images: Tensor, **targets: Tensor) -> Tensor:
+        """Returns the loss of a micro-batch of [`ClipBatches`]: one pass of the student, and `image_loss`."""
+        return self.image_loss(
+            model(pixel_values=normalize(images, self.image_mean, self.image_std)), images, **targets
+        )
+
+    def image_loss(
         self,
-        model: nn.Module,
+        outputs: SamClipOutput,
         images: Tensor,
         teacher_images: Tensor | None = None,
         teacher_embeds: Tensor | None = None,
     ) -> Tensor:
-        """Returns L_CLIP of a micro-batch of [`ClipBatches`]."""
+        """
+        Returns L_CLIP. A subclass adds losses of the same images here, without another pass of the student.
+
+        Args:
+            outputs ([`SamClipOutput`]):
+                The student's outputs for `images`.
+            images (`torch.Tensor` of type uint8 and shape `(batch_size, 3, height, width)`):
+                The student's images.
+            teacher_images, teacher_embeds (`torch.Tensor`, *optional*):
+                The CLIP teacher's images or, with an embedding cache, its embeddings, see [`ClipBatches`].
+        """
         if teacher_embeds is None:
             assert isinstance(self.clip_teacher, ClipTeacher) and teacher_images is not None
             with self.accelerator.autocast():
                 teacher_embeds = self.clip_teacher(teacher_images)
-        outputs = model(pixel_values=normalize(images, self.image_mean, self.image_std))
+        assert outputs.image_embeds is not None
         loss = cosine_distillation_loss(outputs.image_embeds, teacher_embeds)["cosine"]
         self.record({"clip_loss": loss, f"cosine_{images.shape[-1]}px": 1 - loss})
         return loss
@@ -404,18 +421,7 @@ class SamClipTrainer(Trainer):
             if teacher_masks.shape[-2:] != size:
                 resized = F.interpolate(teacher_masks.flatten(0, 1).float(), size, mode="bilinear", antialias=True)
                 teacher_masks = resized.view(*teacher_masks.shape[:-2], *size)
-            masks_and_scores = outputs.pred_masks, teacher_masks, outputs.iou_scores, teacher_iou
-            if self.args.mask_loss == "sam":
-                weights = self.args.focal_weight, self.args.dice_weight
-                parts = hard_mask_distillation_loss(*masks_and_scores, *weights)
-            else:
-                parts = mask_distillation_loss(*masks_and_scores)
-            sam_loss = (
-                self.args.focal_weight * parts["focal"]
-                + self.args.dice_weight * parts["dice"]
-                + self.args.iou_head_weight * parts["iou_head"]
-            )
-            self.record({f"sam_{name}": part for name, part in parts.items()})
+            sam_loss = self.mask_loss(outputs.pred_masks, teacher_masks, outputs.iou_scores, teacher_iou)
             self.record({"sam_loss": sam_loss, f"mask_iou_{prompt}": mask_iou(outputs.pred_masks, teacher_masks)})
             loss = loss + self.args.sam_loss_weight * sam_loss
         if region_masks is not None:
@@ -428,6 +434,23 @@ class SamClipTrainer(Trainer):
                 loss + self.args.region_loss_weight * parts["segment"] + self.args.dense_loss_weight * parts["dense"]
             )
         return loss
+
+    def mask_loss(
+        self, student_logits: Tensor, teacher_logits: Tensor, student_iou: Tensor, teacher_iou: Tensor
+    ) -> Tensor:
+        """Returns L_SAM, the weighted sum of the parts of the loss that the argument `mask_loss` selects. Arguments as
+        in [`mask_distillation_loss`]."""
+        arguments = student_logits, teacher_logits, student_iou, teacher_iou
+        if self.args.mask_loss == "sam":
+            parts = hard_mask_distillation_loss(*arguments, self.args.focal_weight, self.args.dice_weight)
+        else:
+            parts = mask_distillation_loss(*arguments)
+        self.record({f"sam_{name}": part for name, part in parts.items()})
+        return (
+            self.args.focal_weight * parts["focal"]
+            + self.args.dice_weight * parts["dice"]
+            + self.args.iou_head_weight * parts["iou_head"]
+        )
 
     def _mask_size(self, images: Tensor) -> tuple[int, int]:
         """Height and width of mask prompts and mask logits for images `(batch_size, 3, height, width)`."""
