@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 from torch import Tensor
 
 from .image_processing_samclip import convert_to_rgb
@@ -48,17 +48,29 @@ def open_image(
         PIL.UnidentifiedImageError: The content is not an image, or not in one of `formats`.
         OSError: The file cannot be read, or the image is truncated. Pillow's decoders raise other errors, too.
     """
+    with open_undecoded(source, max_pixels=max_pixels, formats=formats) as image:
+        return convert_to_rgb(image, apply_orientation)
+
+
+def open_undecoded(
+    source: str | PathLike[str] | bytes | BinaryIO,
+    *,
+    max_pixels: int | None = None,
+    formats: list[str] | tuple[str, ...] | None = None,
+) -> ImageFile.ImageFile:
+    """Reads the header of an image. Pillow decodes the image when it needs the pixels. Arguments and errors as in
+    [`open_image`]."""
     file = io.BytesIO(source) if isinstance(source, bytes) else source
     with warnings.catch_warnings():
         if max_pixels is not None:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         image = Image.open(file, formats=formats)
-    with image:
-        if max_pixels is not None and image.width * image.height > max_pixels:
-            raise Image.DecompressionBombError(
-                f"The image has {image.width} x {image.height} pixels, more than {max_pixels}."
-            )
-        return convert_to_rgb(image, apply_orientation)
+    if max_pixels is not None and image.width * image.height > max_pixels:
+        image.close()
+        raise Image.DecompressionBombError(
+            f"The image has {image.width} x {image.height} pixels, more than {max_pixels}."
+        )
+    return image
 
 
 def mask_to_prompt_box(mask: "np.ndarray | RunLengthMask") -> tuple[int, int, int, int]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 from datasets import Image as ImageFeature
-from PIL import Image
+from PIL import ExifTags, Image
 
 from samclip_hf.datasets import (
     open_captions,
@@ -20,7 +20,10 @@ from samclip_hf.datasets import (
     open_stream,
     samples,
 )
-from samclip_hf.datasets.streams import decode_image
+from samclip_hf.datasets.samples import LazyImage
+from samclip_hf.datasets.streams import SampleImage
+from samclip_hf.distillation.collation import ClipBatches
+from samclip_hf.distillation.crops import STUDENT_FILTER, cut, draw_crop, sample_rng
 from samclip_hf.distillation.embedding_cache import CacheDescription, ShardCrops
 from samclip_hf.images import encode_mask, open_image
 
@@ -56,7 +59,7 @@ IMAGES = {
 def stream_image(name: Path) -> Image.Image:
     """The only image of a stream."""
     _, sample = next(open_stream(str(name)).read(0))
-    return decode_image(sample)
+    return SampleImage(sample).decode()
 
 
 def stream_of_tar(folder: Path, name: str, content: bytes) -> Image.Image:
@@ -218,12 +221,13 @@ class TestAnnotationsOfRotatedImages:
         annotations = [{"segmentation": encode_mask(np.eye(*size, dtype=bool))}]
         write_tar(tmp_path / "0.tar", {"a.png": self.CONTENT, "a.json": json.dumps(annotations).encode()})
         _, sample = next(open_stream(str(tmp_path), with_masks=True).read(0))
-        assert np.array_equal(decode_image(sample), expected)
+        assert np.array_equal(SampleImage(sample).decode(), expected)
 
     @pytest.mark.parametrize(("size", "expected"), CASES)
     def test_the_image_is_decoded_once(self, size, expected, monkeypatch):
         decoded = []
-        monkeypatch.setattr(samples, "open_image", lambda *a, **b: decoded.append(open_image(*a, **b)) or decoded[-1])
+        convert = samples.convert_to_rgb
+        monkeypatch.setattr(samples, "convert_to_rgb", lambda *a, **b: decoded.append(convert(*a, **b)) or decoded[-1])
         assert np.array_equal(samples.read_image(self.CONTENT, "a.png", lambda: size), expected)
         assert len(decoded) == 1
 
@@ -304,3 +308,103 @@ class TestObjects:
         sample = self.write(tmp_path, {"segmentation": encode_mask(np.eye(4, dtype=bool))}, size=(4, 4))
         with pytest.raises(ValueError, match=r"0/a has the size \(8, 8\), its annotations \(4, 4\)"):
             sample.image()
+
+
+def smooth(width: int, height: int) -> Image.Image:
+    """An image without symmetries and high frequencies, so that its pixels do not depend on the decoded size."""
+    y, x = np.mgrid[:height, :width] / 40
+    channels = [128 + 80 * np.sin(x + 0.3 * y), 128 + 80 * np.cos(y - 0.5 * x), 60 + 3 * x + 2 * y]
+    return Image.fromarray(np.stack(channels, axis=-1).clip(0, 255).astype(np.uint8))
+
+
+def encode_jpeg(image: Image.Image, orientation: int = 1, image_format: str = "JPEG", **options) -> bytes:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    buffer = io.BytesIO()
+    image.save(buffer, image_format, exif=exif, quality=95, **options)
+    return buffer.getvalue()
+
+
+class TestLazyImage:
+    """A JPEG is decoded at a reduced size, and its crops are those of the full image."""
+
+    @pytest.mark.parametrize("orientation", range(1, 9))
+    @pytest.mark.parametrize("size", [(483, 325), (480, 320)])  # not multiples of the reductions, and multiples
+    def test_crops_of_all_orientations_are_those_of_the_full_image(self, size, orientation):
+        content = encode_jpeg(smooth(*size), orientation)
+        image, full = LazyImage(content, "a.jpg"), open_image(content)
+        assert image.size == full.size == (size if orientation < 5 else size[::-1])
+        for new_size, reduction in ((100, 2), (50, 4), (24, 8)):
+            for box in (None, (15.3, 40.7, 290.2, 310.9), (30, 60, full.width, full.height)):
+                resized = image.resize((new_size, new_size), Image.Resampling.BICUBIC, box)
+                expected = full.resize((new_size, new_size), Image.Resampling.BICUBIC, box)
+                difference = np.abs(np.asarray(resized, dtype=float) - np.asarray(expected))
+                assert difference.max() <= 4 and difference.mean() < 0.5
+            assert reduction in image._decoded and image._decoded[reduction].width == -(-full.width // reduction)
+        assert 1 not in image._decoded
+
+    @pytest.mark.parametrize("mode", ["L", "CMYK"])
+    def test_other_color_modes_and_mpo_are_reduced_too(self, mode):
+        for content in (encode_jpeg(smooth(400, 300).convert(mode)), encode_jpeg(smooth(400, 300), 1, "MPO")):
+            image, full = LazyImage(content, "a.jpg"), open_image(content)
+            resized, expected = (np.asarray(i.resize((60, 40), Image.Resampling.BILINEAR)) for i in (image, full))
+            assert list(image._decoded) == [4] and resized.shape == (40, 60, 3)
+            assert np.abs(resized.astype(float) - expected).max() <= 4
+
+    def test_a_reduced_size_that_is_too_small_is_not_used(self):
+        content = encode_jpeg(smooth(500, 250))
+        for new_size, reduction in ((100, 2), (101, 1), (50, 4), (51, 2), (25, 8), (26, 4), (300, 1)):
+            image = LazyImage(content, "a.jpg")
+            resized = image.resize((2 * new_size, new_size), Image.Resampling.BILINEAR)
+            assert list(image._decoded) == [reduction]
+            if reduction == 1:
+                expected = open_image(content).resize((2 * new_size, new_size), Image.Resampling.BILINEAR)
+                assert np.array_equal(resized, expected)
+
+    def test_pixels_do_not_depend_on_the_other_sizes_that_were_read(self):
+        content = encode_jpeg(smooth(480, 320))
+        image, box = LazyImage(content, "a.jpg"), (20.5, 10.0, 300.0, 310.0)
+        for size in (300, 60, 200, 30):
+            again = LazyImage(content, "a.jpg").resize((size, size), Image.Resampling.BICUBIC, box)
+            assert np.array_equal(image.resize((size, size), Image.Resampling.BICUBIC, box), again)
+
+    @pytest.mark.parametrize("image_format", ["PNG", "BMP", "WEBP", "TIFF"])
+    def test_other_formats_are_decoded_completely(self, image_format):
+        buffer = io.BytesIO()
+        smooth(400, 300).save(buffer, image_format)
+        image = LazyImage(buffer.getvalue(), "a")
+        resized = image.resize((40, 30), Image.Resampling.BICUBIC)
+        assert np.array_equal(resized, open_image(buffer.getvalue()).resize((40, 30), Image.Resampling.BICUBIC))
+
+    def test_evaluation_decodes_completely(self, tmp_path):
+        content = encode_jpeg(smooth(400, 300), orientation=6)
+        (tmp_path / "a.jpg").write_bytes(content)
+        for source in (content, tmp_path / "a.jpg"):
+            assert np.array_equal(samples.read_image(source, "a.jpg"), open_image(content))
+
+    def test_a_truncated_jpeg_is_an_error_at_every_size(self):
+        content = encode_jpeg(smooth(400, 300))
+        for size in (30, 400):
+            image = LazyImage(content[:-2000], "a.jpg")
+            with pytest.raises(ValueError, match=r"a\.jpg cannot be read as an image"):
+                image.resize((size, size), Image.Resampling.BILINEAR)
+
+
+def test_student_teacher_and_cache_use_the_same_pixels_of_a_large_jpeg(tmp_path):
+    write_tar(tmp_path / "0.tar", {"a.jpg": encode_jpeg(smooth(900, 600), orientation=6)})
+    stream = open_stream(str(tmp_path))
+    description = CacheDescription(
+        teacher="", text_space=[], projection_dim=1, image_size=64, resample=3, image_mean=[], image_std=[], seed=1,
+        min_crop_scale=0.5, num_crops=2, shards=[],
+    )  # fmt: skip
+    (part,) = ShardCrops([stream], [(0, 0)], description, batch_size=4)
+    _, raw = next(stream.read(0))
+    for image_size in (64, 200, 500):  # the student's, for which other reductions are used
+        batches = ClipBatches([stream], [1.0], [image_size], 64, 1, shuffle_buffer=1, min_crop_scale=0.5)
+        for epoch, cached in enumerate(part["inputs"]):
+            sample = batches.sample(raw, 1, epoch, image_size)
+            assert np.array_equal(sample["teacher_images"], cached)
+            full = open_image(raw["image"]["bytes"])
+            crop = draw_crop(full, 0.5, sample_rng(1, epoch, raw["key"]))
+            expected = cut(full, crop, image_size, STUDENT_FILTER)
+            assert np.abs(sample["images"].astype(float) - expected).max() <= 4

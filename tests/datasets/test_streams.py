@@ -10,7 +10,7 @@ from datasets import Dataset, DatasetDict, Features, Image, IterableDataset, Val
 
 from samclip_hf.datasets import open_captions, streams
 from samclip_hf.datasets.shards import DatasetShards, choose_num_shards
-from samclip_hf.datasets.streams import DataError, SkippedSampleError, decode_image, open_stream
+from samclip_hf.datasets.streams import DataError, SampleImage, SkippedSampleError, open_stream
 from samclip_hf.distillation.sampling import Mixture
 
 from .tars import jpeg, write_tar
@@ -25,7 +25,7 @@ def test_samples_of_all_sources_have_the_same_keys(photos, tmp_path):
     for name in (photos, photos / "*.tar", tmp_path / "photos.parquet", images):
         row, sample = next(open_stream(str(name)).read(0))
         assert row == 0 and sample.keys() == {"key", "image", "json"} and sample["json"] is None
-        assert decode_image(sample).size == (60, 40)
+        assert SampleImage(sample).decode().size == (60, 40)
 
 
 def test_files_with_equal_names_have_different_keys(tmp_path):
@@ -93,7 +93,7 @@ def test_images_above_the_pixel_limit_are_not_decoded(monkeypatch):
     sample = {"image": {"bytes": jpeg(0), "path": None}}
     monkeypatch.setattr(streams, "MAX_PIXELS", 60 * 40 - 1)
     with pytest.raises(SkippedSampleError, match="image too large"):
-        decode_image(sample)
+        SampleImage(sample).decode()
 
 
 def test_masks_with_another_size_than_the_image_are_not_read(sa1b, monkeypatch):
@@ -355,7 +355,7 @@ class TestFolders:
         samples = [sample for shard in range(stream.num_shards) for _, sample in stream.read(shard)]
         found = [sample["key"].rpartition("/")[2] for sample in samples]
         assert sorted(found) == [f"{number}.jpg" for number in range(9)] != found
-        assert decode_image(samples[0]).size == (60, 40)
+        assert SampleImage(samples[0]).decode().size == (60, 40)
         assert sorted(tmp_path.rglob("*")) == before
         if kind == "DatasetDict":
             with pytest.raises(ValueError, match=r"has no split 'val'\. Pass the folder of one of its splits"):

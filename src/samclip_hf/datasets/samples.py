@@ -3,8 +3,8 @@ Samples of evaluation sets: images and their annotations. Files are read and dec
 sample are called, so that a process can skip the samples of other processes at no cost.
 """
 
-import io
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,9 +14,13 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from PIL import ExifTags, Image
 
-from ..images import open_image
+from ..images import convert_to_rgb, open_undecoded
 
 IGNORE_INDEX = 255  # in label maps: pixels that are not evaluated
+# A JPEG is decoded at a reduced size if this size is at least so many times that to which it is resized. Pixels then
+# differ from those of the full size about as much as bilinear from bicubic resizing (`benchmarks/loader.py`).
+MIN_OVERSAMPLING = 1.25
+MIRRORED = {"x": (2, 3, 6, 7), "y": (3, 4, 7, 8)}  # EXIF orientations that count the displayed axis from its end
 
 
 @dataclass(frozen=True)
@@ -133,25 +137,97 @@ def read_image(
     Raises:
         ValueError: The image cannot be read. The message has its name, the cause is the error of Pillow.
     """
-    name = name or os.fsdecode(source)
-    with name_errors(name, "an image"):
-        apply_orientation = True
-        if annotated_size is not None:
-            displayed, stored = read_sizes(source, name)
-            if displayed != stored:
+    return LazyImage(source, name, annotated_size, max_pixels).decode()
+
+
+class LazyImage:
+    r"""
+    An image of a dataset, of which the header is read at first, and the pixels when it is resized. A JPEG of which
+    much smaller images are needed is decoded at a reduced size, which is faster.
+
+    The pixels of a resized image depend only on the file, the part of the image and the new size, not on what else the
+    image was resized to.
+
+    Args:
+        source, name, annotated_size, max_pixels:
+            See [`read_image`].
+
+    Raises:
+        ValueError: The header or, when it is resized, the image cannot be read. The message has its name, the cause is
+            the error of Pillow.
+    """
+
+    def __init__(
+        self,
+        source: str | Path | bytes,
+        name: str | None = None,
+        annotated_size: tuple[int, int] | Callable[[], tuple[int, int] | None] | None = None,
+        max_pixels: int | None = None,
+    ):
+        self.name = name or os.fsdecode(source)
+        with name_errors(self.name, "an image"):
+            self._content = source if isinstance(source, bytes) else Path(source).read_bytes()
+            self._undecoded: Image.Image | None = open_undecoded(self._content, max_pixels=max_pixels)
+            self.format = self._undecoded.format
+            displayed, stored, self.orientation = _read_header(self._undecoded)
+            if displayed != stored and annotated_size is not None:
                 size = annotated_size() if callable(annotated_size) else annotated_size
-                apply_orientation = size != stored
-        return open_image(source, apply_orientation=apply_orientation, max_pixels=max_pixels)
+                if size == stored:
+                    displayed, self.orientation = stored, 1
+        self.height, self.width = displayed
+        self._decoded: dict[int, Image.Image] = {}
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels, with the EXIF orientation applied."""
+        return self.width, self.height
+
+    def decode(self, reduction: int = 1) -> Image.Image:
+        """Returns the image in RGB, with its EXIF orientation applied. With a `reduction` of 2, 4 or 8, a JPEG has
+        this fraction of its size, rounded up."""
+        with (
+            name_errors(self.name, "an image"),
+            self._undecoded or open_undecoded(self._content, max_pixels=sys.maxsize) as image,
+        ):
+            self._undecoded = None  # an opened image can be decoded at one size only
+            if reduction > 1:
+                image.draft(None, (max(1, image.width // reduction), max(1, image.height // reduction)))
+            return convert_to_rgb(image, apply_orientation=self.orientation != 1)
+
+    def resize(
+        self, size: tuple[int, int], resample: Image.Resampling, box: tuple[float, float, float, float] | None = None
+    ) -> Image.Image:
+        """As `resize` of `PIL.Image.Image`: `box` is in pixels of the full image."""
+        left, top, right, bottom = box or (0, 0, self.width, self.height)
+        oversampling = min((right - left) / size[0], (bottom - top) / size[1])
+        reductions = (8, 4, 2) if self.format in ("JPEG", "MPO") else ()
+        reduction = next((r for r in reductions if oversampling >= MIN_OVERSAMPLING * r), 1)
+        if reduction not in self._decoded:
+            self._decoded[reduction] = self.decode(reduction)
+        image = self._decoded[reduction]
+        if reduction == 1:
+            return image.resize(size, resample, box)
+        # The last pixel of a reduced row or column is incomplete; mirrored, it is the first one.
+        x = image.width - self.width / reduction if self.orientation in MIRRORED["x"] else 0.0
+        y = image.height - self.height / reduction if self.orientation in MIRRORED["y"] else 0.0
+        right, bottom = min(image.width, right / reduction + x), min(image.height, bottom / reduction + y)
+        return image.resize(size, resample, (left / reduction + x, top / reduction + y, right, bottom))
 
 
 def read_sizes(source: str | Path | bytes, name: str | None = None) -> list[tuple[int, int]]:
     """Returns the height and width of an image without decoding it: first with its EXIF orientation, then as it is
     stored. Annotations may have either size. Raises `ValueError` as [`read_image`] does."""
-    with name_errors(name or os.fsdecode(source), "an image"):
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-        width, height = image.size
-        return [(width, height) if 5 <= orientation <= 8 else (height, width), (height, width)]
+    with name_errors(name or os.fsdecode(source), "an image"), open_undecoded(source) as image:
+        displayed, stored, _ = _read_header(image)
+        return [displayed, stored]
+
+
+def _read_header(image: Image.Image) -> tuple[tuple[int, int], tuple[int, int], int]:
+    """Returns the height and width of an image that is not rotated yet, with and without its EXIF orientation, and the
+    orientation."""
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    stored = (image.height, image.width)
+    return stored[::-1] if orientation in (5, 6, 7, 8) else stored, stored, orientation
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from typing import Any, Protocol
@@ -20,7 +21,7 @@ from PIL import Image
 from transformers.utils import logging
 
 from ..images import RunLengthMask, read_mask
-from .samples import read_image
+from .samples import LazyImage
 from .shards import ACCEPTED_NAMES, BROKEN_IMAGE, REMEDIES, DataError, Shards, TarShards, open_shards
 
 logger = logging.get_logger(__name__)
@@ -209,14 +210,28 @@ def _has_no_annotations(sample: dict[str, Any]) -> bool:
     return False
 
 
-def decode_image(sample: dict[str, Any]) -> Image.Image:
-    """Decodes a sample's image to RGB. Raises `SkippedSampleError` if it is missing, too large or corrupt."""
-    stored = sample["image"]
-    if stored is None:
-        raise SkippedSampleError(sample.get("cause", "no image"))
-    source = stored["bytes"] if stored.get("bytes") else stored["path"]
+class SampleImage(LazyImage):
+    """The image of a sample. Raises `SkippedSampleError` if it is missing, too large or corrupt, also when it is
+    resized."""
+
+    def __init__(self, sample: dict[str, Any]):
+        stored = sample["image"]
+        if stored is None:
+            raise SkippedSampleError(sample.get("cause", "no image"))
+        source = stored["bytes"] if stored.get("bytes") else stored["path"]
+        with _skip_unreadable():
+            super().__init__(source, sample.get("key"), partial(_annotated_size, sample), MAX_PIXELS)
+
+    def decode(self, reduction: int = 1) -> Image.Image:
+        with _skip_unreadable():
+            return super().decode(reduction)
+
+
+@contextmanager
+def _skip_unreadable() -> Iterator[None]:
+    """Context manager that replaces the error of an image that cannot be read by a `SkippedSampleError`."""
     try:
-        return read_image(source, sample.get("key"), partial(_annotated_size, sample), max_pixels=MAX_PIXELS)
+        yield
     except ValueError as error:
         is_too_large = isinstance(error.__cause__, Image.DecompressionBombError)
         raise SkippedSampleError("image too large" if is_too_large else BROKEN_IMAGE) from error

@@ -23,8 +23,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 from transformers.utils import logging
 
+from ..datasets.samples import LazyImage
 from ..datasets.shards import REMEDIES
-from ..datasets.streams import UNREADABLE_SHARD, DataError, SkippedSampleError, Stream, decode_image, draw_masks
+from ..datasets.streams import UNREADABLE_SHARD, DataError, SampleImage, SkippedSampleError, Stream, draw_masks
 from ..images import RunLengthMask
 from ..segmentation_samclip import POINTS_PER_CLASS
 from .crops import STUDENT_FILTER, cut, draw_crop, sample_rng
@@ -104,7 +105,7 @@ class ClipBatches:
     def sample(self, raw: dict[str, Any], seed: int, epoch: int, image_size: int) -> dict[str, np.ndarray]:
         """Returns a crop as `images` and `teacher_images`, uint8 arrays of shape `(size, size, 3)`. With an embedding
         cache, `teacher_embeds` `(projection_dim,)` replaces `teacher_images`."""
-        image = decode_image(raw)
+        image = SampleImage(raw)
         if self.cache is not None:
             seed, epoch = self.cache.seed, epoch % self.cache.num_crops
         crop = draw_crop(image, self.min_crop_scale, sample_rng(seed, epoch, raw["key"]))
@@ -203,7 +204,7 @@ class SamBatches:
         a cache of regions, `teacher_regions` `(regions_per_image, projection_dim)` are the teacher's embeddings, and
         masks are drawn as for the cache.
         """
-        image = decode_image(raw)
+        image = SampleImage(raw)
         rng = mask_rng = sample_rng(seed, epoch, raw["key"])
         if self.region_cache is not None:
             epoch %= self.region_cache.num_crops
@@ -221,7 +222,7 @@ class SamBatches:
     def regions(self, raw: dict[str, Any], seed: int, epoch: int) -> tuple[dict[str, np.ndarray], Counter[str]]:
         """Returns `images`, `content_sizes` and `region_masks` of a sample, see `sample`, and the number of skipped
         annotations by cause."""
-        image = decode_image(raw)
+        image = SampleImage(raw)
         rng = sample_rng(seed, epoch, raw["key"])
         masks, skipped = draw_masks(raw, self.regions_per_image, rng, (image.height, image.width))
         padded, (height, width) = _pad(image, self.image_size)
@@ -241,7 +242,7 @@ class SamBatches:
 
     def _with_prompts(
         self,
-        image: Image.Image,
+        image: Image.Image | LazyImage,
         masks: list[RunLengthMask],
         rng: np.random.Generator,
         prompt: str,
@@ -291,7 +292,7 @@ class SamBatches:
         return padded
 
 
-def _pad(image: Image.Image, size: int) -> tuple[np.ndarray, tuple[int, int]]:
+def _pad(image: Image.Image | LazyImage, size: int) -> tuple[np.ndarray, tuple[int, int]]:
     """Resizes the longest edge to `size` and pads with black, as SAM's image processor does. Returns the padded image
     and the height and width of its content."""
     width, height = (max(1, int(side * size / max(image.size) + 0.5)) for side in image.size)

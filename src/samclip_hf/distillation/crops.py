@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from ..datasets.samples import LazyImage
+
 STUDENT_FILTER = Image.Resampling.BILINEAR  # as in SAM's image processor
 MIN_ASPECT_RATIO = 3 / 4  # as in torchvision's RandomResizedCrop; the largest is its inverse
 MAX_ATTEMPTS = 10  # as in torchvision's RandomResizedCrop
@@ -33,12 +35,12 @@ class Crop:
     is_flipped: bool
 
 
-def draw_crop(image: Image.Image, min_scale: float, rng: np.random.Generator) -> Crop:
+def draw_crop(image: Image.Image | LazyImage, min_scale: float, rng: np.random.Generator) -> Crop:
     """Draws a crop, see [`random_crop_box`], which is flipped with probability 0.5."""
     return Crop(random_crop_box(image.width, image.height, min_scale, rng), rng.random() < 0.5)
 
 
-def cut(image: Image.Image, crop: Crop, size: int, resample: Image.Resampling) -> np.ndarray:
+def cut(image: Image.Image | LazyImage, crop: Crop, size: int, resample: Image.Resampling) -> np.ndarray:
     """Returns the crop, resized to `size` pixels, as a uint8 array of shape `(size, size, 3)`."""
     pixels = np.array(image.resize((size, size), resample, crop.box))
     return pixels[:, ::-1] if crop.is_flipped else pixels

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers.utils import logging
 
-from ..datasets.streams import UNREADABLE_SHARD, SkippedSampleError, Stream, decode_image
+from ..datasets.streams import UNREADABLE_SHARD, SampleImage, SkippedSampleError, Stream
 from ..files import atomic_path, write_atomically
 from ..modeling_samclip import SamClipModel
 from .arguments import rename_deprecated_arguments
@@ -393,7 +393,7 @@ class ShardCrops(ShardSamples):
         self.description = description
 
     def inputs(self, sample: dict[str, Any], causes: list[str]) -> list[np.ndarray]:
-        image = decode_image(sample)
+        image = SampleImage(sample)
         crops = [
             draw_crop(image, self.description.min_crop_scale, sample_rng(self.description.seed, epoch, sample["key"]))
             for epoch in range(self.num_crops)
