@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import CLIPVisionConfig
@@ -92,3 +93,36 @@ def test_tiles_benchmark_prints_a_row_with_and_without_tiles(capsys):
     tiles.main(["--edges", "256", "--tile", "128", "--modes", "semantic", "--threads", str(torch.get_num_threads())])
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| semantic")]
     assert [row.split("|")[3].strip() for row in rows] == ["128", "none"]
+
+
+@pytest.fixture
+def mosaics():
+    return load_script(Path(__file__).parents[1] / "benchmarks" / "mosaics.py")
+
+
+def test_cuts_are_straight_edges_on_seams_that_the_truth_does_not_have(mosaics):
+    mosaic = mosaics.draw(0, 2, 2, 100, [120])
+    lines = mosaics.seams(mosaics.ImageTiles(200, 200, 120, 0.25))
+    assert lines == ([80, 100, 120], [80, 100, 120])
+    assert mosaics.average_precision(mosaic, [(mosaic.objects == len(mosaic.class_ids), 1.0, 1)], False) > 0
+    truth = [mosaic.objects == number for number in range(1, len(mosaic.class_ids) + 1)]
+    found = [(mask, 1.0, class_id + 1) for mask, class_id in zip(truth, mosaic.class_ids, strict=True) if mask.any()]
+    assert mosaics.average_precision(mosaic, found, True) == 1
+    assert mosaics.count_cuts(mosaic, [mosaic.label_map(), *truth], lines) == 0
+    disk = np.hypot(*(np.mgrid[:200, :200] - 100.5)) < 70
+    empty = mosaics.Mosaic(mosaic.image, np.where(disk, 1, 0), [0], 0, np.zeros_like(disk))
+    columns = np.arange(200)
+    assert mosaics.count_cuts(empty, [disk], lines) == 0
+    assert mosaics.count_cuts(empty, [disk & (columns < 120)], lines) == 1
+    assert mosaics.count_cuts(empty, [(disk & (columns < 120)).astype(int)], lines) == 1
+    assert mosaics.count_cuts(empty, [disk & (columns < 110)], lines) == 0  # not on a seam
+    assert mosaics.count_cuts(empty, [disk & (columns < 120) & (columns[:, None] < 80)], lines) == 2
+
+
+@pytest.mark.slow
+def test_mosaics_benchmark_prints_a_row_for_every_mode(mosaics, capsys):
+    mosaics.main(["--columns", "2", "--rows", "1", "--side", "128", "--tiles", "0", "150", "--points", "4"])
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [row.split("|")[1].strip() for row in rows] == [
+        name for mode in mosaics.MODES for name in ("mode", mode, mode)
+    ]

@@ -94,7 +94,7 @@ def add_tile_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive_int,
         metavar="N",
         help="divide large images into overlapping tiles of N x N pixels and merge the results, so that small objects "
-        "are found; an object should not be much larger than a tile (default: whole images)",
+        "are found; larger objects are found in the whole image at a lower resolution (default: whole images)",
     )
     parser.add_argument(
         "--overlap",
