@@ -482,6 +482,8 @@ def test_masks_of_tiles_have_embeddings_without_another_pass_of_the_encoder(ever
     found = everything(image, tile=150, output_segment_embeds=True, **options)
     tiles = ImageTiles(150, 290, 150)
     assert len(calls) == 1 + len(tiles)
+    nothing = everything(image, tile=150, output_segment_embeds=True, points_per_crop=1, pred_iou_thresh=2.0)
+    assert len(nothing["masks"]) == 0 and nothing["segment_embeds"].shape == (0, found["segment_embeds"].shape[1])
     plain = everything(image, tile=150, **options)
     assert torch.equal(found["scores"], plain["scores"]) and len(found["masks"]) == len(plain["masks"]) == 3
     assert found["segment_embeds"].norm(dim=-1).tolist() == pytest.approx([1] * 3)

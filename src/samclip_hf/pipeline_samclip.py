@@ -412,6 +412,8 @@ class SamClipMaskGenerationPipeline(MaskGenerationPipeline):
                 else:
                     merged.add(output["tile_index"], *own)
             encodings, scores, boxes, embeds = merged.merge(crops_nms_thresh)
+            if embeds is None and found[0][3] is not None:  # no masks
+                embeds = found[0][3][:0]
 
         def to_mask(index: int) -> torch.Tensor | np.ndarray:
             mask = decode_rle(encodings[index])
