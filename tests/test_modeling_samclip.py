@@ -295,6 +295,26 @@ class TestClipHead:
             assert (others[0, 0] - embeds[0, 0]).abs().max() > 1e-3
             assert head.pool_segments(tokens, torch.zeros_like(segments)).shape == (2, 3, 20)  # no segments
 
+    @pytest.mark.parametrize("last_layer", ["global", "windowed"])
+    @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+    @pytest.mark.parametrize("grad", [False, True])
+    def test_padding_is_not_seen_by_the_head(self, clip, last_layer, implementation, grad):
+        """The same as a segment that covers the image, which has its own code."""
+        sam = tiny_sam(48, global_attn_indexes=[2 if last_layer == "global" else 0])  # two windows in each direction
+        model = randomize(SamClipModel.from_teachers(sam, clip))
+        model.set_attn_implementation(implementation)
+        tokens, sizes = torch.randn(3, 6, 6, 32), [[48, 24], [16, 48], [48, 48]]
+        content = model._content_mask(tokens, sizes)
+        elsewhere = torch.where(content[..., None], tokens, torch.randn_like(tokens))
+        with torch.set_grad_enabled(grad):
+            head_tokens, pooled = model._pool_image(tokens, sizes)
+            assert_same(pooled, model.clip_head.pool_segments(tokens, content[:, None])[:, 0])
+            others, _ = model._pool_image(elsewhere, sizes)
+            assert_same(others[content], head_tokens[content])
+            assert (model.clip_head(elsewhere)[content] - head_tokens[content]).abs().max() > 1e-2
+            assert_same(head_tokens[2:], model.clip_head(tokens[2:]))  # without padding
+        assert head_tokens.isfinite().all()
+
     def test_content_mask_includes_patches_that_are_partly_padding(self, model):
         mask = model._content_mask(torch.zeros(2, 8, 8, 32), [[64, 17], [33, 64]])
         assert mask[0].all(dim=0).tolist() == [True] * 3 + [False] * 5

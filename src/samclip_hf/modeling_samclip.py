@@ -223,10 +223,16 @@ class SamClipPreTrainedModel(SamClipVisionPreTrainedModel):
         rows, columns = (torch.arange(n, device=patches.device) for n in patch_tokens.shape[1:3])
         return (rows < patches[:, :1])[:, :, None] & (columns < patches[:, 1:])[:, None, :]
 
+    def _head_tokens(self, patch_tokens: torch.Tensor, reshaped_input_sizes) -> torch.Tensor:
+        """The CLIP head's tokens, of the shape of `patch_tokens`. No patch attends to padding."""
+        if isinstance(self.clip_head, SamClipTower):  # its input has no padding
+            return self.clip_head(patch_tokens)
+        return self.clip_head(patch_tokens, self._content_mask(patch_tokens, reshaped_input_sizes))
+
     def _pool_image(self, patch_tokens: torch.Tensor, reshaped_input_sizes) -> tuple[torch.Tensor, torch.Tensor]:
         """The CLIP head's tokens `(batch_size, grid_height, grid_width, hidden_size)`, and the image in the text space
         `(batch_size, projection_dim)`, not normalized. Padding is not pooled."""
-        head_tokens = self.clip_head(patch_tokens)
+        head_tokens = self._head_tokens(patch_tokens, reshaped_input_sizes)
         if isinstance(self.clip_head, SamClipTower):  # its input has no padding
             return head_tokens, self.clip_head.pool(head_tokens)
         return head_tokens, self.clip_head.pool(head_tokens, self._content_mask(head_tokens, reshaped_input_sizes))
@@ -271,10 +277,17 @@ class SamClipHead(nn.Module):
             hidden_size, mlp_hidden_size, head_config.projection_dim, ACT2FN[vision_config.hidden_act]
         )
 
-    def forward(self, patch_tokens: torch.Tensor) -> torch.Tensor:
-        """Patch tokens `(batch_size, grid_height, grid_width, hidden_size)` -> head tokens of the same shape."""
+    def forward(self, patch_tokens: torch.Tensor, content_mask: torch.Tensor | None = None) -> torch.Tensor:
+        r"""
+        patch_tokens (`torch.Tensor` of shape `(batch_size, grid_height, grid_width, hidden_size)`):
+            From the image encoder.
+        content_mask (`torch.Tensor` of shape `(batch_size, grid_height, grid_width)`, `bool`, *optional*):
+            `False` for padding, to which no patch attends: the head is trained on images without padding.
+
+        Returns head tokens of the shape of `patch_tokens`.
+        """
         for layer in self.layers:
-            patch_tokens = layer(patch_tokens)
+            patch_tokens = layer(patch_tokens, content_mask=content_mask)
         return patch_tokens
 
     def pool(self, head_tokens: torch.Tensor, content_mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -408,7 +421,7 @@ class SamClipVisionModel(SamClipPreTrainedModel):
 
     @capture_outputs(tie_last_hidden_states=False)
     def _forward(self, pixel_values, reshaped_input_sizes, **kwargs) -> SamClipVisionModelOutput:
-        head_tokens = self.clip_head(self.vision_encoder.encode(pixel_values))
+        head_tokens = self._head_tokens(self.vision_encoder.encode(pixel_values), reshaped_input_sizes)
         content_mask = self._content_mask(head_tokens, reshaped_input_sizes)
         pooled = self.clip_head.pool_tokens(head_tokens, content_mask)
         return SamClipVisionModelOutput(

@@ -575,7 +575,8 @@ class SamClipForImageSegmentation(SamClipModel):
         refuse_labels(kwargs)
         vision_outputs = self._encode_once(pixel_values, vision_embeds, reshaped_input_sizes, **kwargs)
         image_embeddings, patch_tokens = vision_outputs.last_hidden_state, vision_outputs.patch_tokens
-        dense_embeds = self._dense_embeds(self.clip_head(patch_tokens), image_embeddings, reshaped_input_sizes)
+        head_tokens = self._head_tokens(patch_tokens, reshaped_input_sizes)
+        dense_embeds = self._dense_embeds(head_tokens, image_embeddings, reshaped_input_sizes)
         logits = self.classify(dense_embeds.permute(0, 2, 3, 1), vocabulary).permute(0, 3, 1, 2)
         image_grid = image_embeddings.permute(0, 2, 3, 1)
         content_sizes = self._content_sizes(image_grid, reshaped_input_sizes)

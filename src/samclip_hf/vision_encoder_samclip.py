@@ -25,6 +25,9 @@ from .transformers_internals_samclip import capture_outputs, flex_attention_forw
 ALL_ATTENTION_FUNCTIONS = AttentionInterface()  # includes functions that AttentionInterface.register adds
 # Implementations that SamClipVisionAttention computes by itself, and transformers' functions of these names.
 OWN_IMPLEMENTATIONS = {"eager": None, "sdpa": sdpa_attention_forward, "flex_attention": flex_attention_forward}
+# Added to the attention scores of padding. It is finite, so that windows without content have a softmax, and fits in
+# float16.
+PADDING_BIAS = -1e4
 BIAS_CHUNK = 2**21  # values of the attention bias that a thread stores at a time: 8 MB in float32
 
 
@@ -139,13 +142,18 @@ class SamClipVisionAttention(nn.Module):
             self.rel_pos_w = nn.Parameter(torch.zeros(2 * side - 1, self.head_dim))
 
     def forward(
-        self, hidden_states: torch.Tensor, groups: SamClipPatchGroups | None = None
+        self,
+        hidden_states: torch.Tensor,
+        groups: SamClipPatchGroups | None = None,
+        content_mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         r"""
         hidden_states (`torch.Tensor` of shape `(batch_size, height, width, hidden_size)`):
             Patch tokens; with `groups`, `(num_patches, hidden_size)`.
         groups ([`SamClipPatchGroups`], *optional*):
             Segments; a patch attends to the patches of its segment.
+        content_mask (`torch.Tensor` of shape `(batch_size, height, width)`, `bool`, *optional*):
+            `False` for padding on the right and at the bottom, to which no patch attends.
 
         Returns a tensor of the shape of `hidden_states`, and the attention weights `(batch_size * num_windows *
         num_heads, length, length)` if the attention function returns them, as `"eager"` does.
@@ -153,18 +161,37 @@ class SamClipVisionAttention(nn.Module):
         if groups is not None:
             return self.proj(self._attend_in_groups(self.qkv(hidden_states), groups)), None
         qkv = self.qkv(hidden_states)
+        padding_bias = None
+        if content_mask is not None:  # padding is whole rows and whole columns, like the terms of the positions
+            rows, columns = (content_mask.any(dim=dim) for dim in (2, 1))
+            padding_bias = rows.logical_not() * PADDING_BIAS, columns.logical_not() * PADDING_BIAS
         if self.window_size == 0:
-            attended, weights = self._attend_on_grid(qkv)
+            attended, weights = self._attend_on_grid(qkv, padding_bias)
         else:
             _, height, width, _ = qkv.shape
             padding = self.qkv(hidden_states.new_zeros(1, 1, 1, hidden_states.shape[-1]))
             windows, num_windows = _split_into_windows(qkv, self.window_size, padding)
-            attended, weights = self._attend_on_grid(windows)
+            if padding_bias is not None:
+                padding_bias = self._split_padding_bias(*padding_bias, num_windows)
+            attended, weights = self._attend_on_grid(windows, padding_bias)
             # Indices instead of a slice: a slice that removes nothing is not a copy, so torch.compile would
             # specialize.
             rows, columns = (torch.arange(n, device=attended.device) for n in (height, width))
             attended = _join_windows(attended, num_windows)[:, rows[:, None], columns]
         return self.proj(attended), weights
+
+    def _split_padding_bias(
+        self, rows: torch.Tensor, columns: torch.Tensor, num_windows: tuple[int, int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The bias of the keys' rows `(batch_size, height)` and columns `(batch_size, width)` -> those of each window
+        `(batch_size * num_windows, window_size)`."""
+        sides = [count * self.window_size for count in num_windows]
+        rows, columns = (
+            F.pad(bias, (0, side - bias.shape[1])).unflatten(1, (-1, self.window_size))
+            for bias, side in zip((rows, columns), sides, strict=True)
+        )
+        shape = (-1, *num_windows, -1)
+        return rows[:, :, None].expand(shape).flatten(0, 2), columns[:, None].expand(shape).flatten(0, 2)
 
     def _registered_function(self) -> Callable | None:
         """The attention function to call, or `None` for the implementations of this module. Raises `KeyError` for an
@@ -206,15 +233,21 @@ class SamClipVisionAttention(nn.Module):
         qkv = qkv.unflatten(-1, (3, self.num_attention_heads, self.head_dim))
         return qkv.permute(2, 0, 3, 1, 4).unbind(0)
 
-    def _attend_on_grid(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _attend_on_grid(
+        self, qkv: torch.Tensor, padding_bias: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Queries, keys and values `(batch_size, height, width, 3 * hidden_size)` -> `(batch_size, height, width,
-        hidden_size)`, and the attention weights or `None`."""
+        hidden_size)`, and the attention weights or `None`. `padding_bias` `(batch_size, height)` and `(batch_size,
+        width)` is added to the scores of the keys in a row and in a column."""
         _, height, width, _ = qkv.shape
         query, key, value = self._split_heads(qkv.flatten(1, 2))
         row_table, column_table = self.position_tables(height, width)
         grid = query.unflatten(2, (height, width))
         row_terms = torch.einsum("bnhwc,hkc->bnhwk", grid, row_table).flatten(2, 3)
         column_terms = torch.einsum("bnhwc,wkc->bnhwk", grid, column_table).flatten(2, 3)
+        if padding_bias is not None:
+            row_bias, column_bias = (bias[:, None, None].to(query.dtype) for bias in padding_bias)
+            row_terms, column_terms = row_terms + row_bias, column_terms + column_bias
         weights = None
         if self.config._attn_implementation == "flex_attention" and self._registered_function() is None:
             if self.dropout and self.training:
@@ -423,9 +456,14 @@ class SamClipVisionLayer(GradientCheckpointingLayer):
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = SamClipMLP(config)
 
-    def forward(self, hidden_states: torch.Tensor, groups: SamClipPatchGroups | None = None) -> torch.Tensor:
-        """Tokens and segments as in [`SamClipVisionAttention`]."""
-        hidden_states = hidden_states + self.attn(self.layer_norm1(hidden_states), groups)[0]
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        groups: SamClipPatchGroups | None = None,
+        content_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Tokens, segments and padding as in [`SamClipVisionAttention`]."""
+        hidden_states = hidden_states + self.attn(self.layer_norm1(hidden_states), groups, content_mask)[0]
         return hidden_states + self.mlp(self.layer_norm2(hidden_states))
 
 

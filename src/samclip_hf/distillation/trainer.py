@@ -414,6 +414,7 @@ class SamClipTrainer(Trainer):
         if region_masks is not None:
             grid_size = (images.shape[-2] // self._patch_size, images.shape[-1] // self._patch_size)
             inputs["segments"] = patches_of_masks(region_masks.float() / 255, grid_size, grid_size)
+            inputs["reshaped_input_sizes"] = content_sizes
         outputs = model(pixel_values=normalize(images, self.image_mean, self.image_std, content_sizes), **inputs)
         loss = outputs.image_embeddings.new_zeros(())
         if self.sam_teacher is not None:
