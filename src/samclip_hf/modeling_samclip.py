@@ -5,6 +5,7 @@ The image encoder is SAM's, for any input size. The CLIP head takes its patch to
 to the text space. The text tower, its projection and the logit scale are CLIP's or SigLIP's.
 """
 
+import contextlib
 import inspect
 import math
 import os
@@ -1016,16 +1017,23 @@ class SamClipModel(SamClipPreTrainedModel):
 
         if has_prompts:
             assert image_embeddings is not None
-            fields["pred_masks"], fields["iou_scores"] = self.predict_masks(
-                image_embeddings,
-                input_points=input_points,
-                input_labels=input_labels,
-                input_boxes=input_boxes,
-                input_masks=input_masks,
-                multimask_output=multimask_output,
-                attention_similarity=attention_similarity,
-                target_embedding=target_embedding,
-            )
+            autocast: contextlib.AbstractContextManager = contextlib.nullcontext()
+            if self.training:
+                # Autocast's rounding of masks has gradients that are not small beside those of the distillation
+                # (benchmarks/training_precision.py).
+                image_embeddings = image_embeddings.to(self.mask_decoder.iou_token.weight.dtype)
+                autocast = torch.autocast(image_embeddings.device.type, enabled=False)
+            with autocast:
+                fields["pred_masks"], fields["iou_scores"] = self.predict_masks(
+                    image_embeddings,
+                    input_points=input_points,
+                    input_labels=input_labels,
+                    input_boxes=input_boxes,
+                    input_masks=input_masks,
+                    multimask_output=multimask_output,
+                    attention_similarity=attention_similarity,
+                    target_embedding=target_embedding,
+                )
             if num_prompts is not None:
                 numbers = torch.arange(fields["iou_scores"].shape[1], device=image_embeddings.device)
                 is_padding = numbers >= num_prompts.to(numbers.device)[:, None]

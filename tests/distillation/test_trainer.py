@@ -428,6 +428,32 @@ def test_images_are_normalized_as_in_the_teachers_image_processors(sam_teacher, 
 # ---- half precision ----
 
 
+def test_with_bf16_masks_and_sam_teacher_stay_in_float32(make_trainer, model, sam_teacher):
+    trainer = make_trainer(bf16=True)
+    batch = next(iter(trainer.get_train_dataloader()))["sam"]
+    dtypes = {}
+
+    def record(name):
+        return lambda module, args, output: dtypes.__setitem__(name, output.dtype)
+
+    modules = {
+        "encoder": model.vision_encoder.layers[0].mlp.lin1,
+        "decoder": model.mask_decoder.upscale_conv2,
+        "teacher": sam_teacher.model.vision_encoder.layers[0].mlp.lin1,
+    }
+    handles = [module.register_forward_hook(record(name)) for name, module in modules.items()]
+    model.train()
+    with trainer.accelerator.autocast():
+        trainer.sam_loss(model, **batch)
+    assert dtypes == {"encoder": torch.bfloat16, "decoder": torch.float32, "teacher": torch.float32}
+    model.eval()
+    with torch.no_grad(), trainer.accelerator.autocast():
+        trainer.sam_loss(model, **batch)
+    assert dtypes["decoder"] == torch.bfloat16  # inference is as fast as autocast makes it
+    for handle in handles:
+        handle.remove()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_teachers_saved_in_half_precision_train_a_float32_student(
     make_trainer, sam, clip, sam_teacher, teacher_folders, tmp_path, dtype

@@ -402,7 +402,8 @@ class SamClipTrainer(Trainer):
                 prompt = "mask"
                 prompts["input_masks"] = to_mask_prompts(class_probabilities, self._mask_size(images))
             inputs = prompts | {"multimask_output": prompt == "point"}
-            with self.accelerator.autocast():
+            # Not in half precision: see benchmarks/training_precision.py.
+            with torch.autocast(images.device.type, enabled=False):
                 teacher_masks, teacher_iou = self.sam_teacher(images, content_sizes, **inputs)
         if student_images is not None:
             scale = student_images.shape[-1] / images.shape[-1]
