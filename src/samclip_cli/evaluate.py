@@ -194,8 +194,8 @@ def uses_miniature(name: str) -> bool:
 
 def build_evaluators(arguments: argparse.Namespace) -> dict[str, "Evaluator"]:
     """
-    The evaluators of all tasks, by name. A task on the miniature's scenes can stand for several: "classification" for
-    "classification:miniature@64", "classification:miniature@96", ...
+    The evaluators of all tasks, by name. On the miniature's scenes, other names than an evaluator's stand for several:
+    "classification" for "classification:miniature@64", "classification:miniature@96", ...
 
     Raises `CommandError` for an unknown task, and for data that cannot be read.
     """
@@ -208,9 +208,8 @@ def build_evaluators(arguments: argparse.Namespace) -> dict[str, "Evaluator"]:
     evaluators: dict[str, Evaluator] = {}
     for name in arguments.task:
         if uses_miniature(name):
-            found = {
-                key: task for key, task in available.items() if name in (key, key.split("@")[0], key.split(":")[0])
-            }
+            found = {key: task for key, task in available.items() if name in (key.split("@")[0], key.split(":")[0])}
+            found = {name: available[name]} if name in available else found
             if not found:
                 raise CommandError(f"unknown task {name!r}. Tasks on the miniature's scenes: {', '.join(available)}.")
         else:

@@ -13,7 +13,7 @@ from samclip_hf.miniature_lab.report import (
     NearestColor,
     compare,
     draw_figure,
-    evaluate_student,
+    evaluate_all,
     evaluate_teachers,
     format_table,
     load_student,
@@ -41,7 +41,7 @@ def metrics(teachers, student):
     evaluators = report_tasks(fraction=FRACTION)
     evaluators["cascade:miniature"] = report_tasks(fraction=0.08)["cascade:miniature"]
     evaluators["cascade:miniature"].generation["points_per_crop"] = 4  # 16 points in place of 256
-    return compare(evaluate_student(student, evaluators), evaluate_teachers(*teachers, evaluators))
+    return compare(evaluate_all(student, evaluators), evaluate_teachers(*teachers, evaluators))
 
 
 def test_auto_classes_load_it():

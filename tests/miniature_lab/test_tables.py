@@ -1,26 +1,14 @@
 """Training, evaluation and tables of the variants, with few steps and scenes."""
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from samclip_cli.train import read_recipe
+from samclip_hf.distillation.arguments import SamClipTrainingArguments
 from samclip_hf.miniature_lab import commands, tables
-
-
-def results_of_seed(seed: int) -> dict:
-    """Results of a complete seed, with values that differ between seeds and runs."""
-    columns = {(task, metric) for _, task, metric, _ in tables.ROWS}
-    columns |= {(task, metric) for task, metric, _ in tables.COLUMNS}
-    content: dict = {"tasks": {}, "environment": {}}
-    for task, metric in sorted(columns):
-        entry = content["tasks"].setdefault(task, {"protocol": {}, "models": {}})
-        for index, name in enumerate(tables.RUNS):
-            entry["models"].setdefault(name, {"metrics": {}})["metrics"][metric] = seed / 10 + index / 100
-    return content
 
 
 def write(content: dict, folder: Path) -> None:
@@ -28,46 +16,84 @@ def write(content: dict, folder: Path) -> None:
     (folder / "results.json").write_text(json.dumps(content))
 
 
+def write_seed(seed: int, folder: Path, without: str | None = None) -> None:
+    """Writes results of a seed, complete unless one run is left out, with values that differ between seeds and
+    runs."""
+    columns = {(task, metric) for _, task, metric, _ in tables.ROWS if task not in tables.CASCADES}
+    columns |= {(task, metric) for task, metric, _ in tables.COLUMNS}
+    columns |= {(task, name) for task in tables.CLUTTERED for name in tables.OBJECT_COUNTS if "composed" in task}
+    columns |= {(task, "mean_iou") for task in tables.CLUTTERED.values() if "composed" in task}
+    for index, name in enumerate(tables.RUNS):
+        content: dict = {"tasks": {}, "environment": {}}
+        for task, metric in sorted(columns):
+            entry = content["tasks"].setdefault(task, {"protocol": {}, "models": {name: {"metrics": {}}}})
+            entry["models"][name]["metrics"][metric] = seed / 10 + index / 100
+        if name != without:
+            write(content, folder / f"seed{seed}" / "evaluation" / name)
+
+
 def test_mean_minimum_and_maximum_are_over_complete_seeds(tmp_path):
-    teachers = {"protocol": {}, "models": {"clip": {"metrics": {"top1": 0.9}}}}
-    write({"tasks": {"classification:miniature@64": teachers}}, tmp_path / "teachers")
+    teachers = {
+        "classification:miniature@64": {"clip": {"metrics": {"top1": 0.9}}},
+        "cascade:miniature": {"sam+clip": {"metrics": {"mean_iou": 0.61, "mean_iou, 2 objects": 0.62}}},
+        "cascade:miniature@cluttered-raw-crops": {"sam+clip": {"metrics": {"mean_iou": 0.41}}},
+        "prompts:miniature": {"sam": {"metrics": {"point_miou": 0.7}}},
+    }
+    content = {"tasks": {task: {"protocol": {}, "models": models} for task, models in teachers.items()}}
+    write(content, tmp_path / "teachers")
     for seed in (0, 1, 3):
-        write(results_of_seed(seed), tmp_path / f"seed{seed}" / "evaluation")
-    unfinished = results_of_seed(2)
-    del unfinished["tasks"]["composed:miniature"]["models"]["lora"]
-    write(unfinished, tmp_path / "seed2" / "evaluation")
+        write_seed(seed, tmp_path)
+    write_seed(2, tmp_path, without="lora")
 
     content = tables.collect(tmp_path)
     assert content["seeds"] == [0, 1, 3] and content["steps"] == tables.STEPS
-    assert tables.collect(tmp_path, fraction=0.1)["steps"] == {1: 30, 2: 10, 3: 5}
-    content["metrics"].update({"sam": {}, "sam+clip": {}})
+    assert tables.collect(tmp_path, fraction=0.1)["steps"] == {1: 30, 2: 8, 3: 6}
     text = tables.format_tables(content)
     assert "3 seeds: mean (minimum - maximum)" in text
-    offset = list(tables.RUNS).index("lora") / 100
-    minimum, average, maximum = (f"{value + offset:.3f}" for value in (0, 0.4 / 3, 0.3))
-    assert f"| {tables.RUNS['lora'].title} | {average} ({minimum} - {maximum}) |" in text
-    assert "| 1, 6 | zero-shot top-1 of 48, 64 px |  | 0.900 |  |" in text  # teachers have a single value
+
+    def cell(name: str) -> str:
+        offset = list(tables.RUNS).index(name) / 100
+        minimum, average, maximum = (f"{value + offset:.3f}" for value in (0, 0.4 / 3, 0.3))
+        return f"{average} ({minimum} - {maximum})"
+
+    assert f"| {tables.RUNS['lora'].title} | {cell('lora')} |" in text
+    # Teachers have a single value.
+    stages = " | ".join(cell(name) for name in tables.STAGES)
+    assert f"| 1, 6 | zero-shot top-1 of 48, 64 px |  | 0.900 |  | {stages} |" in text
+    cells = f"| {cell('stage3')} | {cell('stage3')} | {cell('paper_stage3')} | {cell('paper_stage3')} |"
+    assert f"| 2 objects |  | 0.620 |  {cells}" in text
+    assert f"| cluttered scenes | 0.410 |  |  {cells}" in text
+    for baseline in ("stage1", "stage2", "paper_sam_batch_3", "stage3"):
+        assert text.count(f"| **{tables.RUNS[baseline].title}** | {cell(baseline)} |") == 1
     tables.draw_differences(content, tmp_path / "tables.png")
     assert Image.open(tmp_path / "tables.png").width > 1000
 
 
 def test_results_with_another_protocol_and_runs_with_other_steps_raise(tmp_path):
+    def change(path: Path, function) -> None:
+        content = json.loads(path.read_text())
+        function(content["tasks"])
+        path.write_text(json.dumps(content))
+
     write({"tasks": {}}, tmp_path / "teachers")
-    for seed in (0, 1):
-        content = results_of_seed(seed)
-        content["tasks"]["composed:miniature"]["protocol"] = {"data": f"procedural scenes, {seed}"}
-        write(content, tmp_path / f"seed{seed}" / "evaluation")
+    write_seed(0, tmp_path)
+    path = tmp_path / "seed0" / "evaluation" / "lora" / "results.json"
+    change(path, lambda tasks: tasks["composed:miniature"].update(protocol={"data": "other scenes"}))
     with pytest.raises(SystemExit, match="composed:miniature was evaluated with different protocols"):
         tables.collect(tmp_path)
     for name in ("composed:miniature#0a1b2c3d", "stage1@0a1b2c3d"):
-        content = results_of_seed(2)
-        tasks = content["tasks"]
-        where = tasks if ":" in name else tasks["composed:miniature"]["models"]
-        where[name] = next(iter(where.values()))
-        write(content, tmp_path / name / "seed2" / "evaluation")
-        write({"tasks": {}}, tmp_path / name / "teachers")
+        folder = tmp_path / name
+        write_seed(2, folder)
+        write({"tasks": {}}, folder / "teachers")
+        path = folder / "seed2" / "evaluation" / "lora" / "results.json"
+
+        def add(tasks: dict, name: str = name) -> None:
+            where = tasks if ":" in name else tasks["composed:miniature"]["models"]
+            where[name] = next(iter(where.values()))
+
+        change(path, add)
         with pytest.raises(SystemExit, match=f"results of different protocols or weights .{name}"):
-            tables.collect(tmp_path / name)
+            tables.collect(folder)
     (tmp_path / "stage1").mkdir()
     (tmp_path / "stage1" / "train_results.json").write_text("{}")
     (tmp_path / "stage1" / "trainer_state.json").write_text('{"global_step": 30}')
@@ -81,6 +107,55 @@ def test_every_variant_has_a_baseline_of_the_same_stage():
         assert run.start is None or run.start in tables.RUNS
         if run.baseline is not None:
             assert tables.RUNS[run.baseline].stage == run.stage
+
+
+@pytest.mark.parametrize("name", tables.RUNS)
+def test_the_arguments_of_every_variant_are_valid(name, tmp_path):
+    run = tables.RUNS[name]
+    model = {} if run.start is None else {"model": "a checkpoint"}
+    settings = commands.read_recipe(run.stage) | run.options | model
+    arguments = SamClipTrainingArguments(output_dir=str(tmp_path), **settings)
+    is_ours = run.stage > 1 and name not in ("paper_stage2", "paper_stage3", "paper_sam_batch_3", "no_stage1")
+    assert arguments.has_region_loss == (is_ours or name == "regions_in_stage1")
+    if run.baseline is not None:
+        baseline = tables.RUNS[run.baseline]
+        assert (run.options, run.start) != (baseline.options, baseline.start)
+
+
+def test_a_run_without_the_region_loss_resets_what_only_that_loss_uses(monkeypatch):
+    recipe = {"region_loss_weight": 1.0, "regions_per_image": 3, "sam_batch_size": 7, "learning_rate": 1.0}
+    monkeypatch.setattr(commands, "read_recipe", lambda stage: recipe)
+    monkeypatch.setattr(tables, "ARGUMENTS", {2: {"clip_batch_size": 9}, 3: {"clip_batch_size": 9}})
+    defaults = {field.name: field.default for field in fields(SamClipTrainingArguments)}
+    paper = {"clip_batch_size": 9, **tables.NO_REGION_LOSS, "regions_per_image": defaults["regions_per_image"]}
+    assert tables.Run("", 2).options == {"clip_batch_size": 9}
+    assert tables.Run("", 2, None, tables.NO_REGION_LOSS).options == paper
+    paper["sam_batch_size"] = defaults["sam_batch_size"]  # stage 3 reads no masks then
+    assert tables.Run("", 3, None, tables.NO_REGION_LOSS).options == paper
+
+
+def test_processes_share_the_runs_and_none_is_done_twice(tmp_path, monkeypatch):
+    runs = {"stage1": tables.Run("", 1), "stage2": tables.Run("", 2, "stage1"), "other": tables.Run("", 1)}
+    done, written = [], []
+    monkeypatch.setattr(tables, "RUNS", runs)
+    monkeypatch.setattr(tables.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(tables, "train", lambda name, seed, folder, fraction: done.append((seed, name)))
+    monkeypatch.setattr(tables, "evaluate_run", lambda name, folder, fraction: None)
+    monkeypatch.setattr(tables, "evaluate_teachers", lambda folder, fraction: done.append("teachers"))
+    monkeypatch.setattr(tables, "write_tables", lambda folder, fraction: written.append(len(done)))
+    (tmp_path / "seed0").mkdir()
+    with tables.claim(tmp_path / "seed0" / "stage1.lock") as is_mine:  # another process is training stage 1
+        assert is_mine
+        for name in runs:
+            tables.run_once(name, 0, tmp_path / "seed0", 1.0)
+    assert done == [(0, "other")]  # stage 2 waits for stage 1
+    tables.run_all([0, 1], tmp_path, 1.0)
+    assert done[1:] == ["teachers", (0, "stage1"), (0, "stage2"), (1, "stage1"), (1, "stage2"), (1, "other")]
+    assert written == [4, 7]
+    tables.run_all([0, 1], tmp_path, 1.0)
+    assert len(done) == 7 and written == [4, 7, 7, 7]
+    with pytest.raises(SystemExit, match="is of a run with other arguments"):
+        tables.run_all([0], tmp_path, 0.5)
 
 
 @pytest.mark.slow
@@ -101,12 +176,12 @@ def test_runs_are_trained_and_evaluated_once(tmp_path, monkeypatch, capfd):
 
 
 def test_a_failed_run_exits_with_its_title(tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "RUNS", {"stage1": replace(tables.RUNS["stage1"], options="--no_such_option 1")})
+    monkeypatch.setattr(tables, "RUNS", {"stage1": replace(tables.RUNS["stage1"], arguments={"no_such_option": 1})})
     with pytest.raises(SystemExit, match=r"Seed 0: after stage 1 failed with exit code 2"):
         tables.train("stage1", 0, tmp_path, fraction=0.01)
 
 
 def test_short_runs_have_as_many_warmup_steps_as_the_recipes():
-    recipes = {stage: read_recipe(f"miniature_stage{stage}") for stage in commands.WARMUP_STEPS}
+    recipes = {stage: commands.read_recipe(stage) for stage in commands.WARMUP_STEPS}
     steps = {stage: recipe["warmup_steps"] * recipe["max_steps"] for stage, recipe in recipes.items()}
     assert steps == commands.WARMUP_STEPS

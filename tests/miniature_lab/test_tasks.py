@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from samclip_cli.evaluate import build_evaluators, build_parser
 from samclip_hf.images import decode_mask
 from samclip_hf.miniature.scenes import CLASS_NAMES, render, render_cluttered
 from samclip_hf.miniature_lab.tasks import NUM_SCENES, num_objects, tasks
@@ -34,3 +35,14 @@ def test_cascades_differ_in_their_crops_only():
     for name, suffix in (("cascade:miniature", "@raw-crops"), ("cascade:miniature@cluttered", "-raw-crops")):
         masked, raw = evaluators[name].describe(), evaluators[name + suffix].describe()
         assert masked.pop("crops") != raw.pop("crops") and masked == raw
+
+
+def test_the_name_of_a_task_selects_this_task_only():
+    def names(task: str) -> list[str]:
+        return list(build_evaluators(build_parser().parse_args(["--task", task])))
+
+    available = list(tasks())
+    assert all(names(name) == [name] for name in available)
+    suffixes = ("", "@classes", "@cluttered", "@cluttered-classes")
+    assert names("composed") == [f"composed:miniature{suffix}" for suffix in suffixes]
+    assert names("semantic:miniature") == [f"semantic:miniature@{suffix}" for suffix in ("96", "128", "cluttered")]

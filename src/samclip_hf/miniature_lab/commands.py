@@ -5,10 +5,19 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 # Warmup steps of the recipes, by stage. The recipes state them as fractions of their own `max_steps`; shorter runs use
 # the same numbers of steps.
 WARMUP_STEPS = {1: 50, 2: 50, 3: 20}
+
+
+def read_recipe(stage: int) -> dict[str, Any]:
+    """Returns the training arguments in the miniature's recipe of a stage."""
+    path = Path(__file__).parents[1] / "recipes" / f"miniature_stage{stage}.yaml"
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
 def train(

@@ -20,7 +20,7 @@ from . import commands
 from .report import (
     compare,
     draw_figure,
-    evaluate_student,
+    evaluate_all,
     evaluate_teachers,
     format_table,
     load_student,
@@ -72,7 +72,7 @@ def main() -> None:
     students = {"demo": load_student(output_dir / "model"), "shipped": load_student(miniature.checkpoint())}
     evaluators = report_tasks()
     teachers = evaluate_teachers(sam, clip, unmerged, evaluators)
-    compared = {name: compare(evaluate_student(student, evaluators), teachers) for name, student in students.items()}
+    compared = {name: compare(evaluate_all(student, evaluators), teachers) for name, student in students.items()}
     titles = {"SAM-CLIP,\nthis run": students["demo"], "SAM-CLIP,\nas shipped": students["shipped"]}
     draw_figure(students["demo"], text_columns(clip, unmerged, titles), output_dir / "figure.png")
     seconds["evaluation"] = round(time.perf_counter() - start, 1)

@@ -3,26 +3,39 @@ Trains and evaluates all variants of the miniature with several seeds, and write
 
     python -m samclip_hf.miniature_lab.tables
 
-Takes hours. An interrupted command continues from the finished runs in `runs/tables`. After each seed it writes
-`tables.json`, `tables.md` and `tables.png` with the seeds that are complete. To distribute seeds over processes, pass
-different `--seeds` to each with the same `--output_dir`, then run the command once with all seeds.
+Takes hours. Several processes with the same `--output_dir` share the work: one of them trains and evaluates each run.
+An interrupted command continues from the finished runs in `runs/tables`. After each seed it writes `tables.json`,
+`tables.md` and `tables.png` with the seeds that are complete.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from statistics import mean
+from typing import Any, NoReturn
 
 from .. import miniature
+from ..distillation.arguments import WITHOUT_EFFECT, SamClipTrainingArguments
 from ..evaluation import read_results
 from ..evaluation.report import PER_CLASS_PREFIX
 from . import commands
+from .tasks import OBJECT_COUNTS
 
 # Optimizer steps by stage: a small fraction of the recipes' steps.
-STEPS = {1: 300, 2: 100, 3: 50}
+STEPS = {1: 300, 2: 80, 3: 60}
+REGION_LOSS = {"region_loss_weight": 1.0, "dense_loss_weight": 1.0, "regions_per_image": 4}
+NO_REGION_LOSS = {"region_loss_weight": 0.0, "dense_loss_weight": 0.0}  # the paper's recipe
+# Arguments of all runs of a stage that differ from its recipe.
+ARGUMENTS: dict[int, dict[str, Any]] = {
+    1: NO_REGION_LOSS,
+    2: {"clip_batch_size": 32, "sam_batch_size": 12, "masks_per_image": 4, **REGION_LOSS},
+    3: {"clip_batch_size": 32, "sam_batch_size": 12, "masks_per_image": 4, **REGION_LOSS},
+}
 
 
 @dataclass(frozen=True)
@@ -34,7 +47,7 @@ class Run:
         title (`str`): Title of the row in the tables.
         stage (`int`): The stage, whose recipe is used.
         start (`str`, *optional*): Name of the run to start from. Default: the teachers.
-        options (`str`): Options of `samclip train` that change the recipe.
+        arguments (`dict[str, Any]`): Training arguments that differ from the recipe and from `ARGUMENTS`.
         baseline (`str`, *optional*): Name of the run that this one is compared with.
         steps (`int`, *optional*): Optimizer steps. Default: those of the stage in `STEPS`.
     """
@@ -42,50 +55,92 @@ class Run:
     title: str
     stage: int
     start: str | None = None
-    options: str = ""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
     baseline: str | None = None
     steps: int | None = None
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """All training arguments that differ from the recipe. In a run without the region loss, this includes the
+        defaults of arguments that then have no effect, because other values would raise an error."""
+        recipe = commands.read_recipe(self.stage)
+        options = {**ARGUMENTS[self.stage], **self.arguments}
+        if any({**recipe, **options}.get(name) for name in NO_REGION_LOSS):
+            return options
+        unused = {
+            name
+            for names, _, _ in WITHOUT_EFFECT
+            if "regions_per_image" in names or ("sam_batch_size" in names and self.stage != 2)
+            for name in names
+        }
+        defaults = {
+            item.name: item.default for item in fields(SamClipTrainingArguments) if item.default is not MISSING
+        }
+        options = {name: value for name, value in options.items() if name not in unused}
+        return options | {name: defaults[name] for name in unused & recipe.keys() & defaults.keys()}
 
+
+# The learning rates of image encoder and mask decoder are multiples of the CLIP head's.
+_MULTIPLIERS = [item.name for item in fields(SamClipTrainingArguments) if item.name.endswith("_lr_multiplier")]
 RUNS = {
     "stage1": Run("after stage 1", 1),
-    "stage2": Run("after stage 2", 2, "stage1"),
-    "stage3": Run("after stage 3", 3, "stage2"),
-    "mean_pooling": Run("mean pooling", 1, options="--clip_head_pooling mean", baseline="stage1"),
+    "regions_in_stage1": Run(
+        "region loss in stage 1",
+        1,
+        None,
+        {"sam_batch_size": 6, "masks_per_image": 4, **REGION_LOSS},
+        "stage1",
+    ),
+    "mean_pooling": Run("mean pooling", 1, None, {"clip_head_pooling": "mean"}, "stage1"),
     "random_head": Run(
-        "random initialization of the CLIP head", 1, options="--clip_head_initialization random", baseline="stage1"
+        "random initialization of the CLIP head", 1, None, {"clip_head_initialization": "random"}, "stage1"
     ),
-    "one_layer": Run("CLIP head with one layer", 1, options="--clip_head_layers 1", baseline="stage1"),
-    "lambda_0": Run("lambda 0", 2, "stage1", "--sam_loss_weight 0", "stage2"),
-    "lambda_1": Run("lambda 1", 2, "stage1", "--sam_loss_weight 1", "stage2"),
-    "lambda_100": Run("lambda 100", 2, "stage1", "--sam_loss_weight 100", "stage2"),
-    "rate_1": Run("encoder learning rate x1", 2, "stage1", "--encoder_lr_multiplier 1", "stage2"),
+    "one_layer": Run("CLIP head with one layer", 1, None, {"clip_head_layers": 1}, "stage1"),
+    "stage2": Run("after stage 2", 2, "stage1"),
+    "paper_stage2": Run("without the region loss: the paper's recipe", 2, "stage1", NO_REGION_LOSS, "stage2"),
+    "segments_only": Run("region loss of segments only", 2, "stage1", {"dense_loss_weight": 0.0}, "stage2"),
+    "patches_only": Run("region loss of patches only", 2, "stage1", {"region_loss_weight": 0.0}, "stage2"),
+    "one_region": Run("1 region per image, not up to 4", 2, "stage1", {"regions_per_image": 1}, "stage2"),
+    "two_regions": Run("2 regions per image, not up to 4", 2, "stage1", {"regions_per_image": 2}, "stage2"),
+    "head_only": Run("image encoder and mask decoder frozen", 2, "stage1", dict.fromkeys(_MULTIPLIERS, 0.0), "stage2"),
+    "sam_batch_3": Run("3 images with masks per step, not 12", 2, "stage1", {"sam_batch_size": 3}, "stage2"),
+    "lambda_0": Run("lambda 0", 2, "stage1", {"sam_loss_weight": 0.0}, "stage2"),
+    "lambda_1": Run("lambda 1", 2, "stage1", {"sam_loss_weight": 1.0}, "stage2"),
+    "lambda_100": Run("lambda 100", 2, "stage1", {"sam_loss_weight": 100.0}, "stage2"),
+    "rate_1": Run("encoder learning rate x1", 2, "stage1", {"encoder_lr_multiplier": 1.0}, "stage2"),
     "rate_1_lambda_0": Run(
-        "encoder learning rate x1, lambda 0", 2, "stage1", "--encoder_lr_multiplier 1 --sam_loss_weight 0", "stage2"
-    ),
-    "all_sizes": Run(
-        "both teachers at 64, 96, 128 px",
+        "encoder learning rate x1, lambda 0",
         2,
         "stage1",
-        "--clip_resolutions 64 96 128 --sam_resolutions 64 96 128",
+        {"encoder_lr_multiplier": 1.0, "sam_loss_weight": 0.0},
         "stage2",
     ),
     "lora": Run(
-        "LoRA, rank 16, encoder learning rate x1", 2, "stage1", "--lora_r 16 --encoder_lr_multiplier 1", "stage2"
+        "LoRA, rank 16, encoder learning rate x1",
+        2,
+        "stage1",
+        {"lora_r": 16, "encoder_lr_multiplier": 1.0},
+        "stage2",
+    ),
+    "paper_sam_batch_3": Run(
+        "paper's recipe, 3 images with masks per step", 2, "stage1", {"sam_batch_size": 3, **NO_REGION_LOSS}
     ),
     "no_stage1": Run(
         "without stage 1, same number of steps",
         2,
         None,
-        "--clip_head_initialization copied",
-        "stage2",
+        {"clip_head_initialization": "copied", "sam_batch_size": 3, **NO_REGION_LOSS},
+        "paper_sam_batch_3",
         STEPS[1] + STEPS[2],
     ),
+    "stage3": Run("after stage 3", 3, "stage2"),
+    "paper_stage3": Run(
+        "without the region loss in stages 2 and 3: the paper's recipe", 3, "paper_stage2", NO_REGION_LOSS, "stage3"
+    ),
+    "regions_in_stage3": Run("region loss in stage 3 only", 3, "paper_stage2", {}, "stage3"),
 }
-STAGES = ("stage1", "stage2", "stage3")
-FAST_TASKS = ("classification", "semantic", "prompts", "composed")  # for all runs
-SLOW_TASKS = ("retrieval", "instances", "linear-probe")  # for the three stages only
-HEAD_PROBE_FRACTION = 0.25  # of the scenes and training steps of head probes, the slowest task
+STAGES = ("stage1", "stage2", "stage3", "paper_stage3")  # columns of the paper's tables
+HEADERS = ("after stage 1", "after stage 2", "after stage 3", "after stage 3, paper's recipe")
 # Columns of the table of ablations: task, metric, title.
 COLUMNS = [
     ("classification:miniature@64", "top1", "top-1, 64 px"),
@@ -95,6 +150,7 @@ COLUMNS = [
     ("prompts:miniature", "box_miou", "mIoU, box"),
     ("semantic:miniature@128", "mean_iou", "mIoU by text, patches"),
     ("composed:miniature", "mean_iou", "mIoU by text, both heads"),
+    ("composed:miniature@classes", "mean_iou", "mIoU by text, both heads, paper's composition"),
 ]
 # Rows of the paper's tables: number of the table in the paper, task, metric, title.
 ROWS = [
@@ -102,13 +158,16 @@ ROWS = [
         ("1, 6", f"classification:miniature@{size}", "top1", f"zero-shot top-1 of 48, {size} px")
         for size in (64, 96, 128)
     ],
+    ("-", "classification:miniature@128", "top1, never captioned", "zero-shot top-1, never captioned, 128 px"),
     ("1", "retrieval:miniature", "mean_recall@1", "retrieval R@1, mean of both directions"),
     ("1", "instances:miniature", "AP", "mask AP from true boxes"),
     ("-", "prompts:miniature", "point_miou", "mIoU from a point"),
     ("-", "prompts:miniature", "box_miou", "mIoU from a box"),
     *[("2", f"semantic:miniature@{size}", "mean_iou", f"mIoU by text, patches, {size} px") for size in (96, 128)],
-    ("5, 7", "composed:miniature", "mean_iou", "mIoU by text, both heads"),
-    ("7", "cascade:miniature", "mean_iou", "mIoU by text, cascade"),
+    ("5, 7", "composed:miniature@classes", "mean_iou", "mIoU by text, both heads, paper's composition"),
+    ("5, 7", "composed:miniature", "mean_iou", "mIoU by text, both heads or two encoders"),
+    ("7", "cascade:miniature", "mean_iou", "mIoU by text, cascade, masked crops"),
+    ("7", "cascade:miniature@raw-crops", "mean_iou", "mIoU by text, cascade, raw crops"),
     *[
         ("4", "linear-probe:miniature", f"top1 ({source})", f"linear probe, {source}")
         for source in ("image encoder", "CLIP head")
@@ -119,7 +178,35 @@ ROWS = [
         for head in ("linear", "DeepLabv3", "PSPNet")
     ],
 ]
+# Columns of the table by number of objects: model, task, title.
+BY_OBJECTS = [
+    ("sam+clip", "cascade:miniature@raw-crops", "cascade, raw crops"),
+    ("sam+clip", "cascade:miniature", "cascade, masked crops"),
+    ("sam+clip", "composed:miniature", "SAM + CLIP, unmerged"),
+    ("stage3", "composed:miniature", "after stage 3"),
+    ("stage3", "composed:miniature@classes", "the same, paper's composition"),
+    ("paper_stage3", "composed:miniature", "paper's recipe"),
+    ("paper_stage3", "composed:miniature@classes", "the same, paper's composition"),
+]
+CLUTTERED = {  # the task on cluttered scenes, for the last row
+    "cascade:miniature@raw-crops": "cascade:miniature@cluttered-raw-crops",
+    "cascade:miniature": "cascade:miniature@cluttered",
+    "composed:miniature": "composed:miniature@cluttered",
+    "composed:miniature@classes": "composed:miniature@cluttered-classes",
+}
 TEACHERS = ("sam", "clip", "sam+clip")
+FAST_TASKS = tuple(dict.fromkeys(task for task, _, _ in COLUMNS))  # for all runs
+SLOW_TASKS = (  # for the runs in STAGES
+    *("classification:miniature@96", "semantic:miniature@96", "retrieval", "instances", "linear-probe"),
+    *("composed:miniature@cluttered", "composed:miniature@cluttered-classes"),
+)
+CASCADES = (
+    *("cascade:miniature", "cascade:miniature@raw-crops"),
+    *("cascade:miniature@cluttered", "cascade:miniature@cluttered-raw-crops"),
+)
+# Fractions of the scenes: of all tasks, and of head probes, the slowest task, and their training steps.
+SCENE_FRACTION = 0.5
+HEAD_PROBE_FRACTION = 0.25
 
 
 def train(name: str, seed: int, folder: Path, fraction: float) -> None:
@@ -132,9 +219,11 @@ def train(name: str, seed: int, folder: Path, fraction: float) -> None:
             sys.exit(f"{output_dir} was trained for {finished} steps, not {steps}. Use another --output_dir.")
         return
     options = ["--save_steps", "100", "--save_total_limit", "1", "--resume_from_checkpoint", "true"]
+    for option, value in run.options.items():
+        values = value if isinstance(value, list) else [value]
+        options += [f"--{option}", *map(str, values)]
     start = None if run.start is None else folder / run.start
-    title = f"Seed {seed}: {run.title}"
-    commands.train(title, run.stage, output_dir, seed, steps, start, [*options, *run.options.split()])
+    commands.train(f"Seed {seed}: {run.title}", run.stage, output_dir, seed, steps, start, options)
 
 
 def scale_steps(steps: int, fraction: float) -> int:
@@ -147,26 +236,108 @@ def evaluate(models: Sequence[Path | str], tasks: tuple[str, ...], output_dir: P
     commands.run(f"Evaluation: {', '.join(tasks)}", command)
 
 
-def run_seed(seed: int, output_dir: Path, fraction: float) -> None:
-    """Trains and evaluates all runs of a seed."""
-    folder = output_dir / f"seed{seed}"
-    for name in RUNS:
-        train(name, seed, folder, fraction)
-    evaluate([folder / name for name in RUNS], FAST_TASKS, folder / "evaluation", fraction)
-    stages = [folder / name for name in STAGES]
-    evaluate(stages, SLOW_TASKS, folder / "evaluation", fraction)
-    evaluate(stages, ("head-probe",), folder / "evaluation", fraction * HEAD_PROBE_FRACTION)
+def evaluate_run(name: str, folder: Path, fraction: float) -> None:
+    """Evaluates a run. The results are in `folder / "evaluation" / name`."""
+    output_dir = folder / "evaluation" / name
+    tasks = FAST_TASKS + SLOW_TASKS if name in STAGES else FAST_TASKS
+    evaluate([folder / name], tasks, output_dir, fraction * SCENE_FRACTION)
+    if name in STAGES:
+        evaluate([folder / name], ("head-probe",), output_dir, fraction * HEAD_PROBE_FRACTION)
 
 
 def evaluate_teachers(output_dir: Path, fraction: float) -> None:
-    """Evaluates SAM, CLIP and the cascade of both."""
+    """Evaluates SAM, CLIP and the unmerged model of both."""
     sam, clip = miniature.sam_teacher(), miniature.clip_teacher()
     folder = output_dir / "teachers"
-    evaluate([sam, clip, f"{sam}+{clip}"], (*FAST_TASKS, *SLOW_TASKS, "cascade"), folder, fraction)
+    evaluate([sam, clip, f"{sam}+{clip}"], FAST_TASKS + SLOW_TASKS + CASCADES, folder, fraction * SCENE_FRACTION)
     evaluate([sam, clip], ("head-probe",), folder, fraction * HEAD_PROBE_FRACTION)
 
 
-def collect(output_dir: Path, fraction: float = 1.0) -> dict:
+def run_all(seeds: Sequence[int], output_dir: Path, fraction: float) -> None:
+    """Evaluates the teachers, trains and evaluates all runs of all seeds, except those that other processes with the
+    same `output_dir` train and evaluate, and waits for these. Writes the tables after each seed."""
+    teachers, finished = output_dir / "teachers.done", set[int]()
+    while len(finished) < len(seeds):
+        do_once(teachers, {"fraction": fraction}, lambda: evaluate_teachers(output_dir, fraction))
+        for seed in seeds:
+            folder = output_dir / f"seed{seed}"
+            if seed in finished:
+                continue
+            for name in RUNS:
+                run_once(name, seed, folder, fraction)
+            if teachers.exists() and all((folder / f"{name}.done").exists() for name in RUNS):
+                write_tables(output_dir, fraction)
+                finished.add(seed)
+        if len(finished) < len(seeds):
+            time.sleep(2)  # other processes are at work
+
+
+def run_once(name: str, seed: int, folder: Path, fraction: float) -> None:
+    """Trains and evaluates a run, unless it is done, another process is doing it, or the run it starts from is not
+    done."""
+    run = RUNS[name]
+    if run.start is not None and not (folder / f"{run.start}.done").exists():
+        return
+
+    def train_and_evaluate() -> None:
+        train(name, seed, folder, fraction)
+        evaluate_run(name, folder, fraction)
+
+    settings = {"fraction": fraction, "steps": run.steps or STEPS[run.stage], **run.options}
+    do_once(folder / f"{name}.done", settings, train_and_evaluate)
+
+
+def do_once(marker: Path, settings: Mapping[str, Any], work: Callable[[], None]) -> None:
+    """Does work and writes the settings to a file, unless the file exists or another process does the work. Exits with
+    a message if the file has other settings."""
+    marker.parent.mkdir(parents=True, exist_ok=True)
+    with claim(marker.with_suffix(".lock")) as is_mine:
+        if is_mine and not marker.exists():
+            work()
+            marker.write_text(json.dumps(settings))
+        elif marker.exists() and json.loads(marker.read_text()) != settings:
+            sys.exit(
+                f"{marker.with_suffix('')} is of a run with other arguments: {marker.read_text()}. Use another "
+                "--output_dir."
+            )
+
+
+@contextmanager
+def claim(path: Path) -> Iterator[bool]:
+    """Whether this process has a lock, which ends with the context or the process. Without locks on the platform, each
+    process has it: run only one."""
+    with path.open("w") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ModuleNotFoundError:  # Windows
+            yield True
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def read_seed(folder: Path) -> dict[str, Any]:
+    """Merges the results of all runs of a seed."""
+    merged: dict[str, Any] = {"tasks": {}, "environment": {}}
+    for path in sorted(folder.glob("evaluation/*/results.json")):
+        content = read_results(path)
+        merged["environment"] = content["environment"]
+        for task, entry in content["tasks"].items():
+            known = merged["tasks"].setdefault(task, {"protocol": entry["protocol"], "models": {}})
+            if known["protocol"] != entry["protocol"]:
+                exit_of_different_protocols(folder, task)
+            known["models"] |= entry["models"]
+    return merged
+
+
+def exit_of_different_protocols(folder: Path, task: str) -> NoReturn:
+    sys.exit(f"{folder}: {task} was evaluated with different protocols, for example another --fraction.")
+
+
+def collect(output_dir: Path, fraction: float = 1.0) -> dict[str, Any]:
     """
     Collects the results of the teachers and of all complete seeds.
 
@@ -176,11 +347,9 @@ def collect(output_dir: Path, fraction: float = 1.0) -> dict:
 
     Exits with a message if no seed is complete, or if the results are of different protocols or weights.
     """
-    complete = [
-        (int(path.parent.parent.name.removeprefix("seed")), read_results(path))
-        for path in output_dir.glob("seed*/evaluation/results.json")
-    ]
-    complete = sorted((seed, content) for seed, content in complete if is_complete(content))
+    folders = {int(path.name.removeprefix("seed")): path for path in output_dir.glob("seed*") if path.is_dir()}
+    complete = [(seed, read_seed(folder)) for seed, folder in sorted(folders.items())]
+    complete = [(seed, content) for seed, content in complete if is_complete(content)]
     if not complete:
         sys.exit(f"{output_dir} contains no complete seed.")
     protocols = {task: entry["protocol"] for task, entry in complete[0][1]["tasks"].items()}
@@ -195,9 +364,7 @@ def collect(output_dir: Path, fraction: float = 1.0) -> dict:
                     "that was trained again. Use another --output_dir."
                 )
             if entry["protocol"] != protocols.get(task, entry["protocol"]):
-                sys.exit(
-                    f"{output_dir}: {task} was evaluated with different protocols, for example another --fraction."
-                )
+                exit_of_different_protocols(output_dir, task)
             for model, result in entry["models"].items():
                 for metric, value in result["metrics"].items():
                     if value is not None and not metric.startswith(PER_CLASS_PREFIX):
@@ -205,17 +372,18 @@ def collect(output_dir: Path, fraction: float = 1.0) -> dict:
     return {
         "seeds": [seed for seed, _ in complete],
         "steps": {stage: scale_steps(steps, fraction) for stage, steps in STEPS.items()},
-        "runs": {name: f"stage {run.stage} {run.options}".strip() for name, run in RUNS.items()},
+        "runs": {name: {"stage": run.stage, "start": run.start, **run.options} for name, run in RUNS.items()},
         "protocols": protocols,
         "environment": complete[0][1]["environment"],
         "metrics": metrics,
     }
 
 
-def is_complete(content: dict) -> bool:
-    """Whether the results of a seed contain all runs with the fast tasks, and the three stages with the slow tasks."""
-    required: dict[str, tuple[str, ...]] = {task: STAGES for _, task, _, _ in ROWS if task != "cascade:miniature"}
-    required |= {task: tuple(RUNS) for task, _, _ in COLUMNS}
+def is_complete(content: dict[str, Any]) -> bool:
+    """Whether the results of a seed contain all runs with the fast tasks, and the stages with the slow tasks."""
+    required: dict[str, tuple[str, ...]] = {task: STAGES for _, task, _, _ in ROWS if task not in CASCADES}
+    required |= dict.fromkeys(("composed:miniature@cluttered", "composed:miniature@cluttered-classes"), STAGES)
+    required |= dict.fromkeys(FAST_TASKS, tuple(RUNS))
     return all(
         set(models) <= content["tasks"].get(task, {"models": {}})["models"].keys() for task, models in required.items()
     )
@@ -236,18 +404,27 @@ def format_rows(header: list[str], rows: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def format_tables(content: dict) -> str:
-    """Returns two Markdown tables: the paper's tables for teachers and stages, and the ablations by baseline."""
+def format_tables(content: dict[str, Any]) -> str:
+    """Returns three Markdown tables: the paper's tables for teachers and stages, segmentation by the number of objects
+    in a scene, and the ablations by baseline."""
     metrics = content["metrics"]
     columns = [*TEACHERS, *STAGES]
     paper = [
         [number, title, *(format_values(metrics[model].get(f"{task} | {metric}")) for model in columns)]
         for number, task, metric, title in ROWS
     ]
+    by_objects = [
+        [
+            name.removeprefix("mean_iou, ").replace("mean_iou", "all"),
+            *(format_values(metrics[model].get(f"{task} | {name}")) for model, task, _ in BY_OBJECTS),
+        ]
+        for name in ("mean_iou", *OBJECT_COUNTS)
+    ]
+    cluttered = [metrics[model].get(f"{CLUTTERED[task]} | mean_iou") for model, task, _ in BY_OBJECTS]
+    by_objects.append(["cluttered scenes", *map(format_values, cluttered)])
     ablations = []
-    for baseline in ("stage1", "stage2"):
-        names = [baseline, *(name for name, run in RUNS.items() if run.baseline == baseline)]
-        for name in names:
+    for baseline in dict.fromkeys(run.baseline for run in RUNS.values() if run.baseline is not None):
+        for name in (baseline, *(name for name, run in RUNS.items() if run.baseline == baseline)):
             cells = [format_values(metrics[name].get(f"{task} | {metric}")) for task, metric, _ in COLUMNS]
             title = f"**{RUNS[name].title}**" if name == baseline else RUNS[name].title
             ablations.append([title, *cells])
@@ -255,15 +432,15 @@ def format_tables(content: dict) -> str:
     seeds_text = f"{len(seeds)} seeds: mean (minimum - maximum)" if len(seeds) > 1 else "One seed"
     return (
         f"{seeds_text}. Optimizer steps of the stages: {', '.join(map(str, content['steps'].values()))}.\n\n"
-        + format_rows(
-            ["table of the paper", "", "SAM", "CLIP", "SAM + CLIP", *(RUNS[name].title for name in STAGES)], paper
-        )
+        + format_rows(["table of the paper", "", "SAM", "CLIP", "SAM + CLIP", *HEADERS], paper)
+        + "\nmIoU by text, by the number of objects in a scene:\n\n"
+        + format_rows(["scenes", *(title for _, _, title in BY_OBJECTS)], by_objects)
         + "\nAblations, below their baseline (bold) after the same stage:\n\n"
         + format_rows(["", *(title for _, _, title in COLUMNS)], ablations)
     )
 
 
-def draw_differences(content: dict, path: Path) -> None:
+def draw_differences(content: dict[str, Any], path: Path) -> None:
     """Plots the difference of each ablation (row) from the baseline of the same seed, for each metric (column)."""
     import matplotlib
 
@@ -282,6 +459,8 @@ def draw_differences(content: dict, path: Path) -> None:
             differences = [value - other for value, other in zip(metrics[name][key], baseline, strict=True)]
             axis.plot(differences, [row] * len(differences), "o", markersize=5, alpha=0.6, color="C0")
             axis.plot([mean(differences)], [row], "|", markersize=13, markeredgewidth=2, color="black")
+            if row and RUNS[name].baseline != RUNS[names[row - 1]].baseline:
+                axis.axhline(row - 0.5, color="black", linewidth=0.8)
         axis.axvline(0, color="gray", linewidth=1)
         limit = max(abs(side) for side in axis.get_xlim())
         axis.set_xlim(-limit, limit)
@@ -289,9 +468,20 @@ def draw_differences(content: dict, path: Path) -> None:
         axis.tick_params(labelsize=8)
         axis.grid(axis="y", alpha=0.3)
     axes[0].set_yticks(range(len(names)), [RUNS[name].title for name in names], fontsize=9)
-    figure.suptitle("Difference from the baseline after the same stage (dots: seeds; bars: their mean)")
+    figure.suptitle(
+        "Difference from the baseline after the same stage (dots: seeds; bars: their mean; lines: another baseline)"
+    )
     figure.savefig(path, dpi=100)
     plt.close(figure)
+
+
+def write_tables(output_dir: Path, fraction: float) -> None:
+    """Writes and prints the tables of all complete seeds."""
+    content = collect(output_dir, fraction)
+    (output_dir / "tables.json").write_text(json.dumps(content, indent=1) + "\n")
+    (output_dir / "tables.md").write_text(format_tables(content))
+    draw_differences(content, output_dir / "tables.png")
+    print(f"\n{format_tables(content)}\nTables and figure: {output_dir}", flush=True)
 
 
 def main() -> None:
@@ -302,15 +492,7 @@ def main() -> None:
     )
     parser.add_argument("--output_dir", type=Path, default=Path("runs/tables"), help="default: runs/tables")
     arguments = parser.parse_args()
-    output_dir: Path = arguments.output_dir
-    evaluate_teachers(output_dir, arguments.fraction)
-    for seed in arguments.seeds:
-        run_seed(seed, output_dir, arguments.fraction)
-        content = collect(output_dir, arguments.fraction)
-        (output_dir / "tables.json").write_text(json.dumps(content, indent=1) + "\n")
-        (output_dir / "tables.md").write_text(format_tables(content))
-        draw_differences(content, output_dir / "tables.png")
-        print(f"\n{format_tables(content)}\nTables and figure: {output_dir}", flush=True)
+    run_all(sorted(set(arguments.seeds)), arguments.output_dir, arguments.fraction)
 
 
 if __name__ == "__main__":

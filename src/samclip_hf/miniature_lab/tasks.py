@@ -1,7 +1,9 @@
 """Evaluation sets of procedural scenes, and the evaluation tasks that correspond to the paper's tables."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -18,6 +20,7 @@ from ..evaluation import (
     ModelAdapter,
     PromptedSegmentation,
     Retrieval,
+    SamClipAdapter,
     SemanticSegmentation,
     ZeroShotClassification,
     ZeroShotInstanceSegmentation,
@@ -91,7 +94,36 @@ class MiniatureSemantic(ByNumberOfObjects, SemanticSegmentation):
 
 
 class MiniatureComposed(ByNumberOfObjects, ComposedSegmentation):
-    """Segmentation by the model's own composition."""
+    """
+    Segmentation by the model's own composition, or by another one.
+
+    composition (`"segments"` or `"classes"`, *optional*):
+        Replaces the composition in the model's configuration during the evaluation.
+    """
+
+    def __init__(self, data: DataSet[SegmentedImage], composition: Literal["segments", "classes"] | None = None):
+        super().__init__(data, templates=TEMPLATES)
+        self.composition = composition
+
+    def describe(self) -> dict[str, Any]:
+        return super().describe() | ({"composition": self.composition} if self.composition else {})
+
+    def describe_settings(self, model: SamClipAdapter) -> dict[str, Any]:
+        with self._composition_of(model):
+            return super().describe_settings(model)
+
+    def predict(self, model: SamClipAdapter, image: Image.Image) -> np.ndarray:
+        with self._composition_of(model):
+            return super().predict(model, image)
+
+    @contextmanager
+    def _composition_of(self, model: SamClipAdapter) -> Iterator[None]:
+        config = model.model.config
+        own, config.composition = config.composition, self.composition or config.composition
+        try:
+            yield
+        finally:
+            config.composition = own
 
 
 class MiniatureCascade(ByNumberOfObjects, CascadeSegmentation):
@@ -243,8 +275,10 @@ def tasks(seed: int = 101, fraction: float = 1.0) -> dict[str, Evaluator]:
         "instances:miniature": ZeroShotInstanceSegmentation(with_objects),
         "prompts:miniature": PromptedSegmentation(with_objects, point="random"),
         "prompts:miniature@cluttered": PromptedSegmentation(cluttered_objects, point="random"),
-        "composed:miniature": MiniatureComposed(scenes, templates=TEMPLATES),
-        "composed:miniature@cluttered": MiniatureComposed(cluttered, templates=TEMPLATES),
+        "composed:miniature": MiniatureComposed(scenes),
+        "composed:miniature@classes": MiniatureComposed(scenes, "classes"),
+        "composed:miniature@cluttered": MiniatureComposed(cluttered),
+        "composed:miniature@cluttered-classes": MiniatureComposed(cluttered, "classes"),
         "cascade:miniature": cascade(scenes),
         "cascade:miniature@raw-crops": cascade(scenes, masked_crops=False),
         "cascade:miniature@cluttered": cascade(cluttered),
