@@ -88,6 +88,15 @@ def test_naming_benchmark_prints_a_row_for_every_method(naming, capsys, table, r
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("table, rows", [("segmentation", 3), ("mixed", 2)])
+def test_examples_benchmark_prints_a_row_for_every_vocabulary(capsys, table, rows):
+    examples = load_script(Path(__file__).parents[1] / "benchmarks" / "examples.py")
+    few = ["--models", "shipped", "--shots", "1", "--num_scenes", "2", "--num_splits", "1", "--seeds", "102"]
+    examples.main([table, *few])
+    assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith("| shipped")]) == rows
+
+
+@pytest.mark.slow
 def test_tiles_benchmark_prints_a_row_with_and_without_tiles(capsys):
     tiles = load_script(Path(__file__).parents[1] / "benchmarks" / "tiles.py")
     tiles.main(["--edges", "256", "--tile", "128", "--modes", "semantic", "--threads", str(torch.get_num_threads())])

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from . import CommandError
 from .argument_types import probability
 from .batch import process_images
+from .examples import EXAMPLES_HELP, add_examples_argument, read_examples, set_examples
 from .formats import Prediction, coco_annotation
 from .image_arguments import add_tile_arguments, check_tiles, create_parser
 from .inputs import add_batch_size
@@ -27,6 +28,7 @@ examples:
   samclip segment one.jpg 'more/*.jpg' folder/ --labels_file labels.txt \\
       --output results/ --formats overlay,masks
   samclip segment photo.jpg --labels "cat, sofa" --output out.json
+  samclip segment photos/ --examples parts.json --output results/
 
 The score of a segment is its label's probability among all labels and background texts. With a
 single label and no --background, every score is 1: describe the rest of the image with
@@ -40,8 +42,9 @@ RECORD = (
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = create_parser("segment", DESCRIPTION, RECORD, has_masks=True, help_text=LABELS_HELP)
+    parser = create_parser("segment", DESCRIPTION, RECORD, has_masks=True, help_text=LABELS_HELP + EXAMPLES_HELP)
     add_label_arguments(parser, "the labels saved with the checkpoint")
+    add_examples_argument(parser)
     parser.add_argument(
         "--threshold",
         type=probability,
@@ -57,9 +60,10 @@ def build_parser() -> argparse.ArgumentParser:
 def run(argv: Sequence[str]) -> int:
     arguments = build_parser().parse_args(argv)
     check_tiles(arguments)
+    examples = read_examples(arguments)
     read_labels(arguments)
-    if arguments.labels is None and arguments.sam is not None:
-        raise CommandError('--sam and --clip have no labels: pass --labels, such as "cat, sofa".')
+    if arguments.labels is None and examples is None and arguments.sam is not None:
+        raise CommandError('--sam and --clip have no labels: pass --labels, such as "cat, sofa", or --examples.')
     plan = prepare(arguments)
 
     import numpy as np
@@ -68,7 +72,10 @@ def run(argv: Sequence[str]) -> int:
     from samclip_hf.tiling_samclip import ComputedSequence
 
     loaded = load_model(arguments)
-    embed_labels(arguments, loaded)
+    if arguments.labels is not None or examples is None:
+        embed_labels(arguments, loaded)
+    if examples is not None:
+        set_examples(arguments, loaded, examples)
     segmenter = SamClipImageSegmentationPipeline(
         model=loaded.model,
         tokenizer=loaded.tokenizer,

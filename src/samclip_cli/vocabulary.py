@@ -67,6 +67,8 @@ def read_labels(arguments: argparse.Namespace) -> None:
         arguments.labels = _read_labels_file(arguments.labels_file)
     elif arguments.labels is not None:
         arguments.labels = parse_labels("--labels", arguments.labels)
+    elif getattr(arguments, "examples", None) is not None:
+        pass  # read_examples checks the options
     elif given := [f"--{name}" for name in LABEL_OPTIONS if getattr(arguments, name, None)]:
         raise CommandError(f"{' and '.join(given)} require{'s' * (len(given) == 1)} --labels.")
     if background is not None:
@@ -124,6 +126,7 @@ def embed_labels(arguments: argparse.Namespace, loaded: LoadedModel) -> "SamClip
     except ValueError as error:
         raise CommandError(f"--labels: {first_line(error)}") from error
     is_single = arguments.labels is not None and len(arguments.labels) == 1 and not arguments.multi_label
+    is_single = is_single and getattr(arguments, "examples", None) is None
     if is_single and getattr(arguments, "background", ()) is None:
         log(
             "with one label and no --background, every region gets this label. Describe the rest of the image, such "

@@ -9,7 +9,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Literal
 
@@ -21,12 +21,14 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
+from .examples_samclip import check_examples, check_prompts, to_text_space
 from .modeling_samclip import SamClipModel, load_tokenizer, patches_of_masks, refuse_labels
 from .vision_encoder_samclip import SamClipVisionEncoderOutput
 
 logger = logging.get_logger(__name__)
 
 POINTS_PER_CLASS = 3  # paper, section 5: one to three
+DEFAULT_TEMPLATES = ("a photo of a {}",)
 TEXTS_PER_BATCH = 256  # texts in one pass of the text tower: 1000 names in 80 templates do not fit at once
 CLASSES_PER_CHUNK = 32  # classes in one pass of the mask decoder
 PATCHES_PER_CHUNK = 2**15  # patches of segments in one pass of the CLIP head: 100 MB for each map of 768 channels
@@ -111,10 +113,10 @@ class SamClipMaskClassificationOutput(ModelOutput):
 @dataclass
 class SamClipVocabulary:
     r"""
-    The labels of [`SamClipForImageSegmentation`] and the embeddings of their texts.
+    The labels of [`SamClipForImageSegmentation`] and the embeddings of their texts, or of examples in place of texts.
 
     class_embeds (`torch.Tensor` of shape `(num_texts, projection_dim)`):
-        Embeddings of the texts, of length 1.
+        Embeddings of the texts, of length 1, and of examples.
     label_ids (`list[int]`):
         The label of each text. The logit of a label is that of its most similar text.
     id2label (`dict[int, str]`):
@@ -291,9 +293,12 @@ class SamClipForImageSegmentation(SamClipModel):
         )
 
     def set_vocabulary(self, *args, **kwargs) -> "SamClipForImageSegmentation":
-        """Sets the vocabulary that is saved with the model. Arguments as in [`embed_vocabulary`]. Returns the
-        model."""
-        vocabulary = self.embed_vocabulary(*args, **kwargs)
+        """Sets the vocabulary that is saved with the model: the result of [`embed_vocabulary`] or [`embed_examples`],
+        or the arguments of [`embed_vocabulary`]. Returns the model."""
+        if len(args) == 1 and not kwargs and isinstance(args[0], SamClipVocabulary):
+            vocabulary = args[0]
+        else:
+            vocabulary = self.embed_vocabulary(*args, **kwargs)
         self.config.__dict__.pop("label_tokens", None)  # of a checkpoint of version 0.1.0
         self.class_embeds, self.label_embeds = vocabulary.class_embeds, vocabulary.label_embeds
         self.neutral_embeds = vocabulary.neutral_embeds
@@ -319,7 +324,7 @@ class SamClipForImageSegmentation(SamClipModel):
         self,
         labels: Iterable[str | Sequence[str]],
         background: Iterable[str] | float | None = (),
-        templates: str | Iterable[str] = ("a photo of a {}",),
+        templates: str | Iterable[str] = DEFAULT_TEMPLATES,
         tokenizer: PreTrainedTokenizerBase | None = None,
         synonyms: Literal["max", "mean"] = "max",
         background_templates: bool = False,
@@ -361,18 +366,7 @@ class SamClipForImageSegmentation(SamClipModel):
         or a threshold is not between 0 and 1.
         """
         groups = to_label_groups(labels)
-        threshold: float | None = None
-        texts_of_background: list[str] = []
-        if isinstance(background, float | Real):  # Real includes numpy's
-            threshold = float(background)
-            if not 0 < threshold < 1:
-                raise ValueError(f"As a threshold, background must be a probability between 0 and 1, got {threshold}.")
-        elif isinstance(background, str):
-            raise ValueError(
-                f'background must be a list of texts, such as ["a wall", "sky"], or a threshold; got {background!r}.'
-            )
-        elif background is not None:
-            texts_of_background = to_texts("background", background)
+        texts_of_background, threshold = _to_background(background)
         if background_templates and not texts_of_background:
             raise ValueError("background_templates=True has no effect, because background has no texts.")
         templates = to_texts("templates", templates, 1)
@@ -422,8 +416,7 @@ class SamClipForImageSegmentation(SamClipModel):
         means = [part.mean(dim=0) for part in features.split([len(texts) for _, _, texts in rows])]
         neutral_embeds = None
         if multi_label and not self.config.has_siglip_text:
-            neutral = self._embed_texts(fill(list(NEUTRAL_NAMES), templates), tokenizer)
-            neutral_embeds = F.normalize(neutral.unflatten(0, (-1, len(templates))).mean(dim=1), dim=-1)
+            neutral_embeds = self._embed_neutral_names(templates, tokenizer)
         return SamClipVocabulary(
             F.normalize(torch.stack(means), dim=-1),
             [label_id for label_id, _, _ in rows],
@@ -433,6 +426,203 @@ class SamClipForImageSegmentation(SamClipModel):
             self._embed_texts([group[0] for group in groups], tokenizer),
             neutral_embeds,
         )
+
+    @torch.no_grad()
+    def embed_examples(
+        self,
+        images: Iterable,
+        labels: Sequence[Sequence[str]],
+        *,
+        processor,
+        boxes: Sequence | None = None,
+        masks: Sequence | None = None,
+        points: Sequence | None = None,
+        background: Iterable[str] | float | Literal["surroundings"] | None = (),
+        vocabulary: SamClipVocabulary | None = None,
+        multi_label: bool = False,
+    ) -> SamClipVocabulary:
+        r"""
+        Makes a vocabulary of examples in images: `model(pixel_values, vocabulary=vocabulary)` finds what is similar to
+        them in other images. The SAM head predicts a mask for each box or point, and the CLIP head embeds it as in
+        [`classify_masks`]. The embedding of a label is the mean over its examples. No training is needed.
+
+        images (`Iterable`):
+            Images or paths, as the processor accepts them. They are read one by one.
+        labels (`Sequence[Sequence[str]]`):
+            For each image, the name of each example. Names need not be words.
+        processor ([`SamClipProcessor`] or [`SamClipImageProcessor`]):
+            The model's processor. For a model without a text tower, its image processor is enough.
+        boxes (`Sequence`, *optional*):
+            For each image, x1, y1, x2, y2 of each example `(num_examples, 4)`, in pixels of the image.
+        masks (`Sequence`, *optional*):
+            For each image, the mask of each example `(num_examples, height, width)`, as in [`classify_masks`].
+        points (`Sequence`, *optional*):
+            For each image, x and y of a point in each example `(num_examples, 2)`, in pixels of the image, or several
+            points for each example `(num_examples, num_points, 2)`. Of the three masks for a single point, the one
+            with the highest predicted IoU is used.
+        background (`Iterable[str]`, `float` or `"surroundings"`, *optional*):
+            `"surroundings"` is everything in the images outside all examples; an image may then have no examples. It
+            must not contain objects of the labels. Texts or a threshold describe the background as in
+            [`embed_vocabulary`].
+        vocabulary ([`SamClipVocabulary`], *optional*):
+            From [`embed_vocabulary`]. Its labels and background are kept. A label with the same name as one of the
+            examples gets the mean of each of its texts and the examples, and other labels of examples are added. The
+            surroundings are added to the background.
+        multi_label (`bool`, *optional*, defaults to `False`):
+            As in [`embed_vocabulary`]. With `vocabulary`, pass it there.
+
+        In a vocabulary with texts, and with SigLIP's text tower, the embeddings of examples are moved to where texts
+        are, see [`to_text_space`]: their length is then not 1. In other vocabularies, they are not changed.
+
+        Object detection recognizes labels by their names. Names that the tokenizer does not know are not recognized.
+
+        Raises `ValueError` for wrong numbers of images, labels or examples, examples outside their image, masks
+        without pixels, and a background that does not fit the other arguments.
+        """
+        all_labels, kind, located = check_examples(labels, boxes, masks, points)
+        names = list(dict.fromkeys(label for own in all_labels for label in own))
+        has_surroundings = isinstance(background, str) and background == "surroundings"
+        texts, threshold = _to_background(() if has_surroundings else background)
+        if vocabulary is not None and (texts or threshold is not None):
+            raise ValueError("The vocabulary has the texts or the threshold of the background: pass them there.")
+        if vocabulary is not None and multi_label:
+            raise ValueError("With a vocabulary, pass multi_label to embed_vocabulary.")
+        if vocabulary is not None and vocabulary.background_threshold is not None and has_surroundings:
+            raise ValueError(
+                "The background is either a threshold or the surroundings: embed the vocabulary without it."
+            )
+        if not has_surroundings and not all(all_labels):
+            raise ValueError(
+                f"Image {all_labels.index([])} has no examples, which has an effect only with "
+                'background="surroundings". Remove it.'
+            )
+
+        segments, surroundings, whole_images = self._embed_example_images(images, all_labels, kind, located, processor)
+        if has_surroundings and not surroundings:
+            raise ValueError("The examples fill their images, so there are no surroundings. Pass another background.")
+        image_embeds = torch.stack([embed for own in segments.values() for embed in own] + surroundings + whole_images)
+        examples = torch.stack([F.normalize(torch.stack(segments[name]).mean(dim=0), dim=-1) for name in names])
+        around = torch.stack(surroundings) if has_surroundings else examples[:0]
+
+        tokenizer = getattr(processor, "tokenizer", None)
+        if tokenizer is None and (texts or multi_label):
+            tokenizer = self._tokenizer()
+        if vocabulary is None:
+            embeds = self._embed_texts(texts, tokenizer) if texts else examples[:0]
+            vocabulary = SamClipVocabulary(embeds, [0] * len(texts), {}, None, threshold)
+        has_none = vocabulary.background_label_id is None
+        has_background = bool(texts) or threshold is not None or has_surroundings or not has_none
+        if has_background and "background" in [*names, *(vocabulary.id2label.values() if has_none else ())]:
+            raise ValueError(
+                'With a background, the name of label 0 is "background". Give the class "background" another name.'
+            )
+        if has_background and has_none:
+            vocabulary = replace(
+                vocabulary,
+                label_ids=[label_id + bool(vocabulary.id2label) for label_id in vocabulary.label_ids],
+                id2label={0: "background"} | {number + 1: name for number, name in vocabulary.id2label.items()},
+                background_label_id=0,
+            )
+
+        text_embeds = vocabulary.class_embeds.float()
+        if multi_label or (self.config.has_siglip_text and tokenizer is not None):
+            neutral = self._embed_neutral_names(DEFAULT_TEMPLATES, tokenizer)
+            text_embeds = torch.cat([text_embeds, neutral.float()])
+            if not self.config.has_siglip_text:
+                vocabulary = replace(vocabulary, neutral_embeds=neutral)
+        if len(text_embeds):
+            examples = to_text_space(examples, image_embeds, text_embeds)
+            around = to_text_space(around, image_embeds, text_embeds)
+        added = [name for name in names if name not in vocabulary.id2label.values()]
+        label_embeds = self._embed_label_names(added, tokenizer)
+        if vocabulary.label_embeds is not None:
+            label_embeds = torch.cat([vocabulary.label_embeds, label_embeds.to(vocabulary.label_embeds)])
+        combined = _add_examples(vocabulary, names, examples, around)
+        return replace(
+            combined, class_embeds=combined.class_embeds.to(self.dtype), label_embeds=label_embeds.to(self.dtype)
+        )
+
+    def _embed_example_images(
+        self, images: Iterable, all_labels: list[list[str]], kind: str, located: list, processor
+    ) -> tuple[dict[str, list[torch.Tensor]], list[torch.Tensor], list[torch.Tensor]]:
+        """The embeddings of the examples of each label, of what surrounds them, and of the whole images, in float32.
+        Images without surroundings have none. Raises `ValueError` for another number of images."""
+        segments: dict[str, list[torch.Tensor]] = {label: [] for own in all_labels for label in own}
+        surroundings, whole_images = [], []
+        num_images = 0
+        for index, image in enumerate(images):
+            num_images = index + 1
+            if index >= len(all_labels):
+                continue
+            embeds = self._embed_example_image(image, all_labels[index], kind, located[index], index, processor)
+            for label, embed in zip(all_labels[index], embeds[:-2], strict=True):
+                segments[label].append(embed)
+            surroundings += [embeds[-2]] if embeds[-2].any() else []
+            whole_images.append(embeds[-1])
+        if num_images != len(all_labels):
+            raise ValueError(f"Got {num_images} images and labels for {len(all_labels)}. Pass labels for each image.")
+        return segments, surroundings, whole_images
+
+    def _embed_example_image(
+        self, image, labels: list[str], kind: str, located, index: int, processor
+    ) -> torch.Tensor:
+        """Embeddings in float32 of the examples of an image, its surroundings (0 if there are none), and the whole
+        image: `(num_examples + 2, projection_dim)`."""
+        inputs = processor(image, return_tensors="pt").to(self.device, self.dtype)
+        sizes = inputs["reshaped_input_sizes"]
+        vision_embeds = self.get_vision_embeds(inputs["pixel_values"], sizes)
+        height, width = (int(side) for side in inputs["original_sizes"][0])
+        if not labels:
+            masks = torch.zeros(0, height, width, dtype=torch.bool)  # without examples
+        elif kind == "masks":
+            try:
+                masks = _check_masks(located, (height, width))
+            except ValueError as error:
+                raise ValueError(f"The masks of image {index} cannot be used. {error}") from error
+        else:
+            scale = sizes[0].cpu().flip(0) / torch.tensor([width, height])
+            pred_masks = []
+            for points in check_prompts(kind, located, index, height, width):  # one by one, so without padding
+                points = (points * scale).float().to(self.device)
+                prompt = (
+                    {"input_boxes": points.view(1, 1, 4)} if kind == "boxes" else {"input_points": points[None, None]}
+                )
+                masks, iou_scores = self.predict_masks(
+                    vision_embeds["last_hidden_state"], **prompt, multimask_output=kind == "points"
+                )
+                pred_masks.append(masks[:, :, iou_scores[0, 0].argmax()])
+            logits = torch.cat(pred_masks).float()
+            masks = processor.post_process_masks([logits], inputs["original_sizes"], sizes)[0][:, 0]
+        masks = masks.to(self.device)
+        for label, mask in zip(labels, masks, strict=True):
+            if not mask.any():
+                what = "has no pixels" if kind == "masks" else "is empty: the SAM head finds no object there"
+                raise ValueError(f"The mask of an example of {label!r} in image {index} {what}. Remove the example.")
+        whole = torch.ones(1, *masks.shape[1:], dtype=torch.bool, device=masks.device)
+        masks = torch.cat([masks, whole & ~masks.any(dim=0, keepdim=True), whole])
+        return self.embed_masks([masks], None, sizes, vision_embeds)[0].float()
+
+    def _embed_neutral_names(self, templates: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+        """Embeddings of `NEUTRAL_NAMES` `(num_neutral, projection_dim)`, of length 1: the mean over templates."""
+        names: Sequence[str] = NEUTRAL_NAMES
+        if self.config.has_siglip_text:
+            names = [canonicalize_text(name, keep=",") for name in names]
+        embeds = self._embed_texts(
+            [template.replace("{}", name) for name in names for template in templates], tokenizer
+        )
+        return F.normalize(embeds.unflatten(0, (-1, len(templates))).mean(dim=1), dim=-1)
+
+    def _embed_label_names(self, names: list[str], tokenizer: PreTrainedTokenizerBase | None) -> torch.Tensor:
+        """Embeddings of the names of labels `(num_names, projection_dim)`, of length 1, or 0 for names that object
+        detection cannot recognize: unknown to the tokenizer, or without a text tower."""
+        embeds = self.logit_scale.new_zeros(len(names), self.config.clip_head_config.projection_dim)
+        if self.text_model is None or tokenizer is None or not names:
+            return embeds
+        special = set(tokenizer.all_special_ids)
+        for row, (name, tokens) in enumerate(zip(names, tokenizer(names)["input_ids"], strict=True)):
+            if not special >= set(tokens) and len(tokens) <= self.config.text_config.max_position_embeddings:
+                embeds[row] = self._embed_texts([name], tokenizer)[0].float()
+        return embeds
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer in the folder or repository that the model, or its CLIP teacher, was loaded from."""
@@ -885,6 +1075,46 @@ class SamClipForObjectDetection(SamClipForImageSegmentation):
             is_name = similarity_to_names > SAME_TEXT
             scores = torch.where(is_name[:, None], probability.squeeze(-1), scores)
         return SamClipObjectDetectionOutput(**outputs, object_scores=scores * (outputs["segment_scores"] > 0))
+
+
+def _to_background(background: Iterable[str] | float | None) -> tuple[list[str], float | None]:
+    """The texts that describe the background, and the threshold. Raises `ValueError` for other values."""
+    if isinstance(background, float | Real):  # Real includes numpy's
+        threshold = float(background)
+        if not 0 < threshold < 1:
+            raise ValueError(f"As a threshold, background must be a probability between 0 and 1, got {threshold}.")
+        return [], threshold
+    if isinstance(background, str):
+        raise ValueError(
+            f'background must be a list of texts, such as ["a wall", "sky"], or a threshold; got {background!r}.'
+        )
+    return ([] if background is None else to_texts("background", background)), None
+
+
+def _add_examples(
+    vocabulary: SamClipVocabulary, names: list[str], examples: torch.Tensor, surroundings: torch.Tensor
+) -> SamClipVocabulary:
+    """Adds examples of the labels `names` `(num_names, projection_dim)` to a vocabulary, and surroundings
+    `(num_surroundings, projection_dim)` to its background. A label that has texts gets the mean of each of them and
+    its example, of length 1. Embeddings become float32."""
+    known = {name: label_id for label_id, name in vocabulary.id2label.items()}
+    id2label = dict(vocabulary.id2label)
+    rows, label_ids = [*vocabulary.class_embeds.float()], list(vocabulary.label_ids)
+    for name, embed in zip(names, examples, strict=True):
+        label_id = known.get(name, len(id2label))
+        id2label[label_id] = name
+        own = [row for row, own in enumerate(label_ids) if own == label_id]
+        for row in own:
+            rows[row] = F.normalize(rows[row] + embed, dim=-1)
+        if not own:
+            rows.append(embed)
+            label_ids.append(label_id)
+    return replace(
+        vocabulary,
+        class_embeds=torch.stack([*surroundings, *rows]),
+        label_ids=[vocabulary.background_label_id or 0] * len(surroundings) + label_ids,
+        id2label=id2label,
+    )
 
 
 def _without_same_tokens(

@@ -1,0 +1,256 @@
+"""`--examples`: classes that are shown by example, in a COCO file or in a folder with a subfolder for each label."""
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import CommandError, first_line, log
+from .inputs import IMAGE_EXTENSIONS, read_image
+from .models import LoadedModel
+
+if TYPE_CHECKING:  # importing these takes seconds, see the docstring of the package
+    import numpy as np
+    from PIL import Image
+
+    from samclip_hf import SamClipVocabulary
+
+MASK_SUFFIX = "_mask"  # photo_mask.png is the mask of photo.jpg
+EXAMPLES_HELP = """
+examples:
+  --examples is a COCO file (.json), whose images are found relative to its folder, or a folder with
+  a subfolder for each label. A subfolder has cut-outs (PNG files that are transparent outside the
+  object), or images with masks: photo.jpg and photo_mask.png, white inside the object.
+"""
+
+
+@dataclass
+class ExampleImage:
+    r"""
+    An image with examples that has not been read yet.
+
+    path (`Path`):
+        The image.
+    labels (`list[str]`):
+        The label of each example.
+    boxes (`list[list[float]]`):
+        x1, y1, x2, y2 of each example in a COCO file whose annotations do not all have masks.
+    segmentations (`list`):
+        COCO's masks of the examples, otherwise.
+    size (`tuple[int, int]`, *optional*):
+        Width and height that the file of annotations states.
+    mask (`Path`, *optional*):
+        The mask of the only example, in a folder. The image itself if it is a cut-out.
+    """
+
+    path: Path
+    labels: list[str]
+    boxes: list[list[float]] = field(default_factory=list)
+    segmentations: list[Any] = field(default_factory=list)
+    size: tuple[int, int] | None = None
+    mask: Path | None = None
+
+    @property
+    def is_cutout(self) -> bool:
+        return self.mask == self.path
+
+    def read(self) -> "Image.Image":
+        """The image in RGB, gray where a cut-out is transparent. Raises `ValueError` if it cannot be used."""
+        from PIL import Image
+
+        try:
+            if self.is_cutout:
+                with Image.open(self.path) as file:
+                    cutout = file.convert("RGBA")
+                image = Image.new("RGB", cutout.size, "gray")
+                image.paste(cutout, mask=cutout)
+                return image
+            image = read_image(self.path, Image.MAX_IMAGE_PIXELS)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{self.path}: {first_line(error)}") from error
+        if self.size is not None and image.size != self.size:
+            raise ValueError(
+                f"{self.path} has {image.width} x {image.height} pixels, but its annotations are for {self.size[0]} x "
+                f"{self.size[1]}."
+            )
+        return image
+
+    def masks(self) -> "Sequence[np.ndarray]":
+        """The mask of each example, read or decoded at each access. Raises `ValueError` at access if it cannot be
+        used."""
+        from samclip_hf.tiling_samclip import ComputedSequence
+
+        return ComputedSequence(len(self.labels), self._mask)
+
+    def _mask(self, index: int) -> "np.ndarray":
+        import numpy as np
+        from PIL import Image
+
+        from samclip_hf.images import decode_mask
+
+        try:
+            if self.mask is None:
+                size = None if self.size is None else self.size[::-1]
+                return decode_mask(self.segmentations[index], size)
+            with Image.open(self.mask) as file:
+                channel = file.convert("RGBA").getchannel("A") if self.is_cutout else file.convert("L")
+            return np.asarray(channel) > 127
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{self.mask or self.path}: {first_line(error)}") from error
+
+
+def add_examples_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds `--examples`."""
+    parser.add_argument(
+        "--examples",
+        metavar="PATH",
+        help="classes that are shown instead of named: a COCO file, or a folder with a subfolder for each label. With "
+        "--labels, both. Without --background, what surrounds the examples is background",
+    )
+
+
+def read_examples(arguments: argparse.Namespace) -> list[ExampleImage] | None:
+    """The examples of `--examples`, or `None`; images are not read yet. Raises `CommandError` if they cannot be
+    used."""
+    if arguments.examples is None:
+        return None
+    if arguments.labels is None and arguments.labels_file is None and arguments.template is not None:
+        raise CommandError("--template has no effect on --examples: remove it, or pass --labels.")
+    path = Path(arguments.examples)
+    if path.is_dir():
+        images = _read_folder(path)
+    elif path.suffix.lower() == ".json":
+        images = _read_coco(path)
+    else:
+        raise CommandError(f"--examples {path} must be a COCO file (.json) or a folder.")
+    has_surroundings = getattr(arguments, "background", ()) is None and not arguments.multi_label
+    if has_surroundings and any(image.is_cutout for image in images):
+        raise CommandError(
+            "--examples has cut-outs, which have no surroundings: describe what is none of the objects, such as "
+            '--background "wall, floor", or pass --multi_label.'
+        )
+    if not has_surroundings:  # images without examples show background only
+        images = [image for image in images if image.labels]
+    return images
+
+
+def set_examples(arguments: argparse.Namespace, loaded: LoadedModel, images: list[ExampleImage]) -> None:
+    """Sets the vocabulary of the model to the examples, with the words of `--labels` if there are any, which are the
+    vocabulary of the model then. Also sets `loaded.names`. Raises `CommandError` if the examples cannot be used."""
+    from samclip_hf import SamClipProcessor
+
+    words: SamClipVocabulary | None = loaded.model.vocabulary if arguments.labels is not None else None
+    processor = loaded.image_processor
+    if loaded.tokenizer is not None:
+        processor = SamClipProcessor(loaded.image_processor, loaded.tokenizer)
+    counts = Counter(label for image in images for label in image.labels)
+    log(f"{counts.total()} examples of {len(counts)} labels in {len(images)} images: {_list(counts)}.")
+    if any(image.boxes for image in images):
+        located: dict[str, list] = {"boxes": [image.boxes for image in images]}
+    else:
+        located = {"masks": [image.masks() for image in images]}
+    background: Any = getattr(arguments, "background", ())  # a command without it compares labels one by one
+    if background is None:
+        background = () if arguments.multi_label else "surroundings"
+    elif words is not None:
+        background = ()  # it is part of the words
+    try:
+        vocabulary = loaded.model.embed_examples(
+            (image.read() for image in images),
+            [image.labels for image in images],
+            **located,
+            processor=processor,
+            background=background,
+            vocabulary=words,
+            multi_label=words is None and arguments.multi_label,
+        )
+    except (OSError, ValueError) as error:
+        raise CommandError(f"--examples {arguments.examples}: {first_line(error)}") from error
+    loaded.model.set_vocabulary(vocabulary)
+    loaded.names = [name for index, name in vocabulary.id2label.items() if index != vocabulary.background_label_id]
+
+
+def _list(counts: Counter[str]) -> str:
+    shown = [f"{label} ({count})" for label, count in list(counts.items())[:10]]
+    return ", ".join(shown) + (f" and {len(counts) - 10} more" if len(counts) > 10 else "")
+
+
+def _read_folder(folder: Path) -> list[ExampleImage]:
+    images = []
+    for subfolder in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
+        files = {path.stem: path for path in sorted(subfolder.iterdir()) if path.suffix.lower() in IMAGE_EXTENSIONS}
+        for stem, path in files.items():
+            if stem.endswith(MASK_SUFFIX):
+                if stem.removesuffix(MASK_SUFFIX) not in files:
+                    raise CommandError(f"--examples: there is no image for the mask {path}.")
+                continue
+            mask = files.get(stem + MASK_SUFFIX)
+            if mask is None and not _is_transparent(path):
+                raise CommandError(
+                    f"--examples: {path} is neither a cut-out, which is transparent outside the object, nor is there "
+                    f"a mask {stem}{MASK_SUFFIX}.png beside it."
+                )
+            images.append(ExampleImage(path, [subfolder.name], mask=mask or path))
+        if not any(image.path.parent == subfolder for image in images):
+            raise CommandError(f"--examples: the folder {subfolder} has no images.")
+    if not images:
+        raise CommandError(f"--examples {folder} has no subfolders: create one for each label.")
+    return images
+
+
+def _is_transparent(path: Path) -> bool:
+    from PIL import Image
+
+    try:
+        with Image.open(path) as file:
+            return file.has_transparency_data
+    except OSError as error:
+        raise CommandError(f"--examples: {path} cannot be read: {first_line(error)}") from error
+
+
+def _read_coco(path: Path) -> list[ExampleImage]:
+    origin = f"--examples {path}"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        names = {category["id"]: category["name"] for category in content["categories"]}
+        images = {
+            entry["id"]: ExampleImage(path.parent / entry["file_name"], [], size=_size(entry))
+            for entry in content["images"]
+        }
+        annotations = [own for own in content["annotations"] if not own.get("iscrowd")]
+        skipped = len(content["annotations"]) - len(annotations)
+        has_masks = all(own.get("segmentation") for own in annotations)
+        for own in annotations:
+            image, label = images[own["image_id"]], names[own["category_id"]]
+            left, top, width, height = own["bbox"] if not has_masks else (0, 0, 1, 1)
+            if not (width > 0 and height > 0):
+                skipped += 1
+                continue
+            image.labels.append(label)
+            if has_masks:
+                image.segmentations.append(own["segmentation"])
+            else:
+                right, bottom = left + width, top + height
+                if image.size is not None:  # annotations of COCO exceed the image by rounding
+                    right, bottom = min(right, image.size[0]), min(bottom, image.size[1])
+                image.boxes.append([left, top, right, bottom])
+    except OSError as error:
+        raise CommandError(f"{origin}: {error.strerror}.") from error
+    except KeyError as error:
+        raise CommandError(f"{origin} is not a COCO file of annotations: {error} is missing or unknown.") from error
+    except (TypeError, ValueError) as error:
+        raise CommandError(f"{origin} is not a COCO file of annotations: {first_line(error)}") from error
+    if skipped:
+        log(f"{origin}: {skipped} annotations of crowds or without area are skipped.")
+    if not any(image.labels for image in images.values()):
+        raise CommandError(f"{origin} has no annotations.")
+    if missing := next((image.path for image in images.values() if not image.path.is_file()), None):
+        raise CommandError(f"{origin}: there is no image {missing}. Put the file beside its images.")
+    return list(images.values())
+
+
+def _size(entry: dict) -> tuple[int, int] | None:
+    return (entry["width"], entry["height"]) if "width" in entry and "height" in entry else None

@@ -1,0 +1,119 @@
+"""
+Classes shown by examples: checks of the arguments of [`SamClipForImageSegmentation.embed_examples`], the masks of its
+prompts, and the step from image embeddings to text embeddings.
+"""
+
+import torch
+
+KINDS = ("boxes", "masks", "points")
+
+
+def check_examples(labels, boxes, masks, points) -> tuple[list[list[str]], str, list]:
+    r"""
+    Checks examples and returns the labels of each image, the name of the argument that locates the examples, and its
+    value for each image.
+
+    labels (`Sequence[Sequence[str]]`):
+        For each image, the label of each example.
+    boxes, masks, points (`Sequence`, *optional*):
+        For each image, its examples. Exactly one of them.
+
+    Raises `ValueError` for another number of arguments, lists of different lengths, and labels that are no names.
+    """
+    given = {name: value for name, value in zip(KINDS, (boxes, masks, points), strict=True) if value is not None}
+    if len(given) != 1:
+        got = " and ".join(given) or "none of them"
+        raise ValueError(f"Examples are located by exactly one of boxes, masks and points; got {got}.")
+    ((kind, located),) = given.items()
+    for name, value in (("labels", labels), (kind, located)):
+        if isinstance(value, str) or not hasattr(value, "__len__"):
+            raise ValueError(f"{name} must be a list with a list for each image, got {type(value).__name__}.")
+    if len(labels) != len(located):
+        raise ValueError(
+            f"Got labels for {len(labels)} images and {kind} for {len(located)}. Pass both for each image."
+        )
+    checked = []
+    for index, (own_labels, own) in enumerate(zip(labels, located, strict=True)):
+        if isinstance(own_labels, str) or not all(isinstance(label, str) and label.strip() for label in own_labels):
+            raise ValueError(
+                "The labels of an image must be a list of names, one for each example, but those of image "
+                f"{index} are {own_labels!r}."
+            )
+        if len(own_labels) != len(own):
+            raise ValueError(
+                f"Image {index} has {len(own_labels)} labels and {len(own)} {kind}. Pass one label for each."
+            )
+        checked.append(["".join(label) for label in own_labels])  # without subclasses of str
+    if not any(checked):
+        raise ValueError("There are no examples: pass at least one label.")
+    return checked, kind, list(located)
+
+
+def check_prompts(kind: str, prompts, index: int, height: int, width: int) -> list[torch.Tensor]:
+    r"""
+    Returns the points, or the two corners of the box, of each example of an image: `(num_points, 2)`.
+
+    kind (`"boxes"` or `"points"`):
+        Boxes are `(num_examples, 4)`: x1, y1, x2, y2. Points are `(num_examples, 2)`: x, y, or several points for each
+        example, `(num_examples, num_points, 2)`. In pixels of the image.
+    prompts:
+        Nested lists, an array or a tensor.
+    index (`int`):
+        The number of the image, for errors.
+    height, width (`int`):
+        Size of the image in pixels.
+
+    Raises `ValueError` for another shape, for coordinates outside the image, and for boxes without area.
+    """
+    examples = []
+    for own in prompts:
+        try:
+            values = torch.as_tensor(own, dtype=torch.float64, device="cpu")
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"The {kind} of image {index} must be numbers, got {own!r}.") from error
+        if kind == "boxes":
+            if values.shape != (4,):
+                raise ValueError(f"A box of image {index} must be x1, y1, x2, y2, got {own!r}.")
+            corners = values.reshape(2, 2)
+        else:
+            corners = values[None] if values.ndim == 1 else values
+            if corners.ndim != 2 or corners.shape[1] != 2 or not len(corners):
+                raise ValueError(
+                    f"An example of image {index} must be one point x, y or a list of points, got {own!r}."
+                )
+        inside = corners.isfinite() & (corners >= 0) & (corners <= torch.tensor([width, height]))
+        if not inside.all():
+            raise ValueError(
+                f"The {kind} of image {index}, which is {width} wide and {height} high, contain {corners.tolist()}, "
+                "which is outside the image. Pass x before y, in pixels of the image."
+            )
+        if kind == "boxes" and not (corners[1] > corners[0]).all():
+            raise ValueError(
+                f"A box is x1, y1, x2, y2 with x1 < x2 and y1 < y2, but image {index} has {values.tolist()}."
+            )
+        examples.append(corners)
+    return examples
+
+
+def to_text_space(embeds: torch.Tensor, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
+    r"""
+    Moves image embeddings to where text embeddings are: from the mean of image embeddings to the mean of text
+    embeddings, with distances scaled by the ratio of their standard deviations. In a contrastive model, two images are
+    more similar than an image and a text, even if they show the same, so embeddings of images and of texts cannot be
+    compared with a third one as they are.
+
+    embeds (`torch.Tensor` of shape `(num_embeds, projection_dim)`):
+        The embeddings to move.
+    image_embeds (`torch.Tensor` of shape `(num_images, projection_dim)`):
+        Image embeddings that give the mean and the deviation.
+    text_embeds (`torch.Tensor` of shape `(num_texts, projection_dim)`):
+        Text embeddings that do the same. If all of them are equal, distances are not scaled.
+
+    Returns embeddings `(num_embeds, projection_dim)`, in general not of length 1.
+    """
+    deviations = [(own - own.mean(dim=0)).square().sum(dim=1).mean().sqrt() for own in (image_embeds, text_embeds)]
+    scale = deviations[1] / deviations[0] if min(deviations) > 1e-6 else 1.0
+    return (embeds - image_embeds.mean(dim=0)) * scale + text_embeds.mean(dim=0)
+
+
+__all__ = ["check_examples", "check_prompts", "to_text_space"]

@@ -1,0 +1,157 @@
+"""`samclip segment --examples` on the shipped miniature, compared with `embed_examples`."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers import pipeline
+
+from samclip_cli import main
+from samclip_hf import SamClipForImageSegmentation, SamClipProcessor, miniature
+from samclip_hf.images import encode_mask, mask_to_coco_box
+from samclip_hf.miniature.scenes import render
+
+SCENE = render(seed=0, index=8)  # a red fuzzy, a green zigzag and a red dotted shape
+IMAGE = Image.fromarray(SCENE.image)
+OTHER = IMAGE.transpose(Image.Transpose.ROTATE_90)
+NAMES = ["part 1", "part 2", "part 3"]
+WORDS = ["--labels", "red fuzzy shape, blue solid shape", "--background", "an empty scene", "--template", "a {}"]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """A working directory with an image to segment."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    OTHER.save("other.png")
+    return tmp_path
+
+
+def write_coco(changes: dict | None = None, with_masks: bool = False) -> dict:
+    """A COCO file `shown/parts.json` of one image with three examples and a crowd."""
+    Path("shown").mkdir()
+    IMAGE.save("shown/shown.png")
+    content = {
+        "images": [{"id": 5, "file_name": "shown.png", "height": 128, "width": 128}],
+        "categories": [{"id": 10 * number, "name": name} for number, name in enumerate(NAMES, start=1)],
+        "annotations": [
+            {"image_id": 5, "category_id": 10 * number, "bbox": mask_to_coco_box(mask)}
+            | ({"segmentation": encode_mask(mask, compressed=number == 1)} if with_masks else {})
+            for number, mask in enumerate(SCENE.masks, start=1)
+        ]
+        + [{"image_id": 5, "category_id": 10, "bbox": [0, 0, 9, 9], "iscrowd": 1}],
+    } | (changes or {})
+    Path("shown/parts.json").write_text(json.dumps(content))
+    return content
+
+
+def segment(capsys, *arguments: str) -> tuple[list[dict], str]:
+    assert main(["segment", "other.png", "--threshold", "0.3", *arguments]) == 0
+    out, err = capsys.readouterr()
+    return json.loads(out)["segments"], err
+
+
+def expect(words: bool = False, **examples) -> list[dict]:
+    """The segments with a vocabulary of the same examples."""
+    model = SamClipForImageSegmentation.from_pretrained(miniature.checkpoint())
+    processor = SamClipProcessor.from_pretrained(miniature.checkpoint())
+    if words:
+        names, background = ["red fuzzy shape", "blue solid shape"], ["an empty scene"]
+        examples["vocabulary"] = model.embed_vocabulary(names, background, "a {}", processor.tokenizer)
+    model.set_vocabulary(model.embed_examples(**examples, processor=processor))
+    parts = {"tokenizer": processor.tokenizer, "image_processor": processor.image_processor}
+    found = pipeline("zero-shot-image-segmentation", model=model, **parts)(OTHER, threshold=0.3)
+    assert len(found) >= 2
+    return found
+
+
+def check(found: list[dict], expected: list[dict]) -> None:
+    assert [own["label"] for own in found] == [own["label"] for own in expected]
+    assert [own["score"] for own in found] == pytest.approx([own["score"] for own in expected], abs=1e-4)
+    assert [own["area"] for own in found] == [int((np.asarray(own["mask"]) > 0).sum()) for own in expected]
+
+
+def test_boxes_of_a_coco_file(capsys):
+    write_coco()
+    found, messages = segment(capsys, "--examples", "shown/parts.json")
+    boxes = [[x, y, x + width, y + height] for x, y, width, height in map(mask_to_coco_box, SCENE.masks)]
+    check(found, expect(images=[IMAGE], labels=[NAMES], boxes=[boxes], background="surroundings"))
+    assert "3 examples of 3 labels in 1 images: part 1 (1), part 2 (1), part 3 (1)." in messages
+    assert "1 annotations of crowds or without area are skipped" in messages
+
+
+def test_masks_of_a_coco_file_with_words(capsys):
+    write_coco(with_masks=True)
+    found, _ = segment(capsys, "--examples", "shown/parts.json", *WORDS)
+    check(found, expect(True, images=[IMAGE], labels=[NAMES], masks=[SCENE.masks]))
+
+
+def test_masks_in_a_folder(capsys):
+    for name, mask in zip(NAMES, SCENE.masks, strict=True):
+        Path("parts", name).mkdir(parents=True)
+        IMAGE.save(f"parts/{name}/photo.png")
+        Image.fromarray(mask).save(f"parts/{name}/photo_mask.png")
+    found, _ = segment(capsys, "--examples", "parts", "--background", "an empty scene")
+    masks = [[mask] for mask in SCENE.masks]
+    labels = [[name] for name in NAMES]
+    check(found, expect(images=[IMAGE] * 3, labels=labels, masks=masks, background=["an empty scene"]))
+
+
+def test_cutouts_in_a_folder(capsys):
+    cutouts = []
+    for name, mask in zip(NAMES, SCENE.masks, strict=True):
+        Path("parts", name).mkdir(parents=True)
+        cutout = IMAGE.copy()
+        cutout.putalpha(Image.fromarray(mask.astype(np.uint8) * 255))
+        cutout.save(f"parts/{name}/cutout.png")
+        cutouts.append(Image.composite(IMAGE, Image.new("RGB", IMAGE.size, "gray"), cutout.getchannel("A")))
+    found, _ = segment(capsys, "--examples", "parts", "--background", "an empty scene")
+    labels, masks = [[name] for name in NAMES], [[mask] for mask in SCENE.masks]
+    check(found, expect(images=cutouts, labels=labels, masks=masks, background=["an empty scene"]))
+    assert main(["segment", "other.png", "--examples", "parts"]) == 2
+    assert "cut-outs, which have no surroundings" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"annotations": []}, "has no annotations"),
+        ({"categories": []}, "10 is missing or unknown"),
+        ({"images": [{"id": 5, "file_name": "lost.png"}]}, "there is no image shown/lost.png"),
+        (
+            {"images": [{"id": 5, "file_name": "shown.png", "height": 64, "width": 128}]},
+            "annotations are for 128 x 64",
+        ),
+        (
+            {
+                "annotations": [{"image_id": 5, "category_id": 10, "bbox": [100, 0, 200, 9]}],
+                "images": [{"id": 5, "file_name": "shown.png"}],
+            },
+            "outside the image",
+        ),
+    ],
+)
+def test_wrong_coco_files_are_refused(capsys, changes, message):
+    write_coco(changes)
+    assert main(["segment", "other.png", "--examples", "shown/parts.json"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_wrong_folders_and_options_are_refused(capsys):
+    def refuse(*arguments: str) -> str:
+        assert main(["segment", "other.png", *arguments]) == 2
+        return capsys.readouterr().err
+
+    assert "must be a COCO file (.json) or a folder" in refuse("--examples", "other.png")
+    assert "has no subfolders" in refuse("--examples", ".")
+    Path("parts/one").mkdir(parents=True)
+    assert "parts/one has no images" in refuse("--examples", "parts")
+    IMAGE.save("parts/one/photo.png")
+    assert "neither a cut-out" in refuse("--examples", "parts")
+    Image.new("L", (128, 128)).save("parts/one/photo_mask.png")
+    assert "has no pixels" in refuse("--examples", "parts")
+    assert "--template has no effect" in refuse("--examples", "parts", "--template", "a {}")
+    Path("parts/one/photo.png").unlink()
+    assert "there is no image for the mask" in refuse("--examples", "parts")
