@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch.distributed.run
 import yaml
 from PIL import Image
 from transformers import TrainingArguments
@@ -139,6 +140,11 @@ def check_command(words: list[str]) -> None:
             place = next(place for place, word in enumerate(rest) if word == "-m" or word.endswith(".py"))
             if place:
                 check_options(rest[:place], "-m", "accelerate.commands.launch")
+            check_command(["python", *rest[place:]])
+        case ["torchrun", *rest]:
+            place = rest.index("-m")
+            known = torch.distributed.run.get_args_parser().format_help()
+            assert all(option in known for option in options(rest[:place])), words
             check_command(["python", *rest[place:]])
         case ["python", "-m", "samclip_cli", *rest]:
             check_command(["samclip", *rest])

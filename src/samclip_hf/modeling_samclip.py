@@ -1022,7 +1022,8 @@ class SamClipModel(SamClipPreTrainedModel):
                 # Autocast's rounding of masks has gradients that are not small beside those of the distillation
                 # (benchmarks/training_precision.py).
                 image_embeddings = image_embeddings.to(self.mask_decoder.iou_token.weight.dtype)
-                autocast = torch.autocast(image_embeddings.device.type, enabled=False)
+                if torch.amp.is_autocast_available(image_embeddings.device.type):  # not on the meta device
+                    autocast = torch.autocast(image_embeddings.device.type, enabled=False)
             with autocast:
                 fields["pred_masks"], fields["iou_scores"] = self.predict_masks(
                     image_embeddings,

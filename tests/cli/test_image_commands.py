@@ -70,7 +70,9 @@ def test_segments_equal_those_of_the_pipeline(capsys):
 def test_labels_default_to_those_of_the_checkpoint(capsys):
     save("photo.png")
     [record], _ = samclip(capsys, "segment", "photo.png")
-    expected = pipeline("image-segmentation", model=miniature.checkpoint())(scene(), threshold=0.5)
+    expected = pipeline("image-segmentation", model=miniature.checkpoint())(
+        scene(), threshold=0.5, overlap_mask_area_threshold=0.8
+    )
     expected = [(segment["label"], pytest.approx(segment["score"], abs=1e-5)) for segment in expected]
     assert [(segment["label"], segment["score"]) for segment in record["segments"]] == expected
     assert "red fuzzy shape" in dict(expected)

@@ -171,7 +171,7 @@ def test_an_image_that_failed_is_tried_again(capsys, photos):
     assert messages[-1] == ("samclip: 4 images processed; 1 failed (1 cannot be read). The results are in out.")
     Path("photos/1.png").write_bytes(good)
     _, messages = samclip(capsys, *COMMAND, "--output", "out")
-    assert messages == ["samclip: 1 images processed; 4 skipped, which were complete. The results are in out."]
+    assert messages == ["samclip: 1 image processed; 4 skipped, which were complete. The results are in out."]
     assert contents("out")["1.json"] == photos["1.json"]
 
 

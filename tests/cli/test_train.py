@@ -76,7 +76,11 @@ def test_the_command_line_overrides_the_recipe(train, recipe):
         ("stage: 1", [], "max_steps must be set for streaming data"),
         ("- 1", [], "must consist of lines of the form 'argument: value'"),
         ("stage: [1", [], "is not valid YAML"),
-        ("max_steps: 1", ["--encoder_lr_multiplier", "-1"], "encoder_lr_multiplier must be 0 or more"),
+        (
+            "max_steps: 1\nstage: 2\nmodel: runs/stage1",
+            ["--encoder_lr_multiplier", "-1"],
+            "encoder_lr_multiplier must be 0 or more",
+        ),
         ("max_steps: 1", ["--clip_head_layers", "0"], "clip_head_layers must be 1 or more"),
     ],
 )

@@ -39,7 +39,7 @@ def test_cascades_differ_in_their_crops_only():
 
 def test_the_name_of_a_task_selects_this_task_only():
     def names(task: str) -> list[str]:
-        return list(build_evaluators(build_parser().parse_args(["--task", task])))
+        return list(build_evaluators(build_parser().parse_args(["--task", task, "--share", "0.1"])))
 
     available = list(tasks())
     assert all(names(name) == [name] for name in available)
