@@ -69,7 +69,7 @@ class OnnxClipHead(nn.Module):
         super().__init__()
         self.encoder = encoder
 
-    def forward(self, patch_tokens):
+    def forward(self, patch_tokens, content_mask=None):
         return patch_tokens
 
     def pool(self, head_tokens, content_mask=None):
