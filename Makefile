@@ -18,7 +18,7 @@ help:
 	@echo 'make lint               ruff and mypy'
 	@echo 'make docs               the documentation, in site/'
 	@echo 'make bench              benchmarks on the CPU (bench-gpu: on a GPU)'
-	@echo "make tables             the miniature's tables in docs/tables (three hours)"
+	@echo "make tables             the miniature's tables in docs/tables (several hours)"
 	@echo 'make screenshots        the screenshots of the app in docs/images'
 
 shell: $(VENV)/installed

@@ -47,7 +47,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # some of Pillow's othe
 Image.init()  # loads the plugins of all formats; `Image.open(formats=...)` does not
 MAX_MEGAPIXELS = 50  # a small file can contain a very large image
 DISPLAY_EDGES = (512, 1024)  # pixels: the longer side of the displayed image, which is enlarged or reduced
-MAX_MASK_PIXELS = 2 * 10**9  # bytes, because masks are boolean: of all masks of a download in the original size
+MAX_MASK_BYTES = 2 * 10**9  # of all masks of a download in the original size: one byte for each pixel
 MAX_SESSIONS = 200  # each stores the outputs for one image: 17 MB of image embeddings with ViT-B
 MAX_VOCABULARIES = 8  # per session
 POINTS_PER_BATCH = 64  # in automatic mask generation
@@ -891,7 +891,7 @@ class App:
             if not shown:
                 gr.Warning(f"There are no masks to download. {EMPTY[session.view]}")
                 return None
-            if len(shown) * math.prod(picture.original_size) > MAX_MASK_PIXELS:
+            if len(shown) * math.prod(picture.original_size) > MAX_MASK_BYTES:
                 gr.Warning(
                     f"{len(shown)} masks in the original size need too much memory. Raise the thresholds, or open a "
                     "smaller image."
@@ -1017,7 +1017,7 @@ class App:
                             0.45,
                             step=0.01,
                             label="Opacity of the masks",
-                            info="In both images and in the PNG: from 0, outlines alone, to 1.",
+                            info="In both images and in the PNG, from 0 to 1. With 0, only outlines are drawn.",
                             buttons=[],
                             elem_id="opacity",
                         )

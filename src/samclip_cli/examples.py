@@ -1,4 +1,4 @@
-"""`--examples`: classes that are shown by example, in a COCO file or in a folder with a subfolder for each label."""
+"""`--examples`: classes defined by examples, in a COCO file or in a folder with a subfolder for each label."""
 
 import argparse
 import json
@@ -107,7 +107,7 @@ def add_examples_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--examples",
         metavar="PATH",
-        help="classes that are shown instead of named: a COCO file, or a folder with a subfolder for each label. With "
+        help="classes defined by examples: a COCO file, or a folder with a subfolder for each label. With "
         "--labels, both. Without --background, what surrounds the examples is background",
     )
 

@@ -1,6 +1,6 @@
 """
-Classes shown by examples: checks of the arguments of [`SamClipForImageSegmentation.embed_examples`], the masks of its
-prompts, and the step from image embeddings to text embeddings.
+Classes defined by examples: checks of the arguments of [`SamClipForImageSegmentation.embed_examples`], the masks of
+its prompts, and the step from image embeddings to text embeddings.
 """
 
 import torch

@@ -14,7 +14,7 @@ from PIL import Image, ImageFile
 from torch import Tensor
 
 from .image_processing_samclip import convert_to_rgb
-from .mask_generation_samclip import encode_rle, mask_to_box
+from .mask_generation_samclip import decode_rle, encode_rle, mask_to_box
 
 MAX_COORDINATE = 2**20  # of polygons, in pixels: pycocotools walks along their edges
 
@@ -178,7 +178,7 @@ class RunLengthMask:
 
     def decode(self) -> np.ndarray:
         """Returns the mask `(height, width)` of type bool."""
-        return np.repeat(np.arange(len(self.counts)) % 2 == 1, self.counts).reshape(self.shape[::-1]).T
+        return decode_rle({"size": self.shape, "counts": self.counts})
 
     def pixel(self, index: int) -> tuple[int, int]:
         """Returns x and y of a foreground pixel. `index` counts them column by column, from 0 to `area - 1`."""
