@@ -328,9 +328,10 @@ def test_miniature_trains_with_siglip(siglip_folder, tmp_path):
         "--clip_resolutions",
         "64",
     ]
-    train([str(TRAINING / "configs/miniature_stage1.yaml"), "--output_dir", str(tmp_path / "stage1"), *common])
+    recipes = TRAINING / "configs"
+    train([str(recipes / "miniature_paper_stage1.yaml"), "--output_dir", str(tmp_path / "stage1"), *common])
     more = ["--model", str(tmp_path / "stage1"), "--sam_batch_size", "1", "--masks_per_image", "2"]
-    train([str(TRAINING / "configs/miniature_stage2.yaml"), "--output_dir", str(tmp_path / "stage2"), *common, *more])
+    train([str(recipes / "miniature_paper_stage2.yaml"), "--output_dir", str(tmp_path / "stage2"), *common, *more])
     before, after = (load_file(tmp_path / stage / "model.safetensors") for stage in ("stage1", "stage2"))
     moved = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
     assert moved == {"clip_head", "vision_encoder", "mask_decoder"}
@@ -436,7 +437,7 @@ def test_a_pair_of_sam_and_siglip_is_evaluated_as_an_unmerged_model(siglip_folde
 
 
 def test_cost_includes_siglip(siglip, siglip_folder, tmp_path, capsys):
-    recipe = (TRAINING / "configs/miniature_stage1.yaml").read_text()
+    recipe = (TRAINING / "configs/miniature_paper_stage1.yaml").read_text()
     recipe = recipe.replace("clip_teacher: miniature", f"clip_teacher: {siglip_folder}")
     (tmp_path / "online.yaml").write_text(recipe.replace("clip_resolutions: [64, 96]", "clip_resolutions: [64]"))
     (tmp_path / "stored.yaml").write_text((tmp_path / "online.yaml").read_text() + "clip_embedding_cache: store\n")

@@ -177,12 +177,11 @@ def table_row(recipe: str, num_processes: int) -> str:
     costs = Costs(args)
     micro_batches = num_processes * args.gradient_accumulation_steps
     flops_per_step = images_per_step = 0.0
-    flops_per_image = []
+    clip_flops = {size: costs.clip(size) for size in dict.fromkeys(args.clip_resolutions)}
+    flops_per_image = [f"{size} px: {format_number(flops / 1e9)}" for size, flops in clip_flops.items()]
     for size in args.clip_resolutions:
         count = num_images(args.clip_batch_size, args.clip_resolutions, size) * micro_batches
-        flops = costs.clip(size)
-        flops_per_image.append(f"{size} px: {format_number(flops / 1e9)}")
-        flops_per_step += count * flops / len(args.clip_resolutions)
+        flops_per_step += count * clip_flops[size] / len(args.clip_resolutions)
         images_per_step += count / len(args.clip_resolutions)
     if args.reads_masks:
         sizes = args.sam_resolutions or [costs.sam_size]

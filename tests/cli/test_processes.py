@@ -36,7 +36,7 @@ SETTINGS = {
 def command(output_dir, processes=1, **arguments) -> list[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     words = [sys.executable, *(launcher if processes > 1 else [])]
-    words += [TRAINING / "train.py", TRAINING / "configs" / "miniature_stage2.yaml"]
+    words += [TRAINING / "train.py", TRAINING / "configs" / "miniature_paper_stage2.yaml"]
     for name, value in ({"output_dir": output_dir} | SETTINGS | arguments).items():
         words += [f"--{name}", *(value if isinstance(value, list) else [value])]
     return [str(word) for word in words]

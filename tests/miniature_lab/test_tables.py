@@ -63,7 +63,7 @@ def test_mean_minimum_and_maximum_are_over_complete_seeds(tmp_path):
     cells = f"| {cell('stage3')} | {cell('stage3')} | {cell('paper_stage3')} | {cell('paper_stage3')} |"
     assert f"| 2 objects |  | 0.620 |  {cells}" in text
     assert f"| cluttered scenes | 0.410 |  |  {cells}" in text
-    for baseline in ("stage1", "stage2", "paper_sam_batch_3", "stage3"):
+    for baseline in ("stage1", "stage2", "sam_batch_3", "stage3"):
         assert text.count(f"| **{tables.RUNS[baseline].title}** | {cell(baseline)} |") == 1
     tables.draw_differences(content, tmp_path / "tables.png")
     assert Image.open(tmp_path / "tables.png").width > 1000
@@ -113,10 +113,10 @@ def test_every_variant_has_a_baseline_of_the_same_stage():
 def test_the_arguments_of_every_variant_are_valid(name, tmp_path):
     run = tables.RUNS[name]
     model = {} if run.start is None else {"model": "a checkpoint"}
-    settings = commands.read_recipe(run.stage) | run.options | model
+    settings = commands.read_recipe(f"miniature_stage{run.stage}") | run.options | model
     arguments = SamClipTrainingArguments(output_dir=str(tmp_path), **settings)
-    is_ours = run.stage > 1 and name not in ("paper_stage2", "paper_stage3", "paper_sam_batch_3", "no_stage1")
-    assert arguments.has_region_loss == (is_ours or name == "regions_in_stage1")
+    without = ("paper_stage1", "no_regions_in_stage2", "paper_stage2", "paper_stage3")
+    assert arguments.has_region_loss == (name not in without)
     if run.baseline is not None:
         baseline = tables.RUNS[run.baseline]
         assert (run.options, run.start) != (baseline.options, baseline.start)
@@ -124,11 +124,10 @@ def test_the_arguments_of_every_variant_are_valid(name, tmp_path):
 
 def test_a_run_without_the_region_loss_resets_what_only_that_loss_uses(monkeypatch):
     recipe = {"region_loss_weight": 1.0, "regions_per_image": 3, "sam_batch_size": 7, "learning_rate": 1.0}
-    monkeypatch.setattr(commands, "read_recipe", lambda stage: recipe)
-    monkeypatch.setattr(tables, "ARGUMENTS", {2: {"clip_batch_size": 9}, 3: {"clip_batch_size": 9}})
+    monkeypatch.setattr(commands, "read_recipe", lambda name: recipe)
     defaults = {field.name: field.default for field in fields(SamClipTrainingArguments)}
-    paper = {"clip_batch_size": 9, **tables.NO_REGION_LOSS, "regions_per_image": defaults["regions_per_image"]}
-    assert tables.Run("", 2).options == {"clip_batch_size": 9}
+    paper = {**tables.NO_REGION_LOSS, "regions_per_image": defaults["regions_per_image"]}
+    assert tables.Run("", 2).options == {}
     assert tables.Run("", 2, None, tables.NO_REGION_LOSS).options == paper
     paper["sam_batch_size"] = defaults["sam_batch_size"]  # stage 3 reads no masks then
     assert tables.Run("", 3, None, tables.NO_REGION_LOSS).options == paper
@@ -181,7 +180,10 @@ def test_a_failed_run_exits_with_its_title(tmp_path, monkeypatch):
         tables.train("stage1", 0, tmp_path, fraction=0.01)
 
 
-def test_short_runs_have_as_many_warmup_steps_as_the_recipes():
-    recipes = {stage: commands.read_recipe(stage) for stage in commands.WARMUP_STEPS}
-    steps = {stage: recipe["warmup_steps"] * recipe["max_steps"] for stage, recipe in recipes.items()}
-    assert steps == commands.WARMUP_STEPS
+@pytest.mark.parametrize(("recipe", "warmup_steps"), [("miniature_stage1", 45), ("miniature_paper_stage1", 50)])
+def test_short_runs_have_as_many_warmup_steps_as_the_recipe(recipe, warmup_steps, monkeypatch, tmp_path):
+    started = []
+    monkeypatch.setattr(commands, "run", lambda title, command: started.append(list(command)))
+    commands.train("", recipe, tmp_path, 0, 300)
+    commands.train("", recipe, tmp_path, 0, 7)
+    assert [command[command.index("--warmup_steps") + 1] for command in started] == [warmup_steps, 7]

@@ -78,7 +78,7 @@ def test_only_teachers_that_were_used_are_listed(folder):
 def test_the_provenance_of_the_shipped_miniature_is_complete(folder, tmp_path):
     stages = provenance.read(miniature.checkpoint())
     for stage in stages:
-        recipe = yaml.safe_load((RECIPES / f"miniature_stage{stage['stage']}.yaml").read_text())
+        recipe = yaml.safe_load((RECIPES / f"miniature_paper_stage{stage['stage']}.yaml").read_text())
         for name in ("dataloader_num_workers", "logging_steps", "save_steps", "report_to"):
             recipe.pop(name)
         recipe["warmup_steps"] = recipe["warmup_steps"] * recipe["max_steps"]  # a fraction in the recipes

@@ -302,7 +302,8 @@ class SamClipTrainingArguments(TrainingArguments):
     clip_resolutions: list[int] = field(
         default_factory=lambda: [224, 448],
         metadata={
-            "help": "Resolutions of the CLIP loss in pixels. One is drawn for each optimizer step (paper: 224, 448)."
+            "help": "Resolutions of the CLIP loss in pixels. One is drawn for each optimizer step (paper: 224, 448); "
+            "one that is listed twice is drawn twice as often."
         },
     )
     clip_batch_size: int = field(

@@ -9,20 +9,16 @@ from typing import Any
 
 import yaml
 
-# Warmup steps of the recipes, by stage. The recipes state them as fractions of their own `max_steps`; shorter runs use
-# the same numbers of steps.
-WARMUP_STEPS = {1: 50, 2: 50, 3: 20}
 
-
-def read_recipe(stage: int) -> dict[str, Any]:
-    """Returns the training arguments in the miniature's recipe of a stage."""
-    path = Path(__file__).parents[1] / "recipes" / f"miniature_stage{stage}.yaml"
+def read_recipe(name: str) -> dict[str, Any]:
+    """Returns the training arguments in a recipe of the package, for example `miniature_stage1`."""
+    path = Path(__file__).parents[1] / "recipes" / f"{name}.yaml"
     return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
 def train(
     title: str,
-    stage: int,
+    recipe: str,
     output_dir: Path,
     seed: int,
     max_steps: int,
@@ -30,18 +26,19 @@ def train(
     options: Sequence[str] = (),
 ) -> None:
     """
-    Runs `samclip train` with a recipe of the miniature.
+    Runs `samclip train` with fewer steps than in a recipe, and with the same number of warmup steps.
 
     Args:
         title (`str`): Printed before the command.
-        stage (`int`): The training stage, 1 to 3.
+        recipe (`str`): A recipe of the package whose `warmup_steps` are a fraction of its `max_steps`.
         output_dir (`Path`), seed (`int`), max_steps (`int`): Arguments that override the recipe's.
         model (`Path`, *optional*): The checkpoint to start from. Default: the teachers.
         options (`Sequence[str]`): Further options of the command.
     """
-    command: list[object] = ["train", f"miniature_stage{stage}", "--output_dir", output_dir]
-    command += ["--seed", seed, "--max_steps", max_steps, "--warmup_steps", min(WARMUP_STEPS[stage], max_steps)]
-    command += options
+    arguments = read_recipe(recipe)
+    warmup_steps = min(round(arguments["warmup_steps"] * arguments["max_steps"]), max_steps)
+    command: list[object] = ["train", recipe, "--output_dir", output_dir, "--seed", seed]
+    command += ["--max_steps", max_steps, "--warmup_steps", warmup_steps, *options]
     if model is not None:
         command += ["--model", model]
     run(title, command)

@@ -55,7 +55,9 @@ def main() -> None:
         start = time.perf_counter()
         stage_dir = output_dir / f"stage{stage}"
         title = f"Stage {stage} of {len(STEPS)}"
-        commands.train(title, stage, stage_dir, arguments.seed, steps, checkpoint, ["--save_strategy", "no"])
+        commands.train(
+            title, f"miniature_stage{stage}", stage_dir, arguments.seed, steps, checkpoint, ["--save_strategy", "no"]
+        )
         checkpoint = stage_dir
         metrics = json.loads((stage_dir / "train_results.json").read_text())
         seconds[f"stage{stage}"] = round(time.perf_counter() - start, 1)

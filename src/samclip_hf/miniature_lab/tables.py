@@ -28,14 +28,7 @@ from .tasks import OBJECT_COUNTS
 
 # Optimizer steps by stage: a small fraction of the recipes' steps.
 STEPS = {1: 300, 2: 80, 3: 60}
-REGION_LOSS = {"region_loss_weight": 1.0, "dense_loss_weight": 1.0, "regions_per_image": 4}
-NO_REGION_LOSS = {"region_loss_weight": 0.0, "dense_loss_weight": 0.0}  # the paper's recipe
-# Arguments of all runs of a stage that differ from its recipe.
-ARGUMENTS: dict[int, dict[str, Any]] = {
-    1: NO_REGION_LOSS,
-    2: {"clip_batch_size": 32, "sam_batch_size": 12, "masks_per_image": 4, **REGION_LOSS},
-    3: {"clip_batch_size": 32, "sam_batch_size": 12, "masks_per_image": 4, **REGION_LOSS},
-}
+NO_REGION_LOSS = {"region_loss_weight": 0.0, "dense_loss_weight": 0.0}  # the paper's losses
 
 
 @dataclass(frozen=True)
@@ -47,7 +40,7 @@ class Run:
         title (`str`): Title of the row in the tables.
         stage (`int`): The stage, whose recipe is used.
         start (`str`, *optional*): Name of the run to start from. Default: the teachers.
-        arguments (`dict[str, Any]`): Training arguments that differ from the recipe and from `ARGUMENTS`.
+        arguments (`dict[str, Any]`): Training arguments that differ from the recipe.
         baseline (`str`, *optional*): Name of the run that this one is compared with.
         steps (`int`, *optional*): Optimizer steps. Default: those of the stage in `STEPS`.
     """
@@ -63,8 +56,8 @@ class Run:
     def options(self) -> dict[str, Any]:
         """All training arguments that differ from the recipe. In a run without the region loss, this includes the
         defaults of arguments that then have no effect, because other values would raise an error."""
-        recipe = commands.read_recipe(self.stage)
-        options = {**ARGUMENTS[self.stage], **self.arguments}
+        recipe = commands.read_recipe(f"miniature_stage{self.stage}")
+        options = dict(self.arguments)
         if any({**recipe, **options}.get(name) for name in NO_REGION_LOSS):
             return options
         unused = {
@@ -84,28 +77,20 @@ class Run:
 _MULTIPLIERS = [item.name for item in fields(SamClipTrainingArguments) if item.name.endswith("_lr_multiplier")]
 RUNS = {
     "stage1": Run("after stage 1", 1),
-    "regions_in_stage1": Run(
-        "region loss in stage 1",
-        1,
-        None,
-        {"sam_batch_size": 6, "masks_per_image": 4, **REGION_LOSS},
-        "stage1",
-    ),
+    "paper_stage1": Run("without the region loss", 1, None, NO_REGION_LOSS, "stage1"),
+    "segments_only": Run("region loss of segments only", 1, None, {"dense_loss_weight": 0.0}, "stage1"),
+    "patches_only": Run("region loss of patches only", 1, None, {"region_loss_weight": 0.0}, "stage1"),
+    "one_region": Run("1 region per image, not up to 4", 1, None, {"regions_per_image": 1}, "stage1"),
     "mean_pooling": Run("mean pooling", 1, None, {"clip_head_pooling": "mean"}, "stage1"),
     "random_head": Run(
         "random initialization of the CLIP head", 1, None, {"clip_head_initialization": "random"}, "stage1"
     ),
     "one_layer": Run("CLIP head with one layer", 1, None, {"clip_head_layers": 1}, "stage1"),
     "stage2": Run("after stage 2", 2, "stage1"),
-    "paper_stage2": Run("without the region loss: the paper's recipe", 2, "stage1", NO_REGION_LOSS, "stage2"),
-    "segments_only": Run("region loss of segments only", 2, "stage1", {"dense_loss_weight": 0.0}, "stage2"),
-    "patches_only": Run("region loss of patches only", 2, "stage1", {"region_loss_weight": 0.0}, "stage2"),
-    "one_region": Run("1 region per image, not up to 4", 2, "stage1", {"regions_per_image": 1}, "stage2"),
-    "two_regions": Run("2 regions per image, not up to 4", 2, "stage1", {"regions_per_image": 2}, "stage2"),
+    "no_regions_in_stage2": Run("without the region loss in stage 2", 2, "stage1", NO_REGION_LOSS, "stage2"),
     "head_only": Run("image encoder and mask decoder frozen", 2, "stage1", dict.fromkeys(_MULTIPLIERS, 0.0), "stage2"),
     "sam_batch_3": Run("3 images with masks per step, not 12", 2, "stage1", {"sam_batch_size": 3}, "stage2"),
     "lambda_0": Run("lambda 0", 2, "stage1", {"sam_loss_weight": 0.0}, "stage2"),
-    "lambda_1": Run("lambda 1", 2, "stage1", {"sam_loss_weight": 1.0}, "stage2"),
     "lambda_100": Run("lambda 100", 2, "stage1", {"sam_loss_weight": 100.0}, "stage2"),
     "rate_1": Run("encoder learning rate x1", 2, "stage1", {"encoder_lr_multiplier": 1.0}, "stage2"),
     "rate_1_lambda_0": Run(
@@ -122,25 +107,21 @@ RUNS = {
         {"lora_r": 16, "encoder_lr_multiplier": 1.0},
         "stage2",
     ),
-    "paper_sam_batch_3": Run(
-        "paper's recipe, 3 images with masks per step", 2, "stage1", {"sam_batch_size": 3, **NO_REGION_LOSS}
-    ),
     "no_stage1": Run(
         "without stage 1, same number of steps",
         2,
         None,
-        {"clip_head_initialization": "copied", "sam_batch_size": 3, **NO_REGION_LOSS},
-        "paper_sam_batch_3",
+        {"clip_head_initialization": "copied", "sam_batch_size": 3},
+        "sam_batch_3",
         STEPS[1] + STEPS[2],
     ),
+    "paper_stage2": Run("the paper's losses, after stage 2", 2, "paper_stage1", NO_REGION_LOSS),
     "stage3": Run("after stage 3", 3, "stage2"),
-    "paper_stage3": Run(
-        "without the region loss in stages 2 and 3: the paper's recipe", 3, "paper_stage2", NO_REGION_LOSS, "stage3"
-    ),
+    "paper_stage3": Run("without the region loss in all stages", 3, "paper_stage2", NO_REGION_LOSS, "stage3"),
     "regions_in_stage3": Run("region loss in stage 3 only", 3, "paper_stage2", {}, "stage3"),
 }
 STAGES = ("stage1", "stage2", "stage3", "paper_stage3")  # columns of the paper's tables
-HEADERS = ("after stage 1", "after stage 2", "after stage 3", "after stage 3, paper's recipe")
+HEADERS = ("after stage 1", "after stage 2", "after stage 3", "after stage 3, the paper's losses")
 # Columns of the table of ablations: task, metric, title.
 COLUMNS = [
     ("classification:miniature@64", "top1", "top-1, 64 px"),
@@ -185,7 +166,7 @@ BY_OBJECTS = [
     ("sam+clip", "composed:miniature", "SAM + CLIP, unmerged"),
     ("stage3", "composed:miniature", "after stage 3"),
     ("stage3", "composed:miniature@classes", "the same, paper's composition"),
-    ("paper_stage3", "composed:miniature", "paper's recipe"),
+    ("paper_stage3", "composed:miniature", "the paper's losses"),
     ("paper_stage3", "composed:miniature@classes", "the same, paper's composition"),
 ]
 CLUTTERED = {  # the task on cluttered scenes, for the last row
@@ -223,7 +204,8 @@ def train(name: str, seed: int, folder: Path, fraction: float) -> None:
         values = value if isinstance(value, list) else [value]
         options += [f"--{option}", *map(str, values)]
     start = None if run.start is None else folder / run.start
-    commands.train(f"Seed {seed}: {run.title}", run.stage, output_dir, seed, steps, start, options)
+    recipe = f"miniature_stage{run.stage}"
+    commands.train(f"Seed {seed}: {run.title}", recipe, output_dir, seed, steps, start, options)
 
 
 def scale_steps(steps: int, fraction: float) -> int:
