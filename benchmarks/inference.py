@@ -9,6 +9,9 @@ The variants run in turns in one process, so that other load on the machine affe
 between consecutive runs. Rates use the operations of SAM's encoder, counted by torch (972 GFLOP per image at 1024 px),
 for every variant. The rate of a matrix product is measured between the runs.
 
+On a CPU, the memory of each variant is that of its first run in a new process, in which freed memory goes back to the
+system at once. In a process that has run before, memory that it keeps would hide a part of the peak.
+
 The masks of random weights are no segments. In the composition by segments, the mask decoder runs for every point, and
 a box of a grid of 4 x 4 then replaces its masks, so that the naming of 16 segments that cover the image is included.
 """
@@ -16,6 +19,8 @@ a box of a grid of 4 x 4 then replaces its masks, so that the naming of 16 segme
 import argparse
 import gc
 import itertools
+import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -33,26 +38,51 @@ from samclip_hf.vision_encoder_samclip import SamClipVisionLayer, _join_windows,
 
 NUM_CLASSES = 20
 BOXES_PER_SIDE = 4  # of the boxes that replace the masks of random weights
+SAM_ROW = "SamModel, one point"
 CLIP_SIZES = (224, 336, 448)  # px, inputs of CLIP's vision tower in the unmerged models
 
 
-def compare(functions: dict[str, Callable], repeats: int, device: torch.device) -> tuple[dict, dict]:
-    """Seconds of every run, and the peak memory of each function above the memory before it, in GB."""
+# Freed blocks of this many bytes and more go back to the system, so that the resident memory is the memory in use.
+RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
+def compare(functions: dict[str, Callable], repeats: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of every run, without the first."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
-    memory: dict[str, float] = {}
     for repeat in range(repeats + 1):
         for name, function in functions.items():
             gc.collect()
-            before = reset_peak_memory(device)
             start = time.perf_counter()
             result = function()
             if device.type == "cuda":
                 torch.cuda.synchronize()
             if repeat > 0:  # the first one is warm-up and compilation
                 seconds[name].append(time.perf_counter() - start)
-            memory[name] = (peak_memory(device) - before) / 1e9
             del result
-    return seconds, memory
+    return seconds
+
+
+def measure_memory(create: Callable[..., dict[str, Callable]], name: str, *arguments) -> float:
+    """Peak memory of a run of one of the functions that `create(*arguments)` returns, above the memory before it, in
+    GB. On a CPU, in a new process."""
+    device = torch.device(arguments[0].device)
+    if device.type == "cuda":
+        return run_once(create, name, *arguments)
+    with mock.patch.dict(os.environ, RETURN_FREED_MEMORY), multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(run_once, (create, name, *arguments))
+
+
+def run_once(create: Callable[..., dict[str, Callable]], name: str, *arguments) -> float:
+    """See [`measure_memory`]."""
+    torch.manual_seed(0)
+    torch.set_num_threads(arguments[0].threads)
+    device = torch.device(arguments[0].device)
+    with torch.no_grad():
+        function = create(*arguments)[name]
+        gc.collect()
+        before = reset_peak_memory(device)
+        function()
+    return (peak_memory(device) - before) / 1e9
 
 
 def matrix_product(device: torch.device, dtype: torch.dtype) -> tuple[Callable, float]:
@@ -87,14 +117,12 @@ def project_padding_too(layer: SamClipVisionLayer, hidden_states: torch.Tensor, 
     return hidden_states + layer.mlp(layer.layer_norm2(hidden_states))
 
 
-def encoder(arguments, config: SamConfig, clip_config: CLIPVisionConfig) -> None:
+def create_encoders(arguments, config: SamConfig) -> dict[str, Callable]:
+    """The image encoders. They take `pixel_values`."""
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
     sam = SamModel(config).to(device, dtype).eval().vision_encoder
     samclip = SamClipModel(samclip_config(config)).to(device, dtype).eval()
     samclip.vision_encoder.load_state_dict(sam.state_dict())
-    size = config.vision_config.image_size
-    operations = sam_operations(config, size)
-    product, product_operations = matrix_product(device, dtype)
 
     def in_dot_product(pixel_values):
         with mock.patch("torch.compiler.is_compiling", return_value=True):
@@ -120,11 +148,25 @@ def encoder(arguments, config: SamConfig, clip_config: CLIPVisionConfig) -> None
     else:  # the effect of each optimization
         encoders["SAM-CLIP, bias in the dot product"] = in_dot_product
         encoders["SAM-CLIP, padding projected too"] = with_padding
+    return encoders
 
+
+def create_encoder_runs(arguments, config: SamConfig, batch_size: int) -> dict[str, Callable]:
+    device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
+    size = config.vision_config.image_size
+    pixel_values = torch.randn(batch_size, 3, size, size, device=device, dtype=dtype)
+    return {name: partial(run, pixel_values) for name, run in create_encoders(arguments, config).items()}
+
+
+def encoder(arguments, config: SamConfig, clip_config: CLIPVisionConfig) -> None:
+    device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
+    size = config.vision_config.image_size
+    operations = sam_operations(config, size)
+    product, product_operations = matrix_product(device, dtype)
     for batch_size in arguments.batch_sizes:
-        pixel_values = torch.randn(batch_size, 3, size, size, device=device, dtype=dtype)
-        functions = {name: partial(run, pixel_values) for name, run in encoders.items()}
-        seconds, memory = compare(functions | {"matrix product": product}, arguments.repeats, device)
+        functions = create_encoder_runs(arguments, config, batch_size)
+        memory = {name: measure_memory(create_encoder_runs, name, arguments, config, batch_size) for name in functions}
+        seconds = compare(functions | {"matrix product": product}, arguments.repeats, device)
         rates = [product_operations / s for s in seconds.pop("matrix product")]
         print(
             f"\n{batch_size} x {size} px; matrix product {statistics.median(rates) / 1e12:.2f} TFLOP/s\n\n"
@@ -171,7 +213,8 @@ def create_segmenter(config: SamClipConfig, pixel_values: torch.Tensor) -> SamCl
     return model
 
 
-def text_to_masks(arguments, config: SamConfig, clip_config: CLIPVisionConfig) -> None:
+def create_text_to_masks(arguments, config: SamConfig, clip_config: CLIPVisionConfig) -> dict[str, Callable]:
+    """Functions that compute masks or embeddings of one image. Those that segment by text return the outputs."""
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
     size = config.vision_config.image_size
     pixel_values = torch.randn(1, 3, size, size, device=device, dtype=dtype)
@@ -185,20 +228,18 @@ def text_to_masks(arguments, config: SamConfig, clip_config: CLIPVisionConfig) -
         "logit_scale_init_value": 4.6,
     }
     merged = create_segmenter(samclip_config(config, **vocabulary), pixel_values)
-    segments = {}
 
-    def compose(title: str, model: SamClipForImageSegmentation, composition: str = "segments"):
+    def compose(model: SamClipForImageSegmentation, composition: str = "segments"):
         model.config.composition = composition
-        outputs = model(pixel_values)
-        segments[title] = int((outputs.segment_scores > 0).sum())
-        return outputs
+        return model(pixel_values)
 
     functions: dict[str, Callable] = {
-        "SamModel, one point": lambda: sam(pixel_values, input_points=point),
-        f"CLIPVisionModel, {clip_config.image_size} px": lambda: clip(clip_pixels),
-        "SAM-CLIP, composition by segments": lambda: compose("SAM-CLIP, composition by segments", merged),
-        "SAM-CLIP, composition by classes": lambda: compose("SAM-CLIP, composition by classes", merged, "classes"),
-        "SAM-CLIP, CLIP head alone": lambda: merged(pixel_values, both_heads=False),
+        SAM_ROW: partial(sam, pixel_values, input_points=point),
+        f"CLIPVisionModel, {clip_config.image_size} px": partial(clip, clip_pixels),
+        f"CLIPVisionModel, {size} px": partial(clip, pixel_values, interpolate_pos_encoding=True),
+        "SAM-CLIP, composition by segments": partial(compose, merged),
+        "SAM-CLIP, composition by classes": partial(compose, merged, "classes"),
+        "SAM-CLIP, CLIP head alone": partial(merged, pixel_values, both_heads=False),
     }
     # The smallest size is the tower's own; multiples of the patch size.
     for clip_size in (clip_config.image_size * clip_size // CLIP_SIZES[0] for clip_size in CLIP_SIZES):
@@ -211,25 +252,34 @@ def text_to_masks(arguments, config: SamConfig, clip_config: CLIPVisionConfig) -
             clip_pixel_shift=[0.0] * 3,
             composition_points=32,  # as from_teachers sets it
         )
-        title = f"unmerged, CLIP at {clip_size} px"
-        functions[title] = partial(compose, title, create_segmenter(unmerged_config, pixel_values))
+        functions[f"unmerged, CLIP at {clip_size} px"] = partial(
+            compose, create_segmenter(unmerged_config, pixel_values)
+        )
+    return functions
 
-    macs = {}
+
+def text_to_masks(arguments, config: SamConfig, clip_config: CLIPVisionConfig) -> None:
+    device, size = torch.device(arguments.device), config.vision_config.image_size
+    functions = create_text_to_masks(arguments, config, clip_config)
+    macs, titles = {}, {}
     for name, function in functions.items():
         with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION_FLOPS) as counter:
-            function()
+            scores = getattr(function(), "segment_scores", None)
         macs[name] = counter.get_total_flops() / 2e9
-    seconds, memory = compare(functions, arguments.repeats, device)
-    one_point = seconds["SamModel, one point"]
+        titles[name] = name if scores is None else f"{name}, {int((scores > 0).sum())} segments"
+    memory = {name: measure_memory(create_text_to_masks, name, arguments, config, clip_config) for name in functions}
+    seconds = compare(functions, arguments.repeats, device)
+    one_point, clip_alone = seconds[SAM_ROW], seconds[f"CLIPVisionModel, {size} px"]
+    both = [sam + clip for sam, clip in zip(one_point, clip_alone, strict=True)]
     print(
         f"\n1 x {size} px, {NUM_CLASSES} classes\n\n| text to masks | GMAC | s | peak memory above the weights, GB | "
-        "time against SamModel with one point (lowest - highest) |\n|---|---|---|---|---|"
+        "time against SamModel with one point (lowest - highest) | against SamModel and CLIPVisionModel, both at "
+        f"{size} px (lowest - highest) |\n|---|---|---|---|---|---|"
     )
     for name, own in seconds.items():
-        title = f"{name}, {segments[name]} segments" if name in segments else name
         print(
-            f"| {title} | {macs[name]:.0f} | {statistics.median(own):.3f} | {memory[name]:.2f} | "
-            f"{ratios(own, one_point)} |"
+            f"| {titles[name]} | {macs[name]:.0f} | {statistics.median(own):.3f} | {memory[name]:.2f} | "
+            f"{ratios(own, one_point)} | {ratios(own, both)} |"
         )
 
 

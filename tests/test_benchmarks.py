@@ -1,6 +1,9 @@
 """Benchmarks run end to end on tiny models."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +14,12 @@ from transformers import CLIPVisionConfig
 from .conftest import tiny_sam
 from .scripts import load_script
 
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
 
 @pytest.fixture
 def inference():
-    path = Path(__file__).parents[1] / "benchmarks" / "inference.py"
-    return load_script(path)
+    return load_script(BENCHMARKS / "inference.py")
 
 
 @pytest.fixture
@@ -25,8 +29,9 @@ def sizes():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what, rows", [("encoder", 4), ("text_to_masks", 8)])
-def test_inference_benchmark_prints_a_row_for_every_variant(inference, sizes, capsys, what, rows):
+@pytest.mark.parametrize("what, rows", [("encoder", 4), ("text_to_masks", 9)])
+def test_inference_benchmark_prints_a_row_for_every_variant(inference, sizes, capsys, monkeypatch, what, rows):
+    monkeypatch.setattr(inference, "measure_memory", inference.run_once)  # without a new process for every row
     threads = torch.get_num_threads()
     inference.main([what, "--repeats", "2"], *sizes)
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("| S", "| C", "| unm"))]
@@ -41,14 +46,35 @@ def test_inference_benchmark_compares_equal_outputs(inference, sizes, monkeypatc
 
     def compare(functions, repeats, device):
         results.update({name: run() for name, run in functions.items() if name != "matrix product"})
-        return {name: [1.0] for name in functions}, dict.fromkeys(functions, 0.0)
+        return {name: [1.0] for name in functions}
 
     monkeypatch.setattr(inference, "compare", compare)
+    monkeypatch.setattr(inference, "measure_memory", lambda *arguments: 0.0)
     inference.main(["encoder", "--repeats", "1"], *sizes)
     expected = results.pop("SamModel").last_hidden_state
     assert len(results) == 3
     for result in results.values():
         torch.testing.assert_close(result.last_hidden_state, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak memory from Linux")
+def test_inference_benchmark_measures_the_memory_of_a_run_in_a_new_process(tmp_path):
+    (tmp_path / "memory.py").write_text("""
+import argparse, inference, torch
+def create(arguments):
+    weights = torch.ones(10**8)
+    return {"two": lambda: weights + weights * weights, "freed": lambda: [weights + 1 for _ in range(3)][0],
+            "in turn": lambda: sum(float((weights[: 25 * 10**6] + i).max()) for i in range(8)), "none": lambda: 0}
+if __name__ == "__main__":
+    arguments = argparse.Namespace(device="cpu", threads=1)
+    print(*(inference.measure_memory(create, name, arguments) for name in ("two", "freed", "in turn", "none")))
+""")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(BENCHMARKS), *sys.path])}
+    done = subprocess.run([sys.executable, "memory.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    gigabytes = [float(word) for word in done.stdout.split()]
+    assert gigabytes == pytest.approx([0.8, 1.2, 0.1, 0.0], abs=0.02)
 
 
 def test_inference_benchmark_requires_the_requested_gpu(inference, capsys, monkeypatch):
