@@ -325,7 +325,7 @@ class _Work:
         failed = sum(self.failures.values())
         causes = ", ".join(f"{count} {cause}" for cause, count in self.failures.items())
         if self.record is None:
-            if failed:
+            if failed and failed + self.done > 1:  # a single failure has been reported
                 log(f"{failed} of {self._total()} images failed ({causes}).")
             elif self.done and self.plan.output is not None:
                 log(f"files written: {', '.join(map(str, self._written()))}")

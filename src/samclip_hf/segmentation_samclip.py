@@ -400,7 +400,7 @@ class SamClipForImageSegmentation(SamClipModel):
         tokenizer = self._tokenizer() if tokenizer is None else tokenizer
         names = [name for group in groups for name in group]
         special = set(tokenizer.all_special_ids)  # the one for unknown characters is among them
-        tokens = tokenizer(fill([*names, *texts_of_background], ["{}"]))["input_ids"]
+        tokens = tokenizer(fill([*names, *texts_of_background], ["{}"]), verbose=False)["input_ids"]
         tokens, tokens_of_background = tokens[: len(names)], tokens[len(names) :]
         if unknown := [name for name, own in zip(names, tokens, strict=True) if special >= set(own)]:
             raise ValueError(f"The tokenizer has no tokens for these names: {unknown}.")
@@ -619,7 +619,7 @@ class SamClipForImageSegmentation(SamClipModel):
         if self.text_model is None or tokenizer is None or not names:
             return embeds
         special = set(tokenizer.all_special_ids)
-        for row, (name, tokens) in enumerate(zip(names, tokenizer(names)["input_ids"], strict=True)):
+        for row, (name, tokens) in enumerate(zip(names, tokenizer(names, verbose=False)["input_ids"], strict=True)):
             if not special >= set(tokens) and len(tokens) <= self.config.text_config.max_position_embeddings:
                 embeds[row] = self._embed_texts([name], tokenizer)[0].float()
         return embeds
@@ -646,11 +646,16 @@ class SamClipForImageSegmentation(SamClipModel):
         features = []
         for start in range(0, len(texts), TEXTS_PER_BATCH):
             batch = texts[start : start + TEXTS_PER_BATCH]
-            inputs = tokenizer(batch, padding=True, return_tensors="pt")
+            # By default, the tokenizer prints a warning about long texts, which raise an error here.
+            inputs = tokenizer(batch, padding=True, return_tensors="pt", verbose=False)
             longest = self.config.text_config.max_position_embeddings
             if inputs["input_ids"].shape[1] > longest:
-                cut = max(batch, key=lambda text: len(tokenizer(text)["input_ids"]))
-                raise ValueError(f"The text tower accepts at most {longest} tokens, but this text has more: {cut!r}.")
+                lengths = [len(tokenizer(text, verbose=False)["input_ids"]) for text in batch]
+                text = batch[lengths.index(max(lengths))]
+                shown = repr(text if len(text) <= 80 else f"{text[:80]}...")
+                raise ValueError(
+                    f"The text tower accepts at most {longest} tokens, but this text has {max(lengths)}: {shown}."
+                )
             features.append(self.get_text_features(**inputs.to(self.device)).pooler_output)
         return F.normalize(torch.cat(features), dim=-1)
 
@@ -1126,7 +1131,7 @@ def _without_same_tokens(
 
     Raises `ValueError` if the earlier row is background, one of the first `num_background`.
     """
-    tokens_of_texts = iter(tokenizer([text for _, _, texts in rows for text in texts])["input_ids"])
+    tokens_of_texts = iter(tokenizer([text for _, _, texts in rows for text in texts], verbose=False)["input_ids"])
     first: dict[tuple, int] = {}
     kept, omitted = [], []
     for number, row in enumerate(rows):

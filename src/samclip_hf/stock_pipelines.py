@@ -64,7 +64,7 @@ def to_candidate_labels(labels: Iterable, tokenizer: PreTrainedTokenizerBase) ->
     if lists := [group for group in groups if len(group) > 1]:
         raise ValueError(f"Image classification has no synonyms: pass one name for each label, not {lists[0]}.")
     names = [group[0] for group in groups]
-    tokens = [tuple(own) for own in tokenizer(names)["input_ids"]]
+    tokens = [tuple(own) for own in tokenizer(names, verbose=False)["input_ids"]]
     counts = Counter(tokens)
     if same := [name for name, own in zip(names, tokens, strict=True) if counts[own] > 1]:
         raise ValueError(f"The tokenizer cannot distinguish these labels from others: {same}. Remove or rename them.")
