@@ -40,7 +40,9 @@ REPORT_SECONDS = 60  # between reports of the progress to a file
 NOT_READ, NOT_PROCESSED, EXISTS = "cannot be read", "cannot be processed", "output exists"  # causes of failures
 
 
-def process_images(plan: Plan, predict: Predict, loaded: LoadedModel) -> int:
+def process_images(
+    plan: Plan, predict: Predict, loaded: LoadedModel, nothing_found: tuple[str, str] | None = None
+) -> int:
     """
     Runs `predict` on the images of this process in batches, and writes the results.
 
@@ -53,6 +55,8 @@ def process_images(plan: Plan, predict: Predict, loaded: LoadedModel) -> int:
         Returns a [`Prediction`] for each image.
     loaded (`LoadedModel`):
         The model, for the record of the run.
+    nothing_found (`tuple[str, str]`, *optional*):
+        What masks are called, and a sentence about what finds more, for a message about images without masks.
 
     Returns the exit status. Raises `CommandError` if the output has results of another run.
     """
@@ -68,7 +72,7 @@ def process_images(plan: Plan, predict: Predict, loaded: LoadedModel) -> int:
             check_plan(plan, names, record)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_pixel_limit(plan.arguments.max_image_pixels))
-        work = _Work(plan, names, record)
+        work = _Work(plan, names, record, nothing_found)
         status = 1
         try:
             work.start()
@@ -161,9 +165,16 @@ def _read_batches(images: Iterator[ImageInput], arguments: argparse.Namespace) -
 class _Work:
     """The work of a process: what is done, skipped and failed, and how outputs are written."""
 
-    def __init__(self, plan: Plan, names: OutputNames | None, record: RunRecord | None):
+    def __init__(
+        self,
+        plan: Plan,
+        names: OutputNames | None,
+        record: RunRecord | None,
+        nothing_found: tuple[str, str] | None,
+    ):
         self.plan, self.names, self.record = plan, names, record
-        self.done = self.skipped = 0
+        self.done = self.skipped = self.empty = 0
+        self.nothing_found = nothing_found
         self.failures: Counter[str] = Counter()  # by cause
         self.progress = _Progress(plan.count, plan.process)
         self.has_reported_batch = False
@@ -234,6 +245,7 @@ class _Work:
                 self._fail(image, ValueError(message), EXISTS)
                 continue
             self.done += 1
+            self.empty += not any(prediction.label_ids)
             if self.record is None and self.plan.is_folder:
                 self.results.append(record)
             self.progress.advance()
@@ -322,6 +334,10 @@ class _Work:
     def report(self) -> None:
         """Reports what was done."""
         self.progress.close()
+        if self.empty and self.nothing_found is not None:
+            what, advice = self.nothing_found
+            where = f" in {self.empty} of {self.done} images" if self.done > 1 else ""
+            log(f"no {what} found{where}. {advice}")
         failed = sum(self.failures.values())
         causes = ", ".join(f"{count} {cause}" for cause, count in self.failures.items())
         if self.record is None:

@@ -119,4 +119,7 @@ def run(argv: Sequence[str]) -> int:
     def predict(images: "list[Image.Image]", names: list[str]) -> list[Prediction]:
         return [predict_one(image) for image in images]
 
-    return process_images(plan, predict, loaded)
+    advice = "Lower --pred_iou_thresh and --stability_score_thresh find more masks."
+    if arguments.labels is not None:
+        advice += " With a lower --threshold, more masks get a label."
+    return process_images(plan, predict, loaded, ("masks", advice))

@@ -240,6 +240,8 @@ def load_model(arguments: argparse.Namespace) -> LoadedModel:
             description = {"name": "samclip-hf miniature" if _is_same(name, miniature.checkpoint()) else name}
     except Exception as error:  # a faulty checkpoint can raise any exception of the libraries that read it
         given = f"--model {name}" if sam is None else f"--sam {sam} --clip {clip}"
+        if arguments.clip_image_size is not None:
+            given += f" --clip_image_size {arguments.clip_image_size}"
         raise CommandError(f"{given} cannot be loaded: {first_line(error)}") from error
     if _has_miniature_encoder(model):
         description["note"] = MINIATURE_NOTE

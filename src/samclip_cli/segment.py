@@ -111,4 +111,5 @@ def run(argv: Sequence[str]) -> int:
         )
         return [describe(segments) for segments in results]
 
-    return process_images(plan, predict, loaded)
+    advice = "A lower --threshold, other labels or another --background find more."
+    return process_images(plan, predict, loaded, ("segments", advice))

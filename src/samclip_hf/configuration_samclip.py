@@ -246,9 +246,11 @@ class SamClipConfig(SamConfig):
             )
         if not self.merged:
             assert self.clip_vision_config is not None and self.clip_image_size is not None
-            if self.clip_image_size < 1 or self.clip_image_size % self.clip_vision_config.patch_size:
+            patch_size = self.clip_vision_config.patch_size
+            if self.clip_image_size < 1 or self.clip_image_size % patch_size:
+                nearest = max(1, round(self.clip_image_size / patch_size)) * patch_size
                 raise ValueError(
-                    f"clip_image_size must be a multiple of the patch size {self.clip_vision_config.patch_size}, got "
+                    f"clip_image_size must be a multiple of the patch size {patch_size}, such as {nearest}, got "
                     f"{self.clip_image_size}."
                 )
             if self.clip_pixel_scale is None or self.clip_pixel_shift is None:

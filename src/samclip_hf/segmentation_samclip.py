@@ -277,7 +277,8 @@ class SamClipForImageSegmentation(SamClipModel):
         """The vocabulary of the checkpoint. Raises `ValueError` if it has none."""
         if self.class_embeds is None:
             raise ValueError(
-                'This checkpoint has no vocabulary: call model.set_vocabulary(["cat", "sofa", ...]) first.'
+                'This checkpoint has no vocabulary: call model.set_vocabulary(["cat", "sofa", ...]), and save the '
+                "model again to keep it, or use a pipeline that takes labels, such as zero-shot-image-segmentation."
             )
         self.embed_label_tokens()  # if the weights were loaded without from_pretrained
         config = self.config

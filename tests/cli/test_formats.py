@@ -264,7 +264,10 @@ WRONG_ARGUMENTS = {
     "sam alone": (UNMERGED[:2], "--sam needs --clip, too: a CLIP or SigLIP, such as"),
     "clip alone": (UNMERGED[2:], "--clip needs --sam, too: a SAM, such as"),
     "size alone": (["--clip_image_size", "224"], "--clip_image_size has no effect without --sam and --clip"),
-    "size of patches": ([*UNMERGED, "--clip_image_size", "100"], "must be a multiple of the patch size 8, got 100"),
+    "size of patches": (
+        [*UNMERGED, "--clip_image_size", "100"],
+        "--clip_image_size 100 cannot be loaded: clip_image_size must be a multiple of the patch size 8, such as 96",
+    ),
     "exchanged": (["--sam", UNMERGED[3], "--clip", UNMERGED[1]], "is a CLIP: pass it as --clip, and a SAM as --sam"),
     "clip as model": (["--model", UNMERGED[3]], "is a CLIP: pass it as --clip, and a SAM as --sam"),
     "merged as sam": (

@@ -54,6 +54,22 @@ def decode(segmentation: dict) -> np.ndarray:
     return coco.decode(coco.frPyObjects(segmentation, *segmentation["size"])).astype(bool)
 
 
+def test_images_without_segments_are_reported(capsys):
+    save("photo.png", "more.png")
+    options = [*LABEL_OPTIONS, "--threshold", "1"]
+    [record], messages = samclip(capsys, "segment", "photo.png", *options)
+    assert record["segments"] == []
+    assert messages == [
+        "samclip: no segments found. A lower --threshold, other labels or another --background find more."
+    ]
+    _, messages = samclip(capsys, "segment", "photo.png", "more.png", *options)
+    assert messages[0].startswith("samclip: no segments found in 2 of 2 images. A lower --threshold")
+    _, messages = samclip(capsys, "masks", "photo.png", "--pred_iou_thresh", "1", "--points_per_crop", "2")
+    assert messages == [
+        "samclip: no masks found. Lower --pred_iou_thresh and --stability_score_thresh find more masks."
+    ]
+
+
 def test_segments_equal_those_of_the_pipeline(capsys):
     save("photo.png")
     [record], messages = samclip(capsys, "segment", "photo.png", *LABEL_OPTIONS, "--threshold", "0.3")
