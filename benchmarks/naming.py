@@ -1,9 +1,10 @@
 """
-Measures on scenes of the miniature how well masks are classified, and prints one of three tables:
+Measures on scenes of the miniature how well masks are classified, and prints one of four tables:
 
     python benchmarks/naming.py masks      # methods of embedding a ground-truth mask, classified among 48 names
     python benchmarks/naming.py scores     # independent scores (multi_label): AUROC of present against absent names
     python benchmarks/naming.py composed   # segmentation by text: numbers of points, aspect ratios
+    python benchmarks/naming.py time       # segmentation by text: CPU time of cascades, unmerged and merged model
 """
 
 import argparse
@@ -18,9 +19,10 @@ from PIL import Image
 from torch import Tensor
 
 from samclip_hf import SamClipForImageSegmentation, SamClipProcessor, miniature, segmentation_samclip
-from samclip_hf.evaluation import load_adapter
+from samclip_hf.evaluation import ModelAdapter, load_adapter
 from samclip_hf.miniature.scenes import BACKGROUND_PROMPTS, CLASS_NAMES, TEMPLATES, Scene
-from samclip_hf.miniature_lab.tasks import scene
+from samclip_hf.miniature_lab.report import load_student, load_teachers
+from samclip_hf.miniature_lab.tasks import scene, tasks
 from samclip_hf.segmentation_samclip import NEUTRAL_NAMES
 from samclip_hf.vision_encoder_samclip import SamClipVisionEncoderOutput
 
@@ -200,10 +202,34 @@ def print_composed(arguments: argparse.Namespace) -> None:
         print(f"| {model_name} | {' | '.join(cells)} |", flush=True)
 
 
+def print_time(arguments: argparse.Namespace) -> None:
+    images = [Image.fromarray(drawn.image) for drawn in scenes(arguments.num_scenes, arguments.seeds)]
+    _, _, pair = load_teachers()
+    evaluators = tasks(arguments.seeds[0])
+    rows: dict[str, tuple[str, ModelAdapter]] = {
+        "cascade, raw crops": ("cascade:miniature@raw-crops", pair),
+        "cascade, masked crops": ("cascade:miniature", pair),
+        "unmerged": ("composed:miniature", pair),
+        "shipped SAM-CLIP": ("composed:miniature", load_student(miniature.checkpoint())),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in rows}
+    for task, model in rows.values():
+        evaluators[task].prepare(model)
+        evaluators[task].predict(model, images[0])  # the first pass takes longer
+    for image in images:
+        for name, (task, model) in rows.items():
+            start = process_time()
+            evaluators[task].predict(model, image)
+            seconds[name].append(process_time() - start)
+    print(f"{len(images)} scenes, {len(CLASS_NAMES)} names\n\n| model | CPU ms per scene |\n|---|---|")
+    for name, own in seconds.items():
+        print(f"| {name} | {1000 * sum(own) / len(own):.0f} |")
+
+
 @torch.inference_mode()
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    tables = {"masks": print_masks, "scores": print_scores, "composed": print_composed}
+    tables = {"masks": print_masks, "scores": print_scores, "composed": print_composed, "time": print_time}
     parser.add_argument("table", choices=tables)
     parser.add_argument("--num_scenes", type=int, default=60, help="number of scenes of each seed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[101, 201, 301])

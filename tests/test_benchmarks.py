@@ -107,7 +107,7 @@ def test_auroc_is_the_probability_of_a_higher_score(naming):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("table, rows", [("masks", 7), ("scores", 10), ("composed", 4)])
+@pytest.mark.parametrize("table, rows", [("masks", 7), ("scores", 10), ("composed", 4), ("time", 4)])
 def test_naming_benchmark_prints_a_row_for_every_method(naming, capsys, table, rows):
     naming.main([table, "--num_scenes", "2", "--seeds", "102"])
     assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]) == rows + 1

@@ -75,7 +75,7 @@ def main() -> None:
     evaluators = report_tasks()
     teachers = evaluate_teachers(sam, clip, unmerged, evaluators)
     compared = {name: compare(evaluate_all(student, evaluators), teachers) for name, student in students.items()}
-    titles = {"SAM-CLIP,\nthis run": students["demo"], "SAM-CLIP,\nas shipped": students["shipped"]}
+    titles = {"SAM-CLIP,\nmake demo": students["demo"], "SAM-CLIP,\nas shipped": students["shipped"]}
     draw_figure(students["demo"], text_columns(clip, unmerged, titles), output_dir / "figure.png")
     seconds["evaluation"] = round(time.perf_counter() - start, 1)
 
