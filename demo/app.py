@@ -387,10 +387,11 @@ def label(vocabulary: SamClipVocabulary, label_id: int) -> tuple[str, int]:
     return vocabulary.id2label[label_id], label_id + (vocabulary.background_label_id is None)
 
 
-def best_labels(scores: torch.Tensor, vocabulary: SamClipVocabulary) -> str:
+def best_labels(scores: torch.Tensor, vocabulary: SamClipVocabulary, with_background: bool = True) -> str:
     """Returns the names and scores of the best four labels as a text."""
-    pairs = zip(*(part.tolist() for part in scores.topk(min(4, len(scores)))), strict=True)
-    return ", ".join(f"{vocabulary.id2label[label_id]} {score:.2f}" for score, label_id in pairs)
+    label_ids = [n for n in vocabulary.id2label if with_background or n != vocabulary.background_label_id]
+    best = sorted(label_ids, key=lambda label_id: -float(scores[label_id]))[:4]
+    return ", ".join(f"{vocabulary.id2label[label_id]} {float(scores[label_id]):.2f}" for label_id in best)
 
 
 class Timer:
@@ -808,7 +809,7 @@ class App:
             )
         if view == BY_PROMPTS and result.labels is not None:
             notes.append(f"Label scores of this mask: {best_labels(result.labels.scores[0], vocabulary)}.")
-            independent = best_labels(result.labels.independent_scores[0], vocabulary)
+            independent = best_labels(result.labels.independent_scores[0], vocabulary, with_background=False)
             notes.append(f"Independent of the other labels: {independent}.")
         has_labels, has_ious = vocabulary is not None, view != BY_TEXT
         heads = ["Mask", *["Label score"] * has_labels, *["Predicted IoU"] * has_ious, "Area"]

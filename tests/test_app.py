@@ -403,6 +403,7 @@ def test_independent_scores_do_not_depend_on_other_labels_and_can_all_be_low(app
         line = re.search(r"Independent of the other labels: (.*?)\.</p>", table)[1]
         texts.append({label: float(score) for label, score in re.findall(r"([a-z ]+) ([01]\.\d\d)", line)})
     scores = [{label.strip(): score for label, score in text.items()} for text in texts]
+    assert [len(own) for own in scores] == [1, 2, 2]  # without the background
     assert scores[0][name] == scores[1][name] > 0.5
     assert max(scores[2][label] for label in ("red dotted shape", "blue lined shape")) < 0.5
 
@@ -592,9 +593,9 @@ def test_a_download_with_too_many_large_masks_shows_a_warning(app, session, monk
     values = fields(app.scenes[0][1])
     app.segment(session, *values)
     count = len(shown(app, session))
-    monkeypatch.setattr(demo, "MAX_MASK_PIXELS", count * 512 * 512)
+    monkeypatch.setattr(demo, "MAX_MASK_BYTES", count * 512 * 512)
     assert app.download(".json", session, *values)
-    monkeypatch.setattr(demo, "MAX_MASK_PIXELS", count * 512 * 512 - 1)
+    monkeypatch.setattr(demo, "MAX_MASK_BYTES", count * 512 * 512 - 1)
     for suffix in (".json", ".png"):
         with pytest.warns(UserWarning, match=f"{count} masks in the original size need too much memory. Raise the"):
             assert app.download(suffix, session, *values) is None

@@ -190,7 +190,7 @@ def draw_segments(
 def _draw_names(image: Image.Image, named_masks: Sequence[tuple[str, np.ndarray]]) -> None:
     """Writes each name at the pixel of its mask `(height, width)` nearest to the center of the mask, unless it would
     cover the name of an earlier mask."""
-    draw, size = ImageDraw.Draw(image), max(12, min(image.size) // 32)
+    draw, size = ImageDraw.Draw(image), max(12, min(image.size) // 24)
     stroke = max(1, size // 10)
     written: list[tuple[float, float, float, float]] = []
     for name, mask in named_masks:
@@ -211,7 +211,7 @@ def _draw_names(image: Image.Image, named_masks: Sequence[tuple[str, np.ndarray]
 def _add_legend(image: Image.Image, legend: Sequence[tuple[int | None, str]]) -> Image.Image:
     """Adds rows of colored squares and texts below an image. Long texts are wrapped. A text that begins with a line
     break begins a row."""
-    size = max(12, min(image.size) // 32)
+    size = max(12, min(image.size) // 24)
     line_height, gap = round(1.5 * size), size // 2
     width = max(image.width, MIN_LEGEND_LENGTH * size // 2)
     rows: list[tuple[int, int, int | None, int, str, ImageFont.FreeTypeFont]] = []
