@@ -21,6 +21,7 @@ COMMANDS = {
     "classify": "classify images by text",
     "points": "segment the objects at points and in boxes",
     "masks": "segment everything in images",
+    "annotate": "annotate a data set by text: COCO, parquet or webdataset",
     "train": "train one stage of SAM-CLIP",
     "evaluate": "evaluate models with the paper's protocols",
     "publish": "build, verify and upload a model repository",
@@ -29,7 +30,7 @@ COMMANDS = {
     "cost": "estimate the operations and GPU hours of training recipes",
 }
 # Commands that need an optional dependency group of the package.
-EXTRAS = dict.fromkeys(("train", "evaluate", "publish", "embed", "cost"), "train") | {"export": "export"}
+EXTRAS = dict.fromkeys(("annotate", "train", "evaluate", "publish", "embed", "cost"), "train") | {"export": "export"}
 
 INTERRUPTED, BROKEN_PIPE = 130, 141  # exit status: 128 + signal number, as in shells
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # importing these takes seconds, see the docstring of the pac
     from PIL import Image
 
 Predict = Callable[[list["Image.Image"], list[str]], list[Prediction]]
+WriteDataSet = Callable[[Iterator[tuple[ImageInput, dict[str, Any]]], dict[str, Any], dict[str, str]], None]
 
 # Arguments that do not change the results, or that have an entry of their own in the record of a run.
 UNRECORDED = {
@@ -41,7 +42,11 @@ NOT_READ, NOT_PROCESSED, EXISTS = "cannot be read", "cannot be processed", "outp
 
 
 def process_images(
-    plan: Plan, predict: Predict, loaded: LoadedModel, nothing_found: tuple[str, str] | None = None
+    plan: Plan,
+    predict: Predict,
+    loaded: LoadedModel,
+    nothing_found: tuple[str, str] | None = None,
+    write_data_set: WriteDataSet | None = None,
 ) -> int:
     """
     Runs `predict` on the images of this process in batches, and writes the results.
@@ -57,6 +62,9 @@ def process_images(
         The model, for the record of the run.
     nothing_found (`tuple[str, str]`, *optional*):
         What masks are called, and a sentence about what finds more, for a message about images without masks.
+    write_data_set (function of the results, the description of the run, and errors, *optional*):
+        Writes a data set of all images, `plan.data_set_files`, after a single process has completed them. It gets each
+        image with its result in the order of the inputs, and messages by the keys of images that failed.
 
     Returns the exit status. Raises `CommandError` if the output has results of another run.
     """
@@ -72,7 +80,7 @@ def process_images(
             check_plan(plan, names, record)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_pixel_limit(plan.arguments.max_image_pixels))
-        work = _Work(plan, names, record, nothing_found)
+        work = _Work(plan, names, record, nothing_found, write_data_set)
         status = 1
         try:
             work.start()
@@ -171,10 +179,12 @@ class _Work:
         names: OutputNames | None,
         record: RunRecord | None,
         nothing_found: tuple[str, str] | None,
+        write_data_set: WriteDataSet | None,
     ):
         self.plan, self.names, self.record = plan, names, record
         self.done = self.skipped = self.empty = 0
-        self.nothing_found = nothing_found
+        self.nothing_found, self.write_data_set = nothing_found, write_data_set
+        self.errors: dict[str, str] = {}  # messages by keys of images
         self.failures: Counter[str] = Counter()  # by cause
         self.progress = _Progress(plan.count, plan.process)
         self.has_reported_batch = False
@@ -312,14 +322,23 @@ class _Work:
             self.record.join(self.plan.images())
             assert self.plan.output is not None
             results = _read_results(self.plan.output / RESULTS)
+            if self.write_data_set is not None:
+                self.write_data_set(self._results_by_image(), self.record.description, self.errors)
         elif not results:
             return
         if "coco" in self.plan.formats:
             assert self.plan.output is not None
             write_coco(results, self.plan.output, loaded.names, loaded.description)
 
+    def _results_by_image(self) -> Iterator[tuple[ImageInput, dict[str, Any]]]:
+        assert self.record is not None
+        for image in self.plan.images():
+            if image.key in self.record.lines:
+                yield image, json.loads(self.record.read(image.key))
+
     def _fail(self, image: ImageInput, error: Exception, cause: str) -> None:
         self.failures[cause] += 1
+        self.errors[image.key] = _describe_error(error)
         log(f"{image.key}: {_describe_error(error)}")
         self.progress.advance()
 

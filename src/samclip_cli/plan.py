@@ -37,6 +37,9 @@ class Plan:
         Names of the formats to write. Empty for standard output.
     process (`tuple[int, int]`):
         The number of this process, and the number of processes.
+    data_set_files (`Sequence[str]`):
+        Files and folders (with a final "/") of a data set of all images in the output folder, which is written in
+        addition to the formats.
     """
 
     arguments: argparse.Namespace
@@ -45,16 +48,17 @@ class Plan:
     is_folder: bool
     formats: Sequence[str]
     process: tuple[int, int]
+    data_set_files: Sequence[str] = ()
 
     @property
     def has_record(self) -> bool:
-        """Whether the run is recorded: it writes the results of several images to a folder."""
-        return self.is_folder and self.inputs.count != 1
+        """Whether the run is recorded: it writes the results of several images, or a data set, to a folder."""
+        return self.is_folder and (self.inputs.count != 1 or bool(self.data_set_files))
 
     @property
     def run_files(self) -> list[str]:
         """Names of the files for all images in the output folder."""
-        return run_files(self.formats, self.has_record)
+        return [*run_files(self.formats, self.has_record), *self.data_set_files]
 
     @property
     def count(self) -> int | None:
@@ -67,12 +71,12 @@ class Plan:
         return itertools.islice(self.inputs, self.process[0], None, self.process[1])
 
 
-def prepare(arguments: argparse.Namespace) -> Plan:
+def prepare(arguments: argparse.Namespace, data_set_files: Sequence[str] = ()) -> Plan:
     """Finds the images and checks the output and the model. Raises `CommandError` if one of them cannot be used.
-    Imports torch and transformers for tars and data sets only."""
+    Imports torch and transformers for tars and data sets only. See [`Plan`] for `data_set_files`."""
     process = find_process()
     inputs = find_inputs(arguments.images)
-    plan = plan_output(arguments, inputs, process)
+    plan = plan_output(arguments, inputs, process, data_set_files)
     check_models(arguments)
     return plan
 
@@ -91,7 +95,9 @@ def find_process() -> tuple[int, int]:
     return 0, 1
 
 
-def plan_output(arguments: argparse.Namespace, inputs: Inputs, process: tuple[int, int]) -> Plan:
+def plan_output(
+    arguments: argparse.Namespace, inputs: Inputs, process: tuple[int, int], data_set_files: Sequence[str] = ()
+) -> Plan:
     """Interprets `--output`. Raises `CommandError` for an output that cannot be written, that is an input image, or
     that exists without `--overwrite`. Outputs of a recorded run are checked after its record has been read."""
     output = arguments.output
@@ -125,7 +131,8 @@ def plan_output(arguments: argparse.Namespace, inputs: Inputs, process: tuple[in
     if is_file:
         plan = Plan(arguments, inputs, path, False, ("overlay" if path.suffix.lower() == ".png" else "json",), process)
     else:
-        plan = Plan(arguments, inputs, path, True, arguments.formats or arguments.default_formats, process)
+        formats = arguments.formats or arguments.default_formats
+        plan = Plan(arguments, inputs, path, True, formats, process, data_set_files)
     if not plan.has_record:
         check_plan(plan, OutputNames(plan), None)
     return plan

@@ -167,7 +167,8 @@ class RunRecord:
         with contextlib.suppress(FileNotFoundError, ValueError, LookupError):
             files += json.loads((self.folder / "run.json").read_bytes())["files"]
         for name in files:
-            (self.output / name).unlink(missing_ok=True)
+            if not name.endswith("/"):  # files of a folder are replaced when it is written
+                (self.output / name).unlink(missing_ok=True)
         for journal in self.folder.glob("images-*.jsonl"):
             if not journal.stem.endswith(_shard(self.process).partition("-")[2]):
                 _results_of(self.output, journal).unlink(missing_ok=True)

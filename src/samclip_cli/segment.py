@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 from . import CommandError
 from .argument_types import probability
-from .batch import process_images
-from .examples import EXAMPLES_HELP, add_examples_argument, read_examples, set_examples
+from .batch import Predict, process_images
+from .examples import EXAMPLES_HELP, ExampleImage, add_examples_argument, read_examples, set_examples
 from .formats import Prediction, coco_annotation
 from .image_arguments import add_tile_arguments, check_tiles, create_parser
 from .inputs import add_batch_size
-from .models import load_model
+from .models import LoadedModel, load_model
 from .plan import prepare
 from .vocabulary import LABELS_HELP, add_label_arguments, embed_labels, label_legend, read_labels
 
@@ -39,10 +39,17 @@ RECORD = (
     '"segments": [{"label": "cat", "label_id": 1, "score": 0.93, "bbox": [...], "area": 5120,\n'
     '       "segmentation": {...}}, ...]'
 )
+ADVICE = "A lower --threshold, other labels or another --background find more."
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = create_parser("segment", DESCRIPTION, RECORD, has_masks=True, help_text=LABELS_HELP + EXAMPLES_HELP)
+    add_segment_arguments(parser)
+    return parser
+
+
+def add_segment_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of segmentation by text and examples, also for `samclip annotate`."""
     add_label_arguments(parser, "the labels saved with the checkpoint")
     add_examples_argument(parser)
     parser.add_argument(
@@ -54,18 +61,30 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_tile_arguments(parser)
     add_batch_size(parser)
-    return parser
 
 
 def run(argv: Sequence[str]) -> int:
     arguments = build_parser().parse_args(argv)
+    examples = read_segment_arguments(arguments)
+    plan = prepare(arguments)
+    loaded, predict = load_segmenter(arguments, examples)
+    return process_images(plan, predict, loaded, ("segments", ADVICE))
+
+
+def read_segment_arguments(arguments: argparse.Namespace) -> list[ExampleImage] | None:
+    """Reads the labels into `arguments`, and returns the examples. Raises `CommandError` for arguments of
+    [`add_segment_arguments`] that cannot be used."""
     check_tiles(arguments)
     examples = read_examples(arguments)
     read_labels(arguments)
     if arguments.labels is None and examples is None and arguments.sam is not None:
         raise CommandError('--sam and --clip have no labels: pass --labels, such as "cat, sofa", or --examples.')
-    plan = prepare(arguments)
+    return examples
 
+
+def load_segmenter(arguments: argparse.Namespace, examples: list[ExampleImage] | None) -> tuple[LoadedModel, Predict]:
+    """The model with its vocabulary, and the function that segments images, see [`process_images`]. `examples` are
+    those of [`read_segment_arguments`]."""
     import numpy as np
 
     from samclip_hf import SamClipImageSegmentationPipeline
@@ -111,5 +130,4 @@ def run(argv: Sequence[str]) -> int:
         )
         return [describe(segments) for segments in results]
 
-    advice = "A lower --threshold, other labels or another --background find more."
-    return process_images(plan, predict, loaded, ("segments", advice))
+    return loaded, predict
