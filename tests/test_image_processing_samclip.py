@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, SamImageProcessor, SamImageProcessorPil
+from transformers import AutoImageProcessor, SamImageProcessor, SamImageProcessorPil, SegformerImageProcessor
 
 from samclip_hf import SamClipImageProcessor, SamClipImageProcessorPil
 from samclip_hf.image_processing_samclip import MAPS_PER_CHUNK, resize_content
@@ -142,7 +142,7 @@ class TestSizes:
         processor = processor_class(**SIZES)
         for size, edge in ((None, 32), (64, 32), (32, 16), (256, 128)):
             labels = processor(smooth_image(100, 50), label_map, size=size, return_tensors="pt")["labels"]
-            assert labels.shape == (1, edge, edge) and not labels[0, edge // 2 :].any()
+            assert labels.shape == (1, edge, edge) and (labels[0, edge // 2 :] == 255).all()
             content = labels[0, : edge // 2]
             cell = 100 / edge
             rows, columns = np.mgrid[: edge // 2, :edge] + 0.5
@@ -155,7 +155,7 @@ class TestSizes:
     def test_label_maps_of_all_types_are_equal_to_sams(self, processor_class):
         image, label_map = smooth_image(60, 40), np.random.default_rng(0).integers(0, 50, (40, 60)).astype(np.uint8)
         sam_class = SamImageProcessorPil if processor_class is SamClipImageProcessorPil else SamImageProcessor
-        expected = sam_class(**SIZES)(image, label_map, return_tensors="pt")["labels"]
+        expected = sam_class(**SIZES)(image, label_map, return_tensors="pt")["labels"][:, :21]  # without padding
         for same in (
             label_map,
             label_map[None],
@@ -167,9 +167,25 @@ class TestSizes:
             label_map.astype(np.int64),
             label_map.astype(np.float64),
         ):
-            assert processor_class(**SIZES)(image, same, return_tensors="pt")["labels"].equal(expected)
+            labels = processor_class(**SIZES)(image, same, return_tensors="pt")["labels"]
+            assert labels[:, :21].equal(expected) and (labels[:, 21:] == 255).all()
         large = processor_class(**SIZES)(image, label_map.astype(np.uint16) * 1300, return_tensors="pt")["labels"]
-        assert large.equal(expected * 1300)
+        assert large[:, :21].equal(expected * 1300)
+
+    @BOTH_BACKENDS
+    def test_labels_are_reduced_as_segformers(self, processor_class, tmp_path):
+        image, label_map = smooth_image(64, 64), np.arange(64 * 64, dtype=np.int64).reshape(64, 64) // 16
+        same = {"size": {"height": 64, "width": 64}}
+        expected = SegformerImageProcessor(**same, do_reduce_labels=True)(image, label_map, return_tensors="pt")
+        processor_class(**SIZES, do_reduce_labels=True).save_pretrained(tmp_path)
+        loaded = processor_class.from_pretrained(tmp_path)
+        for maps in (label_map, label_map.astype(np.uint8)):
+            labels = loaded(image, maps, mask_size=64, return_tensors="pt")["labels"]
+            assert labels.equal(expected["labels"])
+            labels = processor_class(**SIZES)(image, maps, mask_size=64, do_reduce_labels=True, return_tensors="pt")
+            assert labels["labels"].equal(expected["labels"])
+            unchanged = loaded(image, maps, mask_size=64, do_reduce_labels=False, return_tensors="pt")["labels"]
+            assert unchanged.equal(torch.from_numpy(label_map)[None])
 
     @BOTH_BACKENDS
     @pytest.mark.parametrize(

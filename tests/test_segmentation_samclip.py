@@ -66,7 +66,7 @@ class WordTokenizer:
     def __init__(self):
         self.ids = {}
 
-    def __call__(self, texts, padding=False, return_tensors=None):
+    def __call__(self, texts, padding=False, return_tensors=None, verbose=True):
         rows = [[48, *(self.ids.setdefault(word, len(self.ids) + 1) for word in text.split()), 49] for text in texts]
         if return_tensors is None:
             return BatchEncoding({"input_ids": rows})

@@ -28,6 +28,16 @@ logger = logging.get_logger(__name__)
 
 # Maps are resized to the image in chunks, so that peak memory does not grow with the number of labels or segments.
 MAPS_PER_CHUNK = 16
+IGNORED_LABEL = 255  # of padding, and of 0 with do_reduce_labels, as in SegFormer's image processor
+
+
+class SamClipImageProcessorKwargs(SamImageProcessorPil.valid_kwargs, total=False):  # type: ignore[name-defined,misc,call-arg]
+    r"""
+    do_reduce_labels (`bool`, *optional*, defaults to `False`):
+        Whether to subtract 1 from the labels of `segmentation_maps`. 0 becomes 255, and 255 remains.
+    """
+
+    do_reduce_labels: bool
 
 
 class SamClipImageProcessorMixin:
@@ -38,6 +48,8 @@ class SamClipImageProcessorMixin:
     pad_size: Any
     mask_size: Any
     do_resize: bool
+    valid_kwargs = SamClipImageProcessorKwargs
+    do_reduce_labels = False
 
     def preprocess(self, images, segmentation_maps=None, size=None, pad_size=None, **kwargs):
         r"""
@@ -54,17 +66,21 @@ class SamClipImageProcessorMixin:
                 One image or a list of images: PIL images, arrays, tensors, paths or URLs.
             segmentation_maps (`ImageInput`, *optional*):
                 A label map for each image: integers `(height, width)` as PIL images, arrays or tensors, of the aspect
-                ratio of the image. They are resized and padded to `mask_size` and `mask_pad_size` as in SAM's image
-                processor.
+                ratio of the image. They are resized to `mask_size` as in SAM's image processor, and padded to
+                `mask_pad_size` with 255, which the loss of [`SamClipForImageSegmentation`] ignores.
             size (`int` or `dict[str, int]`, *optional*):
                 Longest edge in pixels, as a number or as `{"longest_edge": number}`. Defaults to `self.size`. Another
                 value also changes `pad_size`, and `mask_size` and `mask_pad_size` in proportion.
             pad_size (`dict[str, int]`, *optional*):
                 Height and width after padding. Only one of them may differ from the longest edge.
+            do_reduce_labels (`bool`, *optional*):
+                Whether to subtract 1 from the labels of `segmentation_maps`, as SegFormer's image processor does: 0
+                becomes 255, and 255 remains. Defaults to `self.do_reduce_labels`.
 
         Returns:
             `BatchFeature`: `pixel_values` `(batch_size, 3, height, width)`, and `original_sizes` and
-            `reshaped_input_sizes`, heights and widths before and after resizing `(batch_size, 2)`.
+            `reshaped_input_sizes`, heights and widths before and after resizing `(batch_size, 2)`. With
+            `segmentation_maps`, also `labels`, the label maps `(batch_size, mask_height, mask_width)`.
 
         Raises:
             ValueError: The list of images is empty, an image has no pixels or pixels that are not finite, a size is
@@ -82,11 +98,21 @@ class SamClipImageProcessorMixin:
         self._set_sizes(kwargs, size, pad_size, with_maps=segmentation_maps is not None)
         if segmentation_maps is not None:
             segmentation_maps = _standardize_maps(segmentation_maps)
+            reduces = kwargs.get("do_reduce_labels")
+            if self.do_reduce_labels if reduces is None else reduces:
+                segmentation_maps = [_reduce_labels(label_map) for label_map in segmentation_maps]
         inputs = super().preprocess(images, segmentation_maps, **kwargs)
         if self.do_resize and not kwargs.get("do_resize", True) and kwargs.get("do_pad", self.do_pad):
             self._check_padding(inputs["reshaped_input_sizes"], kwargs.get("pad_size", self.pad_size))
         if segmentation_maps is not None:
             self._check_maps(segmentation_maps, inputs["original_sizes"], inputs["labels"])
+            edge = _longest_edge(kwargs.get("mask_size") or self.mask_size, "mask_size")
+            is_resized = kwargs.get("do_resize", self.do_resize)
+            for label_map, labels in zip(segmentation_maps, inputs["labels"], strict=True):
+                shape = label_map.shape
+                height, width = self._get_preprocess_shape(shape, edge) if is_resized else shape
+                labels[height:] = IGNORED_LABEL
+                labels[:, width:] = IGNORED_LABEL
         return inputs
 
     def _check_padding(self, sizes, pad_size) -> None:
@@ -363,6 +389,12 @@ def _standardize_map(label_map) -> np.ndarray:
     if array.dtype != np.uint8 and (array.min() < -(2**24) or array.max() > 2**24):
         raise ValueError("The labels of a label map must not exceed 16,777,216.")
     return array if array.dtype == np.uint8 else array.astype(np.float32)  # exact up to 2^24 while it is resized
+
+
+def _reduce_labels(label_map: np.ndarray) -> np.ndarray:
+    """Subtracts 1 from labels, as SegFormer's image processor: 0 and 255 become 255."""
+    ignored = (label_map == 0) | (label_map == IGNORED_LABEL)
+    return np.where(ignored, IGNORED_LABEL, label_map - 1).astype(label_map.dtype)
 
 
 def load_image(image: str | os.PathLike | Image.Image, timeout: float | None = None) -> Image.Image:

@@ -79,11 +79,12 @@ class _InputName(str):
 def refuse_labels(kwargs: Any) -> None:
     """Removes `labels` and `return_loss` from the keyword arguments of a model without a loss. Raises `ValueError` if
     they request a loss."""
-    for name in ("labels", "return_loss"):
+    for name in ("labels", "mask_labels", "class_labels", "return_loss"):
         if (value := kwargs.pop(name, None)) is not None and value is not False:
             raise ValueError(
-                f"This model does not accept {name}, because it has no such loss. SamClipTrainer trains SamClipModel "
-                "by distillation; a SamClipModel returns CLIP's or SigLIP's loss for texts with return_loss=True."
+                f"This call does not accept {name}, because it has no such loss. SamClipTrainer trains SamClipModel "
+                "by distillation; a SamClipModel returns CLIP's or SigLIP's loss for texts with return_loss=True; a "
+                "SamClipForImageSegmentation without prompts returns a loss for labels."
             )
 
 

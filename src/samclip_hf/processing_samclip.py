@@ -91,7 +91,8 @@ class SamClipProcessor(ProcessorMixin):
             Passed to the tokenizer, by default with padding to the longest text. SigLIP's text tower adds the padding
             that it needs.
         segmentation_maps (*optional*):
-            Label maps, passed to the image processor and returned as `labels`.
+            Label maps, passed to the image processor and returned as `labels`, with 255 in the padding. With
+            `do_reduce_labels=True`, 1 is subtracted from the labels.
         input_points (nested lists or array of shape `(num_images, num_prompts, num_points, 2)`, *optional*):
             x and y in pixels of the original image. Images with fewer prompts, and prompts with fewer points, are
             padded. Padding prompts do not change other masks. Padding points are inputs of the mask decoder, as in

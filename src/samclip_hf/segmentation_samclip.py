@@ -4,6 +4,7 @@ Segmentation and object detection by text: the vocabulary, and the composition o
 `modeling_samclip.py` contains everything that does not depend on a vocabulary.
 """
 
+import inspect
 import math
 import re
 import string
@@ -22,7 +23,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
 from .examples_samclip import check_examples, check_prompts, to_text_space
-from .modeling_samclip import SamClipModel, load_tokenizer, patches_of_masks, refuse_labels
+from .modeling_samclip import SamClipModel, _InputName, load_tokenizer, patches_of_masks, refuse_labels
 from .vision_encoder_samclip import SamClipVisionEncoderOutput
 
 logger = logging.get_logger(__name__)
@@ -55,6 +56,8 @@ class SamClipSegmentationOutput(ModelOutput):
     `post_process_panoptic_segmentation`. The `segment_` fields need both heads. In a batch, images with fewer segments
     are padded with segments of score 0.
 
+    loss (`torch.Tensor` of shape `()`):
+        With `labels`, or `mask_labels` and `class_labels`: the sum of their losses.
     logits (`torch.Tensor` of shape `(batch_size, num_labels, grid_height, grid_width)`):
         The CLIP head's logits of each label at each patch: scaled cosine similarity to the label's text. The softmax
         over the labels is the label's probability.
@@ -79,6 +82,7 @@ class SamClipSegmentationOutput(ModelOutput):
         With `output_attentions=True` and eager attention: the image encoder's, of the shape of SAM's.
     """
 
+    loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     segment_masks: torch.Tensor | None = None
     segment_logits: torch.Tensor | None = None
@@ -265,12 +269,34 @@ def to_mask_prompts(probabilities: torch.Tensor, size: tuple[int, int]) -> torch
     return F.interpolate(probabilities.float().logit(eps=1e-4), size=size, mode="bilinear", align_corners=False)
 
 
+def semantic_loss(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
+    r"""
+    Cross entropy of label maps, as SegFormer's: the logits are resized bilinearly to the label maps.
+
+    logits (`torch.Tensor` of shape `(batch_size, num_labels, grid_height, grid_width)`):
+        Logits of the labels at the patches.
+    labels (`torch.Tensor` of shape `(batch_size, height, width)`, `int64`):
+        The label of each pixel. They cover the same area as `logits`.
+    ignore_index (`int`):
+        The value of pixels that do not count.
+
+    Returns the mean over the pixels that count, in float32: 0 if there are none (SegFormer's is NaN then).
+    """
+    resized = F.interpolate(logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=False)
+    total = F.cross_entropy(resized, labels, ignore_index=ignore_index, reduction="sum")
+    return total / (labels != ignore_index).sum().clamp_min(1)
+
+
 class SamClipForImageSegmentation(SamClipModel):
     """
     SAM-CLIP with a vocabulary: labels (`config.id2label`) and their text embeddings (`class_embeds`) are part of the
     checkpoint, so that the model labels segments without text input. It loads from any SAM-CLIP checkpoint. If the
-    checkpoint has no vocabulary, call `set_vocabulary`. With prompts, it predicts masks as [`SamClipModel`] does.
+    checkpoint has no vocabulary, call `set_vocabulary`. With prompts, it predicts masks as [`SamClipModel`] does. With
+    label maps or labelled masks, it returns a loss.
     """
+
+    # The loss is a mean over a batch. Otherwise, Trainer does not divide it by the number of accumulated batches.
+    accepts_loss_kwargs = False
 
     @property
     def vocabulary(self) -> SamClipVocabulary:
@@ -729,9 +755,12 @@ class SamClipForImageSegmentation(SamClipModel):
         pixel_values: torch.Tensor | None = None,
         reshaped_input_sizes: torch.Tensor | None = None,
         original_sizes: torch.Tensor | None = None,
-        both_heads: bool = True,
+        both_heads: bool | None = None,
         vocabulary: SamClipVocabulary | None = None,
         vision_embeds: SamClipVisionEncoderOutput | None = None,
+        labels: torch.Tensor | None = None,
+        mask_labels: Sequence | None = None,
+        class_labels: Sequence[torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> SamClipSegmentationOutput:
         r"""
@@ -741,18 +770,38 @@ class SamClipForImageSegmentation(SamClipModel):
             From the image processor: height and width of each image without its padding.
         original_sizes (`torch.Tensor` of shape `(batch_size, 2)`, *optional*):
             Not used. Accepted because `model(**inputs)` passes it. Post-processing takes it as `target_sizes`.
-        both_heads (`bool`, defaults to `True`):
+        both_heads (`bool`, *optional*):
             Whether to use the SAM head after the CLIP head (paper, section 5: "composing both CLIP and SAM heads"), or
-            the CLIP head alone.
+            the CLIP head alone. By default `True`, and `False` if a loss is computed, which does not depend on the SAM
+            head.
         vocabulary ([`SamClipVocabulary`], *optional*):
             From `embed_vocabulary`; by default the checkpoint's.
         vision_embeds ([`SamClipVisionEncoderOutput`], *optional*):
             From `get_vision_embeds` for the images, in place of `pixel_values`.
+        labels (`torch.Tensor` of shape `(batch_size, height, width)`, `int64`, *optional*):
+            Label maps, from the image processor's `segmentation_maps`: the label of each pixel, a key of the
+            vocabulary's `id2label`, or `config.semantic_loss_ignore_index`. They cover the images with their padding,
+            at any resolution. The loss is [`semantic_loss`].
+        mask_labels (`Sequence`), class_labels (`Sequence[torch.Tensor]`, *optional*):
+            For each image, masks as in `classify_masks`, and their labels `(num_masks,)`. The loss is the mean cross
+            entropy of the logits of `classify_masks` over the masks that have pixels and a label other than
+            `config.semantic_loss_ignore_index`. Unlike Mask2Former, the masks do not cover the padding, and the SAM
+            head is not trained. For an `eval_loss` without `labels`, `Trainer` needs
+            `label_names=["mask_labels", "class_labels"]`.
 
         With points, boxes or masks as prompts, inputs and output are those of [`SamClipModel`], and no vocabulary is
         used. `classify_masks` labels the masks.
+
+        Raises `ValueError` if labels are not in the vocabulary or do not match the images, or for a loss with a
+        vocabulary whose background is a threshold.
         """
+        has_loss = labels is not None or mask_labels is not None or class_labels is not None
         if any(kwargs.get(name) is not None for name in ("input_points", "input_boxes", "input_masks")):
+            if has_loss:
+                raise ValueError(
+                    "Prompts give masks without labels, so there is no loss: remove the prompts, or labels, "
+                    "mask_labels and class_labels."
+                )
             if vocabulary is not None or kwargs.get("input_ids") is not None:
                 raise ValueError(
                     "Prompts give masks without labels: remove vocabulary and input_ids, and pass the masks to "
@@ -776,8 +825,13 @@ class SamClipForImageSegmentation(SamClipModel):
         logits = self.classify(dense_embeds.permute(0, 2, 3, 1), vocabulary).permute(0, 3, 1, 2)
         image_grid = image_embeddings.permute(0, 2, 3, 1)
         content_sizes = self._content_sizes(image_grid, reshaped_input_sizes)
+        loss = None
+        if has_loss:
+            loss = self._loss(
+                logits, vision_outputs, reshaped_input_sizes, vocabulary, labels, mask_labels, class_labels
+            )
         segments = {}
-        if both_heads:
+        if both_heads or (both_heads is None and not has_loss):
             content_mask = self._content_mask(image_grid, reshaped_input_sizes)
             if self.config.composition == "classes":
                 segments = self.compose_heads_by_class(image_embeddings, logits, vocabulary, content_mask)
@@ -786,6 +840,7 @@ class SamClipForImageSegmentation(SamClipModel):
                     image_embeddings, patch_tokens, logits, vocabulary, content_mask, content_sizes
                 )
         return SamClipSegmentationOutput(
+            loss=loss,
             logits=logits,
             **segments,
             content_sizes=content_sizes,
@@ -798,6 +853,64 @@ class SamClipForImageSegmentation(SamClipModel):
             hidden_states=vision_outputs.hidden_states,
             attentions=vision_outputs.attentions,
         )
+
+    def _loss(
+        self, logits, vision_outputs, reshaped_input_sizes, vocabulary, labels, mask_labels, class_labels
+    ) -> torch.Tensor:
+        """The sum of the losses of `forward` for the given labels. Raises as `forward` does."""
+        ignore_index = self.config.semantic_loss_ignore_index
+        known = {*vocabulary.label_ids}
+        if vocabulary.background_threshold is not None:
+            raise ValueError(
+                "The background of this vocabulary is a threshold, which cannot be trained: describe the background "
+                "by texts, such as background=['an empty scene'], or set it to None and train without background."
+            )
+        if ignore_index in known:
+            raise ValueError(
+                f"{ignore_index} is a label of the vocabulary and config.semantic_loss_ignore_index: use fewer "
+                "labels, or set another semantic_loss_ignore_index."
+            )
+        if (mask_labels is None) != (class_labels is None):
+            raise ValueError("Pass both mask_labels and class_labels, or neither.")
+
+        def check(values: torch.Tensor, name: str) -> torch.Tensor:
+            if values.is_floating_point() or values.dtype == torch.bool:
+                raise ValueError(f"{name} must be integers, got {values.dtype}.")
+            if unknown := sorted({*values.unique().tolist()} - known - {ignore_index}):
+                raise ValueError(
+                    f"{name} contain {unknown[:10]}, but the vocabulary has texts for the labels {sorted(known)[:10]}"
+                    f"{'...' if len(known) > 10 else ''}, and {ignore_index} is ignored. In maps in which 0 has no "
+                    "label and the first label is 1, the image processor's do_reduce_labels=True changes the numbers."
+                )
+            return values.to(logits.device, torch.int64)
+
+        loss = logits.new_zeros((), dtype=torch.float32)
+        if labels is not None:
+            height, width = logits.shape[-2:]
+            if (
+                labels.ndim != 3
+                or len(labels) != len(logits)
+                or labels.shape[1] * width != labels.shape[2] * height
+                or labels.shape[1] == 0
+            ):
+                raise ValueError(
+                    f"labels must be (batch_size, height, width) for {len(logits)} images, with the proportions of "
+                    f"pixel_values, {height}:{width} patches; got {tuple(labels.shape)}. The image processor prepares "
+                    "them: processor(images, segmentation_maps=label_maps)."
+                )
+            loss = loss + semantic_loss(logits, check(labels, "labels"), ignore_index)
+        if mask_labels is not None:
+            if [len(own) for own in mask_labels] != [len(own) for own in class_labels]:
+                raise ValueError("class_labels must have one label for each mask of mask_labels, for each image.")
+            embeds = self.embed_masks(mask_labels, None, reshaped_input_sizes, vision_outputs)
+            targets = torch.full(embeds.shape[:2], ignore_index, device=logits.device)
+            for row, own in zip(targets, class_labels, strict=True):
+                row[: len(own)] = check(torch.as_tensor(own), "class_labels")
+            targets = torch.where(embeds.detach().any(dim=-1), targets, ignore_index)
+            segment_logits = self.classify(embeds, vocabulary).flatten(0, 1).float()
+            total = F.cross_entropy(segment_logits, targets.flatten(), ignore_index=ignore_index, reduction="sum")
+            loss = loss + total / (targets != ignore_index).sum().clamp_min(1)
+        return loss
 
     def compose_heads(
         self,
@@ -1024,6 +1137,18 @@ class SamClipForImageSegmentation(SamClipModel):
         return {"segment_masks": segment_masks, "segment_logits": segment_logits, "segment_scores": segment_scores}
 
 
+# Trainer takes the parameters with "label" in their names as labels, see _InputName: only `labels` is needed.
+_signature = inspect.signature(SamClipForImageSegmentation.forward)
+SamClipForImageSegmentation.forward.__signature__ = _signature.replace(  # type: ignore[attr-defined]
+    parameters=[
+        parameter.replace(name=_InputName(parameter.name))
+        if parameter.name in ("mask_labels", "class_labels")
+        else parameter
+        for parameter in _signature.parameters.values()
+    ]
+)
+
+
 @dataclass
 class SamClipObjectDetectionOutput(SamClipSegmentationOutput):
     r"""
@@ -1062,6 +1187,7 @@ class SamClipForObjectDetection(SamClipForImageSegmentation):
         reshaped_input_sizes, original_sizes (`torch.Tensor` of shape `(batch_size, 2)`, *optional*), vocabulary:
             As in [`SamClipForImageSegmentation`].
         """
+        refuse_labels(kwargs)
         if len(input_ids) != len(pixel_values):
             raise ValueError(f"Pass one text for each image; got {len(input_ids)} for {len(pixel_values)}.")
         if self.config.composition != "segments":

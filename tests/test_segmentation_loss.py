@@ -1,0 +1,236 @@
+"""The losses of `SamClipForImageSegmentation` for label maps and labelled masks, and the stock `Trainer`."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import EvalPrediction
+
+from samclip_hf import SamClipForImageSegmentation, SamClipForObjectDetection, SamClipProcessor, miniature
+from samclip_hf.miniature.scenes import BACKGROUND_PROMPTS, CLASS_NAMES, HELD_OUT, render
+from samclip_hf.segmentation_samclip import semantic_loss
+
+from .conftest import assert_same
+
+NAMES = [CLASS_NAMES[class_id] for class_id in HELD_OUT]
+SIZES = torch.tensor([[128, 128], [128, 96]])
+
+
+@pytest.fixture(scope="module")
+def shared() -> SamClipForImageSegmentation:
+    model = SamClipForImageSegmentation.from_pretrained(miniature.checkpoint())
+    return model.set_vocabulary(NAMES, BACKGROUND_PROMPTS, "a {}").eval()
+
+
+@pytest.fixture
+def segmenter() -> SamClipForImageSegmentation:
+    model = SamClipForImageSegmentation.from_pretrained(miniature.checkpoint())
+    return model.set_vocabulary(NAMES, BACKGROUND_PROMPTS, "a {}")
+
+
+@pytest.fixture(scope="module")
+def processor() -> SamClipProcessor:
+    return SamClipProcessor.from_pretrained(miniature.checkpoint())
+
+
+def label_map(scene) -> np.ndarray:
+    """0 for background, then the held-out classes; 255 for all others."""
+    labels = np.full(len(CLASS_NAMES) + 1, 255, dtype=np.uint8)
+    labels[0] = 0
+    labels[np.array(HELD_OUT) + 1] = np.arange(1, len(HELD_OUT) + 1)
+    return labels[scene.label_map]
+
+
+def scenes(count: int, first: int = 0) -> list:
+    return [render(5, index, class_id=HELD_OUT[index % len(HELD_OUT)]) for index in range(first, first + count)]
+
+
+def batch(processor: SamClipProcessor, count: int, first: int = 0) -> dict[str, torch.Tensor]:
+    drawn = scenes(count, first)
+    images = [Image.fromarray(scene.image) for scene in drawn]
+    return processor(images, segmentation_maps=[label_map(scene) for scene in drawn], return_tensors="pt")
+
+
+class TestSemanticLoss:
+    def test_loss_and_gradient_at_patch_resolution_are_the_closed_form(self):
+        logits = torch.randn(2, 3, 4, 5, dtype=torch.float32, requires_grad=True)
+        labels = torch.randint(0, 3, (2, 4, 5))
+        labels[0, 1:3] = 255
+        loss = semantic_loss(logits, labels, 255)
+        (gradient,) = torch.autograd.grad(loss, logits)
+        values, targets = logits.detach().double().numpy(), labels.numpy()
+        probabilities = np.exp(values) / np.exp(values).sum(axis=1, keepdims=True)
+        expected, terms = np.zeros_like(values), []
+        for image, row, column in np.argwhere(targets != 255):
+            target = targets[image, row, column]
+            terms.append(-np.log(probabilities[image, target, row, column]))
+            expected[image, :, row, column] = probabilities[image, :, row, column] - np.eye(3)[target]
+        assert loss.item() == pytest.approx(np.mean(terms), rel=1e-5)
+        assert_same(gradient, torch.from_numpy(expected / len(terms)).float())
+
+    def test_logits_are_resized_bilinearly(self):
+        logits, labels = torch.randn(1, 3, 4, 2), torch.randint(0, 3, (1, 16, 8))
+
+        def weights(side: int, target: int) -> np.ndarray:  # triangles around the centers of the patches
+            centers = np.clip((np.arange(target) + 0.5) * side / target - 0.5, 0, side - 1)
+            return np.clip(1 - np.abs(centers[:, None] - np.arange(side)), 0, None)
+
+        resized = np.einsum("yh,nhw,xw->nyx", weights(4, 16), logits[0].double().numpy(), weights(2, 8))
+        log_probabilities = resized - np.log(np.exp(resized).sum(axis=0))
+        expected = -np.take_along_axis(log_probabilities, labels.numpy(), axis=0).mean()
+        assert semantic_loss(logits, labels, 255).item() == pytest.approx(expected, rel=1e-5)
+
+    def test_without_labels_the_loss_is_zero(self):
+        logits = torch.randn(1, 3, 2, 2, requires_grad=True)
+        loss = semantic_loss(logits, torch.full((1, 4, 4), 255), 255)
+        loss.backward()
+        assert loss.item() == 0 and not logits.grad.any()
+
+
+class TestModel:
+    def test_loss_of_label_maps(self, shared, processor):
+        inputs = batch(processor, 2)
+        with torch.no_grad():
+            outputs = shared(**inputs)
+            without = shared(inputs["pixel_values"], inputs["reshaped_input_sizes"])
+        assert outputs.segment_masks is None and without.segment_masks is not None and without.loss is None
+        assert outputs.logits.equal(without.logits)
+        resized = F.interpolate(outputs.logits, inputs["labels"].shape[1:], mode="bilinear")
+        torch.testing.assert_close(outputs.loss, F.cross_entropy(resized, inputs["labels"], ignore_index=255))
+        assert outputs.to_tuple()[0].equal(outputs.loss) and without.to_tuple()[0].equal(without.logits)
+
+    def test_padding_does_not_count(self, shared, processor):
+        scene = scenes(1)[0]
+        wide = Image.fromarray(scene.image[:64])
+        inputs = processor(wide, segmentation_maps=label_map(scene)[:64], return_tensors="pt")
+        half = inputs["labels"].shape[1] // 2
+        assert (inputs["labels"][:, half:] == 255).all() and (inputs["labels"][:, :half] == 0).any()
+        with torch.no_grad():
+            outputs = shared(**inputs)
+        resized = F.interpolate(outputs.logits, inputs["labels"].shape[1:], mode="bilinear")[:, :, :half]
+        expected = F.cross_entropy(resized, inputs["labels"][:, :half], ignore_index=255)
+        torch.testing.assert_close(outputs.loss, expected)
+
+    def test_loss_of_masks_is_the_cross_entropy_of_classify_masks(self, shared, processor):
+        drawn = scenes(3)
+        images = [Image.fromarray(scene.image) for scene in drawn]
+        masks = [torch.from_numpy(scene.masks) for scene in drawn]
+        masks[0] = torch.cat([masks[0], torch.zeros(1, 128, 128, dtype=torch.bool)])  # a mask without pixels
+        labels = [torch.randint(1, 9, (len(own),)) for own in masks]
+        labels[1][0] = 255
+        inputs = processor(images, return_tensors="pt")
+        with torch.no_grad():
+            loss = shared(**inputs, mask_labels=masks, class_labels=labels).loss
+            logits = shared.classify_masks(masks, **inputs).logits
+        terms = [
+            -logits[image, number].log_softmax(dim=0)[label].item()
+            for image, own in enumerate(labels)
+            for number, label in enumerate(own.tolist())
+            if label != 255 and masks[image][number].any()
+        ]
+        assert loss.item() == pytest.approx(np.mean(terms), rel=1e-4)
+        both = batch(processor, 3)
+        with torch.no_grad():
+            total = shared(**both, mask_labels=masks, class_labels=labels).loss
+            torch.testing.assert_close(total, loss + shared(**both).loss)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"labels": torch.full((1, 32, 32), 9)}, r"labels contain \[9\], but the vocabulary has texts for"),
+            ({"labels": torch.zeros(1, 32, 31, dtype=torch.int64)}, "with the proportions of pixel_values, 16:16"),
+            ({"labels": torch.zeros(2, 32, 32, dtype=torch.int64)}, "for 1 images"),
+            ({"labels": torch.zeros(1, 32, 32)}, "labels must be integers"),
+            ({"mask_labels": [torch.ones(1, 8, 8) > 0]}, "Pass both mask_labels and class_labels"),
+            ({"mask_labels": [torch.ones(1, 8, 8) > 0], "class_labels": [torch.tensor([1, 2])]}, "one label for each"),
+            ({"mask_labels": [torch.ones(1, 8, 8) > 0], "class_labels": [torch.tensor([9])]}, "class_labels contain"),
+            ({"labels": torch.zeros(1, 8, 8).long(), "input_points": torch.ones(1, 1, 1, 2)}, "remove the prompts"),
+        ],
+    )
+    def test_labels_that_do_not_match_raise(self, shared, change, message):
+        with pytest.raises(ValueError, match=message):
+            shared(torch.zeros(1, 3, 128, 128), **change)
+
+    def test_a_background_threshold_raises(self, shared):
+        vocabulary = shared.embed_vocabulary(NAMES, 0.5)
+        with pytest.raises(ValueError, match="describe the background by texts"):
+            shared(torch.zeros(1, 3, 128, 128), vocabulary=vocabulary, labels=torch.zeros(1, 32, 32).long())
+
+    def test_object_detection_has_no_loss(self, shared):
+        detector = SamClipForObjectDetection(shared.config)
+        images, labels = torch.zeros(1, 3, 128, 128), torch.zeros(1, 32, 32).long()
+        with pytest.raises(ValueError, match="does not accept labels"):
+            detector(images, torch.zeros(1, 4).long(), labels=labels)
+
+
+def items(processor: SamClipProcessor, count: int, first: int = 0) -> list[dict[str, torch.Tensor]]:
+    inputs = batch(processor, count, first)
+    return [{name: values[index] for name, values in inputs.items()} for index in range(count)]
+
+
+def mean_iou(prediction: EvalPrediction) -> dict[str, float]:
+    logits = torch.from_numpy(prediction.predictions)
+    found = F.interpolate(logits, prediction.label_ids.shape[1:], mode="bilinear").argmax(dim=1).numpy()
+    reference = prediction.label_ids
+    found = np.where(reference == 255, 255, found)
+    ious = [
+        ((found == label) & (reference == label)).sum() / ((found == label) | (reference == label)).sum()
+        for label in range(len(NAMES) + 1)
+    ]
+    return {"mean_iou": float(np.mean(ious))}
+
+
+class TestTrainer:
+    def arguments(self, folder, **changes) -> TrainingArguments:
+        options = {
+            "output_dir": str(folder),
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-3,
+            "max_steps": 10,
+            "logging_steps": 1,
+            "report_to": "none",
+            "save_strategy": "no",
+            "use_cpu": True,
+            "disable_tqdm": True,
+        }
+        return TrainingArguments(**(options | changes))
+
+    def test_loss_falls_and_evaluation_has_loss_and_metrics(self, segmenter, processor, tmp_path):
+        sam_head = {name: value.clone() for name, value in segmenter.mask_decoder.state_dict().items()}
+        trainer = Trainer(
+            segmenter,
+            self.arguments(tmp_path),
+            train_dataset=items(processor, 16),
+            eval_dataset=items(processor, 8, first=100),
+            compute_metrics=mean_iou,
+        )
+        before = trainer.evaluate()
+        trainer.train()
+        after = trainer.evaluate()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        assert len(losses) == 10 and np.mean(losses[-4:]) < 0.8 * np.mean(losses[:4])
+        assert after["eval_loss"] < before["eval_loss"]
+        assert after["eval_mean_iou"] > before["eval_mean_iou"]
+        assert all(value.equal(sam_head[name]) for name, value in segmenter.mask_decoder.state_dict().items())
+        trainer.save_model(tmp_path / "saved")
+        loaded = SamClipForImageSegmentation.from_pretrained(tmp_path / "saved")
+        inputs = batch(processor, 2)
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(**inputs).loss, segmenter.eval()(**inputs).loss)
+
+    def test_accumulated_batches_are_a_mean(self, processor, tmp_path):
+        """The loss that Trainer logs does not grow with the number of accumulated batches."""
+        losses = []
+        for batch_size, accumulated in ((4, 1), (1, 4)):
+            model = SamClipForImageSegmentation.from_pretrained(miniature.checkpoint())
+            model.set_vocabulary(NAMES, BACKGROUND_PROMPTS, "a {}")
+            changes = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulated}
+            trainer = Trainer(
+                model, self.arguments(tmp_path, max_steps=1, **changes), train_dataset=[items(processor, 1)[0]] * 4
+            )
+            trainer.train()
+            losses.append(trainer.state.log_history[0])
+        assert losses[1]["loss"] == pytest.approx(losses[0]["loss"], rel=1e-3)
+        assert losses[1]["grad_norm"] == pytest.approx(losses[0]["grad_norm"], rel=1e-2)
