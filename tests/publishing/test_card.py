@@ -77,17 +77,19 @@ def test_only_teachers_that_were_used_are_listed(folder):
 
 def test_the_provenance_of_the_shipped_miniature_is_complete(folder, tmp_path):
     stages = provenance.read(miniature.checkpoint())
-    for stage in stages:
-        recipe = yaml.safe_load((RECIPES / f"miniature_paper_stage{stage['stage']}.yaml").read_text())
-        for name in ("dataloader_num_workers", "logging_steps", "save_steps", "report_to"):
-            recipe.pop(name)
+    recipes = [*(("miniature_paper_stage", number, 42) for number in (1, 2, 3)), ("miniature_stage", 2, 0)]
+    for stage, (name, number, seed) in zip(stages, [*recipes, ("miniature_stage", 3, 0)], strict=True):
+        recipe = yaml.safe_load((RECIPES / f"{name}{number}.yaml").read_text())
+        for argument in ("dataloader_num_workers", "logging_steps", "save_steps", "report_to"):
+            recipe.pop(argument)
         recipe["warmup_steps"] = recipe["warmup_steps"] * recipe["max_steps"]  # a fraction in the recipes
-        assert stage["arguments"] == recipe | {"seed": 42}
+        assert {argument: stage["arguments"][argument] for argument in [*recipe, "seed"]} == recipe | {"seed": seed}
         assert stage["steps"] == recipe["max_steps"]
     stages, licenses = publish_provenance(miniature.checkpoint(), tmp_path)
     card = create_model_card(folder, "me/miniature", stages, licenses=licenses)
     assert card.data.license == "apache-2.0"
     assert "**Stage 3:** 400 steps, 13,864 images" in card.content
+    assert "**Stage 3:** 500 steps, 25,211 images" in card.content
     assert "does not work on photographs" in card.content
     assert "SAM `miniature`, license apache-2.0; CLIP `miniature`" in card.content
 
