@@ -665,8 +665,6 @@ class TestImageSegmentation:
             segmenter.set_vocabulary(["cat"], synonyms="min", tokenizer=tokenizer)
         with pytest.raises(ValueError, match=r"Give the class .background. another name"):
             segmenter.set_vocabulary(["cat", "background"], background=["a wall"], tokenizer=tokenizer)
-        with pytest.raises(ValueError, match="does not accept labels"):
-            segmenter(random_images(), labels=torch.zeros(2, 64, 64))
         with pytest.raises(ValueError, match="does not accept input_ids"):
             segmenter(random_images(), input_ids=INPUT_IDS)
         with pytest.raises(ValueError, match="Prompts give masks without labels"):
