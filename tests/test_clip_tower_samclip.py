@@ -218,7 +218,7 @@ def test_arguments_without_effect_raise(tmp_path):
         SamClipModel.from_teachers(sam, clip, {"pooling": "mean"}, merged=False)
     with pytest.raises(ValueError, match="clip_image_size needs merged=False"):
         SamClipModel.from_teachers(sam, clip, clip_image_size=64)
-    with pytest.raises(StrictDataclassClassValidationError, match="multiple of the patch size 8, got 60"):
+    with pytest.raises(StrictDataclassClassValidationError, match="multiple of the patch size 8, such as 64, got 60"):
         SamClipModel.from_teachers(sam, clip, merged=False, clip_image_size=60)
     with pytest.raises(StrictDataclassClassValidationError, match="has an effect in unmerged models only"):
         SamClipConfig(segment_attention="class_token")

@@ -438,7 +438,7 @@ def best_iou(mask, others):
     return max(((mask & other).sum() / (mask | other).sum() for other in others), default=0)
 
 
-@pytest.mark.parametrize("seed", [1, 4])
+@pytest.mark.parametrize("seed", [1, 6])
 @pytest.mark.parametrize("subtask", ["panoptic", "semantic"])
 def test_objects_across_tiles_are_segmented_by_text_once(segmenter, seed, subtask):
     image, masks, names = draw_large_scene(150, 290, seed, POSITIONS)

