@@ -3,7 +3,7 @@ Distills the miniature SAM and CLIP into a SAM-CLIP with the recipes of the thre
 
     python -m samclip_hf.miniature_lab.demo
 
-The training takes 6 to 10 minutes on two CPU cores, the evaluation about 4. Writes `model/`, `report.json`,
+The training takes about 10 minutes on two CPU cores, the evaluation about 4. Writes `model/`, `report.json`,
 `report.md` and `figure.png` to `runs/demo/`.
 """
 
@@ -31,7 +31,7 @@ from .report import (
 )
 
 # Optimizer steps by stage: a fraction of those of the recipes. Stage 1 is where a short training gains most.
-STEPS = {1: 600, 2: 20, 3: 80}
+STEPS = {1: 450, 2: 15, 3: 60}
 
 USAGE = """\
 from transformers import pipeline
