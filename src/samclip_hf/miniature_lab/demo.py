@@ -76,7 +76,9 @@ def main() -> None:
     teachers = evaluate_teachers(sam, clip, unmerged, evaluators)
     compared = {name: compare(evaluate_all(student, evaluators), teachers) for name, student in students.items()}
     titles = {"SAM-CLIP,\nmake demo": students["demo"], "SAM-CLIP,\nas shipped": students["shipped"]}
-    draw_figure(students["demo"], text_columns(clip, unmerged, titles), output_dir / "figure.png")
+    caption = "Make demo: the student of this run, also for box and point. As shipped: the student of the package."
+    columns = text_columns(clip, unmerged, titles)
+    draw_figure(students["demo"], columns, output_dir / "figure.png", caption=caption)
     seconds["evaluation"] = round(time.perf_counter() - start, 1)
 
     report = {"seconds": seconds, "images_seen": images_seen, **compared}

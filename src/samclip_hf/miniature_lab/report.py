@@ -150,13 +150,12 @@ class NearestColor(LabelMapEvaluator):
 
 # ---- the figure ----
 
-PROMPTS_TITLE = "box and point:\nSAM-CLIP, make demo"
+PROMPTS_TITLE = "box and point:\nSAM-CLIP"
 FIRST_SCENE = 7  # of the figure: every second scene has two or four objects
 FIGURE_TITLE = (
     "Segmentation of drawn scenes from a box and a point, and from text: all 48 class names.\n"
     "Colors and names show the classes that were found; wrong names are struck out. CLIP alone and two encoders: the "
-    "teachers, without training.\n"
-    "Make demo: the student of this run, which also segments from box and point. As shipped: the one in the package."
+    "teachers, without training."
 )
 
 
@@ -172,7 +171,11 @@ def text_columns(
 
 
 def draw_figure(
-    sam: PromptableAdapter, columns: Mapping[str, tuple[str, ModelAdapter]], path: Path, num_scenes: int = 3
+    sam: PromptableAdapter,
+    columns: Mapping[str, tuple[str, ModelAdapter]],
+    path: Path,
+    num_scenes: int = 3,
+    caption: str = "",
 ) -> None:
     """
     Saves a figure with one scene per row.
@@ -185,6 +188,7 @@ def draw_figure(
         path (`Path`):
             The file.
         num_scenes (`int`, *optional*, defaults to 3).
+        caption (`str`, *optional*): A further line of the title, about the models.
     """
     import matplotlib
 
@@ -204,7 +208,7 @@ def draw_figure(
         layout="constrained",
         squeeze=False,
     )
-    figure.suptitle(FIGURE_TITLE, fontsize=9)
+    figure.suptitle(f"{FIGURE_TITLE}\n{caption}".rstrip(), fontsize=9)
     for axis, title in zip(axes[0], titles, strict=True):
         axis.set_title(title, fontsize=8.5)
     for number, (row, shown) in enumerate(zip(axes, scenes, strict=True)):
