@@ -35,9 +35,13 @@ class SamClipImageProcessingTest(ImageProcessingTestMixin, unittest.TestCase):
         self.image_processor_tester = SamClipImageProcessingTester()
 
     def test_valid_kwargs_set(self):
-        """Both classes take SAM's arguments."""
-        self.assertIs(SamClipImageProcessor.valid_kwargs, SamImageProcessor.valid_kwargs)
-        self.assertIs(SamClipImageProcessorPil.valid_kwargs, SamImageProcessorPil.valid_kwargs)
+        """Both classes take SAM's arguments and `do_reduce_labels`."""
+        for own, of_sam in (
+            (SamClipImageProcessor, SamImageProcessor),
+            (SamClipImageProcessorPil, SamImageProcessorPil),
+        ):
+            names = {*of_sam.valid_kwargs.__annotations__, "do_reduce_labels"}
+            self.assertEqual(set(own.valid_kwargs.__annotations__), names)
 
     def test_post_process_test_mixin_inheritance(self):
         """Skipped: it requires the post-processing of `SemanticSegmenterOutput`; SAM-CLIP's output has segments."""
