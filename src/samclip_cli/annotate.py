@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from . import CommandError
 from .argument_types import CommandParser, positive_int
 from .batch import process_images
-from .data_sets import DATA_SET_FORMATS, DataSetWriter, data_set_files, parse_data_set_formats
+from .data_sets import DATA_SET_FORMATS, DataSetWriter, data_set_files
 from .examples import EXAMPLES_HELP
-from .formats import Prediction
+from .formats import Prediction, parse_names
 from .inputs import INPUTS_HELP, add_input_arguments
 from .models import add_model_arguments
 from .plan import prepare
@@ -71,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--formats",
         dest="data_set_formats",
-        type=parse_data_set_formats,
+        type=lambda text: parse_names(text, DATA_SET_FORMATS),
         metavar="A,B",
         default=("coco",),
         help=f"comma-separated formats: {', '.join(DATA_SET_FORMATS)} (default: coco)",

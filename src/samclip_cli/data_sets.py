@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import CommandError, first_line, log
 from .inputs import ImageInput, read_image
@@ -39,17 +39,6 @@ TILE_SIZE = 320  # longer side of an image of the contact sheet, in pixels
 SHARD_NAME = re.compile(r"\d{5,}\.(parquet|tar)")
 KEPT_FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # other images are stored as PNG
 MARGIN = "the smallest difference between the score of an annotation of the image and the threshold"
-
-
-def parse_data_set_formats(text: str) -> tuple[str, ...]:
-    """The names of `--formats` of `samclip annotate`. Raises `CommandError` for an unknown or repeated name."""
-    formats = tuple(name.strip() for name in text.split(","))
-    for name in formats:
-        if name not in DATA_SET_FORMATS:
-            raise CommandError(f"--formats: {name!r} is not a format. Formats are {', '.join(DATA_SET_FORMATS)}.")
-        if formats.count(name) > 1:
-            raise CommandError(f"--formats: {name} is repeated.")
-    return formats
 
 
 def data_set_files(formats: Sequence[str], num_review: int | None) -> list[str]:
@@ -125,8 +114,9 @@ class DataSetWriter:
                 with contextlib.ExitStack() as shard_stack:
                     parquet = self._open_parquet(shard_stack, shard) if "parquet" in self.formats else None
                     tar = self._open_tar(shard_stack, shard) if "webdataset" in self.formats else None
+                    files = [file for file in (coco, parquet, tar) if file is not None]
                     for row in itertools.chain([first], itertools.islice(rows, IMAGES_PER_SHARD - 1)):
-                        image_id, result, annotations, content, extension = row
+                        image_id, result, annotations, content, _ = row
                         labels.update(self.names[own["category_id"] - 1] for own in annotations)
                         counts["left_out"] += result["left_out"]
                         counts["without_annotations"] += not annotations
@@ -134,12 +124,8 @@ class DataSetWriter:
                             margin = min(own["score"] for own in annotations) - self.threshold
                             margins.append((margin, image_id, result["image"]))
                         _keep_tile(tiles, self.num_tiles, (_rank(result["image"]), image_id, content, result))
-                        if coco is not None:
-                            coco.add(image_id, result, annotations)
-                        if parquet is not None:
-                            parquet.add(image_id, result, annotations, content, extension)
-                        if tar is not None:
-                            tar.add(image_id, result, annotations, content, extension)
+                        for file in files:
+                            file.add(row)
                     if parquet is not None:
                         parquet.close()
             num_shards = shard
@@ -164,7 +150,7 @@ class DataSetWriter:
             write_atomically(self.folder / REVIEW, json.dumps(review, indent=1) + "\n")
         report = {
             "run": description,
-            "overlap": "tiles and segments are merged; without multi_label, segments do not overlap",
+            "overlap": "Without multi_label, segments do not overlap. There is no non-maximum suppression.",
             "num_images": counts["images"],
             "num_annotations": labels.total(),
             "annotations_by_label": {name: labels[name] for name in self.names},
@@ -177,8 +163,8 @@ class DataSetWriter:
         report |= {"num_failed": len(errors), "failed": [{"image": k, "error": text} for k, text in errors.items()]}
         write_atomically(self.folder / REPORT, json.dumps(report, indent=1) + "\n")
 
-    def _rows(self, results: Iterator[tuple[ImageInput, dict]], counts: Counter[str]) -> Iterator[tuple]:
-        """Image id, result, annotations, content and extension of each image."""
+    def _rows(self, results: Iterator[tuple[ImageInput, dict]], counts: Counter[str]) -> "Iterator[_Row]":
+        """The images of the data set. Counts them, and those that are converted to PNG."""
         from samclip_hf.images import compress_rle
 
         annotation_id = 0
@@ -201,7 +187,7 @@ class DataSetWriter:
             content, extension, is_converted = _read_content(image, (result["width"], result["height"]))
             counts["images"] += 1
             counts["converted"] += is_converted
-            yield image_id, result, annotations, content, extension
+            yield _Row(image_id, result, annotations, content, extension)
 
     def _open_coco(self, stack: contextlib.ExitStack, description: dict[str, Any]) -> "_CocoFile":
         from samclip_hf.files import atomic_path
@@ -267,6 +253,16 @@ class DataSetWriter:
         return draw_segments(image.resize(size), masks, label_ids, legend, Path(result["image"]).name)
 
 
+class _Row(NamedTuple):
+    """An image of a data set: its id, its line in `results.jsonl`, its annotations as in COCO, and its file."""
+
+    image_id: int
+    result: dict[str, Any]
+    annotations: list[dict[str, Any]]
+    content: bytes
+    extension: str
+
+
 class _CocoFile:
     """A COCO file of instances, whose annotations are written one by one."""
 
@@ -277,11 +273,12 @@ class _CocoFile:
         info = {"description": "annotations of samclip annotate", "run": description}
         file.write(f'{{"info": {json.dumps(info)},\n"licenses": [],\n"annotations": [')
 
-    def add(self, image_id: int, result: dict, annotations: list[dict]) -> None:
+    def add(self, row: _Row) -> None:
+        result = row.result
         self.images.append(
-            {"id": image_id, "file_name": result["image"], "height": result["height"], "width": result["width"]}
+            {"id": row.image_id, "file_name": result["image"], "height": result["height"], "width": result["width"]}
         )
-        for annotation in annotations:
+        for annotation in row.annotations:
             if self.polygons:
                 polygons = exact_polygons(annotation["segmentation"])
                 self.num_inexact += polygons is None
@@ -322,16 +319,16 @@ class _ParquetFile:
         self.writer = stack.enter_context(pyarrow.parquet.ParquetWriter(path, self.schema))
         self.rows: list[dict[str, Any]] = []
 
-    def add(self, image_id: int, result: dict, annotations: list[dict], content: bytes, extension: str) -> None:
-        names = ("id", "score", "bbox", "area", "segmentation")
-        row = {"image_id": image_id, "file_name": result["image"]}
-        row |= {"height": result["height"], "width": result["width"]}
-        row["objects"] = [
-            {name: own[name] for name in names} | {"category": own["category_id"] - 1} for own in annotations
+    def add(self, row: _Row) -> None:
+        names, result = ("id", "score", "bbox", "area", "segmentation"), row.result
+        values: dict[str, Any] = {"image_id": row.image_id, "file_name": result["image"]}
+        values |= {"height": result["height"], "width": result["width"]}
+        values["objects"] = [
+            {name: own[name] for name in names} | {"category": own["category_id"] - 1} for own in row.annotations
         ]
         if self.with_images:
-            row["image"] = {"bytes": content, "path": f"{image_id:09d}.{extension}"}
-        self.rows.append(row)
+            values["image"] = {"bytes": row.content, "path": f"{row.image_id:09d}.{row.extension}"}
+        self.rows.append(values)
         if len(self.rows) == ROWS_PER_GROUP:
             self.close()
 
@@ -350,14 +347,14 @@ class _TarFile:
     def __init__(self, tar: tarfile.TarFile, names: Sequence[str]):
         self.tar, self.names = tar, names
 
-    def add(self, image_id: int, result: dict, annotations: list[dict], content: bytes, extension: str) -> None:
-        size = {"height": result["height"], "width": result["width"]}
+    def add(self, row: _Row) -> None:
+        size = {"height": row.result["height"], "width": row.result["width"]}
         description = {
-            "image": {"image_id": image_id, "file_name": result["image"]} | size,
-            "annotations": [own | {"category": self.names[own["category_id"] - 1]} for own in annotations],
+            "image": {"image_id": row.image_id, "file_name": row.result["image"]} | size,
+            "annotations": [own | {"category": self.names[own["category_id"] - 1]} for own in row.annotations],
         }
-        for suffix, data in ((extension, content), ("json", json.dumps(description).encode())):
-            member = tarfile.TarInfo(f"{image_id:09d}.{suffix}")
+        for suffix, data in ((row.extension, row.content), ("json", json.dumps(description).encode())):
+            member = tarfile.TarInfo(f"{row.image_id:09d}.{suffix}")
             member.size = len(data)
             self.tar.addfile(member, io.BytesIO(data))
 

@@ -3,7 +3,7 @@
 import io
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,8 +64,12 @@ class Prediction:
 
 
 def parse_formats(text: str, has_masks: bool) -> tuple[str, ...]:
-    """The names of `--formats`, comma-separated. Raises `CommandError` for an unknown or repeated name."""
-    available = [name for name in FORMATS if has_masks or name in WITHOUT_MASKS]
+    """The names of `--formats` of an image command. Raises `CommandError` as [`parse_names`] does."""
+    return parse_names(text, [name for name in FORMATS if has_masks or name in WITHOUT_MASKS])
+
+
+def parse_names(text: str, available: Collection[str]) -> tuple[str, ...]:
+    """The comma-separated names of `--formats`. Raises `CommandError` for an unknown or repeated name."""
     formats = tuple(name.strip() for name in text.split(","))
     for name in formats:
         if name not in available:

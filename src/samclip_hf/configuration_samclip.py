@@ -97,7 +97,7 @@ class SamClipConfig(SamConfig):
         Factors and offsets of the channels that convert `pixel_values` from SAM's normalization to the tower's:
         `pixel_values * clip_pixel_scale + clip_pixel_shift`.
     semantic_loss_ignore_index (`int`, *optional*, defaults to 255):
-        The value in label maps of pixels that do not count in the loss of [`SamClipForImageSegmentation`].
+        The value of pixels in label maps that are ignored by the loss of [`SamClipForImageSegmentation`].
     teachers (`dict[str, dict[str, str]]`, *optional*):
         The models that [`SamClipModel.from_teachers`] copied weights from, `"sam"` and `"clip"`, as returned by
         [`describe_teacher`]. The model card names them; no output depends on them.
@@ -120,7 +120,7 @@ class SamClipConfig(SamConfig):
     sub_configs_defaults = dict(sub_configs)
     # Newer versions would fill every entry of `sub_configs_defaults`, but a merged model has no clip_vision_config.
     sub_configs["clip_vision_config"] = CLIPVisionConfig
-    # Of an evaluation by Trainer with `labels`, `compute_metrics` gets `logits` only, as with SegFormer.
+    # Trainer passes only `logits` to `compute_metrics`, as with SegFormer.
     keys_to_ignore_at_inference = [  # a class attribute of transformers' configurations
         *("segment_masks", "segment_logits", "segment_embeds", "segment_scores"),
         *("content_sizes", "dense_embeds", "background_label_ids"),

@@ -283,7 +283,12 @@ def semantic_loss(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int)
     Returns the mean over the pixels that count, in float32: 0 if there are none (SegFormer's is NaN then).
     """
     resized = F.interpolate(logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=False)
-    total = F.cross_entropy(resized, labels, ignore_index=ignore_index, reduction="sum")
+    return _mean_cross_entropy(resized, labels, ignore_index)
+
+
+def _mean_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
+    """PyTorch's cross entropy, but 0 instead of NaN if all labels are ignored."""
+    total = F.cross_entropy(logits.float(), labels, ignore_index=ignore_index, reduction="sum")
     return total / (labels != ignore_index).sum().clamp_min(1)
 
 
@@ -907,9 +912,8 @@ class SamClipForImageSegmentation(SamClipModel):
             for row, own in zip(targets, class_labels, strict=True):
                 row[: len(own)] = check(torch.as_tensor(own), "class_labels")
             targets = torch.where(embeds.detach().any(dim=-1), targets, ignore_index)
-            segment_logits = self.classify(embeds, vocabulary).flatten(0, 1).float()
-            total = F.cross_entropy(segment_logits, targets.flatten(), ignore_index=ignore_index, reduction="sum")
-            loss = loss + total / (targets != ignore_index).sum().clamp_min(1)
+            segment_logits = self.classify(embeds, vocabulary).flatten(0, 1)
+            loss = loss + _mean_cross_entropy(segment_logits, targets.flatten(), ignore_index)
         return loss
 
     def compose_heads(
