@@ -982,7 +982,7 @@ class App:
                         0.5,
                         step=0.01,
                         label="Score threshold",
-                        info="The least score of a label, from 0 to 1.",
+                        info="The lowest score that a label needs, from 0 to 1.",
                         buttons=[],
                         elem_id="threshold",
                     )
