@@ -29,13 +29,15 @@ def hash_weights(model: PreTrainedModel, with_vocabulary: bool = False) -> str:
     of its state, in float32 and sorted by name.
 
     It is the same for every folder, repository and number of files that the weights are stored in, and for float32
-    copies of half-precision weights. A SAM-CLIP's vocabulary is left out unless `with_vocabulary` is set. A ViT-L
-    takes about a second.
+    copies of half-precision weights. Quantized weights are hashed as their float32 values. A SAM-CLIP's vocabulary is
+    left out unless `with_vocabulary` is set. A ViT-L takes about a second.
     """
     content = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         if with_vocabulary or name not in VOCABULARY_BUFFERS:
             content.update(f"{name} {tuple(tensor.shape)}\n".encode())
+            if hasattr(tensor, "__tensor_flatten__"):  # a tensor subclass, such as torchao's quantized weights
+                tensor = tensor.dequantize()
             content.update(tensor.detach().float().cpu().contiguous().flatten().numpy())
     return content.hexdigest()[:16]
 

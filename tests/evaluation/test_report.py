@@ -96,6 +96,17 @@ class TestIdentity:
             weight[3] += 1e-6
         assert hash_weights(model) != before
 
+    def test_quantized_weights_have_the_hash_of_their_values(self):
+        quantization = pytest.importorskip("torchao.quantization")
+        model = CLIPModel.from_pretrained(miniature.clip_teacher())
+        before = hash_weights(model)
+        values = CLIPModel.from_pretrained(miniature.clip_teacher())
+        quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+        for layer, copy in zip(model.modules(), values.modules(), strict=True):
+            if isinstance(layer, torch.nn.Linear):
+                copy.weight.data = layer.weight.dequantize()
+        assert hash_weights(model) == hash_weights(values) != before
+
     def test_it_depends_on_the_configuration_and_the_processor_but_not_on_the_vocabulary(self, tmp_path):
         student = load_adapter(miniature.checkpoint())
         before = student.identity
