@@ -5,6 +5,7 @@ runs once per image.
     python demo/app.py --sam facebook/sam-vit-base --clip openai/clip-vit-base-patch16
     python demo/app.py --model runs/stage3
     python demo/app.py                      # the shipped miniature, for drawn scenes only
+    python demo/app.py --model runs/stage3 --review annotated/review.json
 
 The environment variable SAMCLIP_CHECKPOINT sets the default of --model.
 """
@@ -20,6 +21,7 @@ import tempfile
 import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -35,7 +37,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from samclip_cli import CommandError
 from samclip_cli.formats import coco_annotation
 from samclip_cli.models import LoadedModel, add_model_arguments, check_models, load_model, mask_generation_options
-from samclip_cli.vocabulary import parse_labels
+from samclip_cli.vocabulary import format_labels, parse_labels
 from samclip_hf.images import open_image
 from samclip_hf.mask_generation_samclip import decode_rle
 from samclip_hf.miniature.scenes import BACKGROUND_PROMPTS, CLASS_NAMES, render
@@ -50,6 +52,7 @@ DISPLAY_EDGES = (512, 1024)  # pixels: the longer side of the displayed image, w
 MAX_MASK_BYTES = 2 * 10**9  # of all masks of a download in the original size: one byte for each pixel
 MAX_SESSIONS = 200  # each stores the outputs for one image: 17 MB of image embeddings with ViT-B
 MAX_VOCABULARIES = 8  # per session
+MAX_EXAMPLES = 8  # per session: each keeps the outputs for its image
 POINTS_PER_BATCH = 64  # in automatic mask generation
 NUM_COLORS = 24
 # Background texts for photographs: what often surrounds objects. They are not tuned.
@@ -66,7 +69,7 @@ NEXT_STEPS = {
 CORRECTION = "Click again on the object to add a part. To remove a part, select Background point."
 NO_IMAGE = "Open an image or choose an example first. Images are removed an hour after they were opened."
 EMPTY = {
-    BY_TEXT: "Enter labels and press Segment.",
+    BY_TEXT: "Enter labels and press Segment, or add an example.",
     BY_PROMPTS: "Click on an object in the image.",
     EVERYTHING: "Press Segment everything.",
 }
@@ -241,6 +244,22 @@ class GeneratedMasks:
     labels: LabelScores | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class Example:
+    """
+    An object that defines a label.
+
+    Attributes:
+        picture (`Picture`): Its image.
+        mask (`numpy.ndarray` of shape `(height, width)`): Its mask in the displayed image.
+        label (`str`): Its label.
+    """
+
+    picture: Picture
+    mask: np.ndarray
+    label: str
+
+
 class Segment(NamedTuple):
     """
     A mask of the result.
@@ -279,14 +298,16 @@ class Fields(NamedTuple):
 class Session:
     """
     One image of one visitor, with all results. Another image gets another session, so that results of the previous
-    one, which may still be computed, are not shown. Events of a session run one after the other, see `lock`.
+    one, which may still be computed, are not shown; it keeps the examples and the vocabularies of the previous one.
+    Events of a session run one after the other, see `lock`.
     """
 
-    def __init__(self, picture: Picture | None = None, vocabularies: dict | None = None):
+    def __init__(self, picture: Picture | None = None, previous: "Session | None" = None):
         self.lock = threading.Lock()
         self.picture = picture
-        self.vocabularies: dict = {} if vocabularies is None else vocabularies  # by the texts of the fields
-        self.texts: tuple[str, str, str] | None = None  # the last ones that were used or refused
+        self.vocabularies: dict = {} if previous is None else previous.vocabularies  # by texts and examples
+        self.examples: tuple[Example, ...] = () if previous is None else previous.examples
+        self.used: tuple | None = None  # the last texts and examples that were used or refused
         self.refused = -math.inf  # when the last ones were refused
         self.prompts = Prompts()
         self.by_text: TextSegments | None = None
@@ -300,6 +321,10 @@ class Session:
 
     def result(self, view: str) -> TextSegments | PromptedMask | GeneratedMasks | None:
         return {BY_TEXT: self.by_text, BY_PROMPTS: self.by_prompts, EVERYTHING: self.everything}[view]
+
+    def classes_of(self, fields: Fields) -> tuple:
+        """The texts of the fields and the examples."""
+        return fields.texts, self.examples
 
     def vocabulary(self, view: str) -> SamClipVocabulary | None:
         """The labels of a result, if it has any."""
@@ -322,6 +347,15 @@ def read_image(path: str | None) -> Image.Image:
         ) from error
 
 
+def thumbnail(path: str) -> str:
+    """Writes a small copy of an image to a temporary file, which the page may show. Returns its path."""
+    image = read_image(path)
+    image.thumbnail((128, 128))
+    with tempfile.NamedTemporaryFile(prefix="samclip-thumbnail-", suffix=".png", delete=False) as file:
+        image.save(file, "PNG")
+    return file.name
+
+
 def to_display(image: Image.Image) -> Image.Image:
     """Resizes an image so that its longer side is between `DISPLAY_EDGES`."""
     smallest, largest = DISPLAY_EDGES
@@ -329,17 +363,67 @@ def to_display(image: Image.Image) -> Image.Image:
     return image.resize(tuple(max(1, round(side * scale)) for side in image.size), Image.Resampling.BICUBIC)
 
 
-def parse_texts(fields: Fields) -> tuple[list[list[str]], list[str], str]:
+class Review(NamedTuple):
+    """
+    Images of a data set to look at, and the options that it was annotated with.
+
+    Attributes:
+        paths (`list[str]`): The files of the images.
+        labels, background, template (`str`): Values of the fields.
+        threshold (`float`): The score threshold.
+        model (`dict`): The description of the model.
+    """
+
+    paths: list[str]
+    labels: str
+    background: str
+    template: str
+    threshold: float
+    model: dict
+
+
+def read_review(path: str) -> Review:
+    """Reads the `review.json` of `samclip annotate` and the `report.json` next to it. Raises `ValueError` with a
+    message for the user if that fails, and for images that are no files."""
+    try:
+        images = [entry["image"] for entry in json.loads(Path(path).read_text())["images"]]
+        report = json.loads(Path(path).with_name("report.json").read_text())
+        options, model = report["run"]["options"], report["run"]["model"]
+        labels = options["labels"] or [[name] for name in report["annotations_by_label"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"--review {path} must be the review.json of samclip annotate, beside its report.json."
+        ) from error
+    if missing := [name for name in images if not os.path.isfile(name)]:
+        raise ValueError(
+            f"--review {path}: {missing[0]} is not a file. Start the app in the folder in which samclip annotate ran. "
+            "Images in tars and in data sets of the Hub cannot be opened."
+        )
+    if other := [name for name in ("examples", "multi_label", "tile") if options[name]]:
+        raise ValueError(f"--review {path}: the data set was annotated with --{other[0]}, which the app does not have.")
+    return Review(
+        images,
+        format_labels(labels),
+        format_labels([[text] for text in options["background"] or []]),
+        options["template"],
+        options["threshold"],
+        {key: value for key, value in model.items() if key in ("name", "sam", "clip")},
+    )
+
+
+def parse_texts(fields: Fields, examples: Sequence[Example]) -> tuple[list[list[str]], list[str], str]:
     """
     Returns the labels with their synonyms, the background texts and the prompt template. A background text that is
-    also a label is left out. Raises `ValueError` with a message for the user if they cannot be used.
+    also a label is left out. There may be no labels if there are examples. Raises `ValueError` with a message for the
+    user if they cannot be used.
     """
     try:
-        labels = parse_labels('The field "Labels"', fields.labels)
+        is_empty = not fields.labels.strip() and bool(examples)
+        labels = [] if is_empty else parse_labels('The field "Labels"', fields.labels)
         background = parse_labels('The field "Background"', fields.background) if fields.background.strip() else []
     except CommandError as error:
         raise ValueError(str(error).replace("pass comma-separated", "enter comma-separated")) from error
-    names = {name for synonyms in labels for name in synonyms}
+    names = {name for synonyms in labels for name in synonyms} | {example.label for example in examples}
     if background and "background" in names:
         raise ValueError('Give the label "background" another name, or empty the field "Background".')
     if fields.template.count("{}") != 1:
@@ -415,16 +499,28 @@ class App:
     Args:
         loaded (`LoadedModel`): The model and its processors.
         mask_generation (`dict`): Arguments of everything mode.
+        review (`Review`, *optional*): Images to look at, in place of the example scenes.
     """
 
-    def __init__(self, loaded: LoadedModel, mask_generation: dict):
+    def __init__(self, loaded: LoadedModel, mask_generation: dict, review: Review | None = None):
         self.model, self.image_processor, self.tokenizer = loaded.model, loaded.image_processor, loaded.tokenizer
+        self.processor = loaded.processor
         self.description, self.caption = loaded.description, loaded.caption
         self.mask_generation = mask_generation
         self.is_miniature = "note" in self.description
         self.tokenizer_lock = threading.Lock()  # callbacks run in threads, and tokenizers are not thread-safe
+        self.default_background = ", ".join(BACKGROUND_PROMPTS if self.is_miniature else PHOTO_BACKGROUND)
+        self.default_template = "a {}" if self.is_miniature else "a photo of a {}"
+        if review is not None:
+            self.default_background, self.default_template = review.background, review.template
+        self.review = review
+        if review is not None and review.model.items() - self.description.items():
+            names = " and ".join(f"--{'model' if key == 'name' else key} {name}" for key, name in review.model.items())
+            raise ValueError(f"The data set of --review was annotated by another model: pass {names}.")
         self.scenes: list[tuple[str, str]] = []  # path and labels
-        if self.is_miniature:
+        if review is not None:
+            self.scenes = [(path, review.labels) for path in review.paths]
+        elif self.is_miniature:
             folder = Path(tempfile.mkdtemp(prefix="samclip-scenes-"))
             for index in EXAMPLE_SCENES:
                 scene = render(seed=0, index=index)
@@ -456,7 +552,7 @@ class App:
             vision_embeds,
             timer.milliseconds,
         )
-        new = Session(picture, session and session.vocabularies)
+        new = Session(picture, session)
         if session is not None:
             session.is_replaced = True
         return new, *self.show(new, fields)
@@ -479,18 +575,43 @@ class App:
     # Text.
 
     def embed_texts(self, session: Session, fields: Fields) -> SamClipVocabulary:
-        """Returns the vocabulary of the texts in the fields. The session keeps the last ones. Raises `ValueError` with
-        a message for the user."""
-        if fields.texts not in session.vocabularies:
-            labels, background, template = parse_texts(fields)
+        """Returns the vocabulary of the texts in the fields and of the examples. The session keeps the last ones.
+        Raises `ValueError` with a message for the user."""
+        key = session.classes_of(fields)
+        if key not in session.vocabularies:
+            labels, background, template = parse_texts(fields, session.examples)
             with self.tokenizer_lock:
-                vocabulary = self.model.embed_vocabulary(
-                    labels, background, [template], self.tokenizer, multi_label=True
-                )
+                vocabulary = None
+                if labels:
+                    vocabulary = self.model.embed_vocabulary(
+                        labels, background, [template], self.tokenizer, multi_label=True
+                    )
+                if session.examples:
+                    vocabulary = self.embed_examples(session.examples, vocabulary, background)
             while len(session.vocabularies) >= MAX_VOCABULARIES:
                 del session.vocabularies[next(iter(session.vocabularies))]
-            session.vocabularies[fields.texts] = vocabulary
-        return session.vocabularies[fields.texts]
+            session.vocabularies[key] = vocabulary
+        return session.vocabularies[key]
+
+    @torch.inference_mode()
+    def embed_examples(
+        self, examples: Sequence[Example], vocabulary: SamClipVocabulary | None, background: list[str]
+    ) -> SamClipVocabulary:
+        """Returns the vocabulary of examples, with the labels and the background of `vocabulary`, or with the
+        background texts."""
+        pictures: dict[Picture, list[Example]] = {}
+        for example in examples:
+            pictures.setdefault(example.picture, []).append(example)
+        own = {} if vocabulary is None else {"vocabulary": vocabulary}
+        return self.model.embed_examples(
+            None,
+            [[example.label for example in group] for group in pictures.values()],
+            processor=self.processor,
+            masks=[[example.mask for example in group] for group in pictures.values()],
+            vision_embeds=[picture.vision_embeds for picture in pictures],
+            reshaped_input_sizes=[picture.reshaped_input_sizes for picture in pictures],
+            **(own or {"background": background, "multi_label": True}),
+        )
 
     def segment(self, session: Session | None, *values):
         """Segments by text. If the texts cannot be used, shows a warning and keeps the previous results."""
@@ -500,23 +621,24 @@ class App:
         fields = Fields(*values)
         with session.lock:
             result = session.by_text
-            if result is not None and result.vocabulary is session.vocabularies.get(fields.texts):
+            if result is not None and result.vocabulary is session.vocabularies.get(session.classes_of(fields)):
                 session.view = BY_TEXT  # the field lost its focus when the button was pressed
                 return self.show(session, fields)
-            is_repeated = fields.texts == session.texts and time.monotonic() < session.refused + 1
+            is_repeated = session.classes_of(fields) == session.used and time.monotonic() < session.refused + 1
             return gr.skip() if is_repeated else self._segment(session, fields)
 
     def segment_changes(self, session: Session | None, *values):
-        """Segments by text as `segment`, if there are an image and labels, and the texts are not the last ones."""
+        """Segments by text as `segment`, if there are an image and labels or examples, and they are not the last
+        ones."""
         fields = Fields(*values)
-        if session is None or not fields.labels.strip():
+        if session is None or not (fields.labels.strip() or session.examples):
             return gr.skip()
         with session.lock:
-            return gr.skip() if fields.texts == session.texts else self._segment(session, fields)
+            return gr.skip() if session.classes_of(fields) == session.used else self._segment(session, fields)
 
     @torch.inference_mode()
     def _segment(self, session: Session, fields: Fields):
-        session.texts = fields.texts
+        session.used = session.classes_of(fields)
         try:
             with Timer() as text_tower:
                 vocabulary = self.embed_texts(session, fields)
@@ -560,7 +682,7 @@ class App:
         """Returns the vocabulary of the texts in the fields, or `None` if they cannot be used. The events of the
         fields show the reason."""
         try:
-            return self.embed_texts(session, fields) if fields.labels.strip() else None
+            return self.embed_texts(session, fields) if fields.labels.strip() or session.examples else None
         except ValueError:
             return None
 
@@ -618,6 +740,53 @@ class App:
                 session.by_prompts = self.name(session, result, self.current_vocabulary(session, fields))
             session.times[BY_PROMPTS] = [("mask decoder", decoder), ("naming", naming)]
         return self.show(session, fields)
+
+    # Examples.
+
+    def add_example(self, session: Session | None, name: str, *values):
+        """Adds the mask of the points and the box as an example of a label, and segments the image. The last outputs
+        are the field of the name and the list of examples. If the mask or the name cannot be used, shows a warning and
+        changes nothing."""
+        fields, name = Fields(*values), name.strip()
+        problem = None
+        if session is None:
+            problem = NO_IMAGE
+        elif session.by_prompts is None:
+            problem = "Click on an object first, so that it has a mask."
+        elif not name:
+            problem = 'Enter a name in the field "Name of the object".'
+        elif name == "background":
+            problem = 'Give the object another name than "background".'
+        elif len(session.examples) >= MAX_EXAMPLES:
+            problem = f"There are {MAX_EXAMPLES} examples, the maximum. Remove them first."
+        if problem is None:
+            with session.lock:
+                (segment,) = self.masks(session, session.by_prompts, session.picture.size)
+                if segment.mask.any():
+                    session.examples = (*session.examples, Example(session.picture, segment.mask, name))
+                    return *self._segment(session, fields), "", self.list_examples(session)
+            problem = "The mask has no pixels. Click again on the object."
+        gr.Warning(problem, title="The example was not added")
+        return gr.skip()
+
+    def remove_examples(self, session: Session | None, *values):
+        """Removes all examples. The last output is their list."""
+        if session is None or not session.examples:
+            return gr.skip()
+        fields = Fields(*values)
+        with session.lock:
+            session.examples = ()
+            if fields.labels.strip():
+                return *self._segment(session, fields), ""
+            session.by_text, session.used = None, None
+            return *self.show(session, fields), ""
+
+    @staticmethod
+    def list_examples(session: Session | None) -> str:
+        """Returns the names of the examples and their numbers as HTML."""
+        counts = Counter(example.label for example in session.examples) if session else {}
+        names = ", ".join(f"{html.escape(name)} ({count})" for name, count in counts.items())
+        return f"<p>Examples: {names}</p>" if names else ""
 
     # Everything mode.
 
@@ -801,7 +970,7 @@ class App:
         elif not segments:
             notes.append("No mask reaches the threshold of the predicted IoU (in Settings).")
         elif vocabulary is None:
-            notes.append("Enter labels to name the masks.")
+            notes.append("Enter labels or add examples to name the masks.")
         if vocabulary is not None and len(vocabulary.id2label) == 1:
             notes.append(
                 "With one label and no background texts, the score is always 1. Enter more labels, or texts in the "
@@ -944,9 +1113,9 @@ class App:
             session = gr.State(None, time_to_live=3600)
             scenes = gr.Dataset(
                 components=[gr.Image(visible=False)],
-                samples=[[path] for path, _ in self.scenes],
+                samples=[[thumbnail(path)] for path, _ in self.scenes],
                 type="index",
-                label="Example scenes",
+                label="Example scenes" if self.review is None else "Images to review, the most uncertain first",
                 elem_id="scenes",
                 visible=bool(self.scenes),
             )
@@ -976,10 +1145,22 @@ class App:
                     with gr.Row():
                         undo = gr.Button("Undo", size="sm", min_width=100, elem_id="undo")
                         clear = gr.Button("Clear points and box", size="sm", min_width=100, elem_id="clear")
+                    with gr.Accordion("Find this object in other images", open=False, elem_id="find"):
+                        object_name = gr.Textbox(
+                            label="Name of the object",
+                            info="The mask of the points and the box becomes an example of this label, in this and "
+                            "other images.",
+                            elem_id="object_name",
+                            **one_line,
+                        )
+                        with gr.Row():
+                            add = gr.Button("Add example", size="sm", min_width=100, elem_id="add_example")
+                            forget = gr.Button("Remove examples", size="sm", min_width=100, elem_id="remove_examples")
+                        examples = gr.HTML(elem_id="examples")
                     threshold = gr.Slider(
                         0,
                         1,
-                        0.5,
+                        0.5 if self.review is None else self.review.threshold,
                         step=0.01,
                         label="Score threshold",
                         info="The lowest score that a label needs, from 0 to 1.",
@@ -988,7 +1169,7 @@ class App:
                     )
                     with gr.Accordion("Settings", open=False, elem_id="settings"):
                         background = gr.Textbox(
-                            ", ".join(BACKGROUND_PROMPTS if self.is_miniature else PHOTO_BACKGROUND),
+                            self.default_background,
                             label="Background",
                             info="What else the image may show, separated by commas. Regions that match one of these "
                             "texts better than the labels have no mask.",
@@ -996,7 +1177,7 @@ class App:
                             **one_line,
                         )
                         template = gr.Textbox(
-                            "a {}" if self.is_miniature else "a photo of a {}",
+                            self.default_template,
                             label="Prompt template",
                             info="The text around each label.",
                             elem_id="template",
@@ -1060,6 +1241,9 @@ class App:
                 gr.on([segment.click, *(field.submit for field in fields)], self.segment, inputs, shown, **on_result)
             )
             long.append(gr.on([field.blur for field in fields], **segment_changes))
+            with_name = {"inputs": [session, object_name, *inputs[1:]], "outputs": [*shown, object_name, examples]}
+            long.append(gr.on([add.click, object_name.submit], self.add_example, **with_name, **on_result))
+            long.append(forget.click(self.remove_examples, inputs, [*shown, examples], **on_result))
             long.append(everything.click(self.segment_everything, inputs, shown, **on_result))
             quick = {"inputs": inputs, "outputs": shown, "show_progress": "hidden"}
             image.select(self.click, trigger_mode="multiple", **quick)
@@ -1067,7 +1251,9 @@ class App:
             clear.click(self.clear, **quick)
             gr.on([threshold.release, opacity.release, mode.input], self.update, trigger_mode="always_last", **quick)
             view.input(self.choose_view, **(quick | {"inputs": [session, view, *inputs[1:]]}))
-            image.clear(self.remove, inputs, [session, *shown], cancels=long)
+            cleared = image.clear(self.remove, inputs, [session, *shown], cancels=long)
+            for event in (*loads, cleared):
+                event.then(self.list_examples, session, examples)
             save = "() => setTimeout(() => document.querySelector('#file').click(), 200)"
             for button, suffix in ((png, ".png"), (json_, ".json")):
                 event = button.click(functools.partial(self.download, suffix), inputs, file, **on_result)
@@ -1096,6 +1282,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", nargs="?", help="deprecated: the same as --model")
     add_model_arguments(parser)
+    parser.add_argument(
+        "--review", metavar="FILE", help="review.json of samclip annotate: offer its images, with their labels"
+    )
     arguments = parser.parse_args()
     if arguments.checkpoint is not None:
         warnings.warn("The model is now an option: pass --model FOLDER_OR_NAME.", FutureWarning, stacklevel=2)
@@ -1106,8 +1295,9 @@ def main() -> None:
         arguments.model = os.environ.get("SAMCLIP_CHECKPOINT")
     try:
         check_models(arguments)
+        review = None if arguments.review is None else read_review(arguments.review)
         loaded = load_model(arguments)
-        app = App(loaded, mask_generation_options(loaded))
+        app = App(loaded, mask_generation_options(loaded), review)
     except (CommandError, OSError, ValueError) as error:
         parser.error(str(error))
     folder = Path(__file__).parent

@@ -34,6 +34,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.support.wait import WebDriverWait
 from transformers import pipeline
 
+from samclip_cli import main as samclip_main
 from samclip_cli.models import add_model_arguments, load_model, mask_generation_options
 from samclip_hf import (
     SamClipForImageSegmentation,
@@ -60,11 +61,15 @@ def app():
     return start()
 
 
-def start(*arguments: str):
-    """The app with the arguments of the command line."""
+def start_arguments(*arguments: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     add_model_arguments(parser)
-    parsed = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def start(*arguments: str):
+    """The app with the arguments of the command line."""
+    parsed = start_arguments(*arguments)
     loaded = load_model(parsed)
     return demo.App(loaded, mask_generation_options(loaded))
 
@@ -388,7 +393,7 @@ def test_a_click_on_an_object_returns_its_mask_and_its_name(app, session, scene)
 def test_a_mask_gets_its_name_when_labels_are_entered_after_the_click(app, session, scene):
     app.click(session, at(*center(scene.masks[0])), *fields())
     (segment,) = shown(app, session)
-    assert segment.label == "" and "Enter labels to name the masks" in app.update(session, *fields())[2]
+    assert segment.label == "" and "Enter labels or add examples to name the masks" in app.update(session, *fields())[2]
     app.segment(session, *fields(app.scenes[0][1]))
     app.choose_view(session, demo.BY_PROMPTS, *fields(app.scenes[0][1]))
     (segment,) = shown(app, session)
@@ -492,6 +497,77 @@ def test_undo_returns_to_every_earlier_state_and_also_undoes_clearing(app, sessi
     assert app.undo(session, *fields()) == gr.skip()
     app.clear(session, *fields())
     assert app.undo(session, *fields()) == gr.skip()  # clearing nothing is no step
+
+
+# ---- examples ----
+
+
+def best_segment(app, session):
+    return max(shown(app, session), key=lambda segment: segment.label_score)
+
+
+def test_an_example_of_one_image_is_found_in_another(app, session, scene, tmp_path):
+    app.click(session, at(*center(scene.masks[3])), *fields())
+    *_, name, examples = app.add_example(session, " part <7> ", *fields())
+    assert (name, examples) == ("", "<p>Examples: part &lt;7&gt; (1)</p>")
+    assert session.view == demo.BY_TEXT
+    found = best_segment(app, session)
+    assert found.label == "part <7>" and iou(shrink(found.mask), scene.masks[3]) > 0.6
+
+    Image.fromarray(scene.image[:, ::-1]).save(tmp_path / "mirrored.png")
+    other = app.upload({"path": str(tmp_path / "mirrored.png")}, session, *fields())[0]
+    assert app.list_examples(other) == examples
+    app.segment_changes(other, *fields())
+    found = best_segment(app, other)
+    assert found.label == "part <7>" and iou(shrink(found.mask), scene.masks[3][:, ::-1]) > 0.6
+    word = true_names(scene)[2]
+    app.segment_changes(other, *fields(word))
+    assert {segment.label for segment in shown(app, other)} == {"part <7>", word}
+
+    assert app.remove_examples(other, *fields())[-1] == "" and shown(app, other) == []
+    app.segment(other, *fields(word))
+    assert {segment.label for segment in shown(app, other)} == {word}
+
+
+def test_the_vocabulary_of_examples_is_that_of_the_model(app, session, scene):
+    app.click(session, at(*center(scene.masks[0])), *fields())
+    (segment,) = shown(app, session)
+    app.add_example(session, "part 7", *fields("red dotted shape"))
+    words = app.model.embed_vocabulary(
+        ["red dotted shape"], BACKGROUND_PROMPTS, ["a {}"], app.tokenizer, multi_label=True
+    )
+    with torch.inference_mode():
+        expected = app.model.embed_examples(
+            [demo.read_image(session.picture.path)],
+            [["part 7"]],
+            masks=[[segment.mask]],
+            processor=app.processor,
+            vocabulary=words,
+        )
+    own = session.by_text.vocabulary
+    assert own.id2label == expected.id2label
+    torch.testing.assert_close(own.class_embeds, expected.class_embeds)
+
+
+@pytest.mark.parametrize(
+    ("name", "clicks", "message"),
+    [("part", 0, "Click on an object"), (" ", 1, "Enter a name"), ("background", 1, "another name")],
+)
+def test_an_example_without_a_mask_or_a_name_shows_a_warning(app, session, scene, name, clicks, message):
+    for _ in range(clicks):
+        app.click(session, at(*center(scene.masks[0])), *fields())
+    with pytest.warns(UserWarning, match=message):
+        assert app.add_example(session, name, *fields()) == gr.skip()
+    assert session.examples == ()
+
+
+def test_the_number_of_examples_is_limited(app, session, scene, monkeypatch):
+    monkeypatch.setattr(demo, "MAX_EXAMPLES", 1)
+    app.click(session, at(*center(scene.masks[0])), *fields())
+    app.add_example(session, "part", *fields())
+    with pytest.warns(UserWarning, match="the maximum"):
+        app.add_example(session, "part", *fields())
+    assert len(session.examples) == 1
 
 
 # ---- everything mode ----
@@ -731,6 +807,55 @@ def test_a_model_without_a_text_tower_shows_a_warning_for_labels(app, tmp_path):
         assert other.segment(session, *fields("red dotted shape")) == gr.skip()
     other.click(session, at(99, 200), *fields("red dotted shape"))
     assert shown(other, session)
+
+
+@pytest.fixture
+def annotated(tmp_path, monkeypatch):
+    """A folder with a data set of `samclip annotate`, and the images to review in their order."""
+    monkeypatch.chdir(tmp_path)
+    Path("scenes").mkdir()
+    for index in range(3):
+        Image.fromarray(render(seed=0, index=index).image).save(f"scenes/{index}.png")
+    labels = "red fuzzy shape|rug, green zigzag shape"
+    command = ["annotate", "scenes", "--labels", labels, "--background", "an empty scene", "--template", "a {}"]
+    assert samclip_main([*command, "--threshold", "0.3", "--review", "2", "--output", "annotated"]) == 0
+    return [entry["image"] for entry in json.loads(Path("annotated/review.json").read_text())["images"]]
+
+
+def test_uncertain_images_are_opened_with_the_options_of_the_data_set(app, annotated):
+    review = demo.read_review("annotated/review.json")
+    labels = "red fuzzy shape|rug, green zigzag shape"
+    assert review[:5] == (annotated, labels, "an empty scene", "a {}", 0.3)
+    reviewing = demo.App(load_model(start_arguments()), app.mask_generation, review)
+    session, *_, own = reviewing.choose(0, None, *fields(labels))
+    assert own == labels and session.picture.name == Path(annotated[0]).name
+    reviewing.segment(session, *fields(labels, background="an empty scene", threshold=0.3))
+    size = session.picture.original_size
+    found = reviewing.segments(session, session.view, size, 0.3)
+    results = [json.loads(line) for line in Path("annotated/results.jsonl").read_text().splitlines()]
+    (expected,) = [line["segments"] for line in results if line.get("image") == annotated[0]]
+    assert [segment.label for segment in found] == [segment["label"] for segment in expected]
+    assert [segment.mask.sum() for segment in found] == [segment["area"] for segment in expected]
+    with Image.open(demo.thumbnail(annotated[0])) as thumbnail:
+        assert thumbnail.size == (IMAGE_SIZE, IMAGE_SIZE)
+
+
+def test_reviews_that_cannot_be_opened_are_refused(app, annotated):
+    for path in ("annotated/report.json", "annotated/no.json", "scenes/0.png"):
+        with pytest.raises(ValueError, match="must be the review.json"):
+            demo.read_review(path)
+    report = json.loads(Path("annotated/report.json").read_text())
+    review = demo.read_review("annotated/review.json")
+    report["run"]["options"]["tile"] = 64
+    Path("annotated/report.json").write_text(json.dumps(report))
+    with pytest.raises(ValueError, match="--tile"):
+        demo.read_review("annotated/review.json")
+    other = review._replace(model={"sam": "a", "clip": "b"})
+    with pytest.raises(ValueError, match="pass --sam a and --clip b"):
+        demo.App(load_model(start_arguments()), app.mask_generation, other)
+    Path(annotated[1]).unlink()
+    with pytest.raises(ValueError, match="is not a file. Start the app in the folder"):
+        demo.read_review("annotated/review.json")
 
 
 @pytest.mark.parametrize(
@@ -1168,6 +1293,24 @@ class TestPage:
         number.send_keys(Keys.CONTROL, "a")
         number.send_keys("0.3", Keys.ENTER)
         page.until(lambda: set(page.rows()) == set(image_names(0)))
+
+    def test_a_clicked_object_is_found_in_another_image(self, page, tmp_path):
+        page.enter("labels", image_names(0)[2], Keys.ENTER)
+        page.until(lambda: set(page.rows()) == {image_names(0)[2]})
+        page.click_object(0, 3)
+        page.find("#find button").click()
+        page.until(lambda: page.find("#object_name :is(input, textarea)").is_displayed())
+        page.enter("object_name", "part 7", "")
+        page.press("add_example")
+        page.until(lambda: set(page.rows()) == {"part 7", image_names(0)[2]})
+        page.until(lambda: page.texts("#examples p") == ["Examples: part 7 (1)"])
+        Image.fromarray(render(seed=0, index=demo.EXAMPLE_SCENES[0]).image[:, ::-1]).save(tmp_path / "mirrored.png")
+        page.upload(tmp_path / "mirrored.png")
+        page.until(lambda: page.alt().startswith("mirrored.png") and "part 7" in page.rows())
+        page.press("remove_examples")
+        page.until(lambda: page.rows() == [image_names(0)[2]] and not page.texts("#examples p"))
+        page.press("add_example")
+        assert "Click on an object first" in page.message()
 
     def test_segmenting_everything_shows_named_masks(self, page):
         page.choose_scene(5)

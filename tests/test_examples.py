@@ -69,6 +69,27 @@ def test_embeddings_are_those_of_the_masks_of_the_prompts(model, processor, kind
     torch.testing.assert_close(vocabulary.class_embeds, embed(model, processor, masks), rtol=1e-4, atol=1e-4)
 
 
+def test_encoded_images_give_the_vocabulary_of_the_images(model, processor):
+    expected = model.embed_examples([IMAGE], [NAMES], masks=[MASKS], processor=processor, background="surroundings")
+    inputs = processor(IMAGE)
+    sizes = inputs["reshaped_input_sizes"]
+    encoded = {"vision_embeds": [model.get_vision_embeds(inputs["pixel_values"], sizes)]}
+    arguments = {"masks": [MASKS], "processor": processor, "background": "surroundings"}
+    own = model.embed_examples(None, [NAMES], **encoded, reshaped_input_sizes=[sizes], **arguments)
+    torch.testing.assert_close(own.class_embeds, expected.class_embeds)
+    for changes, message in (
+        ({"reshaped_input_sizes": None}, "either images, or vision_embeds"),
+        ({"images": [IMAGE]}, "either images, or vision_embeds"),
+        ({"reshaped_input_sizes": [sizes, sizes]}, "1 vision_embeds and 2"),
+        ({"masks": None, "boxes": [BOXES]}, "located by masks"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.embed_examples(
+                **{"images": None, "labels": [NAMES], **encoded, "reshaped_input_sizes": [sizes], **arguments}
+                | changes
+            )
+
+
 def test_a_label_is_the_mean_of_its_examples_in_all_images(model, processor):
     flipped = IMAGE.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     mirrored = MASKS[:, :, ::-1].copy()

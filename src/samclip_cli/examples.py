@@ -140,12 +140,7 @@ def read_examples(arguments: argparse.Namespace) -> list[ExampleImage] | None:
 def set_examples(arguments: argparse.Namespace, loaded: LoadedModel, images: list[ExampleImage]) -> None:
     """Sets the vocabulary of the model to the examples, with the words of `--labels` if there are any, which are the
     vocabulary of the model then. Also sets `loaded.names`. Raises `CommandError` if the examples cannot be used."""
-    from samclip_hf import SamClipProcessor
-
     words: SamClipVocabulary | None = loaded.model.vocabulary if arguments.labels is not None else None
-    processor = loaded.image_processor
-    if loaded.tokenizer is not None:
-        processor = SamClipProcessor(loaded.image_processor, loaded.tokenizer)
     counts = Counter(label for image in images for label in image.labels)
     log(f"{counts.total()} examples of {len(counts)} labels in {len(images)} images: {_list(counts)}.")
     if any(image.boxes for image in images):
@@ -162,7 +157,7 @@ def set_examples(arguments: argparse.Namespace, loaded: LoadedModel, images: lis
             (image.read() for image in images),
             [image.labels for image in images],
             **located,
-            processor=processor,
+            processor=loaded.processor,
             background=background,
             vocabulary=words,
             multi_label=words is None and arguments.multi_label,

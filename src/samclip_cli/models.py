@@ -17,7 +17,7 @@ from .argument_types import positive_int
 if TYPE_CHECKING:  # importing these takes seconds, see the docstring of the package
     from transformers import PreTrainedTokenizerBase
 
-    from samclip_hf import SamClipForImageSegmentation, SamClipImageProcessor
+    from samclip_hf import SamClipForImageSegmentation, SamClipImageProcessor, SamClipProcessor
 
 MINIATURE_NOTE = "trained on synthetic scenes of colored shapes, not on photographs"
 # Types of models by their config.json: what they are called, and the option that takes them.
@@ -189,6 +189,13 @@ class LoadedModel:
     tokenizer: "PreTrainedTokenizerBase | None"
     description: dict[str, Any]
     names: list[str] = field(default_factory=list)
+
+    @property
+    def processor(self) -> "SamClipProcessor | SamClipImageProcessor":
+        """The processor of images and texts, or of images alone if the model has no text tower."""
+        from samclip_hf import SamClipProcessor
+
+        return self.image_processor if self.tokenizer is None else SamClipProcessor(self.image_processor, self.tokenizer)
 
     @property
     def caption(self) -> str:

@@ -233,6 +233,11 @@ def parse_labels(option: str, text: str) -> list[list[str]]:
     return _check_labels(option, _split(text, ","))
 
 
+def format_labels(labels: Sequence[Sequence[str]]) -> str:
+    """Joins labels and their synonyms to the text that `parse_labels` splits."""
+    return ", ".join("|".join(re.sub(r"([\\,|])", r"\\\1", name) for name in names) for names in labels)
+
+
 def _split(text: str, separator: str) -> list[list[str]]:
     groups = [[""]]
     for token in re.findall(r"\\[\\,|#]|.", text, re.DOTALL):  # a character or one with a backslash before it

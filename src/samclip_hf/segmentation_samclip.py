@@ -462,10 +462,12 @@ class SamClipForImageSegmentation(SamClipModel):
     @torch.no_grad()
     def embed_examples(
         self,
-        images: Iterable,
+        images: Iterable | None,
         labels: Sequence[Sequence[str]],
         *,
         processor,
+        vision_embeds: Sequence[SamClipVisionEncoderOutput] | None = None,
+        reshaped_input_sizes: Sequence[torch.Tensor] | None = None,
         boxes: Sequence | None = None,
         masks: Sequence | None = None,
         points: Sequence | None = None,
@@ -478,10 +480,15 @@ class SamClipForImageSegmentation(SamClipModel):
         them in other images. The SAM head predicts a mask for each box or point, and the CLIP head embeds it as in
         [`classify_masks`]. The embedding of a label is the mean over its examples. No training is needed.
 
-        images (`Iterable`):
+        images (`Iterable`, *optional*):
             Images or paths, as the processor accepts them. They are read one by one.
         labels (`Sequence[Sequence[str]]`):
             For each image, the name of each example. Names need not be words.
+        vision_embeds (`Sequence[SamClipVisionEncoderOutput]`, *optional*):
+            With `masks` and in place of `images`: for each image, the result of [`get_vision_embeds`], so that the
+            encoder does not run again.
+        reshaped_input_sizes (`Sequence[torch.Tensor]`, *optional*):
+            With `vision_embeds`: for each image, height and width of the encoder's input without padding `(1, 2)`.
         processor ([`SamClipProcessor`] or [`SamClipImageProcessor`]):
             The model's processor. For a model without a text tower, its image processor is enough.
         boxes (`Sequence`, *optional*):
@@ -512,6 +519,17 @@ class SamClipForImageSegmentation(SamClipModel):
         without pixels, and a background that does not fit the other arguments.
         """
         all_labels, kind, located = check_examples(labels, boxes, masks, points)
+        if (images is None) == (vision_embeds is None) or (vision_embeds is None) != (reshaped_input_sizes is None):
+            raise ValueError("Pass either images, or vision_embeds and reshaped_input_sizes.")
+        if vision_embeds is not None:
+            if kind != "masks":
+                raise ValueError(f"With vision_embeds, examples are located by masks; got {kind}.")
+            if len(vision_embeds) != len(reshaped_input_sizes):
+                raise ValueError(
+                    f"Got {len(vision_embeds)} vision_embeds and {len(reshaped_input_sizes)} reshaped_input_sizes. "
+                    "Pass both for each image."
+                )
+            images = zip(vision_embeds, reshaped_input_sizes, strict=True)
         names = list(dict.fromkeys(label for own in all_labels for label in own))
         has_surroundings = isinstance(background, str) and background == "surroundings"
         texts, threshold = _to_background(() if has_surroundings else background)
@@ -599,11 +617,16 @@ class SamClipForImageSegmentation(SamClipModel):
         self, image, labels: list[str], kind: str, located, index: int, processor
     ) -> torch.Tensor:
         """Embeddings in float32 of the examples of an image, its surroundings (0 if there are none), and the whole
-        image: `(num_examples + 2, projection_dim)`."""
-        inputs = processor(image, return_tensors="pt").to(self.device, self.dtype)
-        sizes = inputs["reshaped_input_sizes"]
-        vision_embeds = self.get_vision_embeds(inputs["pixel_values"], sizes)
-        height, width = (int(side) for side in inputs["original_sizes"][0])
+        image: `(num_examples + 2, projection_dim)`. The image may be a tuple: its `vision_embeds` and
+        `reshaped_input_sizes`."""
+        if isinstance(image, tuple):
+            vision_embeds, sizes = image
+            height, width = (int(side) for side in sizes[0])
+        else:
+            inputs = processor(image, return_tensors="pt").to(self.device, self.dtype)
+            sizes = inputs["reshaped_input_sizes"]
+            vision_embeds = self.get_vision_embeds(inputs["pixel_values"], sizes)
+            height, width = (int(side) for side in inputs["original_sizes"][0])
         if not labels:
             masks = torch.zeros(0, height, width, dtype=torch.bool)  # without examples
         elif kind == "masks":

@@ -13,7 +13,7 @@ from pycocotools.cocoeval import COCOeval
 
 from samclip_cli import CommandError, main
 from samclip_cli.formats import Prediction, encode, file_names, parse_formats, run_files, write_coco
-from samclip_cli.vocabulary import parse_labels
+from samclip_cli.vocabulary import format_labels, parse_labels
 from samclip_hf import miniature
 from samclip_hf.images import decode_mask, encode_mask
 from samclip_hf.miniature.scenes import render
@@ -216,6 +216,8 @@ def test_formats_are_parsed_and_have_files():
 def test_labels_have_synonyms_and_escapes():
     assert parse_labels("--labels", "cat|kitten, big  sofa") == [["cat", "kitten"], ["big sofa"]]
     assert parse_labels("--labels", r"blue\, bright|x\|y, a\\b, c\d") == [["blue, bright", "x|y"], ["a\\b"], ["c\\d"]]
+    labels = [["blue, bright", "x|y"], ["a\\b"], ["c"]]
+    assert parse_labels("--labels", format_labels(labels)) == labels
     for text, part in (("cat|, sofa", "has an empty name"), ("cat|dog, dog", "repeated names: dog")):
         with pytest.raises(CommandError, match=part):
             parse_labels("--labels", text)
