@@ -400,7 +400,9 @@ def read_review(path: str) -> Review:
             "Images in tars and in data sets of the Hub cannot be opened."
         )
     if other := [name for name in ("examples", "multi_label", "tile") if options[name]]:
-        raise ValueError(f"--review {path}: the data set was annotated with --{other[0]}, which the app does not have.")
+        raise ValueError(
+            f"--review {path}: the data set was annotated with --{other[0]}, which the app does not have."
+        )
     return Review(
         images,
         format_labels(labels),

@@ -393,7 +393,9 @@ def test_a_click_on_an_object_returns_its_mask_and_its_name(app, session, scene)
 def test_a_mask_gets_its_name_when_labels_are_entered_after_the_click(app, session, scene):
     app.click(session, at(*center(scene.masks[0])), *fields())
     (segment,) = shown(app, session)
-    assert segment.label == "" and "Enter labels or add examples to name the masks" in app.update(session, *fields())[2]
+    assert (
+        segment.label == "" and "Enter labels or add examples to name the masks" in app.update(session, *fields())[2]
+    )
     app.segment(session, *fields(app.scenes[0][1]))
     app.choose_view(session, demo.BY_PROMPTS, *fields(app.scenes[0][1]))
     (segment,) = shown(app, session)
@@ -842,7 +844,7 @@ def test_uncertain_images_are_opened_with_the_options_of_the_data_set(app, annot
 
 def test_reviews_that_cannot_be_opened_are_refused(app, annotated):
     for path in ("annotated/report.json", "annotated/no.json", "scenes/0.png"):
-        with pytest.raises(ValueError, match="must be the review.json"):
+        with pytest.raises(ValueError, match=r"must be the review\.json"):
             demo.read_review(path)
     report = json.loads(Path("annotated/report.json").read_text())
     review = demo.read_review("annotated/review.json")
@@ -854,7 +856,7 @@ def test_reviews_that_cannot_be_opened_are_refused(app, annotated):
     with pytest.raises(ValueError, match="pass --sam a and --clip b"):
         demo.App(load_model(start_arguments()), app.mask_generation, other)
     Path(annotated[1]).unlink()
-    with pytest.raises(ValueError, match="is not a file. Start the app in the folder"):
+    with pytest.raises(ValueError, match=r"is not a file\. Start the app in the folder"):
         demo.read_review("annotated/review.json")
 
 

@@ -195,7 +195,9 @@ class LoadedModel:
         """The processor of images and texts, or of images alone if the model has no text tower."""
         from samclip_hf import SamClipProcessor
 
-        return self.image_processor if self.tokenizer is None else SamClipProcessor(self.image_processor, self.tokenizer)
+        return (
+            self.image_processor if self.tokenizer is None else SamClipProcessor(self.image_processor, self.tokenizer)
+        )
 
     @property
     def caption(self) -> str:

@@ -521,7 +521,7 @@ class SamClipForImageSegmentation(SamClipModel):
         all_labels, kind, located = check_examples(labels, boxes, masks, points)
         if (images is None) == (vision_embeds is None) or (vision_embeds is None) != (reshaped_input_sizes is None):
             raise ValueError("Pass either images, or vision_embeds and reshaped_input_sizes.")
-        if vision_embeds is not None:
+        if vision_embeds is not None and reshaped_input_sizes is not None:
             if kind != "masks":
                 raise ValueError(f"With vision_embeds, examples are located by masks; got {kind}.")
             if len(vision_embeds) != len(reshaped_input_sizes):
@@ -547,6 +547,7 @@ class SamClipForImageSegmentation(SamClipModel):
                 'background="surroundings". Remove it.'
             )
 
+        assert images is not None
         segments, surroundings, whole_images = self._embed_example_images(images, all_labels, kind, located, processor)
         if has_surroundings and not surroundings:
             raise ValueError("The examples fill their images, so there are no surroundings. Pass another background.")
