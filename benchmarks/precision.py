@@ -113,10 +113,21 @@ class OnnxModel(SamClipForImageSegmentation):
         outputs = self.run("text_encoder", input_ids=input_ids, attention_mask=attention_mask)
         return BaseModelOutputWithPooling(pooler_output=outputs["text_embeds"])
 
-    def predict_masks(self, image_embeddings, input_points=None, input_boxes=None, multimask_output=True):
+    def predict_masks(
+        self,
+        image_embeddings,
+        input_points=None,
+        input_labels=None,
+        input_boxes=None,
+        input_masks=None,
+        multimask_output=True,
+        **unused,
+    ):
+        if input_masks is not None or any(value is not None for value in unused.values()):
+            raise ValueError("The ONNX mask decoder of this benchmark accepts points, or boxes.")
         points = input_boxes.unflatten(-1, (2, 2)) if input_points is None else input_points
         labels = torch.tensor([2, 3] if input_points is None else [1] * points.shape[2])
-        labels = labels.expand(points.shape[:-1])
+        labels = labels.expand(points.shape[:-1]) if input_labels is None else input_labels
         if input_boxes is None:
             points, labels = nn.functional.pad(points, (0, 0, 0, 1)), nn.functional.pad(labels, (0, 1), value=-1)
         outputs = self.run("mask_decoder", image_embeddings=image_embeddings, input_points=points, input_labels=labels)

@@ -340,7 +340,7 @@ def test_texts_are_embedded_once_per_visitor(app, session, monkeypatch):
 
 
 def test_synonyms_and_a_background_text_that_is_a_label(app, session):
-    labels, background, _ = demo.parse_texts(fields("sky|clouds, cat", background="wall, sky"))
+    labels, background, _ = demo.parse_texts(fields("sky|clouds, cat", background="wall, sky"), ())
     assert labels == [["sky", "clouds"], ["cat"]] and background == ["wall"]
 
 

@@ -387,6 +387,14 @@ class TestTextToMasks:
         assert expected["segment_scores"].count_nonzero() > 1
         for name in ("logits", "segment_masks", "segment_logits", "segment_embeds", "segment_scores"):
             torch.testing.assert_close(actual[name], expected[name], rtol=1e-3, atol=1e-3)
+        for prompts in (
+            {"input_points": torch.tensor([[[[40.0, 30.0]]]]), "input_labels": torch.tensor([[[1]]])},
+            {"input_boxes": torch.tensor([[[5.0, 0.0, 70.0, 60.0]]])},
+        ):
+            with torch.no_grad():
+                actual, expected = onnx_model(pixel_values, **prompts), model(pixel_values, **prompts)
+            for name in ("pred_masks", "iou_scores"):
+                torch.testing.assert_close(actual[name], expected[name], rtol=1e-3, atol=1e-3)
 
 
 class TestFolder:
