@@ -8,7 +8,7 @@ from PIL import Image
 from transformers import pipeline
 
 from samclip_hf import SamClipForImageSegmentation, SamClipForObjectDetection, SamClipProcessor, miniature
-from samclip_hf.examples_samclip import to_text_space
+from samclip_hf.examples_samclip import move_embeds
 from samclip_hf.images import mask_to_prompt_box
 from samclip_hf.miniature.scenes import CLASS_NAMES, render
 
@@ -151,11 +151,26 @@ def test_examples_extend_a_vocabulary_of_words(model, processor):
     of_images = model.embed_masks(
         [[*MASKS, ~MASKS.any(axis=0), np.ones((128, 128), bool)]], processor(IMAGE)["pixel_values"]
     )[0]
-    moved = to_text_space(of_images, of_images, words.class_embeds)
-    parts = [moved[3], *words.class_embeds[:2], *(F.normalize(words.class_embeds[2:] + moved[0], dim=-1)), *moved[1:3]]
+    texts = words.class_embeds
+    moved = move_embeds(of_images, of_images, texts)
+    as_images = F.normalize(move_embeds(texts[2:], texts, of_images), dim=-1)
+    means = move_embeds(F.normalize(as_images + of_images[0], dim=-1), of_images, texts)
+    parts = [moved[3], *texts[:2], *means, *moved[1:3]]
     torch.testing.assert_close(both.class_embeds, torch.stack(parts), rtol=1e-4, atol=1e-4)
     scores = model.classify_masks([MASKS], **processor(IMAGE), vocabulary=both).scores[0]
     assert scores.argmax(dim=-1).tolist() == [2, 3, 4]
+
+
+def test_labels_with_texts_and_examples_alone_determine_where_images_and_texts_are(model, processor):
+    names = [CLASS_NAMES[class_id] for class_id in SCENE.class_ids]
+    words = model.embed_vocabulary(names, ["an empty scene"], tokenizer=processor.tokenizer)
+    shown = {"images": [IMAGE], "labels": [names], "masks": [MASKS], "processor": processor}
+    both = model.embed_examples(**shown, vocabulary=words, background="surroundings")
+    images, texts = embed(model, processor, MASKS), words.class_embeds[1:]
+    moved = move_embeds(texts, texts, images)
+    torch.testing.assert_close(moved.mean(dim=0), images.mean(dim=0), rtol=1e-4, atol=1e-4)
+    means = F.normalize(F.normalize(moved, dim=-1) + images, dim=-1)
+    torch.testing.assert_close(both.class_embeds[2:], move_embeds(means, images, texts), rtol=1e-4, atol=1e-4)
 
 
 def test_a_vocabulary_without_background_gets_that_of_the_surroundings(model, processor):
@@ -176,17 +191,17 @@ def test_images_without_examples_show_the_background(model, processor):
     torch.testing.assert_close(vocabulary.class_embeds[1:2], F.normalize(features, dim=-1), rtol=1e-3, atol=1e-3)
 
 
-def test_to_text_space_gives_images_the_mean_and_deviation_of_texts():
+def test_move_embeds_gives_images_the_mean_and_deviation_of_texts():
     generator = torch.Generator().manual_seed(0)
     images = 3 * torch.randn(50, 8, generator=generator) + 5
     texts = 0.2 * torch.randn(30, 8, generator=generator) - 1
-    moved = to_text_space(images, images, texts)
+    moved = move_embeds(images, images, texts)
     torch.testing.assert_close(moved.mean(dim=0), texts.mean(dim=0))
     deviation, expected = ((own - own.mean(dim=0)).norm(dim=1).square().mean().sqrt() for own in (moved, texts))
     torch.testing.assert_close(deviation, expected)
     order, same_order = ((own - own[:1]).norm(dim=1).argsort() for own in (images, moved))
     assert torch.equal(order, same_order)
-    one_text = to_text_space(images, images, texts[:1])
+    one_text = move_embeds(images, images, texts[:1])
     torch.testing.assert_close(one_text - one_text[0], images - images[0], rtol=1e-4, atol=1e-4)
 
 

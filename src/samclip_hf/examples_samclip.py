@@ -1,6 +1,6 @@
 """
 Classes defined by examples: checks of the arguments of [`SamClipForImageSegmentation.embed_examples`], the masks of
-its prompts, and the step from image embeddings to text embeddings.
+its prompts, and the step between image and text embeddings.
 """
 
 import torch
@@ -95,25 +95,25 @@ def check_prompts(kind: str, prompts, index: int, height: int, width: int) -> li
     return examples
 
 
-def to_text_space(embeds: torch.Tensor, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
+def move_embeds(embeds: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     r"""
-    Moves image embeddings to where text embeddings are: from the mean of image embeddings to the mean of text
-    embeddings, with distances scaled by the ratio of their standard deviations. In a contrastive model, two images are
+    Moves embeddings of one modality to where those of the other are: from the mean of `source` to the mean of
+    `target`, with distances scaled by the ratio of their standard deviations. In a contrastive model, two images are
     more similar than an image and a text, even if they show the same, so embeddings of images and of texts cannot be
     compared with a third one as they are.
 
     embeds (`torch.Tensor` of shape `(num_embeds, projection_dim)`):
         The embeddings to move.
-    image_embeds (`torch.Tensor` of shape `(num_images, projection_dim)`):
-        Image embeddings that give the mean and the deviation.
-    text_embeds (`torch.Tensor` of shape `(num_texts, projection_dim)`):
-        Text embeddings that do the same. If all of them are equal, distances are not scaled.
+    source (`torch.Tensor` of shape `(num_source, projection_dim)`):
+        Embeddings of the same modality as `embeds`.
+    target (`torch.Tensor` of shape `(num_target, projection_dim)`):
+        Embeddings of the other modality. If all embeddings of either are equal, distances are not scaled.
 
     Returns embeddings `(num_embeds, projection_dim)`, in general not of length 1.
     """
-    deviations = [(own - own.mean(dim=0)).square().sum(dim=1).mean().sqrt() for own in (image_embeds, text_embeds)]
+    deviations = [(own - own.mean(dim=0)).square().sum(dim=1).mean().sqrt() for own in (source, target)]
     scale = deviations[1] / deviations[0] if min(deviations) > 1e-6 else 1.0
-    return (embeds - image_embeds.mean(dim=0)) * scale + text_embeds.mean(dim=0)
+    return (embeds - source.mean(dim=0)) * scale + target.mean(dim=0)
 
 
-__all__ = ["check_examples", "check_prompts", "to_text_space"]
+__all__ = ["check_examples", "check_prompts", "move_embeds"]

@@ -22,7 +22,7 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
-from .examples_samclip import check_examples, check_prompts, to_text_space
+from .examples_samclip import check_examples, check_prompts, move_embeds
 from .modeling_samclip import SamClipModel, _InputName, load_tokenizer, patches_of_masks, refuse_labels
 from .vision_encoder_samclip import SamClipVisionEncoderOutput
 
@@ -505,13 +505,15 @@ class SamClipForImageSegmentation(SamClipModel):
             [`embed_vocabulary`].
         vocabulary ([`SamClipVocabulary`], *optional*):
             From [`embed_vocabulary`]. Its labels and background are kept. A label with the same name as one of the
-            examples gets the mean of each of its texts and the examples, and other labels of examples are added. The
-            surroundings are added to the background.
+            examples gets the mean of each of its texts, moved to where images are, and the examples. Other labels of
+            examples are added. The surroundings are added to the background.
         multi_label (`bool`, *optional*, defaults to `False`):
             As in [`embed_vocabulary`]. With `vocabulary`, pass it there.
 
         In a vocabulary with texts, and with SigLIP's text tower, the embeddings of examples are moved to where texts
-        are, see [`to_text_space`]: their length is then not 1. In other vocabularies, they are not changed.
+        are, see [`move_embeds`]: their length is then not 1. Where texts and images are is estimated from the labels
+        if all of them have texts and examples, and otherwise from all texts, examples, surroundings and images. In
+        other vocabularies, the embeddings of examples are not changed.
 
         Object detection recognizes labels by their names. Names that the tokenizer does not know are not recognized.
 
@@ -582,8 +584,18 @@ class SamClipForImageSegmentation(SamClipModel):
             if not self.config.has_siglip_text:
                 vocabulary = replace(vocabulary, neutral_embeds=neutral)
         if len(text_embeds):
-            examples = to_text_space(examples, image_embeds, text_embeds)
-            around = to_text_space(around, image_embeds, text_embeds)
+            class_embeds, texts_of = vocabulary.class_embeds.float().clone(), _rows_of_labels(vocabulary)
+            rows = [texts_of.get(name, []) for name in names]
+            if all(rows) and len(names) == len(vocabulary.id2label) - has_background > 1:
+                # Every label has texts and examples, so means and deviations are those of the same labels.
+                image_embeds, text_embeds = examples, torch.stack([class_embeds[own].mean(dim=0) for own in rows])
+            for own, example in zip(rows, examples, strict=True):
+                moved = F.normalize(move_embeds(class_embeds[own], text_embeds, image_embeds), dim=-1)
+                means = F.normalize(moved + example, dim=-1)
+                class_embeds[own] = move_embeds(means, image_embeds, text_embeds)
+            vocabulary = replace(vocabulary, class_embeds=class_embeds)
+            examples = move_embeds(examples, image_embeds, text_embeds)
+            around = move_embeds(around, image_embeds, text_embeds)
         added = [name for name in names if name not in vocabulary.id2label.values()]
         label_embeds = self._embed_label_names(added, tokenizer)
         if vocabulary.label_embeds is not None:
@@ -1251,24 +1263,27 @@ def _to_background(background: Iterable[str] | float | None) -> tuple[list[str],
     return ([] if background is None else to_texts("background", background)), None
 
 
+def _rows_of_labels(vocabulary: SamClipVocabulary) -> dict[str, list[int]]:
+    """The rows of each label in the embeddings of a vocabulary."""
+    rows: dict[str, list[int]] = {name: [] for name in vocabulary.id2label.values()}
+    for row, label_id in enumerate(vocabulary.label_ids):
+        rows[vocabulary.id2label[label_id]].append(row)
+    return rows
+
+
 def _add_examples(
     vocabulary: SamClipVocabulary, names: list[str], examples: torch.Tensor, surroundings: torch.Tensor
 ) -> SamClipVocabulary:
-    """Adds examples of the labels `names` `(num_names, projection_dim)` to a vocabulary, and surroundings
-    `(num_surroundings, projection_dim)` to its background. A label that has texts gets the mean of each of them and
-    its example, of length 1. Embeddings become float32."""
-    known = {name: label_id for label_id, name in vocabulary.id2label.items()}
+    """Adds examples of the labels `names` `(num_names, projection_dim)` to a vocabulary, if it has no texts of them,
+    and surroundings `(num_surroundings, projection_dim)` to its background. Embeddings become float32."""
+    known = set(vocabulary.id2label.values())
     id2label = dict(vocabulary.id2label)
     rows, label_ids = [*vocabulary.class_embeds.float()], list(vocabulary.label_ids)
     for name, embed in zip(names, examples, strict=True):
-        label_id = known.get(name, len(id2label))
-        id2label[label_id] = name
-        own = [row for row, own in enumerate(label_ids) if own == label_id]
-        for row in own:
-            rows[row] = F.normalize(rows[row] + embed, dim=-1)
-        if not own:
+        if name not in known:
+            label_ids.append(len(id2label))
+            id2label[len(id2label)] = name
             rows.append(embed)
-            label_ids.append(label_id)
     return replace(
         vocabulary,
         class_embeds=torch.stack([*surroundings, *rows]),
