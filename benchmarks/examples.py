@@ -62,6 +62,8 @@ def vocabularies(model: SamClipForImageSegmentation, shots: Sequence[int]) -> It
         title = f"{number} example{'s' * (number > 1)} of each class"
         yield title, model.embed_examples(**shown, background="surroundings")
         yield f"words and {title}", model.embed_examples(**shown, vocabulary=words)
+        both = model.embed_examples(**shown, vocabulary=words, background="surroundings")
+        yield f"words and {title}, with surroundings", both
 
 
 def mean_iou(model, vocabulary: SamClipVocabulary, encoded: list) -> float:
