@@ -1,7 +1,7 @@
 """
 Benchmark of tiled inference: peak memory and time by image size, with and without tiles.
 
-    python benchmarks/tiles.py --edges 1024 2048 4096 --tile 512
+    python benchmarks/tiles.py --sizes 1024x1024 2048x2048 4096x4096 --tiles 512 0
 
 Every row is measured in a new process with the miniature, on an image that repeats one of its scenes. The first column
 of memory is the peak memory of the process, the second one is without that of the process before the prediction, and
@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import torch
 from PIL import Image
 from transformers import pipeline
@@ -29,7 +28,7 @@ def peak_megabytes() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024**2 if sys.platform == "darwin" else 1024)
 
 
-def measure(mode: str, edge: int, tile: int | None, points: int) -> None:
+def measure(mode: str, width: int, height: int, tile: int | None, points: int) -> None:
     """Prints peak memory before and after a prediction in MB, seconds, and the number of segments."""
     if mode == "masks":
         predict = pipeline(
@@ -44,9 +43,12 @@ def measure(mode: str, edge: int, tile: int | None, points: int) -> None:
     scene = render(seed=0, index=8).image
     predict(Image.fromarray(scene), **options)  # memory that does not depend on the image
     before = peak_megabytes()
-    repeats = -(-edge // (2 * len(scene)))
-    image = Image.fromarray(scene).resize((2 * len(scene), 2 * len(scene)))
-    image = Image.fromarray(np.tile(np.asarray(image), (repeats, repeats, 1))[:edge, :edge])
+    side = 2 * len(scene)
+    repeated = Image.fromarray(scene).resize((side, side))
+    image = Image.new("RGB", (width, height))
+    for top in range(0, height, side):
+        for left in range(0, width, side):
+            image.paste(repeated, (left, top))
     start = time.perf_counter()
     result = predict(image, **options, tile=tile)
     masks = result["masks"] if mode == "masks" else result
@@ -57,30 +59,32 @@ def measure(mode: str, edge: int, tile: int | None, points: int) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--edges", type=int, nargs="+", default=[1024, 2048, 4096], help="sides of the square images")
-    parser.add_argument("--tile", type=int, default=512, help="side of the tiles (default: %(default)s)")
+    sizes = ["1024x1024", "2048x2048", "4096x4096"]
+    parser.add_argument("--sizes", nargs="+", default=sizes, help="WIDTHxHEIGHT of the images in pixels")
+    parser.add_argument("--tiles", type=int, nargs="+", default=[512, 0], help="sides of the tiles, 0 for none")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--points", type=int, default=4, help="everything mode: points on a side of the grid")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--row", nargs=3, help=argparse.SUPPRESS)  # mode, edge and tile of the new process
+    parser.add_argument("--row", nargs=3, help=argparse.SUPPRESS)  # mode, size and tile of the new process
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     if arguments.row:
-        mode, edge, tile = arguments.row
-        measure(mode, int(edge), int(tile) or None, arguments.points)
+        mode, size, tile = arguments.row
+        measure(mode, *map(int, size.split("x")), int(tile) or None, arguments.points)
         return
     print("| mode | image | tile | peak, MB | increase, MB | image alone, MB | seconds | segments |")
     print("|---|---|---|---|---|---|---|---|")
     for mode in arguments.modes:
-        for edge in arguments.edges:
-            for tile in (arguments.tile, 0):
+        for size in arguments.sizes:
+            for tile in arguments.tiles:
                 command = [sys.executable, __file__, "--points", str(arguments.points)]
-                command += ["--threads", str(arguments.threads), "--row", mode, str(edge), str(tile)]
+                command += ["--threads", str(arguments.threads), "--row", mode, size, str(tile)]
                 output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
                 before, after, seconds, count = map(float, output.split()[-4:])
+                width, height = map(int, size.split("x"))
                 print(
-                    f"| {mode} | {edge} x {edge} | {tile or 'none'} | {after:.0f} | {after - before:.0f} | "
-                    f"{3 * edge * edge / 1e6:.0f} | {seconds:.1f} | {count:.0f} |",
+                    f"| {mode} | {width} x {height} | {tile or 'none'} | {after:.0f} | {after - before:.0f} | "
+                    f"{3 * width * height / 1e6:.0f} | {seconds:.1f} | {count:.0f} |",
                     flush=True,
                 )
 

@@ -125,7 +125,9 @@ def test_examples_benchmark_prints_a_row_for_every_vocabulary(capsys, table, row
 @pytest.mark.slow
 def test_tiles_benchmark_prints_a_row_with_and_without_tiles(capsys):
     tiles = load_script(Path(__file__).parents[1] / "benchmarks" / "tiles.py")
-    tiles.main(["--edges", "256", "--tile", "128", "--modes", "semantic", "--threads", str(torch.get_num_threads())])
+    tiles.main(
+        ["--sizes", "256x192", "--tiles", "128", "0", "--modes", "semantic", "--threads", str(torch.get_num_threads())]
+    )
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| semantic")]
     assert [row.split("|")[3].strip() for row in rows] == ["128", "none"]
 

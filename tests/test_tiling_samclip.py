@@ -314,6 +314,39 @@ def test_masks_with_nearly_equal_pixels_are_duplicates_even_if_their_boxes_diffe
     assert np.array_equal(decode_rle(encodings[0])[:, :100], stray)
 
 
+def test_masks_that_share_a_part_are_not_joined():
+    """Two masks differ in the upper tiles only. In the lower tiles, both have the same parts, which are found once."""
+    tiles = ImageTiles(175, 175, 100, 0.25)
+    masks = np.zeros((2, 175, 175), dtype=bool)
+    masks[:, 60:110, 40:120] = True
+    masks[0, 20:60, 40:90] = True
+    masks[1, 20:60, 92:120] = True
+    merged = TiledMasks(tiles)
+    for index, order in enumerate([[0, 1], [1, 0], [0], [0]]):
+        left, top, right, bottom = tiles.boxes[index]
+        parts = masks[order, top:bottom, left:right]
+        boxes = torch.tensor([mask_to_box(part) for part in parts]) - torch.tensor([0, 0, 1, 1])
+        merged.add(index, [encode_rle(part) for part in parts], torch.full((len(parts),), 0.8), boxes)
+    [encoding] = merged.merge()[0]
+    assert best_iou(decode_rle(encoding), masks) == 1
+
+
+def test_a_mask_that_a_tile_shows_completely_is_not_mixed_with_parts_of_other_tiles():
+    """The mask of the left tile ends at its edge and is 6 rows higher, so that a mean of both would have a step in the
+    middle of the overlap."""
+    tiles = ImageTiles(100, 175, 100, 0.25)
+    whole, part = np.zeros((2, 100, 175), dtype=bool)
+    whole[20:50, 80:150], part[20:56, 80:100] = True, True
+    merged = TiledMasks(tiles)
+    for index, mask in enumerate([part, whole]):
+        left, top, right, bottom = tiles.boxes[index]
+        mask = mask[top:bottom, left:right]
+        box = torch.tensor([mask_to_box(mask)]) - torch.tensor([0, 0, 1, 1])
+        merged.add(index, [encode_rle(mask)], torch.tensor([0.9 - 0.2 * index]), box)
+    [encoding], scores, _, _ = merged.merge()
+    assert np.array_equal(decode_rle(encoding), whole) and scores.tolist() == pytest.approx([0.7])
+
+
 def add_segments(merged, masks, labels, num_labels=3):
     """Adds the parts of masks in tiles, except for those that cover a tile, and the masks in an overview."""
 

@@ -40,7 +40,7 @@ SLIVER_FRACTION = 0.25
 MATCHING_PIXELS = 2**17  # masks are compared on at most about this many pixels
 # An object of the overview is used if at most this fraction of it is inside objects that the tiles show completely.
 # It is the complement of transformers' default of overlap_mask_area_threshold, 0.8.
-MAX_COVERED_FRACTION = 0.2
+MAX_COVERED_FRACTION = 0.2  # also for two parts of one object in a tile
 SAME_OBJECT = 0.5  # a higher IoU than this one is possible with one of several disjoint masks
 OVERVIEW = -1  # in place of the index of a tile
 # Weight of the overview beside those of tiles, which sum to 1: it counts where no tile has a part of an object.
@@ -330,7 +330,9 @@ class TileSegment:
         return None if self.probabilities is None else int(self.probabilities.argmax())
 
 
-def match_segments(tiles: ImageTiles, segments: Sequence[TileSegment], threshold: float) -> list[list[int]]:
+def match_segments(
+    tiles: ImageTiles, segments: Sequence[TileSegment], threshold: float, may_nest: bool = False
+) -> list[list[int]]:
     r"""
     Groups the segments of all tiles by object.
 
@@ -340,11 +342,17 @@ def match_segments(tiles: ImageTiles, segments: Sequence[TileSegment], threshold
     match a segment of the other tile together and have its label. Segments of one tile are never joined through
     segments of other tiles, unless their tile cuts off both of them.
 
+    With `may_nest`, a segment may be a part of another one of its tile, as in everything mode. Such a segment and the
+    one that contains it are different objects: segments of a tile are joined only if they are disjoint, and groups
+    only if their segments agree wherever tiles overlap, with an IoU above `SAME_OBJECT`.
+
     Args:
         tiles ([`ImageTiles`]), segments (`Sequence[TileSegment]`):
             The tiles and their segments.
         threshold (`float`):
             A pixel is inside a mask if its probability is above this value.
+        may_nest (`bool`, *optional*, defaults to `False`):
+            See above.
 
     Returns:
         `list[list[int]]`: For each object, the indices of its segments.
@@ -359,7 +367,7 @@ def match_segments(tiles: ImageTiles, segments: Sequence[TileSegment], threshold
             for tile in (one, other)
         ]
         if own[0] and own[1]:
-            matches += _match_pair(tiles, segments, own, shared, threshold)
+            matches += _match_pair(tiles, segments, own, shared, threshold, may_nest)
 
     is_cut = [_is_cut(tiles, segment) for segment in segments]
     groups = {index: [index] for index in range(len(segments))}
@@ -368,11 +376,14 @@ def match_segments(tiles: ImageTiles, segments: Sequence[TileSegment], threshold
         joined = {group_of[index] for index in indices}
         members = [groups[number] for number in joined]
         conflicts = any(
-            segments[i].tile == segments[j].tile and not (is_cut[i] and is_cut[j])
+            segments[i].tile == segments[j].tile
+            and not (is_cut[i] and is_cut[j] and (not may_nest or _are_disjoint(segments[i], segments[j], threshold)))
             for group, later in combinations(members, 2)
             for i in group
             for j in later
         )
+        if may_nest and not conflicts:
+            conflicts = not _agree(tiles, [segments[i] for group in members for i in group], threshold)
         if not conflicts:
             kept = min(joined)
             for number in joined - {kept}:
@@ -382,12 +393,47 @@ def match_segments(tiles: ImageTiles, segments: Sequence[TileSegment], threshold
     return list(groups.values())
 
 
+def _are_disjoint(one: TileSegment, other: TileSegment, threshold: float) -> bool:
+    """Whether less than `MAX_COVERED_FRACTION` of the smaller one of two segments is inside the other one."""
+    region = _intersect(one.mask.box, other.mask.box)
+    if _is_empty(region):
+        return True
+    step = _matching_step(region)
+    inside = [segment.mask.probability(region)[::step, ::step] > threshold for segment in (one, other)]
+    intersection = float((inside[0] & inside[1]).sum()) * step**2
+    return intersection < MAX_COVERED_FRACTION * min(one.mask.area, other.mask.area)
+
+
+def _agree(tiles: ImageTiles, parts: Sequence[TileSegment], threshold: float) -> bool:
+    """Whether the IoU of the parts in any two tiles that overlap is above `SAME_OBJECT` where they do."""
+    by_tile: dict[int, list[TileSegment]] = {}
+    for part in parts:
+        by_tile.setdefault(part.tile, []).append(part)
+    for one, other in combinations(by_tile, 2):
+        shared = _intersect(tiles.boxes[one], tiles.boxes[other])
+        if _is_empty(shared):
+            continue
+        step = _matching_step(shared)
+        inside = [
+            torch.stack([part.mask.probability(shared)[::step, ::step] > threshold for part in by_tile[tile]]).any(0)
+            for tile in (one, other)
+        ]
+        if (inside[0] | inside[1]).any() and _iou(*inside) <= SAME_OBJECT:
+            return False
+    return True
+
+
 def _match_pair(
-    tiles: ImageTiles, segments: Sequence[TileSegment], own: list[list[int]], shared: Box, threshold: float
+    tiles: ImageTiles,
+    segments: Sequence[TileSegment],
+    own: list[list[int]],
+    shared: Box,
+    threshold: float,
+    may_nest: bool,
 ) -> list[tuple[float, list[int]]]:
     """The matches between the segments of two tiles, with indices `own`, in the region that both share: IoU and
     indices."""
-    step = int(np.ceil(np.sqrt((shared[2] - shared[0]) * (shared[3] - shared[1]) / MATCHING_PIXELS)))
+    step = _matching_step(shared)
     inside = [
         torch.stack(
             [(segments[i].mask.probability(shared)[::step, ::step] > threshold).flatten() for i in indices]
@@ -410,14 +456,19 @@ def _match_pair(
         for column, whole in enumerate(own[1 - side]):
             if whole in partners:
                 continue
-            parts = [
-                row
-                for row, index in enumerate(own[side])
-                if index not in partners
-                and covered[row, column] >= MATCH_THRESHOLD
-                and segments[index].label == segments[whole].label
-                and _is_cut(tiles, segments[index], shared)
-            ]
+            parts: list[int] = []
+            for row in areas[side].argsort(descending=True, stable=True).tolist():
+                segment = segments[own[side][row]]
+                if (
+                    own[side][row] not in partners
+                    and covered[row, column] >= MATCH_THRESHOLD
+                    and segment.label == segments[whole].label
+                    and _is_cut(tiles, segment, shared)
+                    and not (
+                        may_nest and any(not _are_disjoint(segment, segments[own[side][i]], threshold) for i in parts)
+                    )
+                ):
+                    parts.append(row)
             if len(parts) < 2:
                 continue
             union, other = inside[side][parts].amax(dim=0), inside[1 - side][column]
@@ -453,31 +504,51 @@ def _whole_parts(tiles: ImageTiles, parts: Sequence[TileSegment], threshold: flo
         whole = [
             part
             for part in kept
-            if not any(_cut_length(tiles, kept, part, side, threshold) >= MIN_CUT_LENGTH for side in range(4))
+            if not any(
+                _cut_length(tiles, part, kept, side, threshold, is_confirmed=len(kept) > 1) >= MIN_CUT_LENGTH
+                for side in range(4)
+            )
         ]
         if len(whole) == len(kept):
             return kept
         kept = whole
 
 
+def _complete_parts(tiles: ImageTiles, parts: Sequence[TileSegment], threshold: float) -> list[TileSegment]:
+    """The segments of an object that show all of it: those that reach no inner edge of their tile over
+    `MIN_CUT_LENGTH` pixels or more. The overview shows all of it at a low resolution, and is not among them."""
+    is_confirmed = len(parts) > 1
+    return [
+        part
+        for part in parts
+        if part.tile != OVERVIEW
+        and all(_cut_length(tiles, part, [], side, threshold, is_confirmed) < MIN_CUT_LENGTH for side in range(4))
+    ]
+
+
 def _cut_length(
-    tiles: ImageTiles, parts: Sequence[TileSegment], part: TileSegment, side: int, threshold: float
+    tiles: ImageTiles,
+    part: TileSegment,
+    others: Sequence[TileSegment],
+    side: int,
+    threshold: float,
+    is_confirmed: bool,
 ) -> int:
     """The number of pixels along a side of its tile (0 left, 1 top, 2 right, 3 bottom) at which a segment reaches the
-    edge, and no other of the parts of its object continues. A segment alone reaches the edge within `CUT_TOLERANCE`;
-    one of several touches it, because objects that other tiles confirm may end close to an edge."""
+    edge, and none of the others continues. A segment reaches the edge within `CUT_TOLERANCE`; one that others confirm
+    touches it, because an object may end close to an edge."""
     box = tiles.boxes[part.tile]
     tolerance = CUT_TOLERANCE * max(box[2] - box[0], box[3] - box[1])
     edge = box[side]
     if not tiles.inner_edges(part.tile)[side] or abs(part.mask.box[side] - edge) > tolerance:
         return 0
-    width = 1 if len(parts) > 1 else int(tolerance) + 1
+    width = 1 if is_confirmed else int(tolerance) + 1
     strip = list(part.mask.box)
     strip[side], strip[(side + 2) % 4] = edge, edge + width if side < 2 else edge - width
     region: Box = (strip[0], strip[1], strip[2], strip[3])
     axis = side % 2
     touches = (part.mask.probability(region) > threshold).any(dim=1 - axis)
-    for other in parts:
+    for other in others:
         other_box = tiles.boxes[other.tile]
         if not other_box[axis] < edge < other_box[axis + 2]:
             continue
@@ -551,9 +622,14 @@ def add_overview(
     return [parts for number, parts in enumerate(result) if number not in removed]
 
 
+def _matching_step(region: Box) -> int:
+    """The distance of the pixels of a region on which masks are compared."""
+    return int(np.ceil(np.sqrt((region[2] - region[0]) * (region[3] - region[1]) / MATCHING_PIXELS)))
+
+
 def _sample(tiles: ImageTiles, parts: Sequence[TileSegment], threshold: float) -> torch.Tensor:
     """Whether pixels are inside one of the masks, in a grid of about `MATCHING_PIXELS` pixels of the image."""
-    step = int(np.ceil(np.sqrt(tiles.height * tiles.width / MATCHING_PIXELS)))
+    step = _matching_step((0, 0, tiles.width, tiles.height))
     result = torch.zeros(-(-tiles.height // step), -(-tiles.width // step), dtype=torch.bool)
     for part in parts:
         for region, _ in tiles.blocks(part.mask.box):
@@ -852,7 +928,8 @@ def _blend(
 class TiledMasks:
     r"""
     Masks of an image from the masks of its tiles ("everything mode"). A mask that is cut off by an inner edge of its
-    tile and does not continue in the tile beyond the edge is removed, as SAM removes masks at the edges of crops.
+    tile and does not continue in the tile beyond the edge is removed, as SAM removes masks at the edges of crops. If a
+    tile shows all of an object, the mask of this tile is used. Only masks that all tiles cut off are put together.
     Masks of the overview are for objects that no tile contains.
 
     Args:
@@ -910,7 +987,7 @@ class TiledMasks:
             mask weighted by area; boxes `(num_masks, 4)` with inclusive right and bottom; and the embeddings
             `(num_masks, projection_dim)` of the largest parts, or `None`. In descending order of predicted IoUs.
         """
-        groups = match_segments(self.tiles, self.segments, 0.5)
+        groups = match_segments(self.tiles, self.segments, 0.5, may_nest=True)
         objects = [[self.segments[index] for index in group] for group in groups]
         objects = add_overview(self.tiles, objects, self.overview, 0.5, max_covered=1)
         encodings, scores, priorities = [], [], []
@@ -920,6 +997,8 @@ class TiledMasks:
             parts = _whole_parts(self.tiles, parts, 0.5)
             if not parts:
                 continue
+            if complete := _complete_parts(self.tiles, parts, 0.5):
+                parts = [max(complete, key=lambda part: part.score)]
             window, left, top = _merge_masks(self.tiles, parts, 0.5, is_fading=False)
             box = mask_to_box(window)
             if box is None or _is_sliver(window, parts):
