@@ -1,79 +1,185 @@
 """
-Measures the throughput of `samclip annotate` on scenes of the miniature:
+Measures the throughput of `samclip annotate`, and divides its time:
 
-    python benchmarks/annotate.py --num_images 200
+    python benchmarks/annotate.py --num_images 40              # the miniature, on its scenes
+    python benchmarks/annotate.py --model vit_b --num_images 3  # SAM ViT-B and CLIP ViT-B/16 with random weights
 
-The column "share" is the time of a part divided by that of the command, which includes loading the model, reading the
-images and writing the data set. All parts run in one process, one after the other.
+All parts run in one process, one after the other. Images are read by other threads while the model runs, so reading is
+part of the rest as far as the model waits for it.
+
+Random weights find no segments. With `vit_b`, the mask decoder runs for every point, and a box of a grid of 4 x 4 then
+replaces its masks, as in `inference.py`, so that 16 segments are named, encoded and written.
 """
 
 import argparse
+import contextlib
 import os
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
+from inference import replace_masks_by_boxes
 from PIL import Image
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPTokenizer,
+    SamConfig,
+    SamImageProcessor,
+    SamModel,
+)
 
-from samclip_cli import main
-from samclip_cli.inputs import read_image
-from samclip_hf import SamClipForImageSegmentation, SamClipProcessor, miniature
+from samclip_cli import main as run_command
+from samclip_cli import data_sets, segment
+from samclip_cli.data_sets import DataSetWriter
+from samclip_cli.segment import load_segmenter
+from samclip_hf import SamClipImageSegmentationPipeline, miniature
+from samclip_hf.clip_tower_samclip import SamClipTower
 from samclip_hf.miniature.scenes import BACKGROUND_PROMPTS, CLASS_NAMES, render
 
+LOADING, ENCODER, DECODER, WRITING = "loading the model", "image encoder", "mask decoder", "writing the data set"
 
-def encoder_seconds(paths: list[Path]) -> tuple[float, float]:
-    """Seconds for all images, one by one: of the image encoder, and of the encoder with reading and preprocessing."""
-    model = SamClipForImageSegmentation.from_pretrained(miniature.checkpoint()).eval()
-    processor = SamClipProcessor.from_pretrained(miniature.checkpoint())
-    reading = encoding = 0.0
-    with torch.inference_mode():
-        for path in paths:
+
+class Division:
+    """Seconds of parts of a run. A part inside of another one is not counted twice."""
+
+    def __init__(self) -> None:
+        self.seconds: Counter[str] = Counter()
+        self.inner = [0.0]  # of each part that runs: seconds of the parts inside of it
+
+    def wrap(self, part: str, function: Callable) -> Callable:
+        def timed(*args, **kwargs):
+            self.inner.append(0.0)
             start = time.perf_counter()
-            pixel_values = processor(read_image(path, None))["pixel_values"]
-            middle = time.perf_counter()
-            model.get_vision_embeds(pixel_values)
-            reading, encoding = reading + middle - start, encoding + time.perf_counter() - middle
-    return encoding, reading + encoding
+            try:
+                return function(*args, **kwargs)
+            finally:
+                seconds = time.perf_counter() - start
+                self.seconds[part] += seconds - self.inner.pop()
+                self.inner[-1] += seconds
+
+        return timed
+
+    @contextlib.contextmanager
+    def measure(self, replaces_masks: bool) -> Iterator[None]:
+        """Measures the parts of `samclip annotate`."""
+
+        def load(*args, **kwargs):
+            loaded = segment_load_model(*args, **kwargs)
+            model = loaded.model
+            if replaces_masks:
+                replace_masks_by_boxes(model)
+            model.vision_encoder.forward = self.wrap(ENCODER, model.vision_encoder.forward)
+            model.predict_masks = self.wrap(DECODER, model.predict_masks)
+            model._head_tokens = self.wrap("CLIP side, patches", model._head_tokens)
+            if isinstance(model.clip_head, SamClipTower):
+                model.clip_head.encode_pixels = self.wrap("CLIP side, patches", model.clip_head.encode_pixels)
+            model._embed_segments = self.wrap("CLIP side, segments", model._embed_segments)
+            model.forward = self.wrap("composition", model.forward)
+            return loaded
+
+        segment_load_model = segment.load_model
+        pipeline = SamClipImageSegmentationPipeline
+        parts: list[tuple[Any, str, str]] = [
+            (pipeline, "preprocess", "preprocessing"),
+            (pipeline, "postprocess", "masks at the size of the image"),
+            (segment, "coco_annotation", "encoding of masks"),
+            (DataSetWriter, "_contact_sheet", "contact sheet"),
+            (data_sets, "_png", "PNG compression"),
+            (DataSetWriter, "write", WRITING),
+        ]
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(mock.patch.object(segment, "load_model", load))
+            loads = self.wrap(LOADING, load_segmenter)
+            stack.enter_context(mock.patch("samclip_cli.annotate.load_segmenter", loads))
+            for owner, name, part in parts:
+                stack.enter_context(mock.patch.object(owner, name, _as_method(self.wrap, part, getattr(owner, name))))
+            yield
 
 
-def annotate_seconds(images: Path, labels: list[str], formats: str) -> float:
-    """Seconds of the command in this process, with loading the model."""
-    command = ["annotate", str(images), "--labels", ", ".join(labels), "--background", ", ".join(BACKGROUND_PROMPTS)]
-    with tempfile.TemporaryDirectory() as output:
+def _as_method(wrap: Callable, part: str, function: Callable) -> Callable:
+    """A plain function, which becomes a method as an attribute of a class."""
+    timed = wrap(part, function)
+    return lambda *args, **kwargs: timed(*args, **kwargs)
+
+
+def save_random_models(folder: Path, sam_config: SamConfig, clip_config: CLIPConfig) -> list[str]:
+    """Saves a SAM and a CLIP with random weights. Returns their arguments of the command line."""
+    torch.manual_seed(0)
+    SamModel(sam_config).save_pretrained(folder / "sam")
+    size, patch = sam_config.vision_config.image_size, sam_config.vision_config.patch_size
+    sides = {"size": {"longest_edge": size}, "pad_size": {"height": size, "width": size}}
+    cells = 4 * size // patch
+    mask_sides = {"mask_size": {"longest_edge": cells}, "mask_pad_size": {"height": cells, "width": cells}}
+    SamImageProcessor(**sides, **mask_sides).save_pretrained(folder / "sam")
+    CLIPModel(clip_config).save_pretrained(folder / "clip")
+    CLIPTokenizer.from_pretrained(miniature.clip_teacher()).save_pretrained(folder / "clip")
+    side = clip_config.vision_config.image_size
+    CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side}).save_pretrained(
+        folder / "clip"
+    )
+    return ["--sam", str(folder / "sam"), "--clip", str(folder / "clip")]
+
+
+def annotate(images: Path, model: list[str], arguments: argparse.Namespace, division: Division) -> float:
+    """Seconds of the command in this process."""
+    labels = CLASS_NAMES[: arguments.num_labels]
+    command = ["annotate", str(images), *model, "--labels", ", ".join(labels), "--formats", arguments.formats]
+    is_random = bool(model)
+    command += ["--threshold", "0"] if is_random else ["--background", ", ".join(BACKGROUND_PROMPTS)]
+    with tempfile.TemporaryDirectory() as output, division.measure(replaces_masks=is_random):
         start = time.perf_counter()
-        status = main([*command, "--formats", formats, "--output", output])
+        status = run_command([*command, "--output", output])
         seconds = time.perf_counter() - start
     assert status == 0
     return seconds
 
 
-def run() -> None:
+def main(argv: list[str] | None = None, configs: tuple[SamConfig, CLIPConfig] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=["miniature", "vit_b"], default="miniature", help="default: %(default)s")
     parser.add_argument("--num_images", type=int, default=200, help="default: %(default)s")
     parser.add_argument("--num_labels", type=int, default=4, help="default: %(default)s")
     parser.add_argument("--formats", default="coco,parquet,webdataset", help="default: %(default)s")
-    arguments = parser.parse_args()
-    labels = CLASS_NAMES[: arguments.num_labels]
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        folder, model = Path(name), []
+        images = folder / "images"
+        images.mkdir()
         for index in range(arguments.num_images):
-            Image.fromarray(render(seed=0, index=index).image).save(folder / f"{index:06d}.png")
-        paths = sorted(folder.iterdir())
-        annotate_seconds(paths[0], labels, arguments.formats)  # imports libraries
-        annotate = annotate_seconds(folder, labels, arguments.formats)
-        encoder, with_reading = encoder_seconds(paths)
-    seconds = {
-        "`samclip annotate`": annotate,
-        "image encoder": encoder,
-        "image encoder, with reading and preprocessing": with_reading,
-    }
-    print(f"{arguments.num_images} scenes, {len(labels)} labels, formats {arguments.formats}")
+            scene = Image.fromarray(render(seed=0, index=index).image)
+            scene = scene if arguments.model == "miniature" else scene.resize((1024, 768))
+            scene.save(images / f"{index:06d}.png")
+        if arguments.model == "vit_b":
+            if configs is None:
+                vocabulary = len(CLIPTokenizer.from_pretrained(miniature.clip_teacher()))
+                configs = (
+                    SamConfig(vision_config={"initializer_range": 0.02}),  # its default is 1e-10
+                    CLIPConfig(vision_config={"patch_size": 16}, text_config={"vocab_size": vocabulary}),
+                )
+            model = save_random_models(folder, *configs)
+        else:  # imports libraries
+            annotate(images / "000000.png", model, arguments, Division())
+        division = Division()
+        total = annotate(images, model, arguments, division)
+    seconds = division.seconds
+    seconds["rest"] = total - seconds.total()
+    print(f"{arguments.model}, {arguments.num_images} images, formats {arguments.formats}")
     print(f"{torch.get_num_threads()} threads, {os.cpu_count()} cores\n")
-    print("| part | images/s | share |\n|---|---|---|")
-    for part, own in seconds.items():
-        print(f"| {part} | {len(paths) / own:.1f} | {own / annotate:.2f} |")
+    print("| part | seconds per image | share |\n|---|---|---|")
+    for part, own in [("`samclip annotate`", total), *seconds.most_common()]:
+        print(f"| {part} | {own / arguments.num_images:.3f} | {own / total:.2f} |")
+    without_loading = total - seconds[LOADING]
+    print(f"\nimage encoder, share of the time without loading the model: {seconds[ENCODER] / without_loading:.2f}")
 
 
 if __name__ == "__main__":
-    run()
+    main()

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import CLIPVisionConfig
+from transformers import CLIPConfig, CLIPVisionConfig
 
 from .conftest import tiny_sam
 from .scripts import load_script
@@ -163,3 +163,22 @@ def test_mosaics_benchmark_prints_a_row_for_every_mode(mosaics, capsys):
     assert [row.split("|")[1].strip() for row in rows] == [
         name for mode in mosaics.MODES for name in ("mode", mode, mode)
     ]
+
+
+@pytest.mark.slow
+def test_annotate_benchmark_divides_the_time_of_the_command(capsys, sizes, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    annotate = load_script(BENCHMARKS / "annotate.py")
+    sam_config, vision_config = sizes
+    text = {"vocab_size": 162, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    config = CLIPConfig(
+        projection_dim=16,
+        vision_config=vision_config.to_dict(),
+        text_config=text | {"num_attention_heads": 2},
+    )
+    threads = ["--threads", str(torch.get_num_threads()), "--num_images", "2"]
+    annotate.main(["--model", "vit_b", *threads], configs=(sam_config, config))
+    rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    shares = {row[1].strip(): float(row[3]) for row in rows[1:]}
+    assert sum(shares.values()) == pytest.approx(2, abs=0.1)  # the command and its parts
+    assert shares["image encoder"] > 0 and shares["mask decoder"] > 0 and shares["CLIP side, segments"] > 0

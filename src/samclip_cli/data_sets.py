@@ -135,7 +135,7 @@ class DataSetWriter:
         for name in ("parquet", "webdataset"):
             if name in self.formats:
                 self._remove_old_shards(self.folder / name, num_shards)
-        write_atomically(self.folder / CONTACT_SHEET, _png(self._contact_sheet(tiles)))
+        write_atomically(self.folder / CONTACT_SHEET, _png(self._contact_sheet(tiles), compress_level=1))
         if self.num_review is not None:
             margins.sort()
             review = {
@@ -396,9 +396,9 @@ def _read_content(image: ImageInput, size: tuple[int, int]) -> tuple[bytes, str,
     return data, extension, is_converted
 
 
-def _png(image: "Image.Image") -> bytes:
+def _png(image: "Image.Image", compress_level: int = 6) -> bytes:
     file = io.BytesIO()
-    image.save(file, "PNG")
+    image.save(file, "PNG", compress_level=compress_level)
     return file.getvalue()
 
 

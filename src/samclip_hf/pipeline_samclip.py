@@ -241,7 +241,9 @@ class SamClipImageSegmentationPipeline(ImageSegmentationPipeline):
                 label_map = self.image_processor.post_process_semantic_segmentation(model_outputs, sizes)[0]
             else:
                 label_map = merged.post_process_semantic_segmentation()
-            found = [(None, id2label[label_id], label_id) for label_id in label_map.unique().tolist()]
+            # By rows, because torch.unique of a large map needs several times its memory.
+            label_ids = sorted({label_id for row in label_map for label_id in row.unique().tolist()})
+            found = [(None, id2label[label_id], label_id) for label_id in label_ids]
         else:
             thresholds = {
                 "threshold": threshold,
