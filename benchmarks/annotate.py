@@ -35,8 +35,8 @@ from transformers import (
     SamModel,
 )
 
-from samclip_cli import main as run_command
 from samclip_cli import data_sets, segment
+from samclip_cli import main as run_command
 from samclip_cli.data_sets import DataSetWriter
 from samclip_cli.segment import load_segmenter
 from samclip_hf import SamClipImageSegmentationPipeline, miniature
