@@ -16,7 +16,7 @@ LAYERS = (
     {"miniature"},
     {"samclip_hf"},
     {"images", "files", "identity"},
-    {"visualization"},
+    {"visualization", "retrieval"},
     {"datasets"},
     {"distillation", "evaluation"},
     {"export"},

@@ -22,6 +22,8 @@ COMMANDS = {
     "points": "segment the objects at points and in boxes",
     "masks": "segment everything in images",
     "annotate": "annotate a data set by text: COCO, parquet or webdataset",
+    "index": "embed images and their segments for samclip search",
+    "search": "search an index of images and segments by text or by example",
     "train": "train one stage of SAM-CLIP",
     "evaluate": "evaluate models with the paper's protocols",
     "publish": "build, verify and upload a model repository",
@@ -30,7 +32,8 @@ COMMANDS = {
     "cost": "estimate the operations and GPU hours of training recipes",
 }
 # Commands that need an optional dependency group of the package.
-EXTRAS = dict.fromkeys(("annotate", "train", "evaluate", "publish", "embed", "cost"), "train") | {"export": "export"}
+EXTRAS = dict.fromkeys(("annotate", "index", "search", "train", "evaluate", "publish", "embed", "cost"), "train")
+EXTRAS["export"] = "export"
 
 INTERRUPTED, BROKEN_PIPE = 130, 141  # exit status: 128 + signal number, as in shells
 

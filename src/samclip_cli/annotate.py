@@ -1,10 +1,8 @@
 """`samclip annotate`: annotates a data set by text or examples, and writes one data set."""
 
 import argparse
-import os
 import textwrap
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import CommandError
@@ -15,7 +13,7 @@ from .examples import EXAMPLES_HELP
 from .formats import Prediction, parse_names
 from .inputs import INPUTS_HELP, add_input_arguments
 from .models import add_model_arguments
-from .plan import prepare
+from .plan import check_folder, prepare
 from .segment import ADVICE, add_segment_arguments, load_segmenter, read_segment_arguments
 from .vocabulary import LABELS_HELP
 
@@ -108,9 +106,7 @@ def run(argv: Sequence[str]) -> int:
         raise CommandError("--polygons has no effect without the format coco.")
     if arguments.no_images and "parquet" not in formats:
         raise CommandError("--no_images has no effect without the format parquet.")
-    is_file = Path(arguments.output).suffix.lower() in (".png", ".json") and not arguments.output.endswith(os.sep)
-    if arguments.output == "-" or (is_file and not os.path.isdir(arguments.output)):
-        raise CommandError(f"--output {arguments.output}: pass a folder, such as annotated/.")
+    check_folder(arguments.output)
     examples = read_segment_arguments(arguments)
     arguments.formats = ("jsonl",)
     plan = prepare(arguments, data_set_files(formats, arguments.review))

@@ -10,7 +10,6 @@ import io
 import itertools
 import json
 import os
-import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -36,7 +35,6 @@ CONTACT_SHEET, REVIEW, REPORT = "contact_sheet.png", "review.json", "report.json
 IMAGES_PER_SHARD = 1000
 ROWS_PER_GROUP = 100
 TILE_SIZE = 320  # longer side of an image of the contact sheet, in pixels
-SHARD_NAME = re.compile(r"\d{5,}\.(parquet|tar)")
 KEPT_FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # other images are stored as PNG
 MARGIN = "the smallest difference between the score of an annotation of the image and the threshold"
 
@@ -97,7 +95,7 @@ class DataSetWriter:
 
         Raises `CommandError` if an image cannot be read again or has changed.
         """
-        from samclip_hf.files import remove_temporary_files, write_atomically
+        from samclip_hf.files import remove_shards, remove_temporary_files, write_atomically
 
         for name in data_set_files(self.formats, self.num_review):
             remove_temporary_files(self.folder / name.rstrip("/"))
@@ -132,9 +130,9 @@ class DataSetWriter:
             if coco is not None:
                 coco.close()
                 counts["masks_without_exact_polygons"] = coco.num_inexact
-        for name in ("parquet", "webdataset"):
+        for name, extension in (("parquet", "parquet"), ("webdataset", "tar")):
             if name in self.formats:
-                self._remove_old_shards(self.folder / name, num_shards)
+                remove_shards(self.folder / name, extension, num_shards)
         write_atomically(self.folder / CONTACT_SHEET, _png(self._contact_sheet(tiles), compress_level=1))
         if self.num_review is not None:
             margins.sort()
@@ -213,44 +211,43 @@ class DataSetWriter:
         path = self._shard_path(stack, "webdataset", shard, "tar")
         return _TarFile(stack.enter_context(tarfile.open(path, "w", format=tarfile.USTAR_FORMAT)), self.names)
 
-    def _remove_old_shards(self, folder: Path, num_shards: int) -> None:
-        """Removes shards of an earlier run of this command with more images."""
-        if folder.is_dir():
-            for path in folder.iterdir():
-                if SHARD_NAME.fullmatch(path.name) and int(path.stem) >= num_shards:
-                    path.unlink()
-
     def _contact_sheet(self, tiles: list[tuple[int, int, bytes, dict]]) -> "Image.Image":
         """Random images with their segments, labels and scores, in the order of the data set."""
-        from PIL import Image
+        from samclip_hf.visualization import arrange
 
-        drawn = [self._tile(content, result) for _, _, content, result in sorted(tiles, key=lambda tile: tile[1])]
-        if not drawn:
-            return Image.new("RGB", (TILE_SIZE, TILE_SIZE), "white")
-        columns = next(number for number in itertools.count(1) if number**2 >= len(drawn))
-        width, height = (max(tile.size[axis] for tile in drawn) + 8 for axis in (0, 1))
-        sheet = Image.new("RGB", (columns * width, -(-len(drawn) // columns) * height), "white")
-        for number, tile in enumerate(drawn):
-            sheet.paste(tile, (number % columns * width + 4, number // columns * height + 4))
-        return sheet
+        return arrange([self._tile(content, result) for _, _, content, result in sorted(tiles, key=lambda t: t[1])])
 
     def _tile(self, content: bytes, result: dict) -> "Image.Image":
-        import numpy as np
         from PIL import Image
 
         from samclip_hf.images import decode_mask
-        from samclip_hf.visualization import draw_segments
 
         image = read_image(lambda: content, Image.MAX_IMAGE_PIXELS)
-        scale = TILE_SIZE / max(image.size)
-        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-        masks = [
-            np.asarray(Image.fromarray(decode_mask(own["segmentation"])).resize(size, Image.Resampling.NEAREST))
-            for own in result["segments"]
-        ]
+        masks = [decode_mask(own["segmentation"]) for own in result["segments"]]
         label_ids = [own["label_id"] for own in result["segments"]]
         legend = label_legend(self.names, label_ids, [own["score"] for own in result["segments"]], "segments")
-        return draw_segments(image.resize(size), masks, label_ids, legend, Path(result["image"]).name)
+        return draw_tile(image, masks, label_ids, legend, result["image"])
+
+
+def draw_tile(
+    image: "Image.Image",
+    masks: "Sequence[np.ndarray]",
+    color_numbers: Sequence[int],
+    legend: Sequence[tuple[int | None, str]],
+    key: str,
+    opacity: float = 0.45,
+) -> "Image.Image":
+    """An image of a contact sheet. `masks` are `(height, width)` of type bool and have the size of the image, `key` is
+    that of the image. See [`draw_segments`] for the other arguments."""
+    import numpy as np
+    from PIL import Image
+
+    from samclip_hf.visualization import draw_segments
+
+    scale = TILE_SIZE / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    small = [np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)) for mask in masks]
+    return draw_segments(image.resize(size), small, color_numbers, legend, Path(key).name, opacity=opacity)
 
 
 class _Row(NamedTuple):

@@ -4,7 +4,7 @@ import argparse
 import textwrap
 
 from . import CommandError
-from .argument_types import CommandParser, positive_int
+from .argument_types import CommandParser, positive_int, probability
 from .formats import FORMATS, WITHOUT_MASKS, parse_formats
 from .inputs import INPUTS_HELP, add_input_arguments
 from .models import add_model_arguments
@@ -101,6 +101,29 @@ def add_tile_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="F",
         help="overlap of neighboring tiles as a fraction of --tile, above 0 and at most 0.5 (default: 0.25)",
+    )
+
+
+def add_everything_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of everything mode: those of [`mask_generation_options`]."""
+    parser.add_argument(
+        "--points_per_crop",
+        type=positive_int,
+        metavar="N",
+        help="prompt the model with a grid of N x N points (default: 32; 16 for the shipped miniature)",
+    )
+    parser.add_argument(
+        "--pred_iou_thresh",
+        type=probability,
+        metavar="P",
+        help="discard masks with a lower score, from 0 to 1 (default: 0.88; 0.6 for the shipped miniature)",
+    )
+    parser.add_argument(
+        "--stability_score_thresh",
+        type=probability,
+        metavar="P",
+        help="discard masks with a lower stability score, from 0 to 1: the IoU between the masks of a higher and a "
+        "lower mask threshold (default: 0.95; 0.3 for the shipped miniature)",
     )
 
 

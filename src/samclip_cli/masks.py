@@ -4,10 +4,9 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .argument_types import positive_int, probability
 from .batch import process_images
 from .formats import Prediction, coco_annotation
-from .image_arguments import add_tile_arguments, check_tiles, create_parser
+from .image_arguments import add_everything_arguments, add_tile_arguments, check_tiles, create_parser
 from .models import load_model, mask_generation_options
 from .plan import prepare
 from .vocabulary import (
@@ -45,25 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = create_parser("masks", DESCRIPTION, RECORD, has_masks=True, help_text=LABELS_HELP)
     add_label_arguments(parser, "masks have no names")
     add_label_threshold(parser)
-    parser.add_argument(
-        "--points_per_crop",
-        type=positive_int,
-        metavar="N",
-        help="prompt the model with a grid of N x N points (default: 32; 16 for the shipped miniature)",
-    )
-    parser.add_argument(
-        "--pred_iou_thresh",
-        type=probability,
-        metavar="P",
-        help="discard masks with a lower score, from 0 to 1 (default: 0.88; 0.6 for the shipped miniature)",
-    )
-    parser.add_argument(
-        "--stability_score_thresh",
-        type=probability,
-        metavar="P",
-        help="discard masks with a lower stability score, from 0 to 1: the IoU between the masks of a higher and a "
-        "lower mask threshold (default: 0.95; 0.3 for the shipped miniature)",
-    )
+    add_everything_arguments(parser)
     add_tile_arguments(parser)
     return parser
 
@@ -81,10 +62,7 @@ def run(argv: Sequence[str]) -> int:
     from samclip_hf.tiling_samclip import ComputedSequence
 
     loaded = load_model(arguments)
-    options = mask_generation_options(loaded)
-    for name in ("points_per_crop", "pred_iou_thresh", "stability_score_thresh"):
-        if getattr(arguments, name) is not None:
-            options[name] = getattr(arguments, name)
+    options = mask_generation_options(loaded, arguments)
     if arguments.labels is not None:
         embed_labels(arguments, loaded)
     generator = SamClipMaskGenerationPipeline(

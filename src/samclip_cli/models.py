@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # importing these takes seconds, see the docstring of the pac
 
     from samclip_hf import SamClipForImageSegmentation, SamClipImageProcessor, SamClipProcessor
 
+MINIATURE_NAME = "samclip-hf miniature"
 MINIATURE_NOTE = "trained on synthetic scenes of colored shapes, not on photographs"
 # Types of models by their config.json: what they are called, and the option that takes them.
 KINDS = {
@@ -38,6 +39,11 @@ ADVICE = {
     "--clip": "pass it as --clip, and a SAM as --sam",
 }
 WEIGHTS = (".safetensors", ".bin")
+EVERYTHING_OPTIONS = ("points_per_crop", "pred_iou_thresh", "stability_score_thresh")
+MINIATURE_DEFAULT = (
+    "the miniature that ships with the package is used. It is\n  trained on synthetic scenes, not on photographs; its "
+    "outputs say so."
+)
 
 
 def check_model(name: str, option: str = "--model", needs_weights: bool = True) -> None:
@@ -103,13 +109,10 @@ def check_model(name: str, option: str = "--model", needs_weights: bool = True) 
         os.environ["HF_HUB_OFFLINE"] = "1"  # for processes that this one starts
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds `--model`, `--sam`, `--clip`, `--clip_image_size` and `--device`."""
-    group = parser.add_argument_group(
-        "model",
-        "Without --model, --sam and --clip, the miniature that ships with the package is used. It is\n  trained on "
-        "synthetic scenes, not on photographs; its outputs say so.",
-    )
+def add_model_arguments(parser: argparse.ArgumentParser, default: str = MINIATURE_DEFAULT) -> None:
+    """Adds `--model`, `--sam`, `--clip`, `--clip_image_size` and `--device`. `default` is what happens without a
+    model, for the help."""
+    group = parser.add_argument_group("model", f"Without --model, --sam and --clip, {default}")
     group.add_argument("--model", metavar="NAME", help="a SAM-CLIP: a folder or a repository on the Hub")
     group.add_argument(
         "--sam",
@@ -246,7 +249,7 @@ def load_model(arguments: argparse.Namespace) -> LoadedModel:
             model = load_complete_model(SamClipForImageSegmentation, name)
             image_processor = AutoImageProcessor.from_pretrained(name)
             tokenizer = load_tokenizer(name) if model.config.has_text_tower else None
-            description = {"name": "samclip-hf miniature" if _is_same(name, miniature.checkpoint()) else name}
+            description = {"name": MINIATURE_NAME if _is_same(name, miniature.checkpoint()) else name}
     except Exception as error:  # a faulty checkpoint can raise any exception of the libraries that read it
         given = f"--model {name}" if sam is None else f"--sam {sam} --clip {clip}"
         if arguments.clip_image_size is not None:
@@ -287,13 +290,16 @@ def _has_weights(model: "SamClipForImageSegmentation", folder: str, saved: str, 
     )
 
 
-def mask_generation_options(loaded: LoadedModel) -> dict[str, Any]:
+def mask_generation_options(loaded: LoadedModel, arguments: argparse.Namespace | None = None) -> dict[str, Any]:
     """Arguments of the mask generation pipeline for a model: `miniature.MASK_GENERATION` for the weights of the
-    shipped miniatures, `MASK_GENERATION_DEFAULTS` for any other."""
+    shipped miniatures, `MASK_GENERATION_DEFAULTS` for any other. Those of `EVERYTHING_OPTIONS` that are given on the
+    command line replace them."""
     from samclip_hf import miniature
     from samclip_hf.mask_generation_samclip import MASK_GENERATION_DEFAULTS
 
-    return dict(miniature.MASK_GENERATION if _is_miniature_sam(loaded.model) else MASK_GENERATION_DEFAULTS)
+    options = dict(miniature.MASK_GENERATION if _is_miniature_sam(loaded.model) else MASK_GENERATION_DEFAULTS)
+    given = {name: getattr(arguments, name, None) for name in EVERYTHING_OPTIONS}
+    return options | {name: value for name, value in given.items() if value is not None}
 
 
 def _is_same(name: str, folder: str) -> bool:

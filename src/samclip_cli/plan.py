@@ -81,6 +81,13 @@ def prepare(arguments: argparse.Namespace, data_set_files: Sequence[str] = ()) -
     return plan
 
 
+def check_folder(output: str) -> None:
+    """Raises `CommandError` for an `--output` that is not a folder, of commands that write folders only."""
+    is_file = Path(output).suffix.lower() in (".png", ".json") and not output.endswith(os.sep)
+    if output == "-" or (is_file and not os.path.isdir(output)):
+        raise CommandError(f"--output {output}: pass a folder, such as out/.")
+
+
 def find_process() -> tuple[int, int]:
     """The number of this process, and the number of processes, which `torchrun` and `accelerate launch` set. Raises
     `CommandError` for processes of other launchers, each of which would process all images."""

@@ -210,11 +210,11 @@ def parse_points(text: str) -> list[list[list[float]]]:
     return objects
 
 
-def parse_boxes(text: str) -> list[list[float]]:
-    """Splits "x1,y1,x2,y2; ..." into boxes. Raises `CommandError`."""
-    parts = _objects("--boxes", text, '"10,20,110,220"')
-    boxes = [_numbers("--boxes", "".join(part.split()), (4,), "x1,y1,x2,y2") for part in parts]
-    _check_prompts("--boxes", [Prompt(box=box) for box in boxes])
+def parse_boxes(text: str, option: str = "--boxes") -> list[list[float]]:
+    """Splits "x1,y1,x2,y2; ..." into boxes. Raises `CommandError`, whose message names the option."""
+    parts = _objects(option, text, '"10,20,110,220"')
+    boxes = [_numbers(option, "".join(part.split()), (4,), "x1,y1,x2,y2") for part in parts]
+    _check_prompts(option, [Prompt(box=box) for box in boxes])
     return boxes
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # importing these takes seconds, see the docstring of the pac
 
     from samclip_hf import SamClipVocabulary
 
+TEMPLATE = "a photo of a {}"
 LABEL_OPTIONS = ("background", "template", "multi_label")  # need labels
 LABELS_HELP = """
 labels:
@@ -29,7 +30,7 @@ labels:
 def add_label_arguments(
     parser: argparse.ArgumentParser,
     default: str | None,
-    template: str = "a photo of a {}",
+    template: str = TEMPLATE,
     has_background: bool = True,
 ) -> None:
     """
@@ -77,10 +78,15 @@ def read_labels(arguments: argparse.Namespace) -> None:
         arguments.background = [name for names in parse_labels("--background", background) for name in names]
     if arguments.template is None:
         arguments.template = arguments.default_template
-    elif len(re.findall(r"{}|{|}", arguments.template)) != 1 or "{}" not in arguments.template:
+    else:
+        check_template(arguments.template)
+
+
+def check_template(template: str) -> None:
+    """Raises `CommandError` for a `--template` without exactly one `{}`."""
+    if len(re.findall(r"{}|{|}", template)) != 1 or "{}" not in template:
         raise CommandError(
-            '--template must contain {} once, in the place of the label, such as "a photo of a {}": got '
-            f"{arguments.template!r}."
+            f'--template must contain {{}} once, in the place of the label, such as "{TEMPLATE}": got {template!r}.'
         )
 
 

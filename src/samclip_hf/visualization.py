@@ -3,6 +3,7 @@
 import bisect
 import colorsys
 import functools
+import math
 import textwrap
 import unicodedata
 from collections.abc import Sequence
@@ -286,6 +287,18 @@ def _has_glyph(name: str | None, character: str) -> bool:
     assert font is not None
     glyph, missing = font.getmask(character), font.getmask("\uffff")
     return glyph.size != missing.size or bytes(glyph) != bytes(missing)
+
+
+def arrange(tiles: Sequence[Image.Image]) -> Image.Image:
+    """Arranges images in a square grid on white, row by row. Without images, the result is a white square."""
+    if not tiles:
+        return Image.new("RGB", (320, 320), "white")
+    columns = math.isqrt(len(tiles) - 1) + 1
+    width, height = (max(tile.size[axis] for tile in tiles) + 8 for axis in (0, 1))
+    sheet = Image.new("RGB", (columns * width, -(-len(tiles) // columns) * height), "white")
+    for number, tile in enumerate(tiles):
+        sheet.paste(tile, (number % columns * width + 4, number // columns * height + 4))
+    return sheet
 
 
 def save_panel(path: Path, rows: Sequence[Sequence[tuple[str, np.ndarray]]], title: str) -> None:
