@@ -59,6 +59,10 @@ WRONG_ARGUMENTS = [
     ["embed", "--output_dir", "embeddings", "--num_crops", "0"],
     ["embed", "--output_dir", "embeddings", "--clip_teacher", "./nowhere"],
     ["embed", "--output_dir", "/dev/null"],
+    ["index", "nowhere.png", "--output", "out"],
+    ["index", __file__, "--output", "out.png"],
+    ["search", "index"],
+    ["search", "index", "--text", "a", "--box", "1,2,3,4"],
     ["cost"],
     ["cost", "unknown_recipe"],
 ]
