@@ -185,7 +185,7 @@ def test_results_are_those_of_brute_force(capsys, tmp_path, indexes, models, pro
 def test_the_table_has_a_line_for_each_result(capsys, photos):
     assert main(["search", "index", "--text", "red fuzzy shape", "--kind", "image", "--top_k", "2"]) == 0
     first, header, *lines = capsys.readouterr().out.splitlines()
-    assert first == "2 of 5 images, of 5 images"
+    assert first == "2 of 5 images"
     assert header.split() == ["rank", "similarity", "score", "bbox", "source"]
     found = search(capsys, "--text", "red fuzzy shape", "--kind", "image", "--top_k", "2")["results"]
     assert [(line.split()[1], line.split()[-1]) for line in lines] == [
@@ -206,12 +206,13 @@ def random_rows(number: int, dimension: int = 8) -> list[dict]:
     ]
 
 
-def test_the_highest_similarities_are_found_in_all_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr(retrieval, "ROWS_PER_SHARD", 7)
+@pytest.mark.parametrize("rows_per_shard", [1, 7])
+def test_the_highest_similarities_are_found_in_all_shards(tmp_path, monkeypatch, rows_per_shard):
+    monkeypatch.setattr(retrieval, "ROWS_PER_SHARD", rows_per_shard)
     monkeypatch.setattr(retrieval, "ROWS_PER_GROUP", 3)
     rows = random_rows(100)
     write_index(tmp_path, rows, {"model": {}})
-    assert len(list(tmp_path.glob("parquet/*.parquet"))) == 15
+    assert len(list(tmp_path.glob("parquet/*.parquet"))) == -(-100 // rows_per_shard)
     for kind in ("image", "segment"):
         own = [row for row in rows if row["kind"] == kind]
         index = EmbeddingIndex(tmp_path, kind)
@@ -224,7 +225,7 @@ def test_the_highest_similarities_are_found_in_all_shards(tmp_path, monkeypatch)
             assert numbers.tolist() == expected[:top_k].tolist()
             assert similarities.tolist() == (index.embeddings @ query.T)[numbers, 0].tolist()
     write_index(tmp_path, rows[:10], {"model": {}})
-    assert len(list(tmp_path.glob("parquet/*.parquet"))) == 2
+    assert len(list(tmp_path.glob("parquet/*.parquet"))) == -(-10 // rows_per_shard)
     assert len(EmbeddingIndex(tmp_path, "image").embeddings) == 4
 
 
@@ -246,6 +247,7 @@ def test_wrong_queries_and_damaged_files_are_refused(tmp_path):
 def test_an_index_records_its_model_and_counts_what_failed(photos):
     description = json.loads(photos["index.json"])
     assert description["model"]["name"] == MINIATURE_NAME
+    assert description["mask_generation"] == miniature.MASK_GENERATION | {"points_per_crop": 8}
     assert description["failed"] == [{"image": "photos/broken.png", "error": description["failed"][0]["error"]}]
     assert description["num_images"] == NUM_SCENES + 1 and description["num_images_without_segments"] == 1
     assert description["num_segments"] + description["num_images"] == sum(s["rows"] for s in description["shards"])
@@ -364,6 +366,7 @@ def test_an_index_without_images_is_refused(capsys, folder):
         (["index", "photos", "--output", "photos"], "photos/index.json would be overwritten"),
         (["search", "photos", "--text", "red"], "index.json is not the description of an index"),
         (["search", "nowhere", "--text", "red"], "nowhere is not an index"),
+        (["search", "index"], "pass --text, such as mug, or --image"),
         (["search", "index", "--text", "red", "--box", "1,2,3,4"], "--box is a box in an image"),
         (["search", "index", "--image", "photos/1.png", "--box", "1,2,3"], "'1,2,3' is not x1,y1,x2,y2"),
         (["search", "index", "--image", "photos/1.png", "--box", "1,2,3,4;5,6,7,8"], "--box is one box"),

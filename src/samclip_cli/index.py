@@ -105,6 +105,7 @@ def run(argv: Sequence[str]) -> int:
             "inputs": arguments.images,
             "samclip": description["samclip"],
             "options": description["options"],
+            "mask_generation": None if arguments.no_segments else options,
             "failed": [{"image": key, "error": text} for key, text in errors.items()],
         }
         assert plan.output is not None

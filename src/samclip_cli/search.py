@@ -56,7 +56,7 @@ def build_parser() -> CommandParser:
         epilog=EPILOG,
     )
     parser.add_argument("folder", metavar="FOLDER", help="an index, the --output of 'samclip index'")
-    query = parser.add_mutually_exclusive_group(required=True)
+    query = parser.add_mutually_exclusive_group()
     query.add_argument("--text", nargs="+", metavar="TEXT", help="search by text; several texts are synonyms")
     query.add_argument("--image", metavar="FILE", help="search by example: an image")
     parser.add_argument("--box", metavar="X1,Y1,X2,Y2", help="a box around an object in --image, in pixels")
@@ -113,6 +113,8 @@ def run(argv: Sequence[str]) -> int:
 def check_query(arguments: argparse.Namespace) -> None:
     """Raises `CommandError` for options that do not fit together, and for an output that cannot be written. Sets the
     default of `arguments.template`."""
+    if arguments.text is None and arguments.image is None and arguments.box is None:
+        raise CommandError("pass --text, such as mug, or --image.")
     if arguments.box is not None and arguments.image is None:
         raise CommandError("--box is a box in an image: pass --image, too.")
     if arguments.box is not None and arguments.kind == "image":
@@ -198,7 +200,8 @@ def print_table(index: "EmbeddingIndex", results: list[dict[str, Any]]) -> None:
         box = ",".join(map(str, result["bbox"]))
         rows.append((str(result["rank"]), f"{result['similarity']:.3f}", score, box, result["source"]))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    print(f"{len(results)} of {len(index.embeddings)} {index.kind}s, of {index.description['num_images']} images")
+    of_images = "" if index.kind == "image" else f" of {index.description['num_images']} images"
+    print(f"{len(results)} of {len(index.embeddings)} {index.kind}s{of_images}")
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 

@@ -70,7 +70,7 @@ def embed_box(
     Raises `ValueError` for a box outside the image, and if the SAM head finds no object.
     """
     # With the image processor alone, the embedding stays where those of images are.
-    vocabulary = model.embed_examples([image], [["object"]], boxes=[[list(box)]], processor=image_processor)
+    vocabulary = model.embed_examples([image], [["query"]], boxes=[[list(box)]], processor=image_processor)
     return _to_array(vocabulary.class_embeds)
 
 
