@@ -48,7 +48,7 @@ app: $(VENV)/installed
 PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 test test-all test-app: export OMP_NUM_THREADS = 1
 test: $(VENV)/installed
-	$(PYTEST) -m 'not browser and not slow'
+	$(PYTEST) -m 'not browser and not slow' $(TESTS)
 
 test-all: $(VENV)/installed
 	$(PYTEST)
@@ -72,6 +72,7 @@ test-transformers: $(VENV)/installed
 	$(BIN)/python -m tests.transformers.sdist
 	$(BIN)/python -m pytest -q -rs --disable-warnings -o addopts= -o python_files='*.py' tests/transformers
 
+# With TESTS=..., only these files or folders.
 test-lowest:
 	$(MAKE) test test-transformers VENV=.venv-lowest
 
