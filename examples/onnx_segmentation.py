@@ -10,6 +10,8 @@ Needs numpy, pillow, onnxruntime and tokenizers. Copy this file into your projec
 
 import argparse
 import json
+import re
+import string
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -144,7 +146,13 @@ class OnnxSamClip:
             templates (`list[str]`):
                 Sentences with `{}` for the name.
         """
-        embeds = [self.embed_texts([template.replace("{}", name) for template in templates]) for name in labels]
+        names = labels
+        if self.description["text"]["canonicalize"]:
+            templates = [canonicalize_text(template, keep="{}") for template in templates]
+            names, background = (
+                [canonicalize_text(name, keep=",") for name in texts] for texts in (names, background)
+            )
+        embeds = [self.embed_texts([template.replace("{}", name) for template in templates]) for name in names]
         means = np.stack([embed.mean(axis=0) for embed in embeds])
         means /= np.linalg.norm(means, axis=1, keepdims=True)
         if not background:
@@ -286,6 +294,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
         pixels = np.asarray(image)
         image = Image.fromarray((pixels // (257 if pixels.max() > 255 else 1)).astype(np.uint8))
     return image.convert("RGB")
+
+
+def canonicalize_text(text: str, keep: str) -> str:
+    """Converts a name or a template for SigLIP: to lower case, without punctuation other than `keep`, and with spaces
+    instead of `_`."""
+    without_punctuation = str.maketrans("", "", string.punctuation)
+    parts = [part.translate(without_punctuation) for part in text.replace("_", " ").split(keep)]
+    return re.sub(r"\s+", " ", keep.join(parts).lower()).strip()
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

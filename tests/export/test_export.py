@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, SamModel
 
 from samclip_cli.export import run as export_command
 from samclip_hf import (
@@ -264,13 +264,16 @@ def test_parts_of_an_unmerged_model_equal_the_model(has_siglip, unmerged, siglip
     assert_same(actual, pooled)
 
 
-def assert_segments_equal_those_of_pytorch(example, folder: Path, image_folder: Path) -> None:
-    """Compares label maps of `OnnxSamClip` with PyTorch's, for three aspect ratios, with and without background."""
+def assert_segments_equal_those_of_pytorch(
+    example, folder: Path, image_folder: Path, labels_of_classes: list[str] = LABELS, num_labels: int = 4
+) -> None:
+    """Compares label maps and scores of `OnnxSamClip` with PyTorch's, for three aspect ratios, with and without
+    background. At least `num_labels` labels must occur."""
     model = SamClipForImageSegmentation.from_pretrained(folder).eval()
-    image_processor, seen = SamClipImageProcessorPil.from_pretrained(folder), set()
+    image_processor, seen, covered = SamClipImageProcessorPil.from_pretrained(folder), set(), []
     for background in (BACKGROUND, []):
-        onnx_vocabulary = example.embed_vocabulary(LABELS, background, TEMPLATES)
-        vocabulary = model.embed_vocabulary(LABELS, background, TEMPLATES)
+        onnx_vocabulary = example.embed_vocabulary(labels_of_classes, background, TEMPLATES)
+        vocabulary = model.embed_vocabulary(labels_of_classes, background, TEMPLATES)
         np.testing.assert_allclose(onnx_vocabulary.embeds, vocabulary.class_embeds, atol=1e-5)
         for number in range(3):
             image = Image.open(image_folder / f"{number}.png")
@@ -279,14 +282,21 @@ def assert_segments_equal_those_of_pytorch(example, folder: Path, image_folder: 
                 outputs = model(**image_processor(image, return_tensors="pt"), vocabulary=vocabulary)
             expected = image_processor.post_process_semantic_segmentation(outputs, [size])[0].numpy()
             labels = np.full(size, -1)
-            for segment in example.segment(image, onnx_vocabulary):
+            segments = example.segment(image, onnx_vocabulary)
+            for segment in segments:
                 labels[segment.mask] = onnx_vocabulary.names.index(segment.label)
+            probabilities = outputs.segment_logits[outputs.segment_scores > 0].softmax(dim=-1)
+            if background:
+                probabilities = probabilities[probabilities.argmax(dim=-1) > 0]
+            scores = sorted(segment.score for segment in segments)
+            np.testing.assert_allclose(scores, probabilities.amax(dim=-1).sort().values, atol=1e-4)
             inside = labels >= 0  # without background, PyTorch labels all pixels
-            assert inside.mean() > 0.05 and (labels[inside] == expected[inside]).mean() > 0.999
+            covered.append(inside.mean())
+            assert not inside.any() or (labels[inside] == expected[inside]).mean() > 0.999
             if background:
                 assert (expected[~inside] == 0).mean() > 0.999
             seen |= set(np.unique(expected))
-    assert len(seen) > 3
+    assert len(seen) >= num_labels and np.mean(covered) > 0.05
 
 
 @pytest.mark.parametrize("merged", [True, False])
@@ -316,6 +326,38 @@ def test_an_exported_unmerged_model_segments_as_pytorch_does(unmerged, image_fol
     export(unmerged, tmp_path / "onnx")
     example = load_script(ROOT / "examples" / "onnx_segmentation.py").OnnxSamClip(tmp_path / "onnx")
     assert_segments_equal_those_of_pytorch(example, unmerged, image_folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("siglip_folder", "merged"), [("SigLIP", False), ("SigLIP 2", True)], indirect=["siglip_folder"]
+)
+def test_an_exported_model_with_siglip_segments_as_pytorch_does(siglip_folder, merged, image_folder, tmp_path):  # noqa: F811
+    sam = SamModel.from_pretrained(miniature.sam_teacher())
+    sam.vision_encoder.layers = sam.vision_encoder.layers[2:4]  # one windowed and one global, for speed
+    sam.config.vision_config.num_hidden_layers, sam.config.vision_config.global_attn_indexes = 2, [1]
+    model = SamClipForImageSegmentation.from_teachers(
+        sam, siglip_folder, {"num_hidden_layers": 1} if merged else None, merged=merged
+    )
+    processor = SamClipProcessor.from_teachers(miniature.sam_teacher(), siglip_folder)
+    # The SigLIP is random and knows the letters of a few words only. Without centering, embeddings are almost equal.
+    labels = ["red", "Solid Red_shape!", "a green hat.", "stripes", "DOTTED background"]
+    randomize(model.clip_head)
+    features = []
+    with torch.no_grad():
+        model.logit_scale.fill_(3.0)
+        texts = processor(text=labels)
+        model.text_model.head.bias -= model.get_text_features(**texts).pooler_output.mean(dim=0)
+        if merged:
+            hook = model.clip_head.mlp.register_forward_hook(lambda *call: features.append(call[-1].flatten(0, -2)))
+            SamClipModel.forward(model, processor(Image.fromarray(render(0, 8).image))["pixel_values"])
+            hook.remove()
+            model.clip_head.mlp.fc3.bias -= torch.cat(features).mean(dim=0)
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    assert max(export(tmp_path / "model", tmp_path / "onnx").values()) < writer.TOLERANCE
+    example = load_script(ROOT / "examples" / "onnx_segmentation.py").OnnxSamClip(tmp_path / "onnx")
+    assert_segments_equal_those_of_pytorch(example, tmp_path / "model", image_folder, labels, num_labels=2)
 
 
 def test_example_inputs_contain_the_given_images(model, checkpoint):

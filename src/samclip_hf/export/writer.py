@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoConfig, AutoProcessor
+from transformers import AutoConfig, AutoProcessor, SiglipTokenizer
 from transformers.utils import logging
 
 from ..modeling_samclip import load_complete_model
 from ..segmentation_samclip import SamClipForImageSegmentation
 from .modules import MAX_PATCHES, PART_NAMES, Part, create_parts
+from .siglip_tokenizer import convert_siglip_tokenizer
 
 logger = logging.get_logger(__name__)
 
@@ -287,13 +288,10 @@ def _describe(model, processor, folder: Path, model_name: str | os.PathLike, par
             "max_tokens": config.text_config.max_position_embeddings,
             "pad_token_id": tokenizer.pad_token_id,
             "takes_mask": not config.has_siglip_text,
+            # names and templates are converted as by samclip_hf.segmentation_samclip.canonicalize_text
+            "canonicalize": config.has_siglip_text,
         }
-        if hasattr(tokenizer, "backend_tokenizer"):
-            tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
-        else:
-            logger.warning(
-                f"tokenizer.json is not written: a {type(tokenizer).__name__} requires transformers at inference time."
-            )
+        _write_tokenizer(tokenizer, folder / "tokenizer.json")
     if model.class_embeds is not None:
         np.save(folder / "class_embeds.npy", model.class_embeds.numpy())
         description["vocabulary"] = {
@@ -303,3 +301,18 @@ def _describe(model, processor, folder: Path, model_name: str | os.PathLike, par
             "background_threshold": config.background_threshold,
         }
     (folder / "samclip.json").write_text(json.dumps(description, indent=2) + "\n")
+
+
+def _write_tokenizer(tokenizer, path: Path) -> None:
+    """Writes a tokenizer for the library `tokenizers`. Logs a warning if it cannot be converted."""
+    if hasattr(tokenizer, "backend_tokenizer"):
+        tokenizer.backend_tokenizer.save(str(path))
+        return
+    reason = f"a {type(tokenizer).__name__} cannot be converted"
+    if isinstance(tokenizer, SiglipTokenizer):
+        try:
+            convert_siglip_tokenizer(tokenizer).save(str(path))
+            return
+        except ValueError as error:
+            reason = str(error)
+    logger.warning(f"tokenizer.json is not written: {reason}. Tokenize texts with transformers.")
