@@ -37,7 +37,8 @@ def convert_siglip_tokenizer(tokenizer: SiglipTokenizer) -> Tokenizer:
     """
     from sentencepiece import sentencepiece_model_pb2
 
-    model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.sp_model.serialized_model_proto())
+    proto = sentencepiece_model_pb2.ModelProto  # type: ignore[attr-defined]
+    model = proto.FromString(tokenizer.sp_model.serialized_model_proto())
     rules = model.normalizer_spec
     if (
         model.trainer_spec.model_type != UNIGRAM
