@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN = $(VENV)/bin
 
-.PHONY: help shell demo tables app screenshots test test-all test-lowest test-app test-transformers chromium lint docs \
+.PHONY: help shell demo tables app screenshots test test-all test-lowest test-app test-transformers chromium browser-modules lint docs \
 	bench bench-gpu
 
 help:
@@ -12,7 +12,7 @@ help:
 	@echo 'make app                the app in the browser'
 	@echo 'make test               the tests, without the slow ones'
 	@echo 'make test-all           all tests'
-	@echo 'make test-app           the tests of the app in Chromium'
+	@echo 'make test-app           the tests of the app and of the browser example in Chromium'
 	@echo "make test-transformers  transformers' own model tests on the models of this package"
 	@echo 'make test-lowest        tests with the lowest supported versions, in .venv-lowest'
 	@echo 'make lint               ruff and mypy'
@@ -54,8 +54,8 @@ test-all: $(VENV)/installed
 	$(PYTEST)
 
 # Installs Chromium with apt-get if it is missing and apt-get may be used. Without Chromium, the tests are skipped.
-test-app: $(VENV)/installed chromium
-	$(BIN)/python -m pytest -rs -m browser tests/test_app.py
+test-app: $(VENV)/installed chromium browser-modules
+	$(BIN)/python -m pytest -rs -m browser tests/test_app.py tests/test_browser_example.py
 
 screenshots: $(VENV)/installed chromium
 	$(BIN)/python -m tests.screenshots
@@ -64,6 +64,13 @@ chromium:
 	@if ! command -v chromedriver > /dev/null && command -v apt-get > /dev/null && [ "$$(id -u)" = 0 ]; then \
 		apt-get update -qq && apt-get install -qq --no-install-recommends chromium chromium-driver > /dev/null || \
 		echo 'Chromium could not be installed.'; \
+	fi
+
+# The libraries of the example in the browser. Without them, its tests are skipped.
+browser-modules:
+	@if command -v npm > /dev/null && [ ! -e examples/browser/node_modules ]; then \
+		npm install --prefix examples/browser --silent --no-package-lock --ignore-scripts --no-audit --no-fund || \
+		echo 'onnxruntime-web could not be installed.'; \
 	fi
 
 # Downloads the tests of the installed transformers version once. They define markers of their own, so the settings in
