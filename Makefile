@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN = $(VENV)/bin
 
-.PHONY: help shell demo tables app screenshots test test-all test-lowest test-app test-transformers chromium browser-modules lint docs \
-	bench bench-gpu
+.PHONY: help shell demo tables app screenshots test test-all test-lowest test-app test-transformers chromium \
+	browser-modules lint docs bench bench-gpu
 
 help:
 	@echo 'make shell              a shell in which samclip, accelerate and python are those of .venv'
