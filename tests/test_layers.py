@@ -19,6 +19,7 @@ LAYERS = (
     {"visualization", "retrieval"},
     {"datasets"},
     {"distillation", "evaluation"},
+    {"finetuning"},
     {"export"},
     {"publishing"},
     {"miniature_lab"},

@@ -25,6 +25,7 @@ COMMANDS = {
     "index": "embed images and their segments for samclip search",
     "search": "search an index of images and segments by text or by example",
     "train": "train one stage of SAM-CLIP",
+    "finetune": "fine-tune a model on labelled images",
     "evaluate": "evaluate models with the paper's protocols",
     "publish": "build, verify and upload a model repository",
     "export": "export a model to ONNX",
@@ -32,7 +33,9 @@ COMMANDS = {
     "cost": "estimate the operations and GPU hours of training recipes",
 }
 # Commands that need an optional dependency group of the package.
-EXTRAS = dict.fromkeys(("annotate", "index", "search", "train", "evaluate", "publish", "embed", "cost"), "train")
+EXTRAS = dict.fromkeys(
+    ("annotate", "index", "search", "train", "finetune", "evaluate", "publish", "embed", "cost"), "train"
+)
 EXTRAS["export"] = "export"
 
 INTERRUPTED, BROKEN_PIPE = 130, 141  # exit status: 128 + signal number, as in shells

@@ -6,10 +6,11 @@ import json
 import os
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
@@ -25,9 +26,8 @@ WRITTEN_FILES = (
     *("config.json", "model.safetensors", "model.safetensors.index.json", "processor_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "provenance.json", "train_results.json"),
 )
-USAGE = "samclip train [RECIPE] [--argument value ...]"
 HELP = """\
-usage: {usage}
+usage: samclip train [RECIPE] [--argument value ...]
 
 Trains one stage of SAM-CLIP.
 
@@ -45,57 +45,88 @@ are accepted, such as --learning_rate, --save_steps and --report_to, and these:
 {arguments}"""
 
 
-def parse_arguments(argv: Sequence[str]) -> "SamClipTrainingArguments":
+class TrainingCommand(NamedTuple):
     """
-    Parses the command line, and the recipe if its first argument names one.
+    A command whose arguments are a subclass of transformers' `TrainingArguments`.
+
+    name (`str`):
+        The name of the command.
+    help (`str`):
+        The help text, with the fields `recipes` and `arguments`.
+    classes (`tuple[tuple[str, str], ...]`):
+        For each class of arguments in this package, its module in `samclip_hf` and its name. The last one is that of
+        the command.
+    recipes (`str`):
+        The folder of the recipes in `samclip_hf`.
+    """
+
+    name: str
+    help: str
+    classes: tuple[tuple[str, str], ...]
+    recipes: str
+
+
+TRAIN = TrainingCommand("train", HELP, (("distillation.arguments", "SamClipTrainingArguments"),), "recipes")
+
+
+def parse_arguments(argv: Sequence[str], command: TrainingCommand = TRAIN) -> Any:
+    """
+    Parses the command line, and the recipe if its first argument names one. Returns the command's arguments, such as
+    `SamClipTrainingArguments`.
 
     Raises `CommandError` for a recipe that cannot be read, for unknown arguments and for invalid values. Exits with
     status 2 for values that only `argparse` checks.
     """
-    words = collect_arguments(argv)
+    words = collect_arguments(argv, command)
     from transformers import HfArgumentParser
 
-    from samclip_hf.distillation import SamClipTrainingArguments
-
-    parser = HfArgumentParser(SamClipTrainingArguments, prog="samclip train", usage=USAGE, allow_abbrev=False)
+    module, class_name = command.classes[-1]
+    arguments_class = getattr(import_module(f"samclip_hf.{module}"), class_name)
+    usage = command.help.partition("\n")[0].removeprefix("usage: ")
+    parser = HfArgumentParser(arguments_class, prog=f"samclip {command.name}", usage=usage, allow_abbrev=False)
     try:
         return parser.parse_args_into_dataclasses(words)[0]
     except ValueError as error:
         raise CommandError(str(error)) from error
 
 
-def collect_arguments(argv: Sequence[str]) -> list[str]:
+def collect_arguments(argv: Sequence[str], command: TrainingCommand = TRAIN) -> list[str]:
     """
     The command line with the recipe's arguments in front and deprecated names replaced. Imports neither torch nor
     transformers.
 
     Prints the help text and exits for `--help`. Raises `CommandError` as [`parse_arguments`].
     """
-    arguments_file = _package_folder("samclip_hf") / "distillation" / "arguments.py"
-    own = _dataclass_fields(arguments_file, "SamClipTrainingArguments")
+    files = [_package_folder("samclip_hf").joinpath(*module.split(".")) for module, _ in command.classes]
+    own: dict[str, ast.AnnAssign] = {}
     inherited = _inherited_fields()
-    known = inherited | own
-    deprecated = _dict_literal(arguments_file, "DEPRECATED_ARGUMENTS")
+    known = dict(inherited)
+    for file, (_, class_name) in zip(files, command.classes, strict=True):
+        own = _dataclass_fields(file.with_suffix(".py"), class_name)
+        known |= own
+    fixed = {name for name, definition in known.items() if "init=False" in ast.unparse(definition)}
+    own, known = ({name: own[name] for name in own if name not in fixed} for own in (own, known))
+    deprecated = _dict_literal(files[0].with_suffix(".py"), "DEPRECATED_ARGUMENTS")
     if "--help" in argv or "-h" in argv:
-        print(_format_help(own))
+        print(_format_help(own, command))
         raise SystemExit(0)
 
     def current_name(name: str, origin: str) -> str:
         negated = name.startswith("no_") and name not in known  # --no_x sets the boolean argument x to false
         base = name.removeprefix("no_") if negated else name
         if base in deprecated:
-            print(f"samclip train: {origin}: {base} is deprecated, use {deprecated[base]}.", file=sys.stderr)
+            print(f"samclip {command.name}: {origin}: {base} is deprecated, use {deprecated[base]}.", file=sys.stderr)
             base = deprecated[base]
         elif base not in known and inherited:
             close = difflib.get_close_matches(name, known, n=1)
-            hint = f"Did you mean {close[0]!r}?" if close else "See samclip train --help."
+            hint = f"Did you mean {close[0]!r}?" if close else f"See samclip {command.name} --help."
             raise CommandError(f"{origin}: unknown argument {name!r}. {hint}")
         return f"no_{base}" if negated else base
 
     words: list[str] = []
     if argv and not argv[0].startswith("-"):
         recipe, argv = argv[0], argv[1:]
-        for name, value in read_recipe(recipe).items():
+        for name, value in read_recipe(recipe, command).items():
             option = f"--{current_name(str(name), recipe)}"
             if option in words:
                 raise CommandError(f"{recipe}: {option[2:]} is set twice, by its current and its deprecated name.")
@@ -134,18 +165,19 @@ def _check_values(words: list[str], fields: dict[str, ast.AnnAssign]) -> None:
                     raise CommandError(f"{name}: {value!r} is not {kind}.") from None
 
 
-def recipe_paths() -> dict[str, Path]:
-    """The recipes in the package, by name."""
-    return {path.stem: path for path in sorted((_package_folder("samclip_hf") / "recipes").glob("*.yaml"))}
+def recipe_paths(command: TrainingCommand = TRAIN) -> dict[str, Path]:
+    """The recipes of a command in the package, by name."""
+    return {path.stem: path for path in sorted((_package_folder("samclip_hf") / command.recipes).glob("*.yaml"))}
 
 
-def read_recipe(recipe: str) -> dict[Any, Any]:
+def read_recipe(recipe: str, command: TrainingCommand = TRAIN) -> dict[Any, Any]:
     """Arguments of a recipe: a YAML file or the name of a recipe in the package. Raises `CommandError`."""
     path = Path(recipe)
     if path.suffix not in (".yaml", ".yml"):
-        if recipe not in recipe_paths():
-            raise CommandError(f"unknown recipe {recipe!r}. Pass a YAML file, or one of: {', '.join(recipe_paths())}.")
-        path = recipe_paths()[recipe]
+        recipes = recipe_paths(command)
+        if recipe not in recipes:
+            raise CommandError(f"unknown recipe {recipe!r}. Pass a YAML file, or one of: {', '.join(recipes)}.")
+        path = recipes[recipe]
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except OSError as error:
@@ -193,15 +225,15 @@ def _dict_literal(path: Path, variable: str) -> dict[str, str]:
     return ast.literal_eval(value)
 
 
-def _format_help(fields: dict[str, ast.AnnAssign]) -> str:
+def _format_help(fields: dict[str, ast.AnnAssign], command: TrainingCommand) -> str:
     lines = []
     for name, definition in fields.items():
         assert isinstance(definition.value, ast.Call)
         metadata = {keyword.arg: keyword.value for keyword in definition.value.keywords}["metadata"]
         text = ast.literal_eval(metadata)["help"]
         lines += [f"  --{name}", textwrap.fill(text, 100, initial_indent=" " * 6, subsequent_indent=" " * 6)]
-    recipes = textwrap.fill(", ".join(recipe_paths()), 98, subsequent_indent="  ")
-    return HELP.format(usage=USAGE, recipes=recipes, arguments="\n".join(lines))
+    recipes = textwrap.fill(", ".join(recipe_paths(command)), 98, subsequent_indent="  ")
+    return command.help.format(recipes=recipes, arguments="\n".join(lines))
 
 
 def models_to_load(args: "SamClipTrainingArguments") -> dict[str, str]:
@@ -266,18 +298,31 @@ def build_trainer(args: "SamClipTrainingArguments") -> "SamClipTrainer":
 
 def run(argv: Sequence[str]) -> int:
     """Trains and saves the model. Exits with a message if training cannot start or stops early."""
+    set_wait_policy()
+    args = parse_arguments(argv)
+    check_writable(args.output_dir, "--output_dir")
+    return run_training(args, build_trainer)
+
+
+def set_wait_policy() -> None:
+    """Must be called before torch is imported."""
     # By default, OpenMP threads spin while they wait. On a CPU whose cores also run data loader workers or other
     # processes, a training step then takes several times as long. OpenMP reads this when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    args = parse_arguments(argv)
-    check_writable(args.output_dir, "--output_dir")
+
+
+def run_training(
+    args: "SamClipTrainingArguments", build_trainer: Callable[[Any], "SamClipTrainer"], written: Sequence[str] = ()
+) -> int:
+    """Builds the trainer from the arguments, trains and saves the model. `written` are files that the end of this
+    training writes, besides `WRITTEN_FILES`. Returns the exit status, and exits as `run` does."""
     from samclip_hf.distillation import DataError
 
     try:
         trainer = build_trainer(args)
     except (OSError, TypeError, ValueError) as error:  # such as a wrong path or sizes that do not match
         sys.exit(f"Training did not start. {error}")
-    checkpoint = find_checkpoint(args)
+    checkpoint = find_checkpoint(args, written)
     results = Path(args.output_dir) / "train_results.json"
     if checkpoint is not None and completed_steps(checkpoint) >= args.max_steps:
         if results.is_file():
@@ -314,7 +359,7 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-def find_checkpoint(args: "SamClipTrainingArguments") -> Path | None:
+def find_checkpoint(args: "SamClipTrainingArguments", written: Sequence[str] = ()) -> Path | None:
     """The checkpoint to resume from. Exits if there is none, or if the folder has one that the run would overwrite."""
     from samclip_hf.distillation import last_checkpoint
 
@@ -322,7 +367,7 @@ def find_checkpoint(args: "SamClipTrainingArguments") -> Path | None:
     if args.resume_from_checkpoint in ("true", "True"):
         if latest is None:
             print(f"{args.output_dir} has no checkpoint yet: training starts from the beginning.", file=sys.stderr)
-            check_no_model(Path(args.output_dir))
+            check_no_model(Path(args.output_dir), written)
         return None if latest is None else Path(latest)
     if args.resume_from_checkpoint in (None, "false", "False"):
         if latest is not None:
@@ -330,14 +375,14 @@ def find_checkpoint(args: "SamClipTrainingArguments") -> Path | None:
                 f"Training did not start. {latest} belongs to an earlier run. Pass --resume_from_checkpoint true to "
                 "continue it, or another --output_dir."
             )
-        check_no_model(Path(args.output_dir))
+        check_no_model(Path(args.output_dir), written)
         return None
     return Path(args.resume_from_checkpoint)
 
 
-def check_no_model(output_dir: Path) -> None:
+def check_no_model(output_dir: Path, written: Sequence[str] = ()) -> None:
     """Exits if a folder has a file that the end of a training would replace."""
-    for name in WRITTEN_FILES:
+    for name in (*WRITTEN_FILES, *written):
         if (output_dir / name).exists():
             sys.exit(
                 f"Training did not start. It would replace {output_dir / name}. Pass another --output_dir, or delete "

@@ -20,7 +20,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 import samclip_cli
 from samclip_cli import COMMANDS, main, masks
 from samclip_cli.export import OPSETS, PARTS
-from samclip_cli.train import collect_arguments, recipe_paths
+from samclip_cli.finetune import COMMAND
+from samclip_cli.train import TRAIN, collect_arguments, recipe_paths
 from samclip_hf import export, miniature
 from samclip_hf.mask_generation_samclip import MASK_GENERATION_DEFAULTS
 
@@ -42,6 +43,9 @@ WRONG_ARGUMENTS = [
     ["train", "miniature_stage1", "--max_steps=1.5"],
     ["train", "miniature_stage1", "--stage", "7"],
     ["train", "miniature_stage1", "--clip_resolutions", "64", "large"],
+    ["finetune", "unknown_recipe"],
+    ["finetune", "miniature", "--guard_weigh", "1"],
+    ["finetune", "miniature", "--stage", "2"],
     ["evaluate", "--share", "7"],
     ["evaluate", "--task", "unknown:data"],
     ["evaluate", "--task", "classification", "unknown"],
@@ -104,8 +108,8 @@ def test_examples_in_the_help_text_can_be_parsed(capsys, tmp_path, monkeypatch, 
     assert examples
     for example in examples:
         words = shlex.split(example.partition(" > ")[0])
-        if command == "train":
-            assert collect_arguments(words)
+        if command in ("train", "finetune"):
+            assert collect_arguments(words, TRAIN if command == "train" else COMMAND)
         else:
             importlib.import_module(f"samclip_cli.{command}").build_parser().parse_args(words)
 
@@ -130,7 +134,9 @@ def test_an_option_that_a_command_does_not_have_is_explained(capsys, argv, part)
     assert part in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"train"}))  # train has a parser of its own
+@pytest.mark.parametrize(
+    "command", sorted(COMMANDS.keys() - {"train", "finetune"})
+)  # which have a parser of their own
 def test_options_cannot_be_abbreviated(capsys, command):
     parser = importlib.import_module(f"samclip_cli.{command}").build_parser()
     options = [option for option in parser._option_string_actions if option.startswith("--")]

@@ -12,7 +12,7 @@ from .samples import (
     Sample,
     SegmentedImage,
 )
-from .segmentation import open_segmentation
+from .segmentation import open_coco_segmentation, open_segmentation
 from .streams import DataError, SkippedSampleError, Stream, open_stream
 from .vocabularies import Vocabulary, load_vocabulary
 
@@ -31,6 +31,7 @@ __all__ = [
     "load_vocabulary",
     "open_captions",
     "open_classification",
+    "open_coco_segmentation",
     "open_objects",
     "open_segmentation",
     "open_stream",

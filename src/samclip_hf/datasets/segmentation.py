@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from ..images import decode_mask
 from .hub import HubSamples, image_source, open_hub, read_hub_image
 from .layouts import (
     HUB_PREFIX,
@@ -28,7 +29,10 @@ from .samples import IGNORE_INDEX, DataSet, SegmentedImage, name_errors, read_im
 from .vocabularies import Vocabulary, describe_shared_names, load_vocabulary, read_vocabulary
 
 SEGMENTATION_NAMES = "voc20, voc21, context59, context60, ade150, stuff171, object81, panoptic133, cityscapes"
-LABEL_MAPS = "a folder with images/, labels/ (png of the same stems) and, in it or in its parent, classes.json"
+LABEL_MAPS = (
+    "a folder with images/, labels/ (png of the same stems) and, in it or in its parent, classes.json or classes.txt"
+)
+CLASS_FILES = ("classes.json", "classes.txt")
 COCO_STUFF_VALUES = range(182)  # in stuffthingmaps; some of them are unused
 CITYSCAPES_VALUES = range(35)  # in labelIds files; 19 of them are evaluated. 255 stands for -1, license plates
 
@@ -43,7 +47,8 @@ def open_segmentation(name: str, root: str | Path, split: Split = "val") -> Data
               same images with background ignored; "stuff171", "panoptic133", "ade150" and "cityscapes" (19 classes);
             - "hf://owner/name?classes=classes.json", with a column of images and a column of label maps;
             - a folder with `images/` and `labels/`, png files of the same stems. Their values are indices in the list
-              of classes in `classes.json` of the folder or of its parent, or 255, which is ignored.
+              of classes in `classes.json` or `classes.txt` (a name in each line) of the folder or of its parent, or
+              255, which is ignored.
         root (`str` or `Path`):
             The folder that contains the named datasets and that relative paths refer to.
         split (`"train"` or `"val"`, *optional*, defaults to `"val"`):
@@ -104,8 +109,10 @@ def open_segmentation(name: str, root: str | Path, split: Split = "val") -> Data
     else:
         accepted = f"{LABEL_MAPS}; {HUB_PREFIX}owner/name; or one of {SEGMENTATION_NAMES}"
         folder = find_folder(name, root, accepted)
-        own, of_parent = folder / "classes.json", folder.absolute().parent / "classes.json"
-        vocabulary = read_vocabulary(own if own.exists() else require(of_parent, accepted))
+        places = [place / name for place in (folder, folder.absolute().parent) for name in CLASS_FILES]
+        vocabulary = read_vocabulary(
+            next((file for file in places if file.exists()), None) or require(places[0], accepted)
+        )
         pairs = _pair(folder / "images", folder / "labels", accepted)
         labels = _labels_by_index(vocabulary, name)
     samples = [
@@ -126,6 +133,83 @@ def open_segmentation(name: str, root: str | Path, split: Split = "val") -> Data
     }
     description |= {"split": split} if name in LAYOUTS else {}
     return DataSet(name, samples, vocabulary.names, vocabulary.background, description)
+
+
+def open_coco_segmentation(
+    file: str | Path, images: str | Path | None = None, background: Sequence[str] = ()
+) -> DataSet[SegmentedImage]:
+    """
+    Opens the masks of a COCO file as label maps. Where masks overlap, a pixel has the label of the smallest one.
+
+    Args:
+        file (`str` or `Path`):
+            Annotations with `"segmentation"`: polygons or run-length encodings.
+        images (`str` or `Path`, *optional*):
+            The folder that the file names of the images refer to. By default that of `file`.
+        background (`Sequence[str]`, *optional*):
+            Texts that describe the background: pixels without an annotation are then background, label 0. By default,
+            they are ignored. Crowds are always ignored.
+
+    Raises:
+        FileNotFoundError: The file or an image is missing.
+        ValueError: The file is not a COCO file, or an annotation has no mask. Also raised when a label map is read
+            whose masks do not have the size of the image.
+    """
+    file = Path(file)
+    content = read_json(require(file, "annotations in COCO's format"))
+    categories = sorted(get(content, "categories", file), key=lambda category: get(category, "id", file))
+    names = [[get(category, "name", file)] for category in categories]
+    if background:
+        names.insert(0, ["background"])
+    if len(names) > IGNORE_INDEX:
+        raise ValueError(f"{file} has {len(names)} classes, label maps at most {IGNORE_INDEX}.")
+    labels = {category["id"]: label for label, category in enumerate(categories, start=int(bool(background)))}
+    annotations: dict[Any, list[dict]] = {get(image, "id", file): [] for image in get(content, "images", file)}
+    for annotation in get(content, "annotations", file):
+        image_id, category_id = (get(annotation, key, file) for key in ("image_id", "category_id"))
+        if image_id not in annotations or category_id not in labels:
+            raise ValueError(f"{file}: annotation {annotation.get('id')} is of an unknown image or category.")
+        if not annotation.get("segmentation"):
+            raise ValueError(
+                f"{file}: annotation {annotation.get('id')} has no mask. samclip points --boxes makes masks of boxes."
+            )
+        annotations[image_id].append(annotation)
+    folder = file.parent if images is None else Path(images)
+    samples = []
+    for image in content["images"]:
+        path = require(folder / get(image, "file_name", file), "the folder of the images")
+        size = get(image, "height", file), get(image, "width", file)
+        samples.append(
+            SegmentedImage(
+                image["file_name"],
+                partial(read_image, path, annotated_size=size),
+                partial(_draw_coco_map, annotations[image["id"]], labels, size, path, bool(background)),
+            )
+        )
+    if not any(annotations.values()):
+        raise ValueError(f"{file} has no annotations.")
+    description = {"path": str(file), "images": len(samples), "names": file.name, **describe_shared_names(names)}
+    return DataSet(str(file), samples, names, list(background) or None, description)
+
+
+def _draw_coco_map(
+    annotations: list[dict], labels: Mapping[int, int], size: tuple[int, int], image: Path, has_background: bool
+) -> np.ndarray:
+    """Draws the annotations of an image as a label map of its size, the largest masks first."""
+    if size not in read_sizes(image):
+        raise ValueError(f"{image} has the size {read_sizes(image)[0]}, its annotations {size} (height, width).")
+    label_map = np.full(size, 0 if has_background else IGNORE_INDEX, dtype=np.uint8)
+    masks = []
+    for annotation in annotations:
+        with name_errors(f"{image}: annotation {annotation.get('id')}", "a mask"):
+            mask = decode_mask(annotation["segmentation"], size)
+        if mask.shape != size:
+            raise ValueError(f"{image} has the size {size}, its annotation {annotation.get('id')} {mask.shape}.")
+        label = IGNORE_INDEX if annotation.get("iscrowd") else labels[annotation["category_id"]]
+        masks.append((label != IGNORE_INDEX, -int(mask.sum()), label, mask))
+    for _, _, label, mask in sorted(masks, key=lambda entry: entry[:2]):  # crowds first
+        label_map[mask] = label
+    return label_map
 
 
 def _labels_by_index(vocabulary: Vocabulary, name: str) -> dict[int, int]:

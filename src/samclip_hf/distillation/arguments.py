@@ -4,7 +4,7 @@ import functools
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
@@ -105,7 +105,7 @@ WITHOUT_EFFECT: tuple[tuple[tuple[str, ...], Callable[["SamClipTrainingArguments
             "dice_weight",
             "iou_head_weight",
         ),
-        lambda args: args.stage == 2,
+        lambda args: args.has_sam_loss,
         "Only stage 2 has the SAM loss.",
     ),
     (
@@ -132,7 +132,7 @@ def check_effects(args: "SamClipTrainingArguments") -> None:
         field.name: field.default if field.default_factory is MISSING else field.default_factory()
         for field in fields(args)
     }
-    for names, has_effect, remedy in WITHOUT_EFFECT:
+    for names, has_effect, remedy in args.without_effect:
         for name in defaults.keys() & set(names):
             value = getattr(args, name)
             if value != defaults[name] and not has_effect(args):
@@ -207,6 +207,8 @@ class SamClipTrainingArguments(TrainingArguments):
     Raises:
         ValueError: If a value is out of its range, if arguments do not fit together, or if one has no effect.
     """
+
+    without_effect: ClassVar = WITHOUT_EFFECT
 
     stage: Literal[1, 2, 3] = field(
         default=1,
@@ -565,9 +567,14 @@ class SamClipTrainingArguments(TrainingArguments):
         return self.region_loss_weight > 0 or self.dense_loss_weight > 0
 
     @property
+    def has_sam_loss(self) -> bool:
+        """Whether the SAM loss is part of the training loss."""
+        return self.stage == 2
+
+    @property
     def reads_masks(self) -> bool:
         """Whether the training reads `sam_data`."""
-        return self.stage == 2 or self.has_region_loss
+        return self.has_sam_loss or self.has_region_loss
 
     def __getattr__(self, name: str) -> Any:
         if name in DEPRECATED_ARGUMENTS:

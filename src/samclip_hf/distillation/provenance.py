@@ -24,7 +24,7 @@ from transformers import TrainingArguments
 from transformers.utils import logging
 
 from ..files import write_atomically
-from .arguments import WITHOUT_EFFECT, SamClipTrainingArguments, rename_deprecated_arguments
+from .arguments import SamClipTrainingArguments, rename_deprecated_arguments
 
 logger = logging.get_logger(__name__)
 
@@ -82,7 +82,7 @@ def write(
         stage (`dict[str, Any]`):
             The record of this stage: `arguments` ([`recorded_arguments`]), `teachers` and their `commits` by
             argument, `steps`, `images_seen`, `seconds`. After a resumed run, `seconds` is the time since the last
-            resume.
+            resume. Of fine-tuning also `stage`, which replaces the number, the `model` before it, and `retention`.
         earlier_stages (`Sequence[dict]`):
             The stages of the model that this stage started from.
     """
@@ -111,7 +111,7 @@ def recorded_arguments(args: SamClipTrainingArguments) -> dict[str, Any]:
     excluded = {field.name for field in fields(TrainingArguments)} - RECORDED_ARGUMENTS | {"model"}
     if args.stage != 2:
         excluded.add("sam_data_weights")  # derived in every stage
-    excluded |= {name for names, has_effect, _ in WITHOUT_EFFECT if not has_effect(args) for name in names}
+    excluded |= {name for names, has_effect, _ in args.without_effect if not has_effect(args) for name in names}
     values = {field.name: getattr(args, field.name) for field in fields(args) if field.name not in excluded}
     return {name: "inf" if value == float("inf") else value for name, value in values.items()}  # JSON has no infinity
 
@@ -125,15 +125,18 @@ def teachers(stages: Sequence[dict[str, Any]]) -> dict[tuple[str, str], str | No
 
     Returns:
         `dict[tuple[str, str], str | None]`: Commit on the Hub, if known, by role ("SAM", "CLIP", "SAM as the start"
-        for a `sam_student`) and name.
+        for a `sam_student`, "SAM-CLIP as the start" for a fine-tuned model without earlier stages) and name.
     """
     found: dict[tuple[str, str], str | None] = {}
     for stage in stages:
+        if stage is stages[0] and (model := stage.get("model")):  # fine-tuned, and its training is not recorded
+            found[("SAM-CLIP as the start", model)] = None
         if start := stage["arguments"].get("sam_student"):
             found.setdefault(("SAM as the start", start), None)
         for argument, role in (("sam_teacher", "SAM"), ("clip_teacher", "CLIP")):
-            used = argument == "clip_teacher" or stage["stage"] < 3 or len(stages) == 1
-            if used and argument in stage["teachers"]:
+            if argument in stage["teachers"] and (
+                argument == "clip_teacher" or stage["stage"] < 3 or len(stages) == 1
+            ):
                 key = role, stage["teachers"][argument]
                 found[key] = stage["commits"].get(argument) or found.get(key)
     return found

@@ -107,7 +107,8 @@ class SamClipTrainer(Trainer):
         args ([`SamClipTrainingArguments`]):
             The training arguments.
         clip_teacher ([`ClipTeacher`] or [`EmbeddingCache`]):
-            The frozen CLIP teacher, which is moved to the student's device, or its precomputed embeddings.
+            The frozen CLIP teacher, which is moved to the student's device, or its precomputed embeddings. `None` only
+            in a subclass without the CLIP loss.
         sam_teacher ([`SamTeacher`], *optional*):
             The frozen SAM teacher. Required in stage 2, ignored in the others.
         processing_class ([`SamClipProcessor`]):
@@ -133,7 +134,7 @@ class SamClipTrainer(Trainer):
         self,
         model: SamClipModel,
         args: SamClipTrainingArguments,
-        clip_teacher: ClipTeacher | EmbeddingCache,
+        clip_teacher: ClipTeacher | EmbeddingCache | None,
         sam_teacher: SamTeacher | None = None,
         processing_class: SamClipProcessor | None = None,
         prepare_push: Callable[[Path, str], None] | None = None,
@@ -146,7 +147,7 @@ class SamClipTrainer(Trainer):
                 "An unmerged model cannot be trained: it has two encoders. SamClipModel.from_teachers(sam, clip) "
                 "builds a model that merges both."
             )
-        if args.stage == 2 and sam_teacher is None:
+        if args.has_sam_loss and sam_teacher is None:
             raise ValueError("Stage 2 requires sam_teacher.")
         if processing_class is None:
             raise ValueError("processing_class is required: the student's processor determines its normalization.")
@@ -159,7 +160,7 @@ class SamClipTrainer(Trainer):
         self.earlier_stages = provenance.read(args.model or model.name_or_path)
         self._head_config, self._patch_size = model.config.clip_head_config, patch_size
         self.clip_teacher = clip_teacher
-        self.sam_teacher = sam_teacher if args.stage == 2 else None
+        self.sam_teacher = sam_teacher if args.has_sam_loss else None
         if self.sam_teacher is not None:
             self.sam_teacher.check(model)
         self.region_teacher: RegionTeacher | None = None
@@ -172,6 +173,7 @@ class SamClipTrainer(Trainer):
                     "The region loss needs the CLIP teacher, which embeds the regions, or region_embedding_cache: set "
                     "it, or leave out clip_embedding_cache."
                 )
+            assert clip_teacher is not None
             self.region_teacher = RegionTeacher(clip_teacher, args.region_image_size)
         self.image_mean, self.image_std = mean_and_std(processing_class.image_processor)
         train_dataset = StepStream(
@@ -293,6 +295,7 @@ class SamClipTrainer(Trainer):
             cache = self.clip_teacher.description
             teacher_image_size, teacher_filter = cache.image_size, Image.Resampling(cache.resample)
         else:
+            assert self.clip_teacher is not None
             self.clip_teacher.check(student)
             cache = None
             teacher_image_size, teacher_filter = self.clip_teacher.image_size, self.clip_teacher.resample
@@ -310,39 +313,44 @@ class SamClipTrainer(Trainer):
             )
         }
         if args.reads_masks:
-            image_size = student.config.vision_config.image_size
-            if self.sam_teacher is not None:
-                image_size = self.sam_teacher.image_size
-            streams = [
-                open_stream(
-                    name,
-                    with_masks=True,
-                    shard_fraction=args.sam_shard_fraction,
-                    eval_fraction=args.eval_fraction,
-                )
-                for name in args.sam_data
-            ]
             regions_per_image = min(args.regions_per_image, args.masks_per_image) if args.has_region_loss else 0
-            if self.region_cache is not None:
-                self.region_cache.check(
-                    student, streams, args.clip_teacher, image_size, regions_per_image, args.region_image_size
-                )
-                streams = self.region_cache.attach(streams)
-            tasks["sam"] = SamBatches(
-                streams,
-                weights=args.sam_data_weights or [],
-                image_size=image_size,
-                student_image_sizes=args.sam_resolutions or [image_size],
-                batch_size=args.sam_batch_size,
-                masks_per_image=args.masks_per_image,
-                max_box_noise=args.max_box_noise,
-                shuffle_buffer=args.sam_shuffle_buffer,
-                regions_per_image=regions_per_image,
-                mask_size=4 * image_size // student.config.vision_config.patch_size,
-                region_cache=None if self.region_cache is None else self.region_cache.description,
-                mask_prompt_fraction=args.mask_prompt_fraction,
-            )
+            tasks["sam"] = self.sam_batches(student, regions_per_image)
         return tasks
+
+    def sam_batches(self, student: SamClipModel, regions_per_image: int) -> SamBatches:
+        """Opens `sam_data` and returns its batches. `regions_per_image` of the masks of an image are also regions."""
+        args = self.args
+        image_size = student.config.vision_config.image_size
+        if self.sam_teacher is not None:
+            image_size = self.sam_teacher.image_size
+        streams = [
+            open_stream(
+                name,
+                with_masks=True,
+                shard_fraction=args.sam_shard_fraction,
+                eval_fraction=args.eval_fraction,
+            )
+            for name in args.sam_data
+        ]
+        if self.region_cache is not None:
+            self.region_cache.check(
+                student, streams, args.clip_teacher, image_size, regions_per_image, args.region_image_size
+            )
+            streams = self.region_cache.attach(streams)
+        return SamBatches(
+            streams,
+            weights=args.sam_data_weights or [],
+            image_size=image_size,
+            student_image_sizes=args.sam_resolutions or [image_size],
+            batch_size=args.sam_batch_size,
+            masks_per_image=args.masks_per_image,
+            max_box_noise=args.max_box_noise,
+            shuffle_buffer=args.sam_shuffle_buffer,
+            regions_per_image=regions_per_image,
+            mask_size=4 * image_size // student.config.vision_config.patch_size,
+            region_cache=None if self.region_cache is None else self.region_cache.description,
+            mask_prompt_fraction=args.mask_prompt_fraction,
+        )
 
     def clip_loss(self, model: nn.Module, images: Tensor, **targets: Tensor) -> Tensor:
         """Returns the loss of a micro-batch of [`ClipBatches`]: one pass of the student, and `image_loss`."""
@@ -453,6 +461,14 @@ class SamClipTrainer(Trainer):
             + self.args.dice_weight * parts["dice"]
             + self.args.iou_head_weight * parts["iou_head"]
         )
+
+    def evaluation_metrics(self) -> dict[str, float]:
+        """Returns metrics of an evaluation besides the losses. All processes call it."""
+        return {}
+
+    def stage_record(self) -> dict[str, Any]:
+        """Returns entries of this stage in `provenance.json` that replace those of the trainer, or are added."""
+        return {}
 
     def _mask_size(self, images: Tensor) -> tuple[int, int]:
         """Height and width of mask prompts and mask logits for images `(batch_size, 3, height, width)`."""
@@ -589,6 +605,7 @@ class SamClipTrainer(Trainer):
                     "causes. Raise eval_batches or eval_fraction, or train without evaluation."
                 )
             averages["loss"] = sum(averages.pop(f"loss of {task}") for task in tasks)
+            averages |= self.evaluation_metrics()
             metrics = {f"{metric_key_prefix}_{name}": value for name, value in averages.items()}
         best = self.args.metric_for_best_model
         if metric_key_prefix == "eval" and best is not None and f"eval_{best.removeprefix('eval_')}" not in metrics:
@@ -667,7 +684,7 @@ class SamClipTrainer(Trainer):
             stage["frozen"] = self.frozen_by_user
         if self.args.load_best_model_at_end and not self.is_in_train:
             stage["best_step"] = self.state.best_global_step  # the step of the weights
-        provenance.write(folder, self.args, stage, self.earlier_stages)
+        provenance.write(folder, self.args, stage | self.stage_record(), self.earlier_stages)
 
     def _teacher_names(self) -> dict[str, str]:
         """The names of the teachers that were used, by argument, and of the SAM that a new student starts from."""

@@ -166,6 +166,8 @@ def _num_parameters(folder: Path) -> dict[str, int]:
 
 def _data_sources(stage: dict[str, Any]) -> set[str]:
     arguments = stage["arguments"]
+    if "data" in arguments:  # of fine-tuning
+        return {arguments["data"]}
     return {*arguments["clip_data"], *(arguments["sam_data"] if stage["stage"] == 2 else ())}
 
 

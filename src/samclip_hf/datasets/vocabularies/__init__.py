@@ -38,11 +38,17 @@ def load_vocabulary(name: str) -> Vocabulary:
 def read_vocabulary(file: Path) -> Vocabulary:
     """
     Reads a json file with a list of names or of lists of synonyms, or with the `names`, `source` and `background` of a
-    [`Vocabulary`]. In a list, "background" is a class like others, whose text is its name.
+    [`Vocabulary`]; or a text file with a name in each line. In a list, "background" is a class like others, whose text
+    is its name.
 
     Raises `ValueError` for other content, and if there are texts for the background and the first class is another.
     """
-    content = read_json(file)
+    if file.suffix == ".txt":
+        content: Any = [line.strip() for line in file.read_text(encoding="utf-8").rstrip().splitlines()]
+        if not all(content):
+            raise ValueError(f"{file} has an empty line. Line 1 is the name of value 0 in the label maps, and so on.")
+    else:
+        content = read_json(file)
     if isinstance(content, list):
         content = {"names": content}
     names = [[name] if isinstance(name, str) else list(name) for name in get(content, "names", file)]

@@ -1,0 +1,277 @@
+"""
+[`FinetuningTrainer`] fine-tunes a SAM-CLIP on labelled images, and guards against forgetting with the distillation
+losses: on general images, the model is compared with itself before fine-tuning.
+"""
+
+import copy
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
+
+from .. import miniature
+from ..datasets import DataSet, SegmentedImage
+from ..distillation import SamClipTrainer
+from ..distillation.collation import TaskBatches
+from ..distillation.losses import cosine_distillation_loss, mask_iou
+from ..evaluation import ComposedSegmentation, Evaluator, SamClipAdapter
+from ..files import write_atomically
+from ..images import mean_and_std, normalize
+from ..modeling_samclip import SamClipModel, patches_of_masks
+from ..processing_samclip import SamClipProcessor
+from ..segmentation_samclip import SamClipForImageSegmentation
+from .arguments import FinetuningArguments
+from .data import LabelMapBatches
+
+RETENTION_NAME = "retention.json"
+# The metrics of an evaluator that are rows of the retention table. By default the first one.
+RETENTION_METRICS = {"prompts": ("point_miou", "box_miou")}
+OWN_CLASSES = "own classes"  # the task of the first row
+
+
+class FrozenModel(nn.Module):
+    """
+    A frozen copy of a model, as the teacher of its own fine-tuning.
+
+    Args:
+        model ([`SamClipModel`]):
+            The model, which is copied.
+        image_mean, image_std (`list[float]`):
+            Its normalization.
+    """
+
+    def __init__(self, model: SamClipModel, image_mean: list[float], image_std: list[float]):
+        super().__init__()
+        self.model = copy.deepcopy(model).float().requires_grad_(False)
+        self.image_mean, self.image_std = image_mean, image_std
+        self.image_size: int = model.config.vision_config.image_size
+        self.eval()
+
+    def train(self, mode: bool = True) -> "FrozenModel":
+        """Keeps the copy in evaluation mode."""
+        return super().train(False)
+
+    def check(self, student: SamClipModel) -> None:
+        """Does nothing: the student is the same model."""
+
+    @torch.no_grad()
+    def forward(self, images: Tensor, content_sizes: Tensor, **prompts) -> tuple[Tensor, Tensor]:
+        """Arguments and results are those of [`SamTeacher`]."""
+        outputs = self.model(pixel_values=normalize(images, self.image_mean, self.image_std, content_sizes), **prompts)
+        return outputs.pred_masks, outputs.iou_scores
+
+
+class FinetuningTrainer(SamClipTrainer):
+    """
+    Fine-tunes a [`SamClipForImageSegmentation`], whose vocabulary becomes that of the data. A step has a micro-batch
+    of labelled images, with the loss of the model for `labels`, `mask_labels` and `class_labels`, and, with a guard,
+    one of general images.
+
+    Args:
+        model ([`SamClipForImageSegmentation`]):
+            The model with its text tower.
+        args ([`FinetuningArguments`]):
+            The arguments.
+        data, eval_data (`DataSet`):
+            Labelled images for training and for evaluation, with the same classes.
+        processing_class ([`SamClipProcessor`]):
+            The model's processor.
+        retention (`Mapping[str, Evaluator]`, *optional*):
+            Evaluators for [`SamClipAdapter`], whose results before and after are in the retention table, by name.
+        prepare_push (`Callable`, *optional*):
+            As in [`SamClipTrainer`].
+
+    Raises:
+        ValueError: As [`SamClipTrainer`], and if the data have other classes or cannot be a vocabulary.
+    """
+
+    args: FinetuningArguments
+
+    def __init__(
+        self,
+        model: SamClipForImageSegmentation,
+        args: FinetuningArguments,
+        data: DataSet[SegmentedImage],
+        eval_data: DataSet[SegmentedImage],
+        processing_class: SamClipProcessor,
+        retention: Mapping[str, Evaluator] | None = None,
+        prepare_push: Callable[[Path, str], None] | None = None,
+    ):
+        if (data.names, data.background) != (eval_data.names, eval_data.background):
+            raise ValueError(
+                f"{data.name} and {eval_data.name} have different classes. They must have the same ones in the same "
+                "order."
+            )
+        assert data.names is not None
+        model.set_vocabulary(
+            data.names[int(data.background is not None) :],
+            data.background or (),
+            args.templates,
+            processing_class.tokenizer,
+        )
+        self.data, self.eval_data = data, eval_data
+        image_mean, image_std = mean_and_std(processing_class.image_processor)
+        self._image_processor = processing_class.image_processor
+        self._ignore_index: int = model.config.semantic_loss_ignore_index
+        super().__init__(
+            model,
+            args,
+            clip_teacher=None,
+            sam_teacher=FrozenModel(model, image_mean, image_std) if args.has_sam_loss else None,  # type: ignore[arg-type]
+            processing_class=processing_class,
+            prepare_push=prepare_push,
+        )
+        own: dict[str, Evaluator] = {OWN_CLASSES: ComposedSegmentation(eval_data, templates=args.templates)}
+        self.retention = own | dict(retention or {})
+        self._before: dict[tuple[str, str], float] = {}
+        self._after: dict[tuple[str, str], float] = {}
+
+    def make_tasks(self, student: SamClipModel) -> dict[str, TaskBatches]:
+        """Returns the labelled images ("own") and, with a guard, the general images ("sam")."""
+        own = LabelMapBatches(self.data, self.eval_data, self._image_processor, self.args.batch_size)
+        tasks: dict[str, TaskBatches] = {"own": own}
+        if self.args.has_sam_loss:
+            tasks["sam"] = self.sam_batches(student, regions_per_image=self.args.masks_per_image)
+        return tasks
+
+    def losses(self) -> dict[str, Callable[..., Tensor]]:
+        """Returns the loss of each task."""
+        return {"own": self.own_loss, "sam": self.guard_loss}
+
+    def own_loss(self, model: nn.Module, images: Tensor, content_sizes: Tensor, label_maps: Tensor) -> Tensor:
+        """Returns the model's loss for a micro-batch of [`LabelMapBatches`]: of its label maps, and of their classes
+        as masks, one for each class of an image."""
+        mask_labels, class_labels = [], []
+        for label_map, content_size in zip(label_maps, content_sizes.tolist(), strict=True):
+            height, width = (
+                max(1, round(side * size / full))
+                for side, size, full in zip(content_size, label_map.shape, images.shape[-2:], strict=True)
+            )
+            content = label_map[:height, :width]
+            labels = content.unique()
+            labels = labels[labels != self._ignore_index]
+            mask_labels.append(content == labels[:, None, None])
+            class_labels.append(labels)
+        outputs = model(
+            pixel_values=normalize(images, self.image_mean, self.image_std, content_sizes),
+            reshaped_input_sizes=content_sizes,
+            labels=label_maps,
+            mask_labels=mask_labels,
+            class_labels=class_labels,
+        )
+        self.record({"own_loss": outputs.loss})
+        return outputs.loss
+
+    def guard_loss(
+        self, model: nn.Module, images: Tensor, content_sizes: Tensor, region_masks: Tensor, **prompts
+    ) -> Tensor:
+        """
+        Returns the loss against forgetting for a micro-batch of [`SamBatches`]: the student against the model before
+        fine-tuning, in one pass of each. The parts are L_SAM of the masks, as in stage 2, and 1 - cos of the
+        embeddings of images, masks and patches. All are 0, with zero gradient, before the first step.
+        """
+        assert self.sam_teacher is not None
+        grid_size = (images.shape[-2] // self._patch_size, images.shape[-1] // self._patch_size)
+        segments = patches_of_masks(region_masks.float() / 255, grid_size, grid_size)
+        inputs = prompts | {
+            "pixel_values": normalize(images, self.image_mean, self.image_std, content_sizes),
+            "multimask_output": "input_points" in prompts,
+            "segments": segments,
+            "reshaped_input_sizes": content_sizes,
+        }
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+            before = self.sam_teacher.model(**inputs)
+        outputs = model(**inputs)
+        mask_loss = self.mask_loss(outputs.pred_masks, before.pred_masks, outputs.iou_scores, before.iou_scores)
+        is_segment = segments.flatten(2).any(dim=-1)
+        rows, columns = (torch.arange(side, device=images.device) * self._patch_size for side in grid_size)
+        is_content = (rows < content_sizes[:, :1])[:, :, None] & (columns < content_sizes[:, 1:])[:, None, :]
+        parts = {
+            "image": cosine_distillation_loss(outputs.image_embeds, before.image_embeds)["cosine"],
+            "segment": _mean_distance(outputs.segment_embeds, before.segment_embeds, is_segment),
+            "dense": _mean_distance(
+                outputs.dense_embeds.movedim(1, -1), before.dense_embeds.movedim(1, -1), is_content
+            ),
+        }
+        self.record({f"guard_{name}": part for name, part in parts.items()})
+        prompt = "point" if "input_points" in prompts else "box"
+        self.record({f"mask_iou_{prompt}": mask_iou(outputs.pred_masks, before.pred_masks)})
+        return self.args.guard_weight * (self.args.sam_loss_weight * mask_loss + sum(parts.values()))
+
+    def _segmenter(self) -> SamClipForImageSegmentation:
+        model = self.accelerator.unwrap_model(self.model)
+        return model.get_base_model() if hasattr(model, "get_base_model") else model  # of peft
+
+    # The retention table.
+
+    def measure(self) -> dict[tuple[str, str], float]:
+        """Returns the results of the retention table, by task and metric. All processes call it."""
+        model = self._segmenter().eval()
+        adapter = SamClipAdapter(self.args.output_dir, model, self.processing_class)
+        values: dict[tuple[str, str], float] = {}
+        for task, evaluator in self.retention.items():
+            result = evaluator.run(adapter)
+            if result is not None:  # only in the main process
+                names = RETENTION_METRICS.get(evaluator.name, tuple(result.metrics)[:1])
+                values |= {(task, name): float(result.metrics[name] or 0.0) for name in names}
+        return broadcast_object_list([values])[0]
+
+    def score(self, values: Mapping[tuple[str, str], float]) -> float:
+        """Returns `retention_score`: the mean IoU of the own classes, times the smallest ratio of another result to
+        its value before, if that is below 1."""
+        own, *others = values
+        ratios = [values[key] / self._before[key] for key in others if self._before[key] > 0]
+        return values[own] * min([1.0, *ratios])
+
+    def train(self, *args, **kwargs):
+        """As in [`Trainer`]. Measures the retention table first."""
+        self._before = self.measure()
+        return super().train(*args, **kwargs)
+
+    def load_finished_run(self, checkpoint: Path) -> None:
+        """As in [`SamClipTrainer`]. Measures the retention table first."""
+        self._before = self.measure()
+        super().load_finished_run(checkpoint)
+
+    def evaluation_metrics(self) -> dict[str, float]:
+        """Returns the retention table and its score."""
+        values = self.measure()
+        names = {f"{task} {metric}".replace(" ", "_"): value for (task, metric), value in values.items()}
+        return names | ({"retention_score": self.score(values)} if self._before else {})
+
+    def retention_table(self) -> list[dict[str, Any]]:
+        """Returns the rows of the table: `task`, `metric`, and the values `before` and, at the end, `after`."""
+        return [
+            {"task": task, "metric": metric, "before": value, "after": self._after.get((task, metric))}
+            for (task, metric), value in self._before.items()
+        ]
+
+    def stage_record(self) -> dict[str, Any]:
+        """Returns the name of the stage, the model before it and, at the end, the retention table."""
+        model = "miniature" if self.args.model == miniature.checkpoint() else self.args.model
+        record = {"stage": "fine-tuning", "model": model}
+        return record | ({"retention": self.retention_table()} if self._after else {})
+
+    def save_provenance(self, metrics: dict[str, float]) -> None:
+        """Measures the final model, and writes `retention.json` and `provenance.json`."""
+        self._after = self.measure()
+        if self.is_world_process_zero():
+            content = {
+                "results": self.retention_table(),
+                "score": self.score(self._after),
+                "protocols": {task: evaluator.describe() for task, evaluator in self.retention.items()},
+            }
+            text = json.dumps(content, indent=2, default=str) + "\n"
+            write_atomically(Path(self.args.output_dir) / RETENTION_NAME, text)
+        super().save_provenance(metrics)
+
+
+def _mean_distance(student_embeds: Tensor, teacher_embeds: Tensor, is_counted: Tensor) -> Tensor:
+    """The mean of 1 - cos over the embeddings that count: `(..., projection_dim)` twice, and `(...)`."""
+    distances = 1 - F.cosine_similarity(student_embeds.float(), teacher_embeds.float(), dim=-1)
+    return distances.masked_fill(~is_counted, 0).sum() / is_counted.sum().clamp_min(1)

@@ -1,0 +1,391 @@
+"""`samclip finetune`: labelled images, the guard against forgetting, the retention table, and what a run leaves."""
+
+import copy
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from samclip_cli import CommandError, finetune, main
+from samclip_cli.train import parse_arguments, recipe_paths
+from samclip_hf import SamClipForImageSegmentation, SamClipProcessor, miniature
+from samclip_hf.datasets import open_coco_segmentation
+from samclip_hf.distillation import provenance
+from samclip_hf.finetuning import FinetuningTrainer, open_data
+from samclip_hf.images import encode_mask
+from samclip_hf.miniature.scenes import BACKGROUND_PROMPTS, CLASS_NAMES, HELD_OUT, render
+from samclip_hf.publishing import create_model_card, publish_provenance
+
+NAMES = [CLASS_NAMES[class_id] for class_id in HELD_OUT]
+SETTINGS = {
+    **{"model": "miniature", "use_cpu": True, "report_to": "none", "disable_tqdm": True, "seed": 3},
+    **{"templates": "a {}", "batch_size": 2, "max_steps": 2, "learning_rate": 1e-3, "logging_steps": 1},
+    **{"eval_steps": 1, "save_steps": 1, "eval_batches": 1, "eval_fraction": 0.25},
+}
+GUARD = {"sam_data": "miniature", "sam_batch_size": 2, "masks_per_image": 2, "sam_shuffle_buffer": 2}
+
+RETENTION = {"retention": ["prompts:miniature"], "retention_limit": 16}
+
+
+@pytest.fixture(scope="module")
+def scenes() -> list:
+    """Scenes with one object, of a class that no caption names."""
+    return [render(7, index, num_objects=1, class_id=HELD_OUT[index % 8]) for index in range(8)]
+
+
+@pytest.fixture(scope="module")
+def folder(scenes, tmp_path_factory) -> Path:
+    """The scenes with label maps. 0 is background."""
+    root = tmp_path_factory.mktemp("label_maps")
+    for name in ("images", "labels"):
+        (root / name).mkdir()
+    for index, scene in enumerate(scenes):
+        label_map = scene.masks[0] * np.uint8(1 + HELD_OUT.index(scene.class_ids[0]))
+        Image.fromarray(scene.image).save(root / f"images/{index}.png")
+        Image.fromarray(label_map).save(root / f"labels/{index}.png")
+    classes = {"names": ["background", *NAMES], "background": list(BACKGROUND_PROMPTS)}
+    (root / "classes.json").write_text(json.dumps(classes))
+    return root
+
+
+def coco_content(scenes) -> dict:
+    return {
+        "categories": [{"id": 5 + 2 * number, "name": name} for number, name in enumerate(NAMES)][::-1],
+        "images": [{"id": 10 + i, "file_name": f"{i}.png", "height": 128, "width": 128} for i in range(len(scenes))],
+        "annotations": [
+            {
+                **{"id": index, "image_id": 10 + index, "bbox": [0, 0, 1, 1], "iscrowd": 0},
+                "category_id": 5 + 2 * HELD_OUT.index(scene.class_ids[0]),
+                "segmentation": encode_mask(scene.masks[0], compressed=True),
+            }
+            for index, scene in enumerate(scenes)
+        ],
+    }
+
+
+@pytest.fixture(scope="module")
+def coco(scenes, folder) -> Path:
+    """The same labels as a COCO file."""
+    path = folder / "annotations.json"
+    path.write_text(json.dumps(coco_content(scenes)))
+    return path
+
+
+class StopAfterFirstStep(TrainerCallback):
+    def on_save(self, args, state, control, **kwargs):
+        control.should_training_stop = True
+
+
+def words(settings: dict) -> list[str]:
+    return [
+        word
+        for name, value in settings.items()
+        for word in (f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)]))
+    ]
+
+
+def make_trainer(tmp_path: Path, data: Path, **settings) -> FinetuningTrainer:
+    settings = SETTINGS | {"output_dir": tmp_path / "run", "data": data, "guard_weight": 0} | settings
+    return finetune.build_trainer(parse_arguments(words(settings), finetune.COMMAND))
+
+
+def run(tmp_path: Path, folder: Path, **settings) -> Path:
+    settings = SETTINGS | {"output_dir": tmp_path / "run", "data": folder, "guard_weight": 0} | settings
+    assert main(["finetune", *words(settings)]) == 0
+    return settings["output_dir"]
+
+
+def first_batch(trainer: FinetuningTrainer) -> dict:
+    return dict(next(iter(trainer.get_train_dataloader())))
+
+
+class TestData:
+    def test_coco_and_label_maps_give_the_same_loss(self, folder, coco, tmp_path):
+        losses = []
+        coco_options = {"images": folder / "images", "background": list(BACKGROUND_PROMPTS)}
+        for data, options in ((folder, {}), (coco, coco_options)):
+            trainer = make_trainer(tmp_path, data, eval_data=data, **options)
+            losses.append(trainer.own_loss(trainer.model.eval(), **first_batch(trainer)["own"]).item())
+        assert losses[0] == losses[1] > 0
+
+    def test_the_loss_is_that_of_the_model_for_the_processors_outputs(self, folder, scenes, tmp_path):
+        trainer = make_trainer(tmp_path, folder, eval_data=folder, batch_size=8)
+        model = copy.deepcopy(trainer.model).eval()
+        loss = trainer.own_loss(trainer.model.eval(), **first_batch(trainer)["own"]).item()
+        processor = SamClipProcessor.from_pretrained(miniature.checkpoint())
+        label_maps = [np.asarray(Image.open(folder / f"labels/{index}.png")) for index in range(8)]
+        inputs = processor([Image.fromarray(s.image) for s in scenes], segmentation_maps=label_maps)
+        labels = [torch.tensor([0, 1 + HELD_OUT.index(scene.class_ids[0])]) for scene in scenes]
+        # As the label maps that the processor has resized.
+        masks = [own == label[:, None, None] for own, label in zip(inputs["labels"], labels, strict=True)]
+        with torch.no_grad():
+            expected = model(**inputs, mask_labels=masks, class_labels=labels).loss.item()
+        assert loss == pytest.approx(expected, rel=2e-3)  # pixels are rounded to 8 bits
+
+    def test_coco_masks_are_drawn_by_size_and_crowds_are_ignored(self, scenes, folder, tmp_path):
+        small, large, crowd = np.zeros((3, 128, 128), dtype=bool)
+        small[40:50, 40:60], large[20:90, 30:70], crowd[80:120, 60:100] = True, True, True
+        content = coco_content(scenes[:1])
+        first = content["annotations"][0]
+        content["annotations"] = [
+            first | {"id": number, "category_id": category, "segmentation": encode_mask(mask), "iscrowd": is_crowd}
+            for number, (mask, category, is_crowd) in enumerate(((small, 5, 0), (large, 7, 0), (crowd, 5, 1)))
+        ]
+        (tmp_path / "coco.json").write_text(json.dumps(content))
+        for texts in ((), ("a wall",)):
+            data = open_coco_segmentation(tmp_path / "coco.json", folder / "images", texts)
+            expected = np.full((128, 128), 0 if texts else 255)
+            expected[crowd] = 255
+            expected[large] = 1 + bool(texts)
+            expected[small] = 0 + bool(texts)
+            assert (next(iter(data.samples)).label_map() == expected).all()
+            assert data.names == [["background"]] * bool(texts) + [[name] for name in NAMES]
+
+    def test_names_of_classes_can_be_a_text_file(self, folder, tmp_path):
+        for name in ("images", "labels"):
+            (tmp_path / name).symlink_to(folder / name)
+        (tmp_path / "classes.txt").write_text("\n".join(["nothing", *NAMES]) + "\n")
+        assert open_data(str(tmp_path)).names == [["nothing"], *([name] for name in NAMES)]
+        (tmp_path / "classes.txt").write_text("nothing\n\ncat\n")
+        with pytest.raises(ValueError, match="has an empty line"):
+            open_data(str(tmp_path))
+
+    def test_a_data_set_of_the_library_gives_the_same_label_maps(self, folder, tmp_path):
+        datasets = pytest.importorskip("datasets")
+        files = {name: [str(folder / name / f"{i}.png") for i in range(8)] for name in ("images", "labels")}
+        table = datasets.Dataset.from_dict({"image": files["images"], "label_map": files["labels"]})
+        for column in table.column_names:
+            table = table.cast_column(column, datasets.Image())
+        (tmp_path / "set").mkdir()
+        table.to_parquet(str(tmp_path / "set" / "train.parquet"))
+        data = open_data(f"hf://{tmp_path / 'set'}?classes={folder / 'classes.json'}")
+        assert data.names == open_data(str(folder)).names
+        for own, other in zip(data.samples, open_data(str(folder)).samples, strict=True):
+            assert (own.label_map() == other.label_map()).all()
+
+
+class TestGuard:
+    def test_weight_0_gives_the_plain_loss_and_reads_no_general_images(self, folder, tmp_path):
+        trainer = make_trainer(tmp_path, folder, eval_strategy="no", load_best_model_at_end=False, save_strategy="no")
+        assert trainer.sam_teacher is None and trainer.train_dataset.tasks.keys() == {"own"}
+        plain = trainer.own_loss(copy.deepcopy(trainer.model).train(), **first_batch(trainer)["own"]).item()
+        mask_decoder = {name: value.clone() for name, value in trainer.model.mask_decoder.state_dict().items()}
+        trainer = make_trainer(tmp_path, folder, eval_strategy="no", load_best_model_at_end=False, save_strategy="no")
+        trainer.train()
+        logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+        assert logged[0]["loss"] == pytest.approx(plain, rel=1e-4)
+        assert all(entry["loss"] == entry["own_loss"] for entry in logged)
+        assert all(value.equal(mask_decoder[name]) for name, value in trainer.model.mask_decoder.state_dict().items())
+
+    def test_before_the_first_step_the_guard_is_zero_without_gradient(self, folder, tmp_path):
+        trainer = make_trainer(tmp_path, folder, guard_weight=2, **GUARD)
+        loss = trainer.guard_loss(trainer.model.eval(), **first_batch(trainer)["sam"])
+        loss.backward()
+        assert loss.item() == pytest.approx(0, abs=1e-5)
+        gradients = [p.grad.abs().max().item() for p in trainer.model.parameters() if p.grad is not None]
+        assert gradients and max(gradients) < 1e-3
+
+    def test_the_gradient_of_the_guard_pulls_back(self, folder, tmp_path):
+        """From a model that has moved, a small step against the gradient reduces the loss and the distance of the
+        image embeddings to those before."""
+        trainer = make_trainer(tmp_path, folder, guard_weight=1, **GUARD)
+        before, model = trainer.sam_teacher.model, trainer.model.eval()
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in parameters:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.03 * parameter.std())
+        batch = first_batch(trainer)["sam"]
+        loss = trainer.guard_loss(model, **batch)
+        loss.backward()
+        assert {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.any()} == {
+            *("vision_encoder", "mask_decoder", "clip_head")
+        }
+        images = torch.randn(4, 3, 128, 128, generator=generator)
+        with torch.no_grad():
+            reference = before.get_image_features(images).pooler_output
+
+            def distance() -> float:
+                features = model.get_image_features(images).pooler_output
+                return (1 - torch.cosine_similarity(features, reference).mean()).item()
+
+            far = distance()
+            norm = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]).square().sum()
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    parameter.sub_(0.2 * loss.item() / norm * parameter.grad)
+            assert trainer.guard_loss(model, **batch).item() < loss.item()
+            assert distance() < far
+
+    def test_the_weight_multiplies_the_guard(self, folder, tmp_path):
+        losses = []
+        for weight in (1, 3):
+            trainer = make_trainer(tmp_path, folder, guard_weight=weight, **GUARD)
+            with torch.no_grad():
+                trainer.model.clip_head.mlp.fc1.weight.mul_(1.5)
+                trainer.model.mask_decoder.iou_token.weight.mul_(1.5)
+            losses.append(trainer.guard_loss(trainer.model.eval(), **first_batch(trainer)["sam"]).item())
+        assert losses[1] == pytest.approx(3 * losses[0], rel=1e-4) and losses[0] > 1e-3
+
+
+@pytest.fixture(scope="module")
+def complete(folder, tmp_path_factory) -> Path:
+    """The output folder of a run with a guard."""
+    return run(tmp_path_factory.mktemp("complete"), folder, guard_weight=1, **GUARD, **RETENTION)
+
+
+class TestRun:
+    def test_the_output_has_a_model_with_the_vocabulary_and_the_retention_table(self, complete, scenes):
+        model = SamClipForImageSegmentation.from_pretrained(complete)
+        assert list(model.config.id2label.values()) == ["background", *NAMES]
+        content = json.loads((complete / "retention.json").read_text())
+        rows = {(row["task"], row["metric"]): row for row in content["results"]}
+        assert [*rows] == [
+            ("own classes", "mean_iou"),
+            ("prompts:miniature", "point_miou"),
+            ("prompts:miniature", "box_miou"),
+        ]
+        assert all(0 < row[when] <= 1 for row in rows.values() for when in ("before", "after"))
+        own, *others = content["results"]
+        ratio = min([1.0, *(row["after"] / row["before"] for row in others)])
+        assert content["score"] == pytest.approx(own["after"] * ratio)
+
+    def test_provenance_and_model_card_have_the_table(self, complete, tmp_path):
+        *earlier, stage = provenance.read(complete)
+        assert earlier == provenance.read(miniature.checkpoint())
+        assert stage["stage"] == "fine-tuning" and stage["model"] == "miniature" and stage["teachers"] == {}
+        assert stage["retention"] == json.loads((complete / "retention.json").read_text())["results"]
+        assert "clip_data" not in stage["arguments"] and stage["arguments"]["guard_weight"] == 1
+        stages, licenses = publish_provenance(complete, tmp_path)
+        text = str(create_model_card(complete, "me/adapted", stages, licenses=licenses))
+        assert "license: apache-2.0" in text
+        assert re.search(r"\| prompts:miniature \| box_miou \| 0\.\d{3} \| 0\.\d{3} \|", text)
+        assert "guard against forgetting on `miniature`, weight 1.0" in text
+
+    @pytest.mark.slow
+    def test_a_resumed_run_equals_an_uninterrupted_one(self, complete, folder, tmp_path):
+        output = tmp_path / "run"
+        options = {"guard_weight": 1, **GUARD, **RETENTION, "output_dir": output}
+        trainer = make_trainer(tmp_path, folder, **options)
+        trainer.add_callback(StopAfterFirstStep())
+        trainer.train()
+        assert {path.name for path in output.iterdir()} == {"checkpoint-1", "panels"}
+        run(tmp_path, folder, **options, resume_from_checkpoint="true")
+        for name, value in load_file(output / "model.safetensors").items():
+            assert torch.equal(value, load_file(complete / "model.safetensors")[name]), name
+        results = [json.loads((path / "retention.json").read_text())["results"] for path in (output, complete)]
+        assert results[0] == results[1]
+
+    def test_nothing_is_overwritten(self, complete, folder, tmp_path):
+        with pytest.raises(SystemExit, match="belongs to an earlier run"):
+            run(tmp_path, folder, output_dir=complete)
+        (tmp_path / "mine").mkdir()
+        (tmp_path / "mine" / "retention.json").write_text("mine")
+        with pytest.raises(SystemExit, match=r"It would replace .*retention.json"):
+            run(tmp_path, folder, output_dir=tmp_path / "mine")
+        assert (tmp_path / "mine" / "retention.json").read_text() == "mine"
+
+    def test_the_best_checkpoint_by_the_score_is_kept(self, folder, tmp_path, monkeypatch):
+        """The mean IoU is highest after the second step, but a result of retention has fallen by half there."""
+        own, other = ("own classes", "mean_iou"), ("prompts", "box_miou")
+        values = iter([(0.2, 0.8), (0.5, 0.8), (0.9, 0.4), (0.5, 0.8)])  # before, step 1, step 2, the final model
+        monkeypatch.setattr(
+            FinetuningTrainer, "measure", lambda self: dict(zip((own, other), next(values), strict=True))
+        )
+        output = run(tmp_path, folder)
+        best, last = (load_file(output / f"checkpoint-{step}" / "model.safetensors") for step in (1, 2))
+        saved = load_file(output / "model.safetensors")
+        assert all(torch.equal(value, best[name]) for name, value in saved.items())
+        assert not all(torch.equal(value, last[name]) for name, value in saved.items())
+        assert provenance.read(output)[-1]["best_step"] == 1
+
+    @pytest.mark.slow
+    def test_adapters_are_merged_into_the_model(self, folder, tmp_path):
+        output = run(tmp_path, folder, lora_r=2, guard_weight=1, **GUARD, encoder_lr_multiplier=1)
+        assert (output / "adapter" / "adapter_config.json").is_file()
+        before = load_file(Path(miniature.checkpoint()) / "model.safetensors")
+        after = load_file(output / "model.safetensors")
+        changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
+        in_encoder = [name for name in changed if name.startswith("vision_encoder.")]
+        assert in_encoder and all(re.search(r"(qkv|proj|lin[12])\.weight$", name) for name in in_encoder)
+        assert any(name.startswith("clip_head.") for name in changed)
+        assert not any(name.startswith(("text_", "prompt_encoder")) for name in changed)
+
+
+@pytest.mark.parametrize("path", recipe_paths(finetune.COMMAND).values(), ids=lambda path: path.stem)
+def test_every_recipe_can_be_parsed(path, tmp_path):
+    more = {"data": "d", "model": "m", "sam_data": "s", "output_dir": tmp_path, "bf16": False, "use_cpu": True}
+    args = parse_arguments([str(path), *words(more)], finetune.COMMAND)
+    assert args.max_steps > 0 and args.metric_for_best_model == "retention_score" and args.greater_is_better
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"data": None}, "Pass labelled images as data"),
+        ({"model": None}, "Pass the SAM-CLIP to fine-tune as model"),
+        ({"model": "./nowhere"}, "./nowhere: no such folder"),
+        ({"guard_weight": 1}, "needs general images with masks: pass them as sam_data"),
+        ({"sam_data": "miniature"}, "Only the guard reads general images: set guard_weight above 0"),
+        ({"guard_weight": -1}, "guard_weight must be 0 or more"),
+        ({"batch_size": 0}, "batch_size must be 1 or more"),
+        ({"retention_limit": 5}, "retention_limit has no effect without retention"),
+        ({"retention": "cost:64x64"}, "retention: cost:64x64 is not a task of one of classification"),
+        ({"retention": "composed:nowhere"}, "composed:nowhere"),
+        ({"clip_data": "photos"}, "Pass labelled images as data, and general images as sam_data"),
+        ({"clip_teacher": "a"}, "The model before fine-tuning is the only teacher"),
+        ({"stage": 2}, "unknown argument 'stage'"),
+        ({"num_train_epochs": 2}, "Set max_steps: images times epochs"),
+    ],
+)
+def test_wrong_arguments_are_refused(folder, tmp_path, capsys, monkeypatch, changes, sentence):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    settings = SETTINGS | {"output_dir": tmp_path / "run", "data": folder, "guard_weight": 0} | changes
+    settings = {name: value for name, value in settings.items() if value is not None}
+    assert main(["finetune", *words(settings)]) == 2
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"data": "nowhere"}, "nowhere"),
+        ({"data": "nowhere.json"}, "nowhere.json does not exist"),
+        ({"background": "a wall"}, "background is for COCO files"),
+        ({"eval_fraction": 0.01}, "of which eval_fraction 0.01 holds out 0. Pass eval_data"),
+        ({"data": "boxes.json"}, "annotation 0 has no mask. samclip points --boxes makes masks of boxes"),
+        ({"data": "unknown.json"}, "annotation 0 is of an unknown image or category"),
+        ({"data": "empty.json"}, "has no annotations"),
+        ({"eval_data": "other"}, "have different classes"),
+        ({"data": "wrong"}, r"wrong/labels/\d.png has values without a class: \[8\]"),
+    ],
+)
+def test_wrong_data_are_refused(folder, scenes, tmp_path, monkeypatch, changes, sentence):
+    monkeypatch.chdir(tmp_path)
+    for name, keys in (("boxes", {"segmentation": []}), ("unknown", {"category_id": 1})):
+        content = coco_content(scenes[:1])
+        content["annotations"][0] |= keys
+        Path(f"{name}.json").write_text(json.dumps(content))
+    Path("empty.json").write_text(json.dumps(coco_content(scenes[:1]) | {"annotations": []}))
+    for name in ("other", "wrong"):
+        Path(name, "labels").mkdir(parents=True)
+        Path(name, "images").symlink_to(folder / "images")
+        for path in (folder / "labels").iterdir():
+            values = np.full((128, 128), 8 if name == "wrong" else 0, dtype=np.uint8)
+            Image.fromarray(values).save(Path(name, "labels", path.name))
+        Path(name, "classes.json").write_text(json.dumps(NAMES))
+    Path("0.png").symlink_to(folder / "images" / "0.png")
+    with pytest.raises(SystemExit, match=f"Training did not start.*{sentence}"):
+        run(tmp_path, folder, **changes)
+
+
+def test_an_unknown_recipe_is_reported(capsys):
+    with pytest.raises(CommandError, match="unknown recipe 'miniature_stage1'"):
+        parse_arguments(["miniature_stage1"], finetune.COMMAND)
