@@ -116,10 +116,11 @@ def options(words: list[str]) -> list[str]:
 
 
 def check_options(words: list[str], *command: str) -> None:
-    # The help text of `samclip train` refers to transformers' documentation for inherited arguments.
+    # The help texts of both commands refer to transformers' documentation for inherited arguments.
     inherited = {f"--{field.name}" for field in dataclasses.fields(TrainingArguments)}
+    trains = command in (("samclip", "train"), ("samclip", "finetune"))
     for option in options(words):
-        if option == "--help" or (command == ("samclip", "train") and option in inherited):
+        if option == "--help" or (trains and option in inherited):
             continue
         assert re.search(rf"(?<![\w-]){option}(?![\w-])", help_of(*command)), f"no {option} in {shlex.join(words)}"
 

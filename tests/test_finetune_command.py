@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -172,11 +173,12 @@ class TestData:
 
 class TestGuard:
     def test_weight_0_gives_the_plain_loss_and_reads_no_general_images(self, folder, tmp_path):
-        trainer = make_trainer(tmp_path, folder, eval_strategy="no", load_best_model_at_end=False, save_strategy="no")
+        options = {"eval_strategy": "no", "load_best_model_at_end": False, "save_strategy": "no"}
+        trainer = make_trainer(tmp_path, folder, **options, **GUARD | {"sam_data": "nowhere"})
         assert trainer.sam_teacher is None and trainer.train_dataset.tasks.keys() == {"own"}
         plain = trainer.own_loss(copy.deepcopy(trainer.model).train(), **first_batch(trainer)["own"]).item()
         mask_decoder = {name: value.clone() for name, value in trainer.model.mask_decoder.state_dict().items()}
-        trainer = make_trainer(tmp_path, folder, eval_strategy="no", load_best_model_at_end=False, save_strategy="no")
+        trainer = make_trainer(tmp_path, folder, **options)
         trainer.train()
         logged = [entry for entry in trainer.state.log_history if "loss" in entry]
         assert logged[0]["loss"] == pytest.approx(plain, rel=1e-4)
@@ -332,7 +334,6 @@ def test_every_recipe_can_be_parsed(path, tmp_path):
         ({"model": None}, "Pass the SAM-CLIP to fine-tune as model"),
         ({"model": "./nowhere"}, "./nowhere: no such folder"),
         ({"guard_weight": 1}, "needs general images with masks: pass them as sam_data"),
-        ({"sam_data": "miniature"}, "Only the guard reads general images: set guard_weight above 0"),
         ({"guard_weight": -1}, "guard_weight must be 0 or more"),
         ({"batch_size": 0}, "batch_size must be 1 or more"),
         ({"retention_limit": 5}, "retention_limit has no effect without retention"),
@@ -389,3 +390,21 @@ def test_wrong_data_are_refused(folder, scenes, tmp_path, monkeypatch, changes, 
 def test_an_unknown_recipe_is_reported(capsys):
     with pytest.raises(CommandError, match="unknown recipe 'miniature_stage1'"):
         parse_arguments(["miniature_stage1"], finetune.COMMAND)
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_documentation_adapt_the_miniature(tmp_path, monkeypatch):
+    """The first block of the page writes labelled scenes, and the first two commands use them."""
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[1] / "docs" / "finetune.md").read_text()
+    code, shell = (
+        re.search(rf"^```{name}\n(.*?)^```", page, re.DOTALL | re.MULTILINE)[1] for name in ("python", "sh")
+    )
+    exec(code, {})
+    adapt, segment = (shlex.split(line)[1:] for line in shell.splitlines())
+    short = {"max_steps": 2, "eval_steps": 2, "save_steps": 2, "retention_limit": 16, "batch_size": 2, "use_cpu": True}
+    assert main([*adapt, *words(short)]) == 0
+    assert main(segment) == 0
+    assert any(Path("out").iterdir())
+    rows = json.loads(Path("runs/adapted/retention.json").read_text())["results"]
+    assert {row["task"] for row in rows} == {"own classes", "composed:miniature", "prompts:miniature"}

@@ -20,7 +20,7 @@ Fine-tunes a SAM-CLIP on labelled images, and measures what it learns and what i
 
 examples:
   samclip finetune miniature --data scenes --output_dir runs/adapted
-  samclip finetune vit_b --model runs/b3 --data train/annotations.json --eval_data val/annotations.json \\
+  samclip finetune vit_b --model runs/b3 --data train/coco.json --eval_data val/coco.json \\
       --sam_data general/ --retention composed:voc21 prompts:coco --output_dir runs/adapted
 
 RECIPE is a YAML file with lines 'argument: value', or one of the recipes in the package:

@@ -202,6 +202,7 @@ def _dataclass_fields(path: Path, class_name: str) -> dict[str, ast.AnnAssign]:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     (definition,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name)
     fields = (node for node in definition.body if isinstance(node, ast.AnnAssign))
+    fields = (field for field in fields if not ast.unparse(field.annotation).startswith("ClassVar"))
     return {field.target.id: field for field in fields if isinstance(field.target, ast.Name)}
 
 

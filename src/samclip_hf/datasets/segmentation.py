@@ -110,9 +110,8 @@ def open_segmentation(name: str, root: str | Path, split: Split = "val") -> Data
         accepted = f"{LABEL_MAPS}; {HUB_PREFIX}owner/name; or one of {SEGMENTATION_NAMES}"
         folder = find_folder(name, root, accepted)
         places = [place / name for place in (folder, folder.absolute().parent) for name in CLASS_FILES]
-        vocabulary = read_vocabulary(
-            next((file for file in places if file.exists()), None) or require(places[0], accepted)
-        )
+        of_parent = folder.absolute().parent / CLASS_FILES[0]
+        vocabulary = read_vocabulary(next(filter(Path.exists, places), None) or require(of_parent, accepted))
         pairs = _pair(folder / "images", folder / "labels", accepted)
         labels = _labels_by_index(vocabulary, name)
     samples = [

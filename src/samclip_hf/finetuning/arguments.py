@@ -1,11 +1,15 @@
 """Arguments of fine-tuning. The recipes in `samclip_hf/recipes/finetune/` set them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import ClassVar, Literal
+
+from transformers.utils import logging
 
 from ..distillation.arguments import WITHOUT_EFFECT, SamClipTrainingArguments
 from ..segmentation_samclip import DEFAULT_TEMPLATES
+
+logger = logging.get_logger(__name__)
 
 
 def _never(args: SamClipTrainingArguments) -> bool:
@@ -16,16 +20,16 @@ def _has_guard(args: SamClipTrainingArguments) -> bool:
     return args.has_sam_loss
 
 
+GUARD_ARGUMENTS = (
+    *("sam_data", "sam_data_weights", "sam_batch_size", "masks_per_image", "sam_shuffle_buffer", "sam_shard_fraction"),
+    *("max_box_noise", "sam_loss_weight", "focal_weight", "dice_weight", "iou_head_weight"),
+)
 # As in `distillation.arguments`, in front of its entries.
 NO_TEACHERS = "The model before fine-tuning is the only teacher."
 FINETUNING_WITHOUT_EFFECT: tuple[tuple[tuple[str, ...], Callable[[SamClipTrainingArguments], bool], str], ...] = (
     (("per_device_train_batch_size", "auto_find_batch_size", "clip_batch_size"), _never, "Set batch_size."),
     (("num_train_epochs",), _never, "Set max_steps: images times epochs, divided by batch_size."),
-    (
-        ("sam_data", "sam_data_weights", "sam_batch_size", "masks_per_image", "sam_shuffle_buffer"),
-        _has_guard,
-        "Only the guard reads general images: set guard_weight above 0.",
-    ),
+    (GUARD_ARGUMENTS, _has_guard, "Only the guard uses general images: set guard_weight above 0."),
     (
         ("sam_teacher", "sam_student", "clip_teacher", "clip_embedding_cache", "region_embedding_cache"),
         _never,
@@ -129,6 +133,8 @@ class FinetuningArguments(SamClipTrainingArguments):
     )
 
     def __post_init__(self):
+        if self.guard_weight == 0:
+            self._reset_guard()
         super().__post_init__()
         if self.data is None:
             raise ValueError(
@@ -148,6 +154,18 @@ class FinetuningArguments(SamClipTrainingArguments):
                 raise ValueError(f"{name} must be 1 or more, got {value}.")
         if self.retention_limit is not None and not self.retention:
             raise ValueError("retention_limit has no effect without retention.")
+
+    def _reset_guard(self) -> None:
+        """Sets the arguments of the guard to their defaults. With a weight of 0 they are not an error: recipes set
+        them, and the command line may turn off the guard."""
+        changed = []
+        for own in fields(self):
+            default = own.default if own.default_factory is MISSING else own.default_factory()
+            if own.name in GUARD_ARGUMENTS and getattr(self, own.name) != default:
+                setattr(self, own.name, default)
+                changed.append(own.name)
+        if changed:
+            logger.warning(f"guard_weight is 0, so these arguments have no effect: {', '.join(changed)}.")
 
     @property
     def has_sam_loss(self) -> bool:
