@@ -142,7 +142,7 @@ def measure(folder: str | Path, seed: int, num_scenes: int) -> dict[str, float]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[101, 201, 301], help="of scenes and training")
-    parser.add_argument("--guard_weights", type=float, nargs="+", default=[1.0, 0.0])
+    parser.add_argument("--guard_weights", type=float, nargs="+", default=[10.0, 0.0])
     parser.add_argument("--num_images", type=int, default=200, help="labelled scenes for training and evaluation")
     parser.add_argument("--num_scenes", type=int, default=200, help="scenes of each measurement")
     parser.add_argument("options", nargs="*", help="more arguments of samclip finetune, after --")
@@ -150,6 +150,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     table: dict[str, list[dict[str, float]]] = {}
     for seed in arguments.seeds:
         table.setdefault("before", []).append(measure(miniature.checkpoint(), seed, arguments.num_scenes))
+        print_table(table)
         for weight in arguments.guard_weights:
             with tempfile.TemporaryDirectory() as temporary:
                 data, output = Path(temporary, "scenes"), Path(temporary, "model")
@@ -158,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 assert samclip(["finetune", "miniature", *map(str, options), *arguments.options]) == 0
                 after = measure(output, seed, arguments.num_scenes)
             table.setdefault(f"guard_weight {weight:g}", []).append(after)
-        print_table(table)
+            print_table(table)
 
 
 def print_table(table: dict[str, list[dict[str, float]]]) -> None:

@@ -152,10 +152,10 @@ class TestData:
         for name in ("images", "labels"):
             (tmp_path / name).symlink_to(folder / name)
         (tmp_path / "classes.txt").write_text("\n".join(["nothing", *NAMES]) + "\n")
-        assert open_data(str(tmp_path)).names == [["nothing"], *([name] for name in NAMES)]
+        assert open_data(str(tmp_path), "train").names == [["nothing"], *([name] for name in NAMES)]
         (tmp_path / "classes.txt").write_text("nothing\n\ncat\n")
         with pytest.raises(ValueError, match="has an empty line"):
-            open_data(str(tmp_path))
+            open_data(str(tmp_path), "train")
 
     def test_a_data_set_of_the_library_gives_the_same_label_maps(self, folder, tmp_path):
         datasets = pytest.importorskip("datasets")
@@ -165,9 +165,9 @@ class TestData:
             table = table.cast_column(column, datasets.Image())
         (tmp_path / "set").mkdir()
         table.to_parquet(str(tmp_path / "set" / "train.parquet"))
-        data = open_data(f"hf://{tmp_path / 'set'}?classes={folder / 'classes.json'}")
-        assert data.names == open_data(str(folder)).names
-        for own, other in zip(data.samples, open_data(str(folder)).samples, strict=True):
+        data = open_data(f"hf://{tmp_path / 'set'}?classes={folder / 'classes.json'}", "train")
+        assert data.names == open_data(str(folder), "train").names
+        for own, other in zip(data.samples, open_data(str(folder), "train").samples, strict=True):
             assert (own.label_map() == other.label_map()).all()
 
 

@@ -77,16 +77,16 @@ def build_trainer(args: "FinetuningArguments") -> "FinetuningTrainer":
     from transformers import set_seed
 
     from samclip_hf import SamClipForImageSegmentation, SamClipProcessor, miniature
-    from samclip_hf.finetuning import FinetuningTrainer, open_data, split
+    from samclip_hf.finetuning import FinetuningTrainer, hold_out, open_data
     from samclip_hf.modeling_samclip import load_complete_model, load_tokenizer
     from samclip_hf.publishing import prepare_push
 
     set_seed(args.seed)
-    data = open_data(args.data, args.images, args.background)
+    data = open_data(args.data, "train", args.images, args.background)
     if args.eval_data is None:
-        data, eval_data = split(data, args.eval_fraction)
+        data, eval_data = hold_out(data, args.eval_fraction)
     else:
-        eval_data = open_data(args.eval_data, args.images, args.background)
+        eval_data = open_data(args.eval_data, "val", args.images, args.background)
     retention = build_retention(args.retention, args.retention_limit)
     if args.model == "miniature":
         args.model = miniature.checkpoint()

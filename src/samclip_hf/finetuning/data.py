@@ -7,17 +7,22 @@ from typing import Any
 import numpy as np
 
 from ..datasets import DataError, DataSet, SegmentedImage, Stream, open_coco_segmentation, open_segmentation
-from ..datasets.layouts import HUB_PREFIX
+from ..datasets.layouts import HUB_PREFIX, Split
 from ..image_processing_samclip import SamClipImageProcessor
 
 
-def open_data(name: str, images: str | None = None, background: Sequence[str] = ()) -> DataSet[SegmentedImage]:
+def open_data(
+    name: str, split: Split, images: str | None = None, background: Sequence[str] = ()
+) -> DataSet[SegmentedImage]:
     """
     Opens labelled images.
 
     Args:
         name (`str`):
-            A COCO file, which ends in `.json`, or one of the other names of [`open_segmentation`].
+            A COCO file, which ends in `.json`, or one of the other names of [`open_segmentation`]. Data sets that are
+            known by name are in the folder `data`.
+        split (`"train"` or `"val"`):
+            The split of a data set that is known by name.
         images (`str`, *optional*), background (`Sequence[str]`):
             For COCO files, see [`open_coco_segmentation`].
 
@@ -33,10 +38,10 @@ def open_data(name: str, images: str | None = None, background: Sequence[str] = 
                 f"{argument} is for COCO files. {name} has label maps: their folder states where the images are, and "
                 'classes.json, as {"names": ["background", ...], "background": ["a wall"]}, describes the background.'
             )
-    return open_segmentation(name, ".")
+    return open_segmentation(name, "data", split)
 
 
-def split(data: DataSet[SegmentedImage], eval_fraction: float) -> tuple[DataSet[SegmentedImage], ...]:
+def hold_out(data: DataSet[SegmentedImage], eval_fraction: float) -> tuple[DataSet[SegmentedImage], ...]:
     """Splits a data set into one for training and one for evaluation, at random with a fixed seed. Raises `ValueError`
     if one of them is empty."""
     samples = list(data.samples)

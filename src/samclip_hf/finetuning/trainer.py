@@ -126,6 +126,8 @@ class FinetuningTrainer(SamClipTrainer):
             processing_class=processing_class,
             prepare_push=prepare_push,
         )
+        if self.is_fsdp_enabled:
+            raise ValueError("Fine-tuning is not supported with FSDP. Use DDP, and lora_r to save memory.")
         own: dict[str, Evaluator] = {OWN_CLASSES: ComposedSegmentation(eval_data, templates=args.templates)}
         self.retention = own | dict(retention or {})
         self._before: dict[tuple[str, str], float] = {}
