@@ -114,7 +114,7 @@ def test_naming_benchmark_prints_a_row_for_every_method(naming, capsys, table, r
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("table, rows", [("segmentation", 3), ("mixed", 2)])
+@pytest.mark.parametrize("table, rows", [("segmentation", 4), ("mixed", 2)])
 def test_examples_benchmark_prints_a_row_for_every_vocabulary(capsys, table, rows):
     examples = load_script(Path(__file__).parents[1] / "benchmarks" / "examples.py")
     few = ["--models", "shipped", "--shots", "1", "--num_scenes", "2", "--num_splits", "1", "--seeds", "102"]
@@ -181,4 +181,4 @@ def test_annotate_benchmark_divides_the_time_of_the_command(capsys, sizes, monke
     rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     shares = {row[1].strip(): float(row[3]) for row in rows[1:]}
     assert sum(shares.values()) == pytest.approx(2, abs=0.1)  # the command and its parts
-    assert shares["image encoder"] > 0 and shares["mask decoder"] > 0 and shares["CLIP side, segments"] > 0
+    assert shares.keys() >= {"image encoder", "mask decoder", "CLIP side, segments"}  # of tiny models: some are 0.00
