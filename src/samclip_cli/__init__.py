@@ -87,7 +87,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     logger.addHandler(handler)
     try:
         try:
-            return module.run(arguments.arguments)
+            status = module.run(arguments.arguments)
+            leave_process_group()
+            return status
         finally:
             if sys.stdout is not None:
                 sys.stdout.flush()  # here, because at exit Python prints an error if the pipe is closed
@@ -118,6 +120,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return BROKEN_PIPE
     finally:
         logger.removeHandler(handler)
+
+
+def leave_process_group() -> None:
+    """
+    Ends the communication with the other processes of `accelerate launch` or torchrun. Without it, threads of the
+    communication can abort a process at its exit (https://docs.pytorch.org/docs/stable/distributed.html#shutdown).
+
+    Not called after an error, because it can wait for processes that still communicate.
+    """
+    if "torch" in sys.modules:  # only a command that has imported it can be one of several processes
+        from torch import distributed
+
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
 def tell_launcher(message: str) -> None:

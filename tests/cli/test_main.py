@@ -15,10 +15,11 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 import samclip_cli
-from samclip_cli import COMMANDS, main, masks
+from samclip_cli import COMMANDS, CommandError, main, masks
 from samclip_cli.export import OPSETS, PARTS
 from samclip_cli.finetune import COMMAND
 from samclip_cli.train import TRAIN, collect_arguments, recipe_paths
@@ -204,6 +205,29 @@ def reported_by_torchrun(path: Path) -> str:
     failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(path))
     report = str(ChildFailedError("samclip_cli", {0: failure}))
     return re.search("Root Cause.*traceback : (.*?)\n", report, re.DOTALL)[1]
+
+
+def test_a_command_leaves_the_process_group_at_its_end(monkeypatch, single_process_group):
+    monkeypatch.setattr(masks, "run", lambda argv: 0)
+    assert main(["masks"]) == 0
+    assert not torch.distributed.is_initialized()
+
+
+def test_a_command_does_not_wait_for_other_processes_after_an_error(monkeypatch, single_process_group):
+    def fail(argv):
+        raise CommandError("an error")
+
+    monkeypatch.setattr(masks, "run", fail)
+    assert main(["masks"]) == 2
+    assert torch.distributed.is_initialized()
+
+
+@pytest.fixture
+def single_process_group():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def test_a_missing_library_is_reported_with_its_extra(capsys, monkeypatch):
