@@ -66,7 +66,8 @@ def process_images(
         Writes a data set of all images, `plan.data_set_files`, after a single process has completed them. It gets each
         image with its result in the order of the inputs, and messages by the keys of images that failed.
 
-    Returns the exit status. Raises `CommandError` if the output has results of another run.
+    Returns the exit status. Of one of several processes, it does not tell whether images failed. Raises `CommandError`
+    if the output has results of another run.
     """
     record = names = None
     if plan.has_record:
@@ -88,7 +89,8 @@ def process_images(
             for images in batches:
                 work.process(images, predict)
             work.join(loaded)
-            status = 1 if work.failures else 0
+            # torchrun would end the other processes. The single process that joins the results tries again.
+            status = 1 if work.failures and plan.process[1] == 1 else 0
         except KeyboardInterrupt:
             work.stop("interrupted by Ctrl-C.")
             return INTERRUPTED
@@ -373,8 +375,8 @@ class _Work:
         log(f"{process}{'; '.join(parts)}. The results are in {self.plan.output}.")
         if processes > 1 and number == 0 and self.writes_results:
             log(
-                "when all processes have ended, run the same command in a single process to join their results in "
-                f"{', '.join(self.plan.run_files)}."
+                "when all processes have ended, run the same command in a single process to try failed images again "
+                f"and to join their results in {', '.join(self.plan.run_files)}."
             )
 
     def _written(self) -> list[Path]:

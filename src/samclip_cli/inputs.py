@@ -48,7 +48,8 @@ many images:
   Several processes share the images; each one uses a GPU of its own if there are several, and the
   CPU if there is none:
     torchrun --nproc_per_node N -m samclip_cli COMMAND IMAGE [IMAGE ...] --output out/
-  Then run the command in a single process to join their results in results.jsonl and COCO's files."""
+  Then run the command in a single process to join their results in results.jsonl and COCO's files.
+  It tries failed images again. The exit status of several processes is 0 if images failed."""
 
 
 class ImageInput(NamedTuple):

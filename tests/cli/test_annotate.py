@@ -1,6 +1,7 @@
 """`samclip annotate`: its files agree with the masks and are the same after interruptions and with two processes."""
 
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -8,6 +9,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
@@ -181,7 +183,9 @@ def test_max_per_image_keeps_the_highest_scores(capsys, photos):
 
 def test_two_processes_give_the_files_of_one(capsys, monkeypatch, photos):
     for number in (1, 0):
-        assert run_process(monkeypatch, number, 2, *COMMAND, "--output", "out") in (0, 1)
+        status = run_process(monkeypatch, number, 2, *COMMAND, "--output", "out")
+        assert status == 0  # although an image is broken: torchrun ends all processes if one of them fails
+    assert "1 failed (1 cannot be read)" in capsys.readouterr().err
     assert not Path("out/annotations.json").exists()
     samclip(capsys, *COMMAND, "--output", "out", status=1)
     assert contents("out") == photos
@@ -207,6 +211,67 @@ def test_a_process_that_is_killed_at_any_moment_continues(photos):
     process.kill()
     process.wait()
     assert subprocess.run(command, capture_output=True).returncode == 1
+    assert contents("out") == photos
+
+
+LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+# One thread per process, and no spinning, because the processes share the cores.
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"}
+
+
+def run_command(*launcher: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, *launcher, "-m", "samclip_cli", *COMMAND, "--output", "out"]
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+
+
+def complete_images() -> int:
+    return sum(path.read_bytes().count(b"\n") for path in Path().glob("out/results-*.jsonl"))
+
+
+@pytest.mark.slow
+def test_two_real_processes_give_the_files_of_one(photos):
+    """Broken images of the first process, which ends early, do not end the second process."""
+    good = Path("photos/1.png").read_bytes()
+    for number in range(40):  # after the 7 other images, so the first process has those of odd numbers
+        Path(f"photos/x{number:02}.png").write_bytes(good if number % 2 == 0 else b"no image")
+    done = run_command(*LAUNCHER)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert complete_images() == NUM_IMAGES + 1 + 20 and not Path("out/annotations.json").exists()
+    assert run_command().returncode == 1
+    Path("out").rename("two")
+    assert run_command().returncode == 1
+    two, one = contents("two"), contents("out")
+    assert two.keys() == one.keys() == photos.keys()
+    for name, content in one.items():
+        assert two[name] == content, name
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="needs locks of files and SIGSTOP")
+def test_a_launcher_that_is_killed_continues_with_two_processes(photos):
+    command = [sys.executable, *LAUNCHER, "-m", "samclip_cli", *COMMAND, "--output", "out"]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while complete_images() < 2:
+        assert process.poll() is None
+        time.sleep(0.001)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    try:
+        for worker in workers:
+            worker.suspend()
+        process.kill()
+        process.wait()
+        assert 2 <= complete_images() < NUM_IMAGES + 1
+        assert all(worker.is_running() for worker in workers)  # `kill -9` of a launcher does not end its workers
+        done = run_command(*LAUNCHER)
+        assert done.returncode == 1 and "another process writes to out" in done.stderr
+    finally:
+        for worker in workers:
+            worker.kill()
+        psutil.wait_procs(workers)
+    done = run_command(*LAUNCHER)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert complete_images() == NUM_IMAGES + 1
+    assert run_command().returncode == 1
     assert contents("out") == photos
 
 

@@ -199,7 +199,7 @@ def test_two_processes_give_the_results_of_one(capsys, monkeypatch, photos, orde
         assert run_process(monkeypatch, number, 2, *command) == 0
     err = capsys.readouterr().err
     assert "process 1 of 2: 3 images processed" in err and "process 2 of 2: 2 images processed" in err
-    assert "run the same command in a single process to join their results" in err
+    assert "run the same command in a single process to try failed images again and to join their results" in err
     shards = [contents("out")[f"results-0000{number}-of-00002.jsonl"].splitlines() for number in range(2)]
     lines = photos["results.jsonl"].splitlines()
     assert shards == [lines[0::2], lines[1::2]]
