@@ -3,11 +3,13 @@ Measures the throughput of `samclip annotate`, and divides its time:
 
     python benchmarks/annotate.py --num_images 40              # the miniature, on its scenes
     python benchmarks/annotate.py --model vit_b --num_images 3  # SAM ViT-B and CLIP ViT-B/16 with random weights
+    python benchmarks/annotate.py --model merged_vit_b --num_images 3  # a SAM-CLIP of the two, before training
 
-All parts run in one process, one after the other. Images are read by other threads while the model runs, so reading is
-part of the rest as far as the model waits for it.
+All parts run in one process, one after the other. Shares are of the CPU time of the process, which other jobs change
+less than the time that passes. Images are read by other threads while the model runs, so their CPU time is part of what
+runs at the same time.
 
-Random weights find no segments. With `vit_b`, the mask decoder runs for every point, and a box of a grid of 4 x 4 then
+Random weights find no segments. With `vit_b` and `merged_vit_b`, the mask decoder runs for every point, and a box of a grid of 4 x 4 then
 replaces its masks, as in `inference.py`, so that 16 segments are named, encoded and written.
 """
 
@@ -39,7 +41,12 @@ from samclip_cli import data_sets, segment
 from samclip_cli import main as run_command
 from samclip_cli.data_sets import DataSetWriter
 from samclip_cli.segment import load_segmenter
-from samclip_hf import SamClipImageSegmentationPipeline, miniature
+from samclip_hf import (
+    SamClipForImageSegmentation,
+    SamClipImageSegmentationPipeline,
+    SamClipProcessor,
+    miniature,
+)
 from samclip_hf.clip_tower_samclip import SamClipTower
 from samclip_hf.miniature.scenes import BACKGROUND_PROMPTS, CLASS_NAMES, render
 
@@ -47,7 +54,7 @@ LOADING, ENCODER, DECODER, WRITING = "loading the model", "image encoder", "mask
 
 
 class Division:
-    """Seconds of parts of a run. A part inside of another one is not counted twice."""
+    """CPU seconds of parts of a run, of all threads. A part inside of another one is not counted twice."""
 
     def __init__(self) -> None:
         self.seconds: Counter[str] = Counter()
@@ -56,11 +63,11 @@ class Division:
     def wrap(self, part: str, function: Callable) -> Callable:
         def timed(*args, **kwargs):
             self.inner.append(0.0)
-            start = time.perf_counter()
+            start = time.process_time()
             try:
                 return function(*args, **kwargs)
             finally:
-                seconds = time.perf_counter() - start
+                seconds = time.process_time() - start
                 self.seconds[part] += seconds - self.inner.pop()
                 self.inner[-1] += seconds
 
@@ -127,23 +134,34 @@ def save_random_models(folder: Path, sam_config: SamConfig, clip_config: CLIPCon
     return ["--sam", str(folder / "sam"), "--clip", str(folder / "clip")]
 
 
-def annotate(images: Path, model: list[str], arguments: argparse.Namespace, division: Division) -> float:
-    """Seconds of the command in this process."""
+def merge_models(folder: Path) -> list[str]:
+    """Saves a SAM-CLIP of the models of `save_random_models`. Returns its argument of the command line."""
+    teachers = str(folder / "sam"), str(folder / "clip")
+    torch.manual_seed(0)
+    SamClipForImageSegmentation.from_teachers(*teachers).save_pretrained(folder / "merged")
+    SamClipProcessor.from_teachers(*teachers).save_pretrained(folder / "merged")
+    return ["--model", str(folder / "merged")]
+
+
+def annotate(
+    images: Path, model: list[str], arguments: argparse.Namespace, division: Division
+) -> tuple[float, float]:
+    """Seconds and CPU seconds of the command in this process."""
     labels = CLASS_NAMES[: arguments.num_labels]
     command = ["annotate", str(images), *model, "--labels", ", ".join(labels), "--formats", arguments.formats]
     is_random = bool(model)
     command += ["--threshold", "0"] if is_random else ["--background", ", ".join(BACKGROUND_PROMPTS)]
     with tempfile.TemporaryDirectory() as output, division.measure(replaces_masks=is_random):
-        start = time.perf_counter()
+        start = time.perf_counter(), time.process_time()
         status = run_command([*command, "--output", output])
-        seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - start[0], time.process_time() - start[1]
     assert status == 0
     return seconds
 
 
 def main(argv: list[str] | None = None, configs: tuple[SamConfig, CLIPConfig] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=["miniature", "vit_b"], default="miniature", help="default: %(default)s")
+    parser.add_argument("--model", choices=["miniature", "vit_b", "merged_vit_b"], default="miniature", help="default: %(default)s")
     parser.add_argument("--num_images", type=int, default=200, help="default: %(default)s")
     parser.add_argument("--num_labels", type=int, default=4, help="default: %(default)s")
     parser.add_argument("--formats", default="coco,parquet,webdataset", help="default: %(default)s")
@@ -158,7 +176,7 @@ def main(argv: list[str] | None = None, configs: tuple[SamConfig, CLIPConfig] | 
             scene = Image.fromarray(render(seed=0, index=index).image)
             scene = scene if arguments.model == "miniature" else scene.resize((1024, 768))
             scene.save(images / f"{index:06d}.png")
-        if arguments.model == "vit_b":
+        if arguments.model != "miniature":
             if configs is None:
                 vocabulary = len(CLIPTokenizer.from_pretrained(miniature.clip_teacher()))
                 configs = (
@@ -166,19 +184,22 @@ def main(argv: list[str] | None = None, configs: tuple[SamConfig, CLIPConfig] | 
                     CLIPConfig(vision_config={"patch_size": 16}, text_config={"vocab_size": vocabulary}),
                 )
             model = save_random_models(folder, *configs)
+            if arguments.model == "merged_vit_b":
+                model = merge_models(folder)
         else:  # imports libraries
             annotate(images / "000000.png", model, arguments, Division())
         division = Division()
-        total = annotate(images, model, arguments, division)
+        elapsed, total = annotate(images, model, arguments, division)
     seconds = division.seconds
     seconds["rest"] = total - seconds.total()
     print(f"{arguments.model}, {arguments.num_images} images, formats {arguments.formats}")
     print(f"{torch.get_num_threads()} threads, {os.cpu_count()} cores\n")
-    print("| part | seconds per image | share |\n|---|---|---|")
+    print(f"{elapsed / arguments.num_images:.3f} seconds per image\n")
+    print("| part | CPU seconds per image | share |\n|---|---|---|")
     for part, own in [("`samclip annotate`", total), *seconds.most_common()]:
         print(f"| {part} | {own / arguments.num_images:.3f} | {own / total:.2f} |")
     without_loading = total - seconds[LOADING]
-    print(f"\nimage encoder, share of the time without loading the model: {seconds[ENCODER] / without_loading:.2f}")
+    print(f"\nimage encoder, share of the CPU time without loading the model: {seconds[ENCODER] / without_loading:.2f}")
 
 
 if __name__ == "__main__":

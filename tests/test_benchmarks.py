@@ -166,7 +166,8 @@ def test_mosaics_benchmark_prints_a_row_for_every_mode(mosaics, capsys):
 
 
 @pytest.mark.slow
-def test_annotate_benchmark_divides_the_time_of_the_command(capsys, sizes, monkeypatch):
+@pytest.mark.parametrize("model", ["vit_b", "merged_vit_b"])
+def test_annotate_benchmark_divides_the_time_of_the_command(capsys, sizes, monkeypatch, model):
     monkeypatch.syspath_prepend(BENCHMARKS)
     annotate = load_script(BENCHMARKS / "annotate.py")
     sam_config, vision_config = sizes
@@ -177,7 +178,7 @@ def test_annotate_benchmark_divides_the_time_of_the_command(capsys, sizes, monke
         text_config=text | {"num_attention_heads": 2},
     )
     threads = ["--threads", str(torch.get_num_threads()), "--num_images", "2"]
-    annotate.main(["--model", "vit_b", *threads], configs=(sam_config, config))
+    annotate.main(["--model", model, *threads], configs=(sam_config, config))
     rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     shares = {row[1].strip(): float(row[3]) for row in rows[1:]}
     assert sum(shares.values()) == pytest.approx(2, abs=0.1)  # the command and its parts

@@ -1,6 +1,7 @@
 """Vocabularies, both compositions of the heads, and object detection."""
 
 import json
+from dataclasses import replace
 from enum import StrEnum
 from itertools import islice
 
@@ -414,6 +415,51 @@ class TestImageSegmentation:
         left[:, :16] = 20.0
         segments = compose(torch.randn(1, 8, 8, 32), torch.stack([left, left, -left]))
         assert [score > 0 for score in segments["segment_scores"].tolist()] == [True, False, True]
+
+    @pytest.mark.parametrize("num_cells", [0, 1, 3])
+    def test_few_marked_cells_need_few_points(self, segmenter, monkeypatch, num_cells):
+        """More points than marked cells repeat cells, whose equal masks are removed."""
+        vocabulary = replace(segmenter.vocabulary, background_label_id=0)
+        logits = torch.zeros(1, len(vocabulary.id2label), 8, 8)
+        logits[:, 0] = 9
+        for cell in range(num_cells):
+            logits[0, 0, 2 * cell, cell] = -9
+        torch.manual_seed(0)
+        embeddings, tokens = torch.randn(1, 16, 8, 8), torch.randn(1, 8, 8, 32)
+        counts = []
+
+        def predict_masks(image_embeddings, input_points):
+            counts.append(input_points.shape[1])
+            masks, scores = predict(image_embeddings, input_points=input_points)
+            return masks * 1000, scores.abs() + 0.1  # masks of random weights are not stable
+
+        predict = segmenter.predict_masks
+        monkeypatch.setattr(segmenter, "predict_masks", predict_masks)
+        segmenter.config.composition_points = 16
+        with torch.no_grad():
+            segments = segmenter.compose_heads(embeddings, tokens, logits, vocabulary)
+            assert sum(counts) == len(segments["segment_scores"][0]) == max(1, num_cells)
+            monkeypatch.setattr(
+                segmentation_samclip,
+                "_spread_points",
+                lambda cells, _, in_z_order: _spread_points(cells, 16, in_z_order),
+            )
+            repeated = segmenter.compose_heads(embeddings, tokens, logits, vocabulary)
+        found, expected = (own["segment_scores"][0] > 0 for own in (segments, repeated))
+        assert found.sum() == expected.sum() and found.any() == (num_cells > 0)
+        for name in segments:
+            torch.testing.assert_close(segments[name][0, found], repeated[name][0, expected])
+
+    def test_the_number_of_points_in_a_pass_of_the_mask_decoder_changes_nothing(self, segmenter, monkeypatch):
+        pixel_values = random_images(1)
+        results = []
+        for values in (0, 2**30):
+            monkeypatch.setattr(segmentation_samclip, "VALUES_PER_CHUNK", values)
+            with torch.no_grad():
+                results.append(segmenter(pixel_values))
+        assert results[0].segment_masks.shape[1] == segmenter.config.composition_points
+        torch.testing.assert_close(results[0].segment_masks, results[1].segment_masks)
+        torch.testing.assert_close(results[0].segment_logits, results[1].segment_logits)
 
     def test_composition_by_class_prompts_with_patches_of_the_class(self, segmenter, monkeypatch):
         logits = torch.zeros(3, 4, 8, 8)

@@ -32,6 +32,7 @@ POINTS_PER_CLASS = 3  # paper, section 5: one to three
 DEFAULT_TEMPLATES = ("a photo of a {}",)
 TEXTS_PER_BATCH = 256  # texts in one pass of the text tower: 1000 names in 80 templates do not fit at once
 CLASSES_PER_CHUNK = 32  # classes in one pass of the mask decoder
+VALUES_PER_CHUNK = 2**17  # of a map of the points in one pass of the mask decoder on a CPU: 0.5 MB
 PATCHES_PER_CHUNK = 2**15  # patches of segments in one pass of the CLIP head: 100 MB for each map of 768 channels
 # Difference in logits between background and classes where one of them is certain: the other has a probability of
 # e^-20. Finite, because maps are resized bilinearly.
@@ -992,12 +993,16 @@ class SamClipForImageSegmentation(SamClipModel):
         if content_mask is not None:
             is_class = is_class * content_mask
         is_class = is_class > 0.5
-        points = _spread_points(is_class, self.config.composition_points, in_z_order=background is None)
+        # With fewer marked cells than points, more points would only repeat cells.
+        num_points = min(self.config.composition_points, max(1, int(is_class.sum(dim=(1, 2)).max())))
+        points = _spread_points(is_class, num_points, in_z_order=background is None)
         points = ((points + 0.5) * self.config.vision_config.patch_size - 0.5)[:, :, None]
         found = []
-        # At 1024 px, the mask decoder has several maps of 4 MB for each point. Those of two points fit in a CPU's
-        # cache.
-        for chunk in points.split(2 if points.device.type == "cpu" else points.shape[1], dim=1):
+        # The mask decoder has several maps of the size of the image embeddings for each point, which should fit in a
+        # CPU's cache. At 1024 px, a map has 4 MB.
+        on_cpu = points.device.type == "cpu"
+        per_chunk = max(2, VALUES_PER_CHUNK // image_embeddings.numel()) if on_cpu else num_points
+        for chunk in points.split(per_chunk, dim=1):
             masks, iou_scores = self.predict_masks(image_embeddings, input_points=chunk)
             scores, best = (iou_scores.clamp_min(0) * _stability(masks)).max(dim=-1)  # of three masks for each point
             best = best[:, :, None, None, None].expand(-1, -1, 1, *masks.shape[-2:])
