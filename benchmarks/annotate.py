@@ -4,18 +4,21 @@ Measures the throughput of `samclip annotate`, and divides its time:
     python benchmarks/annotate.py --num_images 40              # the miniature, on its scenes
     python benchmarks/annotate.py --model vit_b --num_images 3  # SAM ViT-B and CLIP ViT-B/16 with random weights
     python benchmarks/annotate.py --model merged_vit_b --num_images 3  # a SAM-CLIP of the two, before training
+    python benchmarks/annotate.py --num_images 5000 --processes 2      # the time and the memory of two processes
 
-All parts run in one process, one after the other. Shares are of the CPU time of the process, which other jobs change
-less than the time that passes. Images are read by other threads while the model runs, so their CPU time is part of what
-runs at the same time.
+Without `--processes`, all parts run in one process, one after the other. Shares are of the CPU time of the process,
+which other jobs change less than the time that passes. Images are read by other threads while the model runs, so their
+CPU time is part of what runs at the same time.
 
-Random weights find no segments. With `vit_b` and `merged_vit_b`, the mask decoder runs for every point, and a box of a grid of 4 x 4 then
-replaces its masks, as in `inference.py`, so that 16 segments are named, encoded and written.
+Random weights find no segments. With `vit_b` and `merged_vit_b`, the mask decoder runs for every point, and a box of a
+grid of 4 x 4 then replaces its masks, as in `inference.py`, so that 16 segments are named, encoded and written.
 """
 
 import argparse
 import contextlib
 import os
+import subprocess
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -143,14 +146,39 @@ def merge_models(folder: Path) -> list[str]:
     return ["--model", str(folder / "merged")]
 
 
-def annotate(
-    images: Path, model: list[str], arguments: argparse.Namespace, division: Division
-) -> tuple[float, float]:
+def command_line(images: Path, arguments: argparse.Namespace, is_random: bool = False) -> list[str]:
+    """`samclip annotate` without its model and output. Random weights find no background, and have low scores."""
+    labels = ", ".join(CLASS_NAMES[: arguments.num_labels])
+    command = ["annotate", str(images), "--labels", labels, "--formats", arguments.formats]
+    return [*command, *(["--threshold", "0"] if is_random else ["--background", ", ".join(BACKGROUND_PROMPTS)])]
+
+
+def run_processes(images: Path, arguments: argparse.Namespace) -> None:
+    """Runs the command in several processes, and then in one, which writes the data set. Prints the time and the peak
+    memory."""
+    import resource
+
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={arguments.processes}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    command = [*command_line(images, arguments), "--output", str(images.parent / "output")]
+    print(f"miniature, {arguments.num_images} images, formats {arguments.formats}, {os.cpu_count()} cores\n")
+    print("| step | seconds | CPU seconds | GB, largest process so far |\n|---|---|---|---|")
+    for step, words in (
+        (f"{arguments.processes} processes", launcher),
+        ("one process, which writes the data set", []),
+    ):
+        before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+        done = subprocess.run([sys.executable, *words, "-m", "samclip_cli", *command], env=environment)
+        assert done.returncode == 0
+        seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+        cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        print(f"| {step} | {seconds:.0f} | {cpu:.0f} | {after.ru_maxrss * 1024 / 1e9:.2f} |", flush=True)
+
+
+def annotate(images: Path, model: list[str], arguments: argparse.Namespace, division: Division) -> tuple[float, float]:
     """Seconds and CPU seconds of the command in this process."""
-    labels = CLASS_NAMES[: arguments.num_labels]
-    command = ["annotate", str(images), *model, "--labels", ", ".join(labels), "--formats", arguments.formats]
     is_random = bool(model)
-    command += ["--threshold", "0"] if is_random else ["--background", ", ".join(BACKGROUND_PROMPTS)]
+    command = [*command_line(images, arguments, is_random), *model]
     with tempfile.TemporaryDirectory() as output, division.measure(replaces_masks=is_random):
         start = time.perf_counter(), time.process_time()
         status = run_command([*command, "--output", output])
@@ -161,12 +189,16 @@ def annotate(
 
 def main(argv: list[str] | None = None, configs: tuple[SamConfig, CLIPConfig] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=["miniature", "vit_b", "merged_vit_b"], default="miniature", help="default: %(default)s")
+    models = ["miniature", "vit_b", "merged_vit_b"]
+    parser.add_argument("--model", choices=models, default="miniature", help="default: %(default)s")
     parser.add_argument("--num_images", type=int, default=200, help="default: %(default)s")
     parser.add_argument("--num_labels", type=int, default=4, help="default: %(default)s")
     parser.add_argument("--formats", default="coco,parquet,webdataset", help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--processes", type=int, default=1, help="of one thread each, with the miniature only")
     arguments = parser.parse_args(argv)
+    if arguments.processes > 1 and arguments.model != "miniature":
+        parser.error("--processes measures the miniature only: remove --model.")
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as name:
         folder, model = Path(name), []
@@ -176,6 +208,9 @@ def main(argv: list[str] | None = None, configs: tuple[SamConfig, CLIPConfig] | 
             scene = Image.fromarray(render(seed=0, index=index).image)
             scene = scene if arguments.model == "miniature" else scene.resize((1024, 768))
             scene.save(images / f"{index:06d}.png")
+        if arguments.processes > 1:
+            run_processes(images, arguments)
+            return
         if arguments.model != "miniature":
             if configs is None:
                 vocabulary = len(CLIPTokenizer.from_pretrained(miniature.clip_teacher()))
@@ -199,7 +234,8 @@ def main(argv: list[str] | None = None, configs: tuple[SamConfig, CLIPConfig] | 
     for part, own in [("`samclip annotate`", total), *seconds.most_common()]:
         print(f"| {part} | {own / arguments.num_images:.3f} | {own / total:.2f} |")
     without_loading = total - seconds[LOADING]
-    print(f"\nimage encoder, share of the CPU time without loading the model: {seconds[ENCODER] / without_loading:.2f}")
+    share = seconds[ENCODER] / without_loading
+    print(f"\nimage encoder, share of the CPU time without loading the model: {share:.2f}")
 
 
 if __name__ == "__main__":
