@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -167,8 +168,9 @@ QUERIES = {
 @pytest.mark.parametrize("query", QUERIES)
 def test_results_are_those_of_brute_force(capsys, tmp_path, indexes, models, processor, name, query):
     restore(indexes[name])
-    found = search(capsys, *QUERIES[query], "--top_k", "7")  # the model is that of the index
     kind = "image" if query == "image" else "segment"
+    options = [] if kind == "image" else ["--max_per_image", "100"]
+    found = search(capsys, *QUERIES[query], "--top_k", "7", *options)  # the model is that of the index
     rows = [row for row in read_rows(tmp_path) if row["kind"] == kind]
     embeddings = np.stack([embed_row(models[name], processor, row) for row in rows])
     similarities = (embeddings @ embed_query(models[name], processor, query).T).max(axis=1)
@@ -180,6 +182,31 @@ def test_results_are_those_of_brute_force(capsys, tmp_path, indexes, models, pro
         assert result == {key: value for key, value in rows[number].items() if key != "embedding"}
     if query == "image":
         assert found["results"][0]["source"] == "photos/1.png"
+
+
+@pytest.mark.parametrize("limit", [None, 1, 2])
+def test_results_have_the_most_similar_segments_of_each_image(capsys, photos, limit):
+    options = [] if limit is None else ["--max_per_image", str(limit)]
+    found = search(capsys, *QUERIES["text"], "--top_k", "100", *options)
+    everything = search(capsys, *QUERIES["text"], "--top_k", "100", "--max_per_image", "100")["results"]
+    assert found["max_per_image"] == (limit or 1)
+    kept, counts = [], Counter()
+    for result in everything:
+        counts[result["source"]] += 1
+        if counts[result["source"]] <= (limit or 1):
+            kept.append(result)
+    assert 1 < len(kept) < len(everything) == found["num_searched"]
+    assert [own | {"rank": 0} for own in found["results"]] == [own | {"rank": 0} for own in kept]
+    first = search(capsys, *QUERIES["text"], "--top_k", "2", *options)["results"]  # a full page of other images
+    assert first == found["results"][:2]
+
+
+def test_an_index_is_searched_without_the_record_of_the_run(capsys, photos):
+    found = search(capsys, "--text", "red")
+    Path("index/results.jsonl").unlink()
+    assert search(capsys, "--text", "red") == found
+    _, messages = samclip(capsys, "index", "photos", *FEW_POINTS, "--output", "index", status=2)
+    assert "would be overwritten" in messages[-1] and search(capsys, "--text", "red") == found
 
 
 def test_the_table_has_a_line_for_each_result(capsys, photos):
@@ -229,6 +256,23 @@ def test_the_highest_similarities_are_found_in_all_shards(tmp_path, monkeypatch,
     assert len(EmbeddingIndex(tmp_path, "image").embeddings) == 4
 
 
+@pytest.mark.parametrize("limit", [1, 2, 3])
+def test_a_limit_for_each_image_keeps_its_most_similar_rows(tmp_path, limit):
+    rows = [row | {"kind": "segment", "source": str(index % 7)} for index, row in enumerate(random_rows(60))]
+    write_index(tmp_path, rows, {"model": {}})
+    index = EmbeddingIndex(tmp_path, "segment")
+    query = random_rows(3)[1]["embedding"][None]
+    similarities = (index.embeddings @ query.T)[:, 0]
+    kept, counts = [], Counter()
+    for number in np.argsort(-similarities, kind="stable").tolist():
+        counts[number % 7] += 1
+        if counts[number % 7] <= limit:
+            kept.append(number)
+    for top_k in (1, 3, 7, 100):
+        found, numbers = index.search(query, top_k, limit)
+        assert numbers.tolist() == kept[:top_k] and found.tolist() == similarities[numbers].tolist()
+
+
 def test_wrong_queries_and_damaged_files_are_refused(tmp_path):
     write_index(tmp_path, random_rows(10), {"model": {}})
     index = EmbeddingIndex(tmp_path, "image")
@@ -236,6 +280,8 @@ def test_wrong_queries_and_damaged_files_are_refused(tmp_path):
         index.search(index.embeddings[0], 1)
     with pytest.raises(ValueError, match="top_k must be at least 1"):
         index.search(index.embeddings, 0)
+    with pytest.raises(ValueError, match="max_per_image must be at least 1"):
+        index.search(index.embeddings, 1, 0)
     with pytest.raises(ValueError, match="kind must be"):
         EmbeddingIndex(tmp_path, "mask")
     [path] = tmp_path.glob("parquet/*.parquet")
@@ -381,6 +427,7 @@ def test_an_index_without_images_is_refused(capsys, folder):
         (["search", "index", "--text", "red", "--output", "no/sheet.png"], "the folder no does not exist"),
         (["search", "index", "--text", "red", "--output", "photos/1.png"], "photos/1.png would be overwritten"),
         (["search", "index", "--text", "red", "--overwrite"], "--overwrite has no effect"),
+        (["search", "index", "--image", "photos/1.png", "--max_per_image", "2"], "--max_per_image has no effect"),
     ],
 )
 def test_wrong_arguments_are_refused_with_one_sentence(capsys, photos, command, part):

@@ -21,6 +21,8 @@ if TYPE_CHECKING:  # importing these takes seconds, see the docstring of the pac
 
     from samclip_hf.retrieval import EmbeddingIndex
 
+MAX_PER_IMAGE = 1  # default for segments, several of which often show one object
+
 DESCRIPTION = """\
 Searches an index of 'samclip index' by text or by example, and prints the most similar segments or
 images.
@@ -31,7 +33,8 @@ examples:
   samclip search photos_index/ --image photo.jpg
 
 The similarity is the cosine of the embeddings. Several texts are synonyms: the highest similarity
-counts. With --box, the SAM head draws the object in the box, and the CLIP head embeds it."""
+counts. With --box, the SAM head draws the object in the box, and the CLIP head embeds it. Of the
+segments of an image, the most similar one is a result; --max_per_image shows more."""
 
 EPILOG = """
 output:
@@ -69,6 +72,12 @@ def build_parser() -> CommandParser:
         help="what is searched (default: segment for --text and --box if the index has segments, otherwise image)",
     )
     parser.add_argument("--top_k", type=positive_int, metavar="N", default=10, help="results (default: %(default)s)")
+    parser.add_argument(
+        "--max_per_image",
+        type=positive_int,
+        metavar="N",
+        help=f"segments of one image among the results (default: {MAX_PER_IMAGE})",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--output", metavar="FILE.png", help="a contact sheet of the results")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing --output")
@@ -92,13 +101,17 @@ def run(argv: Sequence[str]) -> int:
             is_whole_image = arguments.image is not None and box is None
             has_segments = box is not None or description["num_segments"] > 0
             arguments.kind = "segment" if has_segments and not is_whole_image else "image"
+        if arguments.kind == "image" and arguments.max_per_image is not None:
+            raise CommandError("--max_per_image has no effect on a search of images: pass --kind segment.")
         index = EmbeddingIndex(arguments.folder, arguments.kind)
         loaded = load_model(arguments)
         index.check_model(loaded.model, loaded)
     except ValueError as error:
         raise CommandError(first_line(error)) from error
     query = embed_query(arguments, box, loaded)
-    similarities, numbers = index.search(query, arguments.top_k)
+    if arguments.kind == "segment" and arguments.max_per_image is None:
+        arguments.max_per_image = MAX_PER_IMAGE
+    similarities, numbers = index.search(query, arguments.top_k, arguments.max_per_image)
     results = [
         {"rank": rank, "similarity": similarity} | index.row(number)
         for rank, (similarity, number) in enumerate(zip(similarities.tolist(), numbers.tolist(), strict=True), start=1)
@@ -188,6 +201,7 @@ def describe(
         "model": index.description["model"],
         "query": query,
         "num_searched": len(index.embeddings),
+        "max_per_image": arguments.max_per_image,
         "results": results,
     }
 

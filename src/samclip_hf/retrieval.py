@@ -213,6 +213,7 @@ class EmbeddingIndex:
         description (`dict`): The content of `index.json`.
         table (`pyarrow.Table`): The columns of [`write_index`] but `embedding`.
         embeddings (`numpy.ndarray` of shape `(num_rows, projection_dim)` and type float32): Of length 1.
+        source_numbers (`numpy.ndarray` of shape `(num_rows,)`): A number for each `source`.
 
     Raises `ValueError` if the folder is not a complete index, or if it has no rows of this kind.
     """
@@ -234,6 +235,8 @@ class EmbeddingIndex:
             self.embeddings[start:end] = part.flatten().to_numpy().reshape(-1, dimension)
             tables.append(table.drop_columns(["embedding"]))
         self.table = pa.concat_tables(tables)
+        sources = self.table["source"].combine_chunks().dictionary_encode()
+        self.source_numbers = sources.indices.to_numpy(zero_copy_only=False)
 
     def _read_shard(self, shard: dict[str, Any]) -> pa.Table:
         path = self.folder / shard["file"]
@@ -259,7 +262,7 @@ class EmbeddingIndex:
                 f"{' and the '.join(different)} differ): search with that model, or index the images again."
             )
 
-    def search(self, query: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]:
+    def search(self, query: np.ndarray, top_k: int, max_per_image: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         r"""
         Finds the rows that are most similar to a query.
 
@@ -268,13 +271,16 @@ class EmbeddingIndex:
                 Embeddings of length 1. With several of them, such as synonyms, the highest similarity counts.
             top_k (`int`):
                 The number of rows, 1 or more; all rows if there are fewer.
+            max_per_image (`int`, *optional*):
+                The largest number of rows with the same `source`, 1 or more: of the segments of an image, only the
+                most similar ones are found. No limit by default.
 
         Returns:
             `tuple[numpy.ndarray, numpy.ndarray]`: Cosine similarities `(top_k,)` in descending order, and the numbers
             of the rows `(top_k,)`. Rows with the same similarity are in the order of the index.
 
         Raises:
-            ValueError: The query has another shape, or `top_k` is below 1.
+            ValueError: The query has another shape, or `top_k` or `max_per_image` is below 1.
         """
         if query.ndim != 2 or not len(query) or query.shape[1] != self.embeddings.shape[1]:
             raise ValueError(
@@ -282,11 +288,19 @@ class EmbeddingIndex:
             )
         if top_k < 1:
             raise ValueError(f"top_k must be at least 1, got {top_k}.")
+        if max_per_image is not None and max_per_image < 1:
+            raise ValueError(f"max_per_image must be at least 1, got {max_per_image}.")
         similarities = (self.embeddings @ query.astype(np.float32).T).max(axis=1)
         numbers = np.arange(len(similarities))
-        if top_k < len(similarities):
-            lowest = np.partition(similarities, -top_k)[-top_k]
-            numbers = np.flatnonzero(similarities >= lowest)  # more than top_k, if several rows are equal
+        if max_per_image is not None:
+            order = np.argsort(-similarities, kind="stable")
+            order = order[np.argsort(self.source_numbers[order], kind="stable")]  # by image, then by similarity
+            sources = self.source_numbers[order]
+            rank = numbers - np.searchsorted(sources, sources)  # within the image
+            numbers = np.sort(order[rank < max_per_image])
+        if top_k < len(numbers):
+            lowest = np.partition(similarities[numbers], -top_k)[-top_k]
+            numbers = numbers[similarities[numbers] >= lowest]  # more than top_k, if several rows are equal
         numbers = numbers[np.argsort(-similarities[numbers], kind="stable")][:top_k]
         return similarities[numbers], numbers
 
