@@ -5,10 +5,9 @@ Benchmark of lower precision: size, speed and accuracy, in one table.
     python benchmarks/precision.py --share 0.5 --repeats 20
 
 Compares float32, bfloat16 and float16; int8 weights, and int8 weights and activations (dynamic), with torchao; ONNX in
-float32, and in int8 (dynamic, matrix products only) with onnxruntime.quantization. All variants are evaluated on the
-same scenes of the miniature and alternate in one process, so that other load on the machine affects all of them.
-`--model` measures size and speed of another checkpoint; its metrics on these scenes are not meaningful. Needs the
-extras `train` and `export`.
+float32, and with `samclip export --quantize`. All variants are evaluated on the same scenes of the miniature and
+alternate in one process, so that other load on the machine affects all of them. `--model` measures size and speed of
+another checkpoint; its metrics on these scenes are not meaningful. Needs the extras `train` and `export`.
 """
 
 import argparse
@@ -25,7 +24,6 @@ import onnxruntime
 import torch
 import torchao
 import transformers
-from onnxruntime.quantization import QuantType, quantize_dynamic
 from torch import nn
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
 from transformers import AutoProcessor
@@ -155,16 +153,9 @@ def create_variants(name: str, folder: Path) -> dict[str, tuple[SamClipForImageS
         torch.save(model.state_dict(), path)
         variants[title] = (model, path.stat().st_size)
 
-    export(name, folder / "onnx")
-    (folder / "onnx_int8").mkdir()
-    for part in PART_NAMES:
-        quantize_dynamic(
-            folder / "onnx" / f"{part}.onnx",
-            folder / "onnx_int8" / f"{part}.onnx",
-            op_types_to_quantize=["MatMul", "Gemm"],
-            weight_type=QuantType.QInt8,
-        )
-    for title, subfolder in {"ONNX float32": "onnx", "ONNX int8, dynamic": "onnx_int8"}.items():
+    for title, quantize in {"ONNX float32": False, "ONNX int8, `--quantize`": True}.items():
+        subfolder = "onnx_int8" if quantize else "onnx"
+        export(name, folder / subfolder, quantize=quantize)
         size = sum(path.stat().st_size for path in (folder / subfolder).glob("*.onnx*"))
         onnx_model = OnnxModel.from_pretrained(name, dtype=torch.float32).eval().load_onnx(folder / subfolder)
         variants[title] = (onnx_model, size)

@@ -19,6 +19,7 @@ Exports a SAM-CLIP to ONNX, one file for each part of the model.
 examples:
   samclip export --model runs/stage3 --output_dir onnx
   samclip export --model runs/stage3 --output_dir onnx --parts image_encoder text_encoder
+  samclip export --model runs/stage3 --output_dir onnx_int8 --quantize
 
 Writes PART.onnx for every part and the files that are needed to run them without PyTorch:
 samclip.json (preprocessing, image sizes, constants), tokenizer.json and, for a checkpoint with a
@@ -54,6 +55,11 @@ def build_parser() -> argparse.ArgumentParser:
         default=OPSETS[0],
         help=f"ONNX operator set, {OPSETS[0]} to {OPSETS[-1]} (default: %(default)s)",
     )
+    parser.add_argument(
+        "--quantize",
+        action="store_true",
+        help="store the weights of matrix products as int8 (onnxruntime's dynamic quantization)",
+    )
     return parser
 
 
@@ -68,7 +74,9 @@ def run(argv: Sequence[str]) -> int:
 
     model = arguments.model or miniature.checkpoint()
     try:
-        differences = export(model, arguments.output_dir, arguments.parts, arguments.opset)
+        differences = export(
+            model, arguments.output_dir, arguments.parts, arguments.opset, quantize=arguments.quantize
+        )
     except (ImportError, ValueError, OSError) as error:
         sys.exit(f"samclip export: {error}")
     for name, difference in differences.items():

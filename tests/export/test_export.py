@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -409,11 +410,11 @@ class TestTextToMasks:
     def test_example_script_reports_invalid_files(self, exported, tmp_path):
         (tmp_path / "text.png").write_text("not an image")
         script = str(ROOT / "examples" / "onnx_segmentation.py")
-        for onnx, image, message in (
+        for folder, image, message in (
             (tmp_path / "nowhere", "text.png", "No such file or directory"),
             (exported, "text.png", "cannot identify image file"),
         ):
-            command = [sys.executable, script, "--onnx", str(onnx), "--image", str(tmp_path / image)]
+            command = [sys.executable, script, "--onnx", str(folder), "--image", str(tmp_path / image)]
             run = subprocess.run(command, capture_output=True, text=True, timeout=300)
             assert run.returncode == 2 and message in run.stderr and "Traceback" not in run.stderr
 
@@ -494,6 +495,55 @@ class TestFolder:
         (tmp_path / "text_encoder.onnx").rename(tmp_path / "mask_decoder.onnx")
         with pytest.raises(FileExistsError, match=r"earlier export: tokenizer\.json\."):
             export(checkpoint, tmp_path)
+
+
+class TestQuantization:
+    @pytest.mark.slow
+    def test_quantized_files_are_smaller_and_agree_with_those_in_float32(self, checkpoint, exported, tmp_path, capsys):
+        folder = tmp_path / "onnx"
+        export_command(["--model", str(checkpoint), "--output_dir", str(folder), "--quantize"])
+        lines = capsys.readouterr().out.splitlines()
+        assert {path.name for path in folder.iterdir()} == {path.name for path in exported.iterdir()}
+        description = json.loads((folder / "samclip.json").read_text())
+        quantization = description.pop("quantization")
+        assert description.pop("tolerance") == writer.QUANTIZED_TOLERANCE == 0.1
+        assert description == {
+            name: value
+            for name, value in json.loads((exported / "samclip.json").read_text()).items()
+            if name != "tolerance"
+        }
+        differences = quantization.pop("differences")
+        assert quantization == {"method": "onnxruntime dynamic", "weights": "int8", "activations": "uint8"}
+        assert set(differences) == set(PART_NAMES) and len(lines) == len(PART_NAMES)
+        images = [Image.fromarray(render(seed=0, index=index).image) for index in range(8, 12)]
+        model, processor = writer._load(checkpoint)
+        for name, part in create_parts(model, processor, images).items():
+            files = [path / f"{name}.onnx" for path in (exported, folder)]
+            graph = onnx.load(files[1]).graph
+            int8 = sum(np.prod(own.dims) for own in graph.initializer if own.data_type == onnx.TensorProto.INT8)
+            sizes = [path.stat().st_size for path in files]
+            assert int8 > 0 and sizes[1] < 0.8 * sizes[0]
+            assert sizes[0] - sizes[1] > 2.5 * int8  # four bytes of a weight become one
+            inputs = dict(zip(part.inputs, (own.numpy() for own in part.make_inputs(2, 16, 16, 3)), strict=True))
+            before, after = (onnxruntime.InferenceSession(path).run(None, inputs) for path in files)
+            for own, reference in zip(after, before, strict=True):
+                assert 0 < np.abs(own - reference).max() <= 0.1 * np.abs(reference).max()
+                assert np.corrcoef(own.ravel(), reference.ravel())[0, 1] > 0.99
+
+    def test_a_part_that_quantization_changes_too_much_is_refused(self, checkpoint, tmp_path, monkeypatch):
+        monkeypatch.setattr(writer, "QUANTIZED_TOLERANCE", 1e-3)
+        command = ["--model", str(checkpoint), "--output_dir", str(tmp_path / "onnx"), "--parts", "text_encoder"]
+        with pytest.raises(
+            SystemExit, match=r"int8 weights, text_embeds of .* 1e-03 is accepted. Export this part in"
+        ):
+            export_command([*command, "--quantize"])
+        assert not list(tmp_path.iterdir())
+
+    def test_a_part_without_weights_to_quantize_is_refused(self, checkpoint, tmp_path, monkeypatch):
+        monkeypatch.setattr("onnxruntime.quantization.quantize_dynamic", lambda old, new, **_: shutil.copy(old, new))
+        with pytest.raises(ValueError, match=r"text_encoder.onnx has no weights that can be quantized"):
+            export(checkpoint, tmp_path / "onnx", ["text_encoder"], quantize=True)
+        assert not list(tmp_path.iterdir())
 
 
 class TestErrors:

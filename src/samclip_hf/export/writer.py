@@ -28,7 +28,9 @@ logger = logging.get_logger(__name__)
 
 OPSETS = range(18, 24)  # the opset that PyTorch's exporter writes, and those to which it can convert
 TOLERANCE = 1e-4  # largest accepted difference from PyTorch, relative to the largest value of the output
+QUANTIZED_TOLERANCE = 0.1  # the same with int8 weights
 MERGED_VALUES = 2**20  # weights with up to this number of values are stored once if they occur twice
+QUANTIZATION = {"method": "onnxruntime dynamic", "weights": "int8", "activations": "uint8"}  # of matrix products
 EXTERNAL_DATA_BYTES = 2**31 - 2**24  # weights above this size are stored next to the graph: protobuf's limit is 2 GB
 
 # The keys that samclip.json has for every export.
@@ -50,9 +52,10 @@ def export(
     parts: Sequence[str] | None = None,
     opset: int = OPSETS[0],
     images: Sequence[Image.Image] | None = None,
+    quantize: bool = False,
 ) -> dict[str, float]:
     r"""
-    Exports a checkpoint to ONNX, in float32.
+    Exports a checkpoint to ONNX, in float32, or with int8 weights.
 
     Writes `<part>.onnx` for every part and the files that are needed to run them without PyTorch: `samclip.json`
     (preprocessing, sizes, constants), `tokenizer.json`, and `class_embeds.npy` for a checkpoint with a vocabulary.
@@ -71,6 +74,12 @@ def export(
             ONNX operator set, 18 to 23.
         images (`Sequence[PIL.Image.Image]`, *optional*):
             Images for the comparison with PyTorch, resized to several sizes. Random pixels by default.
+        quantize (`bool`, *optional*, defaults to `False`):
+            Whether to store the weights of matrix products as int8, with one scale for each matrix, by onnxruntime's
+            dynamic quantization: the activations are quantized to uint8 at run time. Convolutions, normalizations,
+            token embeddings and the products of attention stay in float32. Each file is compared with PyTorch before
+            and after the quantization; the accepted difference after it is 0.1. `samclip.json` has the differences as
+            `"quantization"`.
 
     Returns:
         `dict[str, float]`: for each part, the largest difference from PyTorch, relative to the largest value of the
@@ -78,9 +87,10 @@ def export(
 
     Raises:
         ImportError: The extra `export` is not installed.
-        ValueError: The model is not a SAM-CLIP, it lacks weights or a part, or the part or opset is unknown.
+        ValueError: The model is not a SAM-CLIP, it lacks weights or a part, or the part or opset is unknown. With
+            `quantize`, a part differs from PyTorch, or it has no weights that can be quantized.
         FileExistsError: `output_dir` contains files that do not belong to an earlier export.
-        RuntimeError: A file differs from PyTorch.
+        RuntimeError: A file in float32 differs from PyTorch.
     """
     _require_extra()
     if opset not in OPSETS:
@@ -105,8 +115,12 @@ def export(
         differences = {}
         for name in selected:
             _write(available[name], folder / f"{name}.onnx", opset)
-            differences[name] = _compare(available[name], folder / f"{name}.onnx")
-        _describe(model, processor, folder, model_name_or_path, selected, opset)
+            differences[name] = _compare(available[name], folder / f"{name}.onnx", TOLERANCE)
+            if quantize:
+                _quantize(folder / f"{name}.onnx")
+                differences[name] = _compare(available[name], folder / f"{name}.onnx", QUANTIZED_TOLERANCE)
+        quantization = {"quantization": QUANTIZATION | {"differences": differences}} if quantize else None
+        _describe(model, processor, folder, model_name_or_path, selected, opset, quantization)
         if not output_dir.exists():
             folder.rename(output_dir)
             return differences
@@ -227,9 +241,33 @@ def _write(part: Part, path: Path, opset: int) -> None:
     onnx.checker.check_model(str(path), full_check=True)
 
 
-def _compare(part: Part, path: Path) -> float:
+def _quantize(path: Path) -> None:
+    """Replaces a file by one with int8 weights. Raises `ValueError` if it has no matrix products with weights."""
+    import logging as python_logging
+
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    root_logger = python_logging.getLogger()
+    level = root_logger.level
+    root_logger.setLevel(python_logging.ERROR)  # a warning recommends an optimization of the graph for static scales
+    quantized = path.with_name(f"quantized-{path.name}")
+    try:
+        quantize_dynamic(path, quantized, op_types_to_quantize=["MatMul", "Gemm"], weight_type=QuantType.QInt8)
+    finally:
+        root_logger.setLevel(level)
+    graph = onnx.load(quantized, load_external_data=False).graph
+    if not any(node.op_type == "MatMulInteger" for node in graph.node):
+        raise ValueError(f"{path.name} has no weights that can be quantized: export it in float32.")
+    onnx.checker.check_model(str(quantized), full_check=True)
+    path.with_name(f"{path.name}.data").unlink(missing_ok=True)
+    quantized.replace(path)
+
+
+def _compare(part: Part, path: Path, tolerance: float) -> float:
     """Runs a file with onnxruntime at three sizes and returns the largest difference from PyTorch, relative to the
-    largest value of the output. Raises `RuntimeError` if it exceeds `TOLERANCE`."""
+    largest value of the output. Raises an error if it exceeds `tolerance`: `ValueError` with `QUANTIZED_TOLERANCE`,
+    which depends on the weights, and otherwise `RuntimeError`."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
@@ -247,23 +285,36 @@ def _compare(part: Part, path: Path) -> float:
                     f"{name} of {path.name} has shape {onnx_output.shape}, in PyTorch {tuple(output.shape)}."
                 )
             difference = float(np.abs(onnx_output - output.numpy()).max() / output.abs().max())
-            if not difference <= TOLERANCE:
-                raise RuntimeError(
+            if not difference <= tolerance:
+                message = (
                     f"{name} of {path.name} differs from PyTorch by {difference:.1e} of the largest value; up to "
-                    f"{TOLERANCE:.0e} is accepted."
+                    f"{tolerance:.0e} is accepted."
                 )
+                if tolerance == QUANTIZED_TOLERANCE:
+                    raise ValueError(f"With int8 weights, {message} Export this part in float32.")
+                raise RuntimeError(message)
             largest = max(largest, difference)
     return largest
 
 
-def _describe(model, processor, folder: Path, model_name: str | os.PathLike, parts: list[str], opset: int) -> None:
-    """Writes the files next to the graphs: preprocessing, sizes, constants, tokenizer and vocabulary."""
+def _describe(
+    model,
+    processor,
+    folder: Path,
+    model_name: str | os.PathLike,
+    parts: list[str],
+    opset: int,
+    quantization: dict[str, Any] | None = None,
+) -> None:
+    """Writes the files next to the graphs: preprocessing, sizes, constants, tokenizer and vocabulary. `quantization`
+    has the entries of a quantized export."""
     config, image_processor = model.config, processor.image_processor
     description: dict[str, Any] = {
         "model": str(model_name),
         "parts": parts,
         "opset": opset,
-        "tolerance": TOLERANCE,
+        "tolerance": QUANTIZED_TOLERANCE if quantization else TOLERANCE,
+        **(quantization or {}),
         "image": {
             "longest_edge": image_processor.size["longest_edge"],
             "padded_height": image_processor.pad_size["height"],
