@@ -993,9 +993,10 @@ class SamClipForImageSegmentation(SamClipModel):
         if content_mask is not None:
             is_class = is_class * content_mask
         is_class = is_class > 0.5
-        # With fewer marked cells than points, more points would only repeat cells.
+        all_cells = _spread_points(is_class, self.config.composition_points, in_z_order=background is None)
+        # With fewer marked cells than points, cells occur several times: the mask decoder gets them once.
         num_points = min(self.config.composition_points, max(1, int(is_class.sum(dim=(1, 2)).max())))
-        points = _spread_points(is_class, num_points, in_z_order=background is None)
+        points = cells = _spread_points(is_class, num_points, in_z_order=background is None)
         points = ((points + 0.5) * self.config.vision_config.patch_size - 0.5)[:, :, None]
         found = []
         # The mask decoder has several maps of the size of the image embeddings for each point, which should fit in a
@@ -1008,6 +1009,10 @@ class SamClipForImageSegmentation(SamClipModel):
             best = best[:, :, None, None, None].expand(-1, -1, 1, *masks.shape[-2:])
             found.append((masks.gather(2, best).squeeze(2), scores))
         masks, scores = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
+        if num_points < self.config.composition_points:
+            number = (all_cells[:, :, None] == cells[:, None]).all(dim=-1).int().argmax(dim=2)
+            image = torch.arange(len(masks), device=masks.device)[:, None]
+            masks, scores = masks[image, number], scores[image, number]
 
         grid_size = patch_tokens.shape[1], patch_tokens.shape[2]
         segments = torch.zeros(*masks.shape[:2], *grid_size, device=masks.device, dtype=torch.bool)
