@@ -19,7 +19,8 @@ from samclip_hf import SamClipForImageSegmentation, SamClipProcessor, miniature
 from samclip_hf.datasets import open_coco_segmentation
 from samclip_hf.distillation import provenance
 from samclip_hf.finetuning import FinetuningTrainer, open_data
-from samclip_hf.images import encode_mask
+from samclip_hf.finetuning.trainer import NAMES_WEIGHT
+from samclip_hf.images import encode_mask, normalize
 from samclip_hf.miniature.scenes import BACKGROUND_PROMPTS, CLASS_NAMES, HELD_OUT, render
 from samclip_hf.publishing import create_model_card, publish_provenance
 
@@ -125,8 +126,10 @@ class TestData:
         labels = [torch.tensor([0, 1 + HELD_OUT.index(scene.class_ids[0])]) for scene in scenes]
         # As the label maps that the processor has resized.
         masks = [own == label[:, None, None] for own, label in zip(inputs["labels"], labels, strict=True)]
+        negative_embeds = model.embed_vocabulary(trainer.other_names, (), "a {}").class_embeds
         with torch.no_grad():
-            expected = model(**inputs, mask_labels=masks, class_labels=labels).loss.item()
+            outputs = model(**inputs, mask_labels=masks, class_labels=labels, negative_embeds=negative_embeds)
+        expected = outputs.loss.item()
         assert loss == pytest.approx(expected, rel=2e-3)  # pixels are rounded to 8 bits
 
     def test_coco_masks_are_drawn_by_size_and_crowds_are_ignored(self, scenes, folder, tmp_path):
@@ -169,6 +172,53 @@ class TestData:
         assert data.names == open_data(str(folder), "train").names
         for own, other in zip(data.samples, open_data(str(folder), "train").samples, strict=True):
             assert (own.label_map() == other.label_map()).all()
+
+
+class TestOtherNames:
+    def test_by_default_they_are_those_of_the_model_and_of_retention_without_the_classes(self, folder, tmp_path):
+        trainer = make_trainer(tmp_path, folder)
+        assert trainer.other_names == [name for name in CLASS_NAMES if name not in NAMES]  # of the model
+        model = tmp_path / "model"
+        segmenter = SamClipForImageSegmentation.from_pretrained(miniature.checkpoint())
+        segmenter.set_vocabulary(["a dog", NAMES[0].upper()], ["a wall"]).save_pretrained(model)
+        SamClipProcessor.from_pretrained(miniature.checkpoint()).save_pretrained(model)
+        trainer = make_trainer(tmp_path, folder, model=model)
+        assert trainer.other_names == ["a dog"]  # CLIP's tokenizer does not tell capitals apart
+        trainer = make_trainer(tmp_path, folder, model=model, retention="composed:miniature", retention_limit=16)
+        assert trainer.other_names == ["a dog", *(name for name in CLASS_NAMES if name not in NAMES)]
+
+    def test_they_are_negative_texts_of_the_loss(self, folder, tmp_path):
+        losses = []
+        for names in (CLASS_NAMES[:1], CLASS_NAMES[:20]):
+            names = [name for name in names if name not in NAMES]
+            trainer = make_trainer(tmp_path, folder, other_names=names)
+            assert trainer.other_names == names and list(trainer.model.config.id2label.values())[1:] == NAMES
+            losses.append(trainer.own_loss(trainer.model.eval(), **first_batch(trainer)["own"]).item())
+        assert losses[1] > losses[0] * 1.01
+
+    def test_the_guard_keeps_the_probabilities_of_all_names(self, folder, tmp_path):
+        """The divergence of each embedding, summed by hand."""
+        trainer = make_trainer(tmp_path, folder, guard_weight=1, other_names=["red solid shape"], **GUARD)
+        with torch.no_grad():
+            trainer.model.clip_head.mlp.fc1.weight.mul_(3)
+        recorded = {}
+        trainer.record = recorded.update
+        batch = first_batch(trainer)["sam"]
+        trainer.guard_loss(trainer.model.eval(), **batch)
+        before, model = trainer.sam_teacher.model, trainer.model
+        texts = torch.cat([model.class_embeds, model.embed_vocabulary(["red solid shape"], (), "a {}").class_embeds])
+        pixels = torch.as_tensor(batch["images"])
+        pixels = normalize(pixels, trainer.image_mean, trainer.image_std, batch["content_sizes"])
+        probabilities = []
+        for own in (before, model):
+            with torch.no_grad():
+                embeds = own.get_image_features(pixels).pooler_output
+            embeds = embeds / embeds.norm(dim=-1, keepdim=True)
+            probabilities.append((embeds @ texts.T * model.logit_scale.exp()).softmax(dim=-1))
+        p, q = probabilities
+        expected = NAMES_WEIGHT * (p * (p / q).log()).sum(dim=-1).mean().item()
+        assert recorded["guard_image_names"].item() == pytest.approx(expected, rel=1e-3)
+        assert recorded["guard_image_names"] > 1e-4
 
 
 class TestGuard:
@@ -365,6 +415,7 @@ def test_wrong_arguments_are_refused(folder, tmp_path, capsys, monkeypatch, chan
         ({"data": "unknown.json"}, "annotation 0 is of an unknown image or category"),
         ({"data": "empty.json"}, "has no annotations"),
         ({"eval_data": "other"}, "have different classes"),
+        ({"other_names": [NAMES[1], "a dog"]}, rf"These other_names are names of classes .*'{NAMES[1]}'"),
         ({"data": "wrong"}, r"wrong/labels/\d.png has values without a class: \[8\]"),
     ],
 )

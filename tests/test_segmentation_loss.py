@@ -82,6 +82,21 @@ class TestSemanticLoss:
         expected = -np.take_along_axis(log_probabilities, labels.numpy(), axis=0).mean()
         assert semantic_loss(logits, labels, 255).item() == pytest.approx(expected, rel=1e-5)
 
+    def test_background_is_not_compared_with_negative_texts(self):
+        logits, negative = torch.randn(1, 3, 2, 2), torch.randn(1, 2, 2, requires_grad=True)
+        labels = torch.tensor([[[0, 1], [2, 255]]])
+        loss = semantic_loss(logits, labels, 255, negative, background_label_id=0)
+        loss.backward()
+        own = logits[0].double().numpy().transpose(1, 2, 0)
+        more = negative.detach()[0].double().numpy()
+        terms = [
+            np.log(np.exp(own[row, column]).sum() + (label > 0) * np.exp(more[row, column])) - own[row, column, label]
+            for row, column, label in ((0, 0, 0), (0, 1, 1), (1, 0, 2))
+        ]
+        assert loss.item() == pytest.approx(np.mean(terms), rel=1e-5)
+        assert ((negative.grad[0] > 0) == torch.tensor([[False, True], [True, False]])).all()
+        assert semantic_loss(logits, labels, 255, negative).item() > loss.item()  # without a background
+
     def test_without_labels_the_loss_is_zero(self):
         logits = torch.randn(1, 3, 2, 2, requires_grad=True)
         loss = semantic_loss(logits, torch.full((1, 4, 4), 255), 255)
@@ -112,6 +127,33 @@ class TestModel:
         resized = F.interpolate(outputs.logits, inputs["labels"].shape[1:], mode="bilinear")[:, :, :half]
         expected = F.cross_entropy(resized, inputs["labels"][:, :half], ignore_index=255)
         torch.testing.assert_close(outputs.loss, expected)
+
+    def test_negative_texts_are_labels_that_only_classes_are_compared_with(self, shared, processor):
+        """At the resolution of the patches, the loss is that of a vocabulary with more labels. For background, it is
+        that of the own vocabulary."""
+        others = ["red solid shape", "cyan lined shape", "green zigzag shape"]
+        negative_embeds = shared.embed_vocabulary(others, (), "a {}").class_embeds
+        longer = shared.embed_vocabulary([*NAMES, *others], BACKGROUND_PROMPTS, "a {}")
+        inputs = batch(processor, 2)
+        masks = [torch.from_numpy(scene.masks[:1]) for scene in scenes(2)]
+        for is_background in (False, True):
+            labels = inputs["labels"][:, ::4, ::4]
+            labels = labels.where((labels == 0) == is_background, 255)
+            more = {"mask_labels": masks, "class_labels": [torch.tensor([0 if is_background else n]) for n in (1, 2)]}
+            vocabulary = None if is_background else longer
+            for targets in ({"labels": labels}, more):
+                rest = {name: value for name, value in inputs.items() if name != "labels"} | targets
+                with torch.no_grad():
+                    loss = shared(**rest, negative_embeds=negative_embeds).loss
+                    expected, plain = (shared(**rest, vocabulary=given).loss for given in (vocabulary, None))
+                torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
+                assert is_background or loss > plain + 1e-4
+
+    def test_negative_texts_without_labels_are_an_error(self, shared, processor):
+        inputs = batch(processor, 1)
+        del inputs["labels"]
+        with pytest.raises(ValueError, match="negative_embeds are for the loss"):
+            shared(**inputs, negative_embeds=shared.class_embeds)
 
     def test_loss_of_masks_is_the_cross_entropy_of_classify_masks(self, shared, processor):
         drawn = scenes(3)

@@ -270,7 +270,13 @@ def to_mask_prompts(probabilities: torch.Tensor, size: tuple[int, int]) -> torch
     return F.interpolate(probabilities.float().logit(eps=1e-4), size=size, mode="bilinear", align_corners=False)
 
 
-def semantic_loss(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
+def semantic_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    ignore_index: int,
+    negative_logits: torch.Tensor | None = None,
+    background_label_id: int | None = None,
+) -> torch.Tensor:
     r"""
     Cross entropy of label maps, as SegFormer's: the logits are resized bilinearly to the label maps.
 
@@ -280,11 +286,30 @@ def semantic_loss(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int)
         The label of each pixel. They cover the same area as `logits`.
     ignore_index (`int`):
         The value of pixels that do not count.
+    negative_logits (`torch.Tensor` of shape `(batch_size, grid_height, grid_width)`, *optional*):
+        The logit of another label, which no pixel has: the logarithm of the sum of the exponential logits of negative
+        texts. Pixels of `background_label_id` are not compared with it.
+    background_label_id (`int`, *optional*):
+        The label of the background, if there is one.
 
     Returns the mean over the pixels that count, in float32: 0 if there are none (SegFormer's is NaN then).
     """
+    if negative_logits is not None:
+        logits = torch.cat([logits, negative_logits[:, None]], dim=1)
     resized = F.interpolate(logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=False)
+    if negative_logits is not None:
+        resized = torch.cat(
+            [resized[:, :-1], _without_background(resized[:, -1], labels, background_label_id)[:, None]], dim=1
+        )
     return _mean_cross_entropy(resized, labels, ignore_index)
+
+
+def _without_background(negative_logits: torch.Tensor, labels: torch.Tensor, background_label_id: int | None):
+    """The logits of negative texts, of the shape of `labels`, with a probability of 0 where the label is background:
+    an unlabelled object there can be what a negative text names."""
+    if background_label_id is None:
+        return negative_logits
+    return negative_logits.masked_fill(labels == background_label_id, torch.finfo(negative_logits.dtype).min / 2)
 
 
 def _mean_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
@@ -803,6 +828,7 @@ class SamClipForImageSegmentation(SamClipModel):
         labels: torch.Tensor | None = None,
         mask_labels: Sequence | None = None,
         class_labels: Sequence[torch.Tensor] | None = None,
+        negative_embeds: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> SamClipSegmentationOutput:
         r"""
@@ -830,6 +856,10 @@ class SamClipForImageSegmentation(SamClipModel):
             `config.semantic_loss_ignore_index`. Unlike Mask2Former, the masks do not cover the padding, and the SAM
             head is not trained. For an `eval_loss` without `labels`, `Trainer` needs
             `label_names=["mask_labels", "class_labels"]`.
+        negative_embeds (`torch.Tensor` of shape `(num_texts, projection_dim)`, *optional*):
+            Embeddings, of length 1, of texts that describe none of the labels, such as the `class_embeds` of another
+            vocabulary. The losses compare pixels and masks of classes with them, too, so that the classes can be told
+            from these texts in a common vocabulary. Background is not compared with them.
 
         With points, boxes or masks as prompts, inputs and output are those of [`SamClipModel`], and no vocabulary is
         used. `classify_masks` labels the masks.
@@ -838,6 +868,8 @@ class SamClipForImageSegmentation(SamClipModel):
         vocabulary whose background is a threshold.
         """
         has_loss = labels is not None or mask_labels is not None or class_labels is not None
+        if negative_embeds is not None and not has_loss:
+            raise ValueError("negative_embeds are for the loss: pass labels, or mask_labels and class_labels.")
         if any(kwargs.get(name) is not None for name in ("input_points", "input_boxes", "input_masks")):
             if has_loss:
                 raise ValueError(
@@ -870,7 +902,15 @@ class SamClipForImageSegmentation(SamClipModel):
         loss = None
         if has_loss:
             loss = self._loss(
-                logits, vision_outputs, reshaped_input_sizes, vocabulary, labels, mask_labels, class_labels
+                dense_embeds,
+                logits,
+                vision_outputs,
+                reshaped_input_sizes,
+                vocabulary,
+                labels,
+                mask_labels,
+                class_labels,
+                negative_embeds,
             )
         segments = {}
         if both_heads or (both_heads is None and not has_loss):
@@ -897,7 +937,16 @@ class SamClipForImageSegmentation(SamClipModel):
         )
 
     def _loss(
-        self, logits, vision_outputs, reshaped_input_sizes, vocabulary, labels, mask_labels, class_labels
+        self,
+        dense_embeds,
+        logits,
+        vision_outputs,
+        reshaped_input_sizes,
+        vocabulary,
+        labels,
+        mask_labels,
+        class_labels,
+        negative_embeds,
     ) -> torch.Tensor:
         """The sum of the losses of `forward` for the given labels. Raises as `forward` does."""
         ignore_index = self.config.semantic_loss_ignore_index
@@ -926,6 +975,13 @@ class SamClipForImageSegmentation(SamClipModel):
                 )
             return values.to(logits.device, torch.int64)
 
+        def negative_logits(embeds: torch.Tensor) -> torch.Tensor | None:
+            """Of embeddings `(..., projection_dim)`: `(...)`."""
+            if negative_embeds is None:
+                return None
+            similarity = embeds @ negative_embeds.to(embeds.device, embeds.dtype).T
+            return (similarity * self.logit_scale.exp()).logsumexp(dim=-1)
+
         loss = logits.new_zeros((), dtype=torch.float32)
         if labels is not None:
             height, width = logits.shape[-2:]
@@ -940,7 +996,13 @@ class SamClipForImageSegmentation(SamClipModel):
                     f"pixel_values, {height}:{width} patches; got {tuple(labels.shape)}. The image processor prepares "
                     "them: processor(images, segmentation_maps=label_maps)."
                 )
-            loss = loss + semantic_loss(logits, check(labels, "labels"), ignore_index)
+            loss = loss + semantic_loss(
+                logits,
+                check(labels, "labels"),
+                ignore_index,
+                negative_logits(dense_embeds.permute(0, 2, 3, 1)),
+                vocabulary.background_label_id,
+            )
         if mask_labels is not None:
             if [len(own) for own in mask_labels] != [len(own) for own in class_labels]:
                 raise ValueError("class_labels must have one label for each mask of mask_labels, for each image.")
@@ -949,8 +1011,11 @@ class SamClipForImageSegmentation(SamClipModel):
             for row, own in zip(targets, class_labels, strict=True):
                 row[: len(own)] = check(torch.as_tensor(own), "class_labels")
             targets = torch.where(embeds.detach().any(dim=-1), targets, ignore_index)
-            segment_logits = self.classify(embeds, vocabulary).flatten(0, 1)
-            loss = loss + _mean_cross_entropy(segment_logits, targets.flatten(), ignore_index)
+            segment_logits = self.classify(embeds, vocabulary)
+            if (negative := negative_logits(embeds)) is not None:
+                negative = _without_background(negative, targets, vocabulary.background_label_id)
+                segment_logits = torch.cat([segment_logits, negative[..., None]], dim=-1)
+            loss = loss + _mean_cross_entropy(segment_logits.flatten(0, 1), targets.flatten(), ignore_index)
         return loss
 
     def compose_heads(

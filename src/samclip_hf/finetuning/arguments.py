@@ -95,6 +95,14 @@ class FinetuningArguments(SamClipTrainingArguments):
         default_factory=lambda: list(DEFAULT_TEMPLATES),
         metadata={"help": "Sentences with {} in the place of the name of a class. Their mean embedding is used."},
     )
+    other_names: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Names of what is none of the classes. The classes are also trained against them, and the guard "
+            "keeps what the model finds by them. By default the names in the model's vocabulary and in the data sets "
+            "of retention; in a recipe, [] is none."
+        },
+    )
     batch_size: int = field(default=4, metadata={"help": "Labelled images per process and micro-batch."})
     guard_weight: float = field(
         default=1.0,

@@ -5,7 +5,7 @@ losses: on general images, the model is compared with itself before fine-tuning.
 
 import copy
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +13,28 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from .. import miniature
 from ..datasets import DataSet, SegmentedImage
 from ..distillation import SamClipTrainer
 from ..distillation.collation import TaskBatches
-from ..distillation.losses import cosine_distillation_loss, mask_iou
-from ..evaluation import ComposedSegmentation, Evaluator, SamClipAdapter
+from ..distillation.losses import mask_iou
+from ..evaluation import ComposedSegmentation, Evaluator, SamClipAdapter, SampleEvaluator
 from ..files import write_atomically
 from ..images import mean_and_std, normalize
 from ..modeling_samclip import SamClipModel, patches_of_masks
 from ..processing_samclip import SamClipProcessor
-from ..segmentation_samclip import SamClipForImageSegmentation
+from ..segmentation_samclip import SAME_TEXT, SamClipForImageSegmentation
 from .arguments import FinetuningArguments
 from .data import LabelMapBatches
 
 RETENTION_NAME = "retention.json"
 # The metrics of an evaluator that are rows of the retention table. By default the first one.
 RETENTION_METRICS = {"prompts": ("point_miou", "box_miou")}
+# Weight of the guard's divergence of probabilities relative to that of 1 - cos. Not tuned finely: `python
+# benchmarks/finetune.py` measures it.
+NAMES_WEIGHT = 0.3
 OWN_CLASSES = "own classes"  # the task of the first row
 
 
@@ -70,7 +74,9 @@ class FinetuningTrainer(SamClipTrainer):
     """
     Fine-tunes a [`SamClipForImageSegmentation`], whose vocabulary becomes that of the data. A step has a micro-batch
     of labelled images, with the loss of the model for `labels`, `mask_labels` and `class_labels`, and, with a guard,
-    one of general images.
+    one of general images. Both know `other_names`, by default those of the model's vocabulary and of the data sets of
+    `retention` that are no classes of the data: the loss compares the classes with them, and the guard keeps the
+    probabilities of all names.
 
     Args:
         model ([`SamClipForImageSegmentation`]):
@@ -87,7 +93,8 @@ class FinetuningTrainer(SamClipTrainer):
             As in [`SamClipTrainer`].
 
     Raises:
-        ValueError: As [`SamClipTrainer`], and if the data have other classes or cannot be a vocabulary.
+        ValueError: As [`SamClipTrainer`], and if the data have other classes or cannot be a vocabulary, or if one of
+            `other_names` is a class.
     """
 
     args: FinetuningArguments
@@ -108,12 +115,19 @@ class FinetuningTrainer(SamClipTrainer):
                 "order."
             )
         assert data.names is not None
-        model.set_vocabulary(
-            data.names[int(data.background is not None) :],
-            data.background or (),
-            args.templates,
-            processing_class.tokenizer,
-        )
+        classes = data.names[int(data.background is not None) :]
+        tokenizer = processing_class.tokenizer
+        known_names = _known_names(model, (retention or {}).values())  # before the vocabulary is replaced
+        model.set_vocabulary(classes, data.background or (), args.templates, tokenizer)
+        names = known_names if args.other_names is None else args.other_names
+        others, own_names = _embed_other_names(model, names, args.templates, tokenizer)
+        if args.other_names is not None and own_names:
+            raise ValueError(
+                f"These other_names are names of classes of {data.name}, or texts of its background: {own_names}. "
+                "Remove them."
+            )
+        self.other_names = [*others]
+        self._other_embeds = torch.stack([*others.values()]) if others else None
         self.data, self.eval_data = data, eval_data
         image_mean, image_std = mean_and_std(processing_class.image_processor)
         self._image_processor = processing_class.image_processor
@@ -147,7 +161,7 @@ class FinetuningTrainer(SamClipTrainer):
 
     def own_loss(self, model: nn.Module, images: Tensor, content_sizes: Tensor, label_maps: Tensor) -> Tensor:
         """Returns the model's loss for a micro-batch of [`LabelMapBatches`]: of its label maps, and of their classes
-        as masks, one for each class of an image."""
+        as masks, one for each class of an image, with the other names as negative texts."""
         mask_labels, class_labels = [], []
         for label_map, content_size in zip(label_maps, content_sizes.tolist(), strict=True):
             height, width = (
@@ -165,6 +179,7 @@ class FinetuningTrainer(SamClipTrainer):
             labels=label_maps,
             mask_labels=mask_labels,
             class_labels=class_labels,
+            negative_embeds=self._other_embeds,
         )
         self.record({"own_loss": outputs.loss})
         return outputs.loss
@@ -175,7 +190,8 @@ class FinetuningTrainer(SamClipTrainer):
         """
         Returns the loss against forgetting for a micro-batch of [`SamBatches`]: the student against the model before
         fine-tuning, in one pass of each. The parts are L_SAM of the masks, as in stage 2, and 1 - cos of the
-        embeddings of images, masks and patches. All are 0, with zero gradient, before the first step.
+        embeddings of images, masks and patches. With other names, the divergence of the probabilities of all names is
+        added to 1 - cos, with the weight `NAMES_WEIGHT`. All are 0, with zero gradient, before the first step.
         """
         assert self.sam_teacher is not None
         grid_size = (images.shape[-2] // self._patch_size, images.shape[-1] // self._patch_size)
@@ -193,13 +209,18 @@ class FinetuningTrainer(SamClipTrainer):
         is_segment = segments.flatten(2).any(dim=-1)
         rows, columns = (torch.arange(side, device=images.device) * self._patch_size for side in grid_size)
         is_content = (rows < content_sizes[:, :1])[:, :, None] & (columns < content_sizes[:, 1:])[:, None, :]
-        parts = {
-            "image": cosine_distillation_loss(outputs.image_embeds, before.image_embeds)["cosine"],
-            "segment": _mean_distance(outputs.segment_embeds, before.segment_embeds, is_segment),
-            "dense": _mean_distance(
-                outputs.dense_embeds.movedim(1, -1), before.dense_embeds.movedim(1, -1), is_content
-            ),
+        embeds = {
+            "image": (outputs.image_embeds, before.image_embeds, is_content.new_ones(len(images))),
+            "segment": (outputs.segment_embeds, before.segment_embeds, is_segment),
+            "dense": (outputs.dense_embeds.movedim(1, -1), before.dense_embeds.movedim(1, -1), is_content),
         }
+        parts = {name: _mean_distance(*pair) for name, pair in embeds.items()}
+        if self._other_embeds is not None:
+            scaled_texts = torch.cat([self._segmenter().vocabulary.class_embeds, self._other_embeds.to(images.device)])
+            scaled_texts = scaled_texts.float() * self.sam_teacher.model.logit_scale.float().exp()
+            parts |= {
+                f"{name}_names": NAMES_WEIGHT * _mean_divergence(*pair, scaled_texts) for name, pair in embeds.items()
+            }
         self.record({f"guard_{name}": part for name, part in parts.items()})
         prompt = "point" if "input_points" in prompts else "box"
         self.record({f"mask_iou_{prompt}": mask_iou(outputs.pred_masks, before.pred_masks)})
@@ -254,9 +275,10 @@ class FinetuningTrainer(SamClipTrainer):
         ]
 
     def stage_record(self) -> dict[str, Any]:
-        """Returns the name of the stage, the model before it and, at the end, the retention table."""
+        """Returns the name of the stage, the model before it, the other names and, at the end, the retention
+        table."""
         model = "miniature" if self.args.model == miniature.checkpoint() else self.args.model
-        record = {"stage": "fine-tuning", "model": model}
+        record = {"stage": "fine-tuning", "model": model, "other_names": self.other_names}
         return record | ({"retention": self.retention_table()} if self._after else {})
 
     def save_provenance(self, metrics: dict[str, float]) -> None:
@@ -273,7 +295,50 @@ class FinetuningTrainer(SamClipTrainer):
         super().save_provenance(metrics)
 
 
+def _known_names(model: SamClipForImageSegmentation, evaluators: Iterable[Evaluator]) -> list[str]:
+    """The names in the model's vocabulary and in the data sets of evaluators, without background."""
+    names: list[str] = []
+    if model.class_embeds is not None:
+        vocabulary = model.vocabulary
+        names += [name for label, name in vocabulary.id2label.items() if label != vocabulary.background_label_id]
+    for evaluator in evaluators:
+        data = evaluator.data if isinstance(evaluator, SampleEvaluator) else None
+        if data is not None and data.names is not None:
+            names += [name for group in data.names[int(data.background is not None) :] for name in group]
+    return [*dict.fromkeys(names)]
+
+
+def _embed_other_names(
+    model: SamClipForImageSegmentation,
+    names: Sequence[str],
+    templates: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The names whose texts differ from those of the model's vocabulary, with their embeddings `(projection_dim,)`,
+    and the names whose texts do not."""
+    if not names:
+        return {}, []
+    others = model.embed_vocabulary(names, (), templates, tokenizer)
+    is_own = (others.class_embeds @ model.vocabulary.class_embeds.T > SAME_TEXT).any(dim=1).tolist()
+    rows = [(others.id2label[label_id], own) for label_id, own in zip(others.label_ids, is_own, strict=True)]
+    embeds = {name: row for (name, own), row in zip(rows, others.class_embeds, strict=True) if not own}
+    return embeds, [name for name, own in rows if own]
+
+
 def _mean_distance(student_embeds: Tensor, teacher_embeds: Tensor, is_counted: Tensor) -> Tensor:
     """The mean of 1 - cos over the embeddings that count: `(..., projection_dim)` twice, and `(...)`."""
     distances = 1 - F.cosine_similarity(student_embeds.float(), teacher_embeds.float(), dim=-1)
     return distances.masked_fill(~is_counted, 0).sum() / is_counted.sum().clamp_min(1)
+
+
+def _mean_divergence(
+    student_embeds: Tensor, teacher_embeds: Tensor, is_counted: Tensor, scaled_texts: Tensor
+) -> Tensor:
+    """The mean Kullback-Leibler divergence of the probabilities of texts `(num_texts, projection_dim)`, whose length
+    is the scale of the logits, over the embeddings that count: as in `_mean_distance`."""
+    student, teacher = (
+        (F.normalize(embeds.float(), dim=-1) @ scaled_texts.T).log_softmax(dim=-1)
+        for embeds in (student_embeds, teacher_embeds)
+    )
+    divergences = (teacher.exp() * (teacher - student)).sum(dim=-1)
+    return divergences.masked_fill(~is_counted, 0).sum() / is_counted.sum().clamp_min(1)
