@@ -187,6 +187,13 @@ class TestOtherNames:
         trainer = make_trainer(tmp_path, folder, model=model, retention="composed:miniature", retention_limit=16)
         assert trainer.other_names == ["a dog", *(name for name in CLASS_NAMES if name not in NAMES)]
 
+    def test_an_empty_text_is_none(self, folder, tmp_path):
+        trainer = make_trainer(tmp_path, folder, other_names="")
+        assert trainer.other_names == trainer.args.other_names == []
+        model = copy.deepcopy(trainer.model).eval()
+        batch = first_batch(trainer)["own"]
+        assert trainer.own_loss(trainer.model.eval(), **batch) < make_trainer(tmp_path, folder).own_loss(model, **batch)
+
     def test_they_are_negative_texts_of_the_loss(self, folder, tmp_path):
         losses = []
         for names in (CLASS_NAMES[:1], CLASS_NAMES[:20]):

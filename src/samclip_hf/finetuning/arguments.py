@@ -100,7 +100,7 @@ class FinetuningArguments(SamClipTrainingArguments):
         metadata={
             "help": "Names of what is none of the classes. The classes are also trained against them, and the guard "
             "keeps what the model finds by them. By default the names in the model's vocabulary and in the data sets "
-            "of retention; in a recipe, [] is none."
+            "of retention. One empty text is none."
         },
     )
     batch_size: int = field(default=4, metadata={"help": "Labelled images per process and micro-batch."})
@@ -143,6 +143,8 @@ class FinetuningArguments(SamClipTrainingArguments):
     def __post_init__(self):
         if self.guard_weight == 0:
             self._reset_guard()
+        if self.other_names == [""]:  # a command line has no empty list
+            self.other_names = []
         super().__post_init__()
         if self.data is None:
             raise ValueError(
