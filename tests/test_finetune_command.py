@@ -192,7 +192,8 @@ class TestOtherNames:
         assert trainer.other_names == trainer.args.other_names == []
         model = copy.deepcopy(trainer.model).eval()
         batch = first_batch(trainer)["own"]
-        assert trainer.own_loss(trainer.model.eval(), **batch) < make_trainer(tmp_path, folder).own_loss(model, **batch)
+        loss = make_trainer(tmp_path, folder).own_loss(model, **batch)
+        assert trainer.own_loss(trainer.model.eval(), **batch) < loss
 
     def test_they_are_negative_texts_of_the_loss(self, folder, tmp_path):
         losses = []
