@@ -150,9 +150,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--num_images", type=int, default=200, help="labelled scenes for training and evaluation")
     parser.add_argument("--num_scenes", type=int, default=200, help="scenes of each measurement")
     parser.add_argument(
-        "--every_other_name",
-        action="store_true",
-        help="only every other name of the old classes is known to the training",
+        "--other_names", choices=["all", "half", "none"], default="all", help="names of old classes in the training"
     )
     parser.add_argument("options", nargs="*", help="more arguments of samclip finetune, after --")
     arguments = parser.parse_args(argv)
@@ -164,8 +162,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 data, output = Path(temporary, "scenes"), Path(temporary, "model")
                 write_data(data, 2_000_000 + seed, arguments.num_images)
                 options = ["--data", data, "--output_dir", output, "--seed", seed, "--guard_weight", weight]
-                if arguments.every_other_name:
-                    options += ["--other_names", *(CLASS_NAMES[number] for number in SEEN[::2])]
+                if arguments.other_names != "all":
+                    half = [CLASS_NAMES[number] for number in SEEN[::2]]
+                    options += ["--other_names", *(half if arguments.other_names == "half" else [""])]
                 assert samclip(["finetune", "miniature", *map(str, options), *arguments.options]) == 0
                 own, *_ = json.loads((output / "retention.json").read_text())["results"]
                 after = measure(output, seed, arguments.num_scenes) | {OWN_NAMES: own["after"]}
