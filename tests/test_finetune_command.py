@@ -422,6 +422,13 @@ def test_wrong_arguments_are_refused(folder, tmp_path, capsys, monkeypatch, chan
         ({"data": "boxes.json"}, "annotation 0 has no mask. samclip points --boxes makes masks of boxes"),
         ({"data": "unknown.json"}, "annotation 0 is of an unknown image or category"),
         ({"data": "empty.json"}, "has no annotations"),
+        ({"data": "same_tokens.json"}, "same tokens as another class.*BLUE SOLID"),
+        ({"data": "broken.json", "eval_data": "coco.json"}, "annotation 0 .*do not add up to its size"),
+        ({"data": "wrong_size.json"}, "annotations"),
+        ({"data": "outside.json"}, r"outside.json has no pixel of a class: all but"),
+        ({"data": "crowds.json"}, "has no annotations of objects, only crowds"),
+        ({"data": "two_categories.json"}, "two categories have the id 5"),
+        ({"data": "two_images.json"}, "two images have the id 10"),
         ({"eval_data": "other"}, "have different classes"),
         ({"other_names": [NAMES[1], "a dog"]}, rf"These other_names are names of classes .*'{NAMES[1]}'"),
         ({"data": "wrong"}, r"wrong/labels/\d.png has values without a class: \[8\]"),
@@ -433,6 +440,24 @@ def test_wrong_data_are_refused(folder, scenes, tmp_path, monkeypatch, changes, 
         content = coco_content(scenes[:1])
         content["annotations"][0] |= keys
         Path(f"{name}.json").write_text(json.dumps(content))
+    for path in (folder / "images").iterdir():
+        Path(path.name).symlink_to(path)
+    content = coco_content(scenes)
+    first, *others = content["annotations"]
+    Path("coco.json").write_text(json.dumps(content))
+    broken = [first | {"segmentation": {"size": [128, 128], "counts": [5, 5]}}, *others]
+    Path("broken.json").write_text(json.dumps(content | {"annotations": broken}))
+    outside = [{**own, "segmentation": [[300, 300, 400, 300, 400, 400]]} for own in content["annotations"]]
+    Path("outside.json").write_text(json.dumps(content | {"annotations": outside}))
+    smaller = [content["images"][0] | {"height": 64}, *content["images"][1:]]
+    Path("wrong_size.json").write_text(json.dumps(content | {"images": smaller}))
+    names = [{"id": 5, "name": NAMES[0]}, {"id": 7, "name": NAMES[0].upper()}, *content["categories"][:-2]]
+    Path("same_tokens.json").write_text(json.dumps(content | {"categories": names}))
+    content = coco_content(scenes[:1])
+    for key, of_key in (("categories", {"id": 5, "name": "other"}), ("images", content["images"][0])):
+        Path(f"two_{key}.json").write_text(json.dumps(content | {key: [*content[key], of_key]}))
+    crowds = [annotation | {"iscrowd": 1} for annotation in content["annotations"]]
+    Path("crowds.json").write_text(json.dumps(content | {"annotations": crowds}))
     Path("empty.json").write_text(json.dumps(coco_content(scenes[:1]) | {"annotations": []}))
     for name in ("other", "wrong"):
         Path(name, "labels").mkdir(parents=True)
@@ -441,9 +466,16 @@ def test_wrong_data_are_refused(folder, scenes, tmp_path, monkeypatch, changes, 
             values = np.full((128, 128), 8 if name == "wrong" else 0, dtype=np.uint8)
             Image.fromarray(values).save(Path(name, "labels", path.name))
         Path(name, "classes.json").write_text(json.dumps(NAMES))
-    Path("0.png").symlink_to(folder / "images" / "0.png")
     with pytest.raises(SystemExit, match=f"Training did not start.*{sentence}"):
         run(tmp_path, folder, **changes)
+
+
+def test_classes_without_a_pixel_are_reported(folder, scenes, tmp_path, capsys):
+    content = coco_content(scenes)
+    path = tmp_path / "more.json"
+    path.write_text(json.dumps(content | {"categories": [*content["categories"], {"id": 99, "name": "a ghost"}]}))
+    make_trainer(tmp_path, path, eval_data=path, images=folder / "images")
+    assert "more.json, all images: 1 of 9 classes have no pixel: a ghost." in capsys.readouterr().err
 
 
 def test_an_unknown_recipe_is_reported(capsys):

@@ -210,6 +210,10 @@ def _read_coco(path: Path) -> list[ExampleImage]:
     origin = f"--examples {path}"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        for key in ("categories", "images"):
+            ids = Counter(entry["id"] for entry in content[key])
+            if repeated := [own_id for own_id, count in ids.items() if count > 1]:
+                raise ValueError(f"two {key} have the id {repeated[0]}, so annotations are ambiguous.")
         names = {category["id"]: category["name"] for category in content["categories"]}
         images = {
             entry["id"]: ExampleImage(path.parent / entry["file_name"], [], size=_size(entry))
@@ -228,10 +232,8 @@ def _read_coco(path: Path) -> list[ExampleImage]:
             if has_masks:
                 image.segmentations.append(own["segmentation"])
             else:
-                right, bottom = left + width, top + height
-                if image.size is not None:  # annotations of COCO exceed the image by rounding
-                    right, bottom = min(right, image.size[0]), min(bottom, image.size[1])
-                image.boxes.append([left, top, right, bottom])
+                box = [left, top, left + width, top + height]
+                image.boxes.append(box if image.size is None else _round_to_image(box, image.size))
     except OSError as error:
         raise CommandError(f"{origin}: {error.strerror}.") from error
     except KeyError as error:
@@ -245,6 +247,13 @@ def _read_coco(path: Path) -> list[ExampleImage]:
     if missing := next((image.path for image in images.values() if not image.path.is_file()), None):
         raise CommandError(f"{origin}: there is no image {missing}. Put the file beside its images.")
     return list(images.values())
+
+
+def _round_to_image(box: list[float], size: tuple[int, int]) -> list[float]:
+    """Moves the sides of a box x1, y1, x2, y2 to those of the image (width, height) if they exceed it by less than a
+    pixel, as some of COCO do by rounding. Boxes further outside are refused where the image is known."""
+    sides = zip(box, size * 2, strict=True)
+    return [min(max(value, 0), limit) if -1 < value < limit + 1 else value for value, limit in sides]
 
 
 def _size(entry: dict) -> tuple[int, int] | None:

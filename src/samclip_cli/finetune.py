@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from . import CommandError
+from . import CommandError, log
 from .evaluate import build_evaluators, build_parser, check_tasks, uses_miniature
 from .models import check_model
 from .outputs import check_writable
@@ -77,7 +77,7 @@ def build_trainer(args: "FinetuningArguments") -> "FinetuningTrainer":
     from transformers import set_seed
 
     from samclip_hf import SamClipForImageSegmentation, SamClipProcessor, miniature
-    from samclip_hf.finetuning import FinetuningTrainer, hold_out, open_data
+    from samclip_hf.finetuning import FinetuningTrainer, check_labels, hold_out, open_data
     from samclip_hf.modeling_samclip import load_complete_model, load_tokenizer
     from samclip_hf.publishing import prepare_push
 
@@ -87,6 +87,11 @@ def build_trainer(args: "FinetuningArguments") -> "FinetuningTrainer":
         data, eval_data = hold_out(data, args.eval_fraction)
     else:
         eval_data = open_data(args.eval_data, "val", args.images, args.background)
+    for part in (data, eval_data):
+        if missing := check_labels(part):
+            names = ", ".join(names[0] for names in missing[:10]) + (" ..." if len(missing) > 10 else "")
+            images = part.description.get("only", "all images")
+            log(f"{part.name}, {images}: {len(missing)} of {len(part.names or ())} classes have no pixel: {names}.")
     retention = build_retention(args.retention, args.retention_limit)
     if args.model == "miniature":
         args.model = miniature.checkpoint()

@@ -9,6 +9,7 @@ from PIL import Image
 from transformers import pipeline
 
 from samclip_cli import main
+from samclip_cli.examples import _round_to_image
 from samclip_hf import SamClipForImageSegmentation, SamClipProcessor, miniature
 from samclip_hf.images import encode_mask, mask_to_coco_box
 from samclip_hf.miniature.scenes import render
@@ -118,6 +119,9 @@ def test_cutouts_in_a_folder(capsys):
     "changes, message",
     [
         ({"annotations": []}, "has no annotations"),
+        ({"categories": [{"id": 10, "name": "mug"}, {"id": 10, "name": "cup"}]}, "two categories have the id 10"),
+        ({"images": [{"id": 5, "file_name": "shown.png"}] * 2}, "two images have the id 5"),
+        ({"annotations": [{"image_id": 5, "category_id": 10, "bbox": [100, 0, 60, 9]}]}, "outside the image"),
         ({"categories": []}, "10 is missing or unknown"),
         ({"images": [{"id": 5, "file_name": "lost.png"}]}, "there is no image shown/lost.png"),
         (
@@ -155,3 +159,9 @@ def test_wrong_folders_and_options_are_refused(capsys):
     assert "--template has no effect" in refuse("--examples", "parts", "--template", "a {}")
     Path("parts/one/photo.png").unlink()
     assert "there is no image for the mask" in refuse("--examples", "parts")
+
+
+def test_boxes_exceed_the_image_by_rounding_only():
+    size = (128, 96)
+    assert _round_to_image([-0.4, 3.5, 128.6, 96.9], size) == [0, 3.5, 128, 96]
+    assert _round_to_image([-1.5, 3.5, 129.5, 96], size) == [-1.5, 3.5, 129.5, 96]

@@ -188,3 +188,13 @@ def get(content: Any, key: str, source: str | Path) -> Any:
     if not isinstance(content, dict) or key not in content:
         raise ValueError(f"{source} has no {key!r} in {textwrap.shorten(str(content), 100)}.")
     return content[key]
+
+
+def index_by_id(content: Any, key: str, source: str | Path) -> dict[Any, dict[str, Any]]:
+    """Returns the entries of `content[key]`, such as COCO's categories or images, by their ids, in their order. Raises
+    a `ValueError` that names the source if an id is missing or repeated: annotations refer to ids."""
+    entries: dict[Any, dict[str, Any]] = {}
+    for entry in get(content, key, source):
+        if entries.setdefault(get(entry, "id", source), entry) is not entry:
+            raise ValueError(f"{source}: two {key} have the id {entry['id']}, so annotations are ambiguous.")
+    return entries

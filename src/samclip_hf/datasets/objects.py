@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from ..images import decode_mask, mask_to_coco_box
-from .layouts import LAYOUTS, find_tars, get, parse_json, raise_missing, read_json, require
+from .layouts import LAYOUTS, find_tars, get, index_by_id, parse_json, raise_missing, read_json, require
 from .samples import DataSet, ImageWithObjects, name_errors, read_image
 from .tar import TarSample, index_samples
 
@@ -62,8 +62,7 @@ def _open_coco(name: str, root: Path) -> tuple[list[ImageWithObjects], dict[str,
     is_coco = name == "coco"
     file = root / ("coco/annotations/instances_val2017.json" if is_coco else "lvis/lvis_v1_val.json")
     content = read_json(require(file, LAYOUTS[name]))
-    images = {get(image, "id", file): image for image in get(content, "images", file)}
-    categories = {get(category, "id", file) for category in get(content, "categories", file)}
+    images, categories = (index_by_id(content, key, file) for key in ("images", "categories"))
     annotations: dict[Any, list[dict]] = {image_id: [] for image_id in images}
     for annotation in get(content, "annotations", file):
         image_id, category_id = (get(annotation, key, file) for key in ("image_id", "category_id"))

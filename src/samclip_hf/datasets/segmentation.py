@@ -1,6 +1,7 @@
 """Evaluation sets for semantic segmentation."""
 
 import io
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -18,6 +19,7 @@ from .layouts import (
     Split,
     find_folder,
     get,
+    index_by_id,
     layout_of,
     list_images,
     list_paths,
@@ -156,14 +158,14 @@ def open_coco_segmentation(
     """
     file = Path(file)
     content = read_json(require(file, "annotations in COCO's format"))
-    categories = sorted(get(content, "categories", file), key=lambda category: get(category, "id", file))
+    categories = [category for _, category in sorted(index_by_id(content, "categories", file).items())]
     names = [[get(category, "name", file)] for category in categories]
     if background:
         names.insert(0, ["background"])
     if len(names) > IGNORE_INDEX:
         raise ValueError(f"{file} has {len(names)} classes, label maps at most {IGNORE_INDEX}.")
     labels = {category["id"]: label for label, category in enumerate(categories, start=int(bool(background)))}
-    annotations: dict[Any, list[dict]] = {get(image, "id", file): [] for image in get(content, "images", file)}
+    annotations: dict[Any, list[dict]] = {image_id: [] for image_id in index_by_id(content, "images", file)}
     for annotation in get(content, "annotations", file):
         image_id, category_id = (get(annotation, key, file) for key in ("image_id", "category_id"))
         if image_id not in annotations or category_id not in labels:
@@ -185,8 +187,8 @@ def open_coco_segmentation(
                 partial(_draw_coco_map, annotations[image["id"]], labels, size, path, bool(background)),
             )
         )
-    if not any(annotations.values()):
-        raise ValueError(f"{file} has no annotations.")
+    if all(own.get("iscrowd") for own in itertools.chain.from_iterable(annotations.values())):
+        raise ValueError(f"{file} has no annotations of objects, only crowds, which are ignored, or none at all.")
     description = {"path": str(file), "images": len(samples), "names": file.name, **describe_shared_names(names)}
     return DataSet(str(file), samples, names, list(background) or None, description)
 
@@ -221,14 +223,15 @@ def _open_panoptic(coco: Path, split: Split) -> DataSet[SegmentedImage]:
     """Opens the things and stuff of COCO's panoptic task. Pixels outside all segments are ignored."""
     layout, file = layout_of("panoptic133", split), coco / f"annotations/panoptic_{split}2017.json"
     content = read_json(require(file, layout))
-    categories = sorted(get(content, "categories", file), key=lambda category: get(category, "id", file))
+    categories = [category for _, category in sorted(index_by_id(content, "categories", file).items())]
     labels = {category["id"]: label for label, category in enumerate(categories)}
     # "wall-other-merged" becomes "wall".
     names = [
         [re.sub("(-other|-stuff|-merged)+$", "", get(category, "name", file)).replace("-", " ")]
         for category in categories
     ]
-    file_names = {get(image, "id", file): get(image, "file_name", file) for image in get(content, "images", file)}
+    images = index_by_id(content, "images", file)
+    file_names = {image_id: get(image, "file_name", file) for image_id, image in images.items()}
     samples = []
     for annotation in sorted(get(content, "annotations", file), key=lambda entry: get(entry, "image_id", file)):
         segments = get(annotation, "segments_info", file)

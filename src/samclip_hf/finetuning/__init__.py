@@ -1,7 +1,15 @@
 """Fine-tuning of a SAM-CLIP on labelled images of a user. Requires `pip install samclip-hf[train]`."""
 
 from .arguments import FinetuningArguments
-from .data import LabelMapBatches, hold_out, open_data
+from .data import LabelMapBatches, check_labels, hold_out, open_data
 from .trainer import FinetuningTrainer, FrozenModel
 
-__all__ = ["FinetuningArguments", "FinetuningTrainer", "FrozenModel", "LabelMapBatches", "hold_out", "open_data"]
+__all__ = [
+    "FinetuningArguments",
+    "FinetuningTrainer",
+    "FrozenModel",
+    "LabelMapBatches",
+    "check_labels",
+    "hold_out",
+    "open_data",
+]

@@ -60,6 +60,28 @@ def hold_out(data: DataSet[SegmentedImage], eval_fraction: float) -> tuple[DataS
     )
 
 
+def check_labels(data: DataSet[SegmentedImage]) -> list[list[str]]:
+    """
+    Reads all images and label maps once, so that wrong ones are found before the training and not in the middle of it.
+
+    Returns the classes without a labelled pixel, as in `data.names`, without background.
+
+    Raises:
+        OSError: A file cannot be read.
+        ValueError: An image or a label map cannot be used, or no pixel has a class.
+    """
+    assert data.names is not None
+    found: set[int] = set()
+    for sample in data.samples:
+        sample.image()
+        found.update(np.unique(sample.label_map()).tolist())
+    first = int(data.background is not None)
+    missing = [names for label, names in enumerate(data.names) if label >= first and label not in found]
+    if len(missing) == len(data.names) - first:
+        raise ValueError(f"{data.name} has no pixel of a class: {data.description.get('only', 'all images')}.")
+    return missing
+
+
 class _SampleShards:
     """The samples of a data set as one shard, see [`Shards`]."""
 

@@ -93,8 +93,8 @@ class FinetuningTrainer(SamClipTrainer):
             As in [`SamClipTrainer`].
 
     Raises:
-        ValueError: As [`SamClipTrainer`], and if the data have other classes or cannot be a vocabulary, or if one of
-            `other_names` is a class.
+        ValueError: As [`SamClipTrainer`], if the data have other classes or cannot be a vocabulary, if two classes
+            have the same tokens, and if one of `other_names` is a class.
     """
 
     args: FinetuningArguments
@@ -119,6 +119,12 @@ class FinetuningTrainer(SamClipTrainer):
         tokenizer = processing_class.tokenizer
         known_names = _known_names(model, (retention or {}).values())  # before the vocabulary is replaced
         model.set_vocabulary(classes, data.background or (), args.templates, tokenizer)
+        used = set(model.vocabulary.label_ids)
+        if same := [name for label, name in model.vocabulary.id2label.items() if label not in used]:
+            raise ValueError(
+                f"These classes of {data.name} have the same tokens as another class, so that texts cannot tell them "
+                f"apart: {same}. Give them other names."
+            )
         names = known_names if args.other_names is None else args.other_names
         others, own_names = _embed_other_names(model, names, args.templates, tokenizer)
         if args.other_names is not None and own_names:
