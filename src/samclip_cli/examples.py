@@ -97,7 +97,13 @@ class ExampleImage:
                 return decode_mask(self.segmentations[index], size)
             with Image.open(self.mask) as file:
                 channel = file.convert("RGBA").getchannel("A") if self.is_cutout else file.convert("L")
-            return np.asarray(channel) > 127
+            values = np.asarray(channel)
+            if 0 < values.max() <= 127:  # such as a mask of 0 and 1
+                raise ValueError(
+                    f"the largest value is {values.max()}. The object must be "
+                    + ("opaque." if self.is_cutout else "white, 255, and the rest black, 0.")
+                )
+            return values > 127
         except (OSError, ValueError) as error:
             raise ValueError(f"{self.mask or self.path}: {first_line(error)}") from error
 

@@ -100,6 +100,15 @@ def test_masks_in_a_folder(capsys):
     check(found, expect(images=[IMAGE] * 3, labels=labels, masks=masks, background=["an empty scene"]))
 
 
+def test_a_mask_of_0_and_1_is_refused(capsys):
+    Path("parts/one").mkdir(parents=True)
+    IMAGE.save("parts/one/photo.png")
+    Image.fromarray(SCENE.masks[0].astype(np.uint8)).save("parts/one/photo_mask.png")
+    assert main(["segment", "other.png", "--examples", "parts", "--background", "an empty scene"]) == 2
+    message = capsys.readouterr().err
+    assert "photo_mask.png: the largest value is 1. The object must be white, 255, and the rest black, 0." in message
+
+
 def test_cutouts_in_a_folder(capsys):
     cutouts = []
     for name, mask in zip(NAMES, SCENE.masks, strict=True):
