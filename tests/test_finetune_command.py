@@ -19,7 +19,7 @@ from samclip_hf import SamClipForImageSegmentation, SamClipProcessor, miniature
 from samclip_hf.datasets import open_coco_segmentation
 from samclip_hf.distillation import provenance
 from samclip_hf.finetuning import FinetuningTrainer, open_data
-from samclip_hf.finetuning.trainer import NAMES_WEIGHT
+from samclip_hf.finetuning.trainer import NAMES_WEIGHT, RETENTION_NAME
 from samclip_hf.images import encode_mask, normalize
 from samclip_hf.miniature.scenes import BACKGROUND_PROMPTS, CLASS_NAMES, HELD_OUT, render
 from samclip_hf.publishing import create_model_card, publish_provenance
@@ -478,13 +478,23 @@ def test_classes_without_a_pixel_are_reported(folder, scenes, tmp_path, capsys):
     assert "more.json, all images: 1 of 9 classes have no pixel: a ghost." in capsys.readouterr().err
 
 
+def test_the_retention_table_is_printed(tmp_path, capsys):
+    rows = [("own classes", "mean_iou", 0.25, 0.5), ("prompts:miniature", "box_miou", None, 0.75)]
+    results = [dict(zip(("task", "metric", "before", "after"), row, strict=True)) for row in rows]
+    (tmp_path / RETENTION_NAME).write_text(json.dumps({"results": results}))
+    finetune.print_retention(tmp_path)
+    assert capsys.readouterr().out == (
+        "own classes, mean_iou: 0.250 before, 0.500 after\nprompts:miniature, box_miou: none before, 0.750 after\n"
+    )
+
+
 def test_an_unknown_recipe_is_reported(capsys):
     with pytest.raises(CommandError, match="unknown recipe 'miniature_stage1'"):
         parse_arguments(["miniature_stage1"], finetune.COMMAND)
 
 
 @pytest.mark.slow
-def test_the_commands_of_the_documentation_adapt_the_miniature(tmp_path, monkeypatch):
+def test_the_commands_of_the_documentation_adapt_the_miniature(tmp_path, monkeypatch, capsys):
     """The first block of the page writes labelled scenes, and the first two commands use them."""
     monkeypatch.chdir(tmp_path)
     page = (Path(__file__).parents[1] / "docs" / "finetune.md").read_text()
@@ -495,7 +505,10 @@ def test_the_commands_of_the_documentation_adapt_the_miniature(tmp_path, monkeyp
     adapt, segment = (shlex.split(line)[1:] for line in shell.splitlines())
     short = {"max_steps": 2, "eval_steps": 2, "save_steps": 2, "retention_limit": 16, "batch_size": 2, "use_cpu": True}
     assert main([*adapt, *words(short)]) == 0
-    assert main(segment) == 0
-    assert any(Path("out").iterdir())
     rows = json.loads(Path("runs/adapted/retention.json").read_text())["results"]
     assert {row["task"] for row in rows} == {"own classes", "composed:miniature", "prompts:miniature"}
+    output = capsys.readouterr().out
+    for row in rows:
+        assert f"{row['task']}, {row['metric']}: {row['before']:.3f} before, {row['after']:.3f} after\n" in output
+    assert main(segment) == 0
+    assert any(Path("out").iterdir())
