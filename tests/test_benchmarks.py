@@ -11,6 +11,8 @@ import pytest
 import torch
 from transformers import CLIPConfig, CLIPVisionConfig
 
+from samclip_hf.distillation import SamClipTrainer
+
 from .conftest import tiny_sam
 from .scripts import load_script
 
@@ -183,3 +185,25 @@ def test_annotate_benchmark_divides_the_time_of_the_command(capsys, sizes, monke
     shares = {row[1].strip(): float(row[3]) for row in rows[1:]}
     assert sum(shares.values()) == pytest.approx(2, abs=0.1)  # the command and its parts
     assert shares.keys() >= {"image encoder", "mask decoder", "CLIP side, segments"}  # of tiny models: some are 0.00
+
+
+@pytest.mark.slow
+def test_region_variants_benchmark_prints_a_row_for_every_variant(capsys, monkeypatch, tmp_path):
+    script = load_script(BENCHMARKS / "region_variants.py")
+    recorded = {}
+
+    def record(trainer, values):
+        recorded.update(values)
+        SamClipTrainer.record(trainer, values)
+
+    monkeypatch.setattr(script, "SCENE_FRACTION", 0.01)
+    monkeypatch.setattr(script.ShiftTrainer, "max_shift", 0)
+    monkeypatch.setattr(script.ShiftTrainer, "record", record, raising=False)
+    command = ["--steps", "1", "--output_dir", str(tmp_path)]
+    script.main(command)
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert len(rows) == 1 + len(script.VARIANTS)
+    assert recorded["shift_loss"].item() == pytest.approx(0, abs=1e-6)  # no shift, and the average is the student
+    monkeypatch.setattr(script, "build_trainer", None)  # finished runs are not trained again
+    script.main(command)
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")] == rows
