@@ -259,6 +259,7 @@ def test_independent_scores_of_examples(models, processor):
         ({"images": []}, "Got 0 images and labels for 1"),
         ({"boxes": [[[0, 0, 129, 50], *BOXES[1:]]]}, "image 0, which is 128 wide and 128 high, .* outside"),
         ({"boxes": [[[50, 0, 50, 50], *BOXES[1:]]]}, "x1 < x2"),
+        ({"boxes": [[[0.2, 0.2, 0.9, 0.8], *BOXES[1:]]]}, "image 0 is smaller than a pixel"),
         ({"boxes": [[[1, 2, 3], *BOXES[1:]]]}, "A box of image 0 must be x1, y1, x2, y2"),
         ({"boxes": [["box", *BOXES[1:]]]}, "must be numbers"),
         ({"boxes": None, "points": [[[1, 2], [3, 4], [5, float("nan")]]]}, "outside the image"),

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -169,7 +170,8 @@ def set_examples(arguments: argparse.Namespace, loaded: LoadedModel, images: lis
             multi_label=words is None and arguments.multi_label,
         )
     except (OSError, ValueError) as error:
-        raise CommandError(f"--examples {arguments.examples}: {first_line(error)}") from error
+        message = re.sub(r"\b[Ii]mage (\d+)", lambda found: str(images[int(found[1])].path), first_line(error))
+        raise CommandError(f"--examples {arguments.examples}: {message}") from error
     loaded.model.set_vocabulary(vocabulary)
     loaded.names = [name for index, name in vocabulary.id2label.items() if index != vocabulary.background_label_id]
 
@@ -220,6 +222,9 @@ def _read_coco(path: Path) -> list[ExampleImage]:
             ids = Counter(entry["id"] for entry in content[key])
             if repeated := [own_id for own_id, count in ids.items() if count > 1]:
                 raise ValueError(f"two {key} have the id {repeated[0]}, so annotations are ambiguous.")
+        counts = Counter(category["name"] for category in content["categories"])
+        if repeated := [name for name, count in counts.items() if count > 1]:
+            raise ValueError(f"two categories have the name {repeated[0]!r}.")
         names = {category["id"]: category["name"] for category in content["categories"]}
         images = {
             entry["id"]: ExampleImage(path.parent / entry["file_name"], [], size=_size(entry))

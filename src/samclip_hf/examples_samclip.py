@@ -91,6 +91,11 @@ def check_prompts(kind: str, prompts, index: int, height: int, width: int) -> li
             raise ValueError(
                 f"A box is x1, y1, x2, y2 with x1 < x2 and y1 < y2, but image {index} has {values.tolist()}."
             )
+        if kind == "boxes" and not (corners[1] - corners[0] >= 1).any():
+            raise ValueError(
+                f"The box {values.tolist()} of image {index} is smaller than a pixel. Pass boxes in pixels, not in "
+                "fractions of the image."
+            )
         examples.append(corners)
     return examples
 

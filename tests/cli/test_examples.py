@@ -130,7 +130,11 @@ def test_cutouts_in_a_folder(capsys):
         ({"annotations": []}, "has no annotations"),
         ({"categories": [{"id": 10, "name": "mug"}, {"id": 10, "name": "cup"}]}, "two categories have the id 10"),
         ({"images": [{"id": 5, "file_name": "shown.png"}] * 2}, "two images have the id 5"),
-        ({"annotations": [{"image_id": 5, "category_id": 10, "bbox": [100, 0, 60, 9]}]}, "outside the image"),
+        ({"categories": [{"id": 10, "name": "mug"}, {"id": 11, "name": "mug"}]}, "two categories have the name 'mug'"),
+        (
+            {"annotations": [{"image_id": 5, "category_id": 10, "bbox": [100, 0, 60, 9]}]},
+            "shown/shown.png, which is 128 wide and 128 high, contain [[100.0, 0.0], [160.0, 9.0]], which is outside",
+        ),
         ({"categories": []}, "10 is missing or unknown"),
         ({"images": [{"id": 5, "file_name": "lost.png"}]}, "there is no image shown/lost.png"),
         (
