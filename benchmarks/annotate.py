@@ -7,8 +7,8 @@ Measures the throughput of `samclip annotate`, and divides its time:
     python benchmarks/annotate.py --num_images 5000 --processes 2      # the time and the memory of two processes
 
 Without `--processes`, all parts run in one process, one after the other. Shares are of the CPU time of the process,
-which other jobs change less than the time that passes. Images are read by other threads while the model runs, so their
-CPU time is part of what runs at the same time.
+which other jobs affect less than elapsed time. Other threads read images while the model runs, so their CPU time is
+counted in the part that runs at the same time.
 
 Random weights find no segments. With `vit_b` and `merged_vit_b`, the mask decoder runs for every point, and a box of a
 grid of 4 x 4 then replaces its masks, as in `inference.py`, so that 16 segments are named, encoded and written.

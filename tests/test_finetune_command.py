@@ -482,7 +482,7 @@ def test_the_retention_table_is_printed(tmp_path, capsys):
     rows = [("own classes", "mean_iou", 0.25, 0.5), ("prompts:miniature", "box_miou", None, 0.75)]
     results = [dict(zip(("task", "metric", "before", "after"), row, strict=True)) for row in rows]
     (tmp_path / RETENTION_NAME).write_text(json.dumps({"results": results}))
-    finetune.print_retention(tmp_path)
+    finetune.print_retention(tmp_path / RETENTION_NAME)
     assert capsys.readouterr().out == (
         "own classes, mean_iou: 0.250 before, 0.500 after\nprompts:miniature, box_miou: none before, 0.750 after\n"
     )

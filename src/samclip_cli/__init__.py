@@ -124,10 +124,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def leave_process_group() -> None:
     """
-    Ends the communication with the other processes of `accelerate launch` or torchrun. Without it, threads of the
-    communication can abort a process at its exit (https://docs.pytorch.org/docs/stable/distributed.html#shutdown).
+    Destroys the process group of `accelerate launch` or torchrun. Without it, threads of the communication backend can
+    abort a process at exit (https://docs.pytorch.org/docs/stable/distributed.html#shutdown).
 
-    Not called after an error, because it can wait for processes that still communicate.
+    Not called after an error, because it can block until the other processes reach it.
     """
     if "torch" in sys.modules:  # only a command that has imported it can be one of several processes
         from torch import distributed

@@ -66,8 +66,8 @@ def process_images(
         Writes a data set of all images, `plan.data_set_files`, after a single process has completed them. It gets each
         image with its result in the order of the inputs, and messages by the keys of images that failed.
 
-    Returns the exit status. Of one of several processes, it does not tell whether images failed. Raises `CommandError`
-    if the output has results of another run.
+    Returns the exit status. With several processes, it does not depend on failed images. Raises `CommandError` if the
+    output has results of another run.
     """
     record = names = None
     if plan.has_record:
@@ -89,7 +89,8 @@ def process_images(
             for images in batches:
                 work.process(images, predict)
             work.join(loaded)
-            # torchrun would end the other processes. The single process that joins the results tries again.
+            # torchrun terminates all processes if one exits with an error. The single process that joins the results
+            # retries failed images.
             status = 1 if work.failures and plan.process[1] == 1 else 0
         except KeyboardInterrupt:
             work.stop("interrupted by Ctrl-C.")
@@ -375,7 +376,7 @@ class _Work:
         log(f"{process}{'; '.join(parts)}. The results are in {self.plan.output}.")
         if processes > 1 and number == 0 and self.writes_results:
             log(
-                "when all processes have ended, run the same command in a single process to try failed images again "
+                "when all processes have ended, run the same command in a single process to retry failed images "
                 f"and to join their results in {', '.join(self.plan.run_files)}."
             )
 

@@ -218,13 +218,10 @@ def _read_coco(path: Path) -> list[ExampleImage]:
     origin = f"--examples {path}"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        for key in ("categories", "images"):
-            ids = Counter(entry["id"] for entry in content[key])
-            if repeated := [own_id for own_id, count in ids.items() if count > 1]:
-                raise ValueError(f"two {key} have the id {repeated[0]}, so annotations are ambiguous.")
-        counts = Counter(category["name"] for category in content["categories"])
-        if repeated := [name for name, count in counts.items() if count > 1]:
-            raise ValueError(f"two categories have the name {repeated[0]!r}.")
+        for key, field_name in (("categories", "id"), ("categories", "name"), ("images", "id")):
+            counts = Counter(entry[field_name] for entry in content[key])
+            if repeated := [value for value, count in counts.items() if count > 1]:
+                raise ValueError(f"two {key} have the {field_name} {repeated[0]!r}, so annotations are ambiguous.")
         names = {category["id"]: category["name"] for category in content["categories"]}
         images = {
             entry["id"]: ExampleImage(path.parent / entry["file_name"], [], size=_size(entry))

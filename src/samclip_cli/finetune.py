@@ -42,7 +42,6 @@ COMMAND = TrainingCommand(
 )
 # Evaluators whose results can be in the retention table: they apply to a SAM-CLIP and train nothing.
 RETENTION_PROTOCOLS = ("classification", "retrieval", "instances", "prompts", "semantic", "composed")
-RETENTION = "retention.json"  # samclip_hf.finetuning.trainer.RETENTION_NAME, whose module imports torch
 MINIATURE_SCENES = 200  # of each task of `samclip evaluate` on the miniature's scenes
 
 
@@ -113,16 +112,18 @@ def run(argv: Sequence[str]) -> int:
     set_wait_policy()
     args = parse_arguments(argv, COMMAND)
     check_writable(args.output_dir, "--output_dir")
-    status = run_training(args, build_trainer, written=[RETENTION])
     from accelerate import PartialState
 
+    from samclip_hf.finetuning.trainer import RETENTION_NAME
+
+    status = run_training(args, build_trainer, written=[RETENTION_NAME])
     if status == 0 and PartialState().is_main_process:
-        print_retention(Path(args.output_dir))
+        print_retention(Path(args.output_dir) / RETENTION_NAME)
     return status
 
 
-def print_retention(output_dir: Path) -> None:
-    """Prints the retention table, with the values before and after the fine-tuning."""
-    for row in json.loads((output_dir / RETENTION).read_text())["results"]:
+def print_retention(path: Path) -> None:
+    """Prints a retention table, with the values before and after the fine-tuning."""
+    for row in json.loads(path.read_text())["results"]:
         before, after = (f"{value:.3f}" if value is not None else "none" for value in (row["before"], row["after"]))
         print(f"{row['task']}, {row['metric']}: {before} before, {after} after")

@@ -49,7 +49,7 @@ many images:
   CPU if there is none:
     torchrun --nproc_per_node N -m samclip_cli COMMAND IMAGE [IMAGE ...] --output out/
   Then run the command in a single process to join their results in results.jsonl and COCO's files.
-  It tries failed images again. The exit status of several processes is 0 if images failed."""
+  It retries failed images. With several processes, the exit status is 0 even if images failed."""
 
 
 class ImageInput(NamedTuple):

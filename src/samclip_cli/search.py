@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # importing these takes seconds, see the docstring of the pac
 
     from samclip_hf.retrieval import EmbeddingIndex
 
-MAX_PER_IMAGE = 1  # default for segments, several of which often show one object
+MAX_PER_IMAGE = 1  # default for segments: several segments of an image often show the same object
 
 DESCRIPTION = """\
 Searches an index of 'samclip index' by text or by example, and prints the most similar segments or
@@ -33,8 +33,8 @@ examples:
   samclip search photos_index/ --image photo.jpg
 
 The similarity is the cosine of the embeddings. Several texts are synonyms: the highest similarity
-counts. With --box, the SAM head draws the object in the box, and the CLIP head embeds it. Of the
-segments of an image, the most similar one is a result; --max_per_image shows more."""
+counts. With --box, the SAM head segments the object in the box, and the CLIP head embeds it. By
+default, the results contain only the most similar segment of each image; see --max_per_image."""
 
 EPILOG = """
 output:
@@ -76,7 +76,7 @@ def build_parser() -> CommandParser:
         "--max_per_image",
         type=positive_int,
         metavar="N",
-        help=f"segments of one image among the results (default: {MAX_PER_IMAGE})",
+        help=f"largest number of segments of one image in the results (default: {MAX_PER_IMAGE})",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--output", metavar="FILE.png", help="a contact sheet of the results")

@@ -294,19 +294,20 @@ def semantic_loss(
 
     Returns the mean over the pixels that count, in float32: 0 if there are none (SegFormer's is NaN then).
     """
+
+    def resize(maps: torch.Tensor) -> torch.Tensor:
+        return F.interpolate(maps.float(), size=labels.shape[-2:], mode="bilinear", align_corners=False)
+
+    resized = resize(logits)
     if negative_logits is not None:
-        logits = torch.cat([logits, negative_logits[:, None]], dim=1)
-    resized = F.interpolate(logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=False)
-    if negative_logits is not None:
-        resized = torch.cat(
-            [resized[:, :-1], _without_background(resized[:, -1], labels, background_label_id)[:, None]], dim=1
-        )
+        negative = _without_background(resize(negative_logits[:, None]), labels[:, None], background_label_id)
+        resized = torch.cat([resized, negative], dim=1)
     return _mean_cross_entropy(resized, labels, ignore_index)
 
 
 def _without_background(negative_logits: torch.Tensor, labels: torch.Tensor, background_label_id: int | None):
-    """The logits of negative texts, of the shape of `labels`, with a probability of 0 where the label is background:
-    an unlabelled object there can be what a negative text names."""
+    """The logits of negative texts, of the shape of `labels`, with a probability of 0 where the label is background,
+    because background can contain objects that match a negative text."""
     if background_label_id is None:
         return negative_logits
     return negative_logits.masked_fill(labels == background_label_id, torch.finfo(negative_logits.dtype).min / 2)
@@ -857,9 +858,9 @@ class SamClipForImageSegmentation(SamClipModel):
             head is not trained. For an `eval_loss` without `labels`, `Trainer` needs
             `label_names=["mask_labels", "class_labels"]`.
         negative_embeds (`torch.Tensor` of shape `(num_texts, projection_dim)`, *optional*):
-            Embeddings, of length 1, of texts that describe none of the labels, such as the `class_embeds` of another
-            vocabulary. The losses compare pixels and masks of classes with them, too, so that the classes can be told
-            from these texts in a common vocabulary. Background is not compared with them.
+            Negative texts: embeddings, of length 1, of texts that describe none of the labels, such as the
+            `class_embeds` of another vocabulary. In the losses, they are further classes without pixels or masks, so
+            that the model also learns to distinguish the labels from them. They do not count for background.
 
         With points, boxes or masks as prompts, inputs and output are those of [`SamClipModel`], and no vocabulary is
         used. `classify_masks` labels the masks.
@@ -1058,11 +1059,12 @@ class SamClipForImageSegmentation(SamClipModel):
         if content_mask is not None:
             is_class = is_class * content_mask
         is_class = is_class > 0.5
-        all_cells = _spread_points(is_class, self.config.composition_points, in_z_order=background is None)
+        all_cells = cells = _spread_points(is_class, self.config.composition_points, in_z_order=background is None)
         # With fewer marked cells than points, cells occur several times: the mask decoder gets them once.
         num_points = min(self.config.composition_points, max(1, int(is_class.sum(dim=(1, 2)).max())))
-        points = cells = _spread_points(is_class, num_points, in_z_order=background is None)
-        points = ((points + 0.5) * self.config.vision_config.patch_size - 0.5)[:, :, None]
+        if num_points < self.config.composition_points:
+            cells = _spread_points(is_class, num_points, in_z_order=background is None)
+        points = ((cells + 0.5) * self.config.vision_config.patch_size - 0.5)[:, :, None]
         found = []
         # The mask decoder has several maps of the size of the image embeddings for each point, which should fit in a
         # CPU's cache. At 1024 px, a map has 4 MB.

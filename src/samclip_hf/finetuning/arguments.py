@@ -98,9 +98,9 @@ class FinetuningArguments(SamClipTrainingArguments):
     other_names: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Names of what is none of the classes. The classes are also trained against them, and the guard "
-            "keeps what the model finds by them. By default the names in the model's vocabulary and in the data sets "
-            "of retention. One empty text is none."
+            "help": "Names that are not classes of the data, used as negative texts of the loss. The guard preserves "
+            "the model's predictions for them. By default, the names in the model's vocabulary and in the data sets "
+            "of retention. Pass an empty text to use no names."
         },
     )
     batch_size: int = field(default=4, metadata={"help": "Labelled images per process and micro-batch."})
