@@ -376,7 +376,7 @@ class _Work:
         log(f"{process}{'; '.join(parts)}. The results are in {self.plan.output}.")
         if processes > 1 and number == 0 and self.writes_results:
             log(
-                "when all processes have ended, run the same command in a single process to retry failed images "
+                "when all processes have ended, run the same command in a single process to try failed images again "
                 f"and to join their results in {', '.join(self.plan.run_files)}."
             )
 
