@@ -32,13 +32,15 @@ demo tables: export MALLOC_TRIM_THRESHOLD_ = 4000000000
 demo: $(VENV)/installed
 	$(BIN)/python -m samclip_hf.miniature_lab.demo
 
-# Two processes with one thread each share the runs. Can be interrupted and restarted. Commit the result.
+# Two processes with one thread each share the runs. Can be interrupted and restarted. Commit the result. The seeds whose
+# results are in docs/tables are not run again: `rm docs/tables/*.json` repeats them.
 tables: export OMP_NUM_THREADS = 1
 tables: $(VENV)/installed
+	mkdir -p runs/tables docs/tables
+	cp docs/tables/teachers.json docs/tables/seed*.json runs/tables/ 2> /dev/null || true
 	$(BIN)/python -m samclip_hf.miniature_lab.tables & other=$$!; \
 		$(BIN)/python -m samclip_hf.miniature_lab.tables && wait $$other
-	mkdir -p docs/tables
-	cp runs/tables/tables.json runs/tables/tables.md runs/tables/tables.png docs/tables/
+	cp runs/tables/*.json runs/tables/tables.md runs/tables/tables.png docs/tables/
 
 # Uses the shipped miniature. SAMCLIP_CHECKPOINT=FOLDER selects another model.
 app: $(VENV)/installed

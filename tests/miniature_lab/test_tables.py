@@ -16,20 +16,25 @@ def write(content: dict, folder: Path) -> None:
     (folder / "results.json").write_text(json.dumps(content))
 
 
-def write_seed(seed: int, folder: Path, without: str | None = None) -> None:
-    """Writes results of a seed, complete unless one run is left out, with values that differ between seeds and
-    runs."""
+def write_seed(seed: int, folder: Path) -> None:
+    """Writes results of a seed, with values that differ between seeds and runs."""
     columns = {(task, metric) for _, task, metric, _ in tables.ROWS if task not in tables.CASCADES}
     columns |= {(task, metric) for task, metric, _ in tables.COLUMNS}
     columns |= {(task, name) for task in tables.CLUTTERED for name in tables.OBJECT_COUNTS if "composed" in task}
     columns |= {(task, "mean_iou") for task in tables.CLUTTERED.values() if "composed" in task}
+    evaluation = folder / f"seed{seed}" / "evaluation"
     for index, name in enumerate(tables.RUNS):
         content: dict = {"tasks": {}, "environment": {}}
         for task, metric in sorted(columns):
             entry = content["tasks"].setdefault(task, {"protocol": {}, "models": {name: {"metrics": {}}}})
-            entry["models"][name]["metrics"][metric] = seed / 10 + index / 100
-        if name != without:
-            write(content, folder / f"seed{seed}" / "evaluation" / name)
+            entry["models"][name]["metrics"] |= {metric: seed / 10 + index / 100, "iou: red shape": 0.5, "AR": None}
+        write(content, evaluation / name)
+    results = tables.read_runs([evaluation / name for name in tables.RUNS])
+    tables.write_results(results, {"fraction": 1.0}, folder / f"seed{seed}.json")
+
+
+def write_teachers(tasks: dict, folder: Path) -> None:
+    tables.write_results({"tasks": tasks, "environment": {}}, {"fraction": 1.0}, folder / "teachers.json")
 
 
 def test_mean_minimum_and_maximum_are_over_complete_seeds(tmp_path):
@@ -39,11 +44,9 @@ def test_mean_minimum_and_maximum_are_over_complete_seeds(tmp_path):
         "cascade:miniature@cluttered-raw-crops": {"sam+clip": {"metrics": {"mean_iou": 0.41}}},
         "prompts:miniature": {"sam": {"metrics": {"point_miou": 0.7}}},
     }
-    content = {"tasks": {task: {"protocol": {}, "models": models} for task, models in teachers.items()}}
-    write(content, tmp_path / "teachers")
     for seed in (0, 1, 3):
         write_seed(seed, tmp_path)
-    write_seed(2, tmp_path, without="lora")
+    write_teachers({task: {"protocol": {}, "models": models} for task, models in teachers.items()}, tmp_path)
 
     content = tables.collect(tmp_path)
     assert content["seeds"] == [0, 1, 3] and content["steps"] == tables.STEPS
@@ -69,29 +72,45 @@ def test_mean_minimum_and_maximum_are_over_complete_seeds(tmp_path):
     assert Image.open(tmp_path / "tables.png").width > 1000
 
 
+def test_single_classes_and_missing_metrics_are_not_kept(tmp_path):
+    write_seed(0, tmp_path)
+    content = json.loads((tmp_path / "seed0.json").read_text())
+    metrics = [result["metrics"] for entry in content["tasks"].values() for result in entry["models"].values()]
+    assert len(metrics) >= len(tables.RUNS) and content["settings"] == {"fraction": 1.0}
+    assert not any(name == "AR" or name.startswith("iou: ") for result in metrics for name in result)
+
+
 def test_results_with_another_protocol_and_runs_with_other_steps_raise(tmp_path):
     def change(path: Path, function) -> None:
         content = json.loads(path.read_text())
-        function(content["tasks"])
+        function(content)
         path.write_text(json.dumps(content))
 
-    write({"tasks": {}}, tmp_path / "teachers")
+    def change_protocol(content: dict) -> None:
+        content["tasks"]["composed:miniature"].update(protocol={"data": "other scenes"})
+
     write_seed(0, tmp_path)
-    path = tmp_path / "seed0" / "evaluation" / "lora" / "results.json"
-    change(path, lambda tasks: tasks["composed:miniature"].update(protocol={"data": "other scenes"}))
+    write_seed(1, tmp_path)
+    write_teachers({}, tmp_path)
+    change(tmp_path / "seed1.json", change_protocol)
     with pytest.raises(SystemExit, match="composed:miniature was evaluated with different protocols"):
+        tables.collect(tmp_path)
+    change(tmp_path / "seed0" / "evaluation" / "lora" / "results.json", change_protocol)
+    with pytest.raises(SystemExit, match="composed:miniature was evaluated with different protocols"):
+        tables.read_runs([tmp_path / "seed0" / "evaluation" / name for name in tables.RUNS])
+    change(tmp_path / "seed1.json", lambda content: content.update(settings={"fraction": 0.5}))
+    with pytest.raises(SystemExit, match=r"seed1\.json is of a run with other arguments"):
         tables.collect(tmp_path)
     for name in ("composed:miniature#0a1b2c3d", "stage1@0a1b2c3d"):
         folder = tmp_path / name
         write_seed(2, folder)
-        write({"tasks": {}}, folder / "teachers")
-        path = folder / "seed2" / "evaluation" / "lora" / "results.json"
+        write_teachers({}, folder)
 
-        def add(tasks: dict, name: str = name) -> None:
-            where = tasks if ":" in name else tasks["composed:miniature"]["models"]
+        def add(content: dict, name: str = name) -> None:
+            where = content["tasks"] if ":" in name else content["tasks"]["composed:miniature"]["models"]
             where[name] = next(iter(where.values()))
 
-        change(path, add)
+        change(folder / "seed2.json", add)
         with pytest.raises(SystemExit, match=f"results of different protocols or weights .{name}"):
             tables.collect(folder)
     (tmp_path / "stage1").mkdir()
@@ -141,6 +160,7 @@ def test_processes_share_the_runs_and_none_is_done_twice(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "train", lambda name, seed, folder, fraction: done.append((seed, name)))
     monkeypatch.setattr(tables, "evaluate_run", lambda name, folder, fraction: None)
     monkeypatch.setattr(tables, "evaluate_teachers", lambda folder, fraction: done.append("teachers"))
+    monkeypatch.setattr(tables, "read_runs", lambda folders: {"folders": [str(folder) for folder in folders]})
     monkeypatch.setattr(tables, "write_tables", lambda folder, fraction: written.append(len(done)))
     (tmp_path / "seed0").mkdir()
     with tables.claim(tmp_path / "seed0" / "stage1.lock") as is_mine:  # another process is training stage 1
@@ -152,9 +172,25 @@ def test_processes_share_the_runs_and_none_is_done_twice(tmp_path, monkeypatch):
     assert done[1:] == ["teachers", (0, "stage1"), (0, "stage2"), (1, "stage1"), (1, "stage2"), (1, "other")]
     assert written == [4, 7]
     tables.run_all([0, 1], tmp_path, 1.0)
-    assert len(done) == 7 and written == [4, 7, 7, 7]
-    with pytest.raises(SystemExit, match="is of a run with other arguments"):
-        tables.run_all([0], tmp_path, 0.5)
+    assert len(done) == 7 and written == [4, 7, 7]
+
+    # The files of the results are enough to continue, in another folder.
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for name in ("teachers.json", "seed0.json", "seed1.json"):
+        (elsewhere / name).write_text((tmp_path / name).read_text())
+    tables.run_all([0, 1, 2], elsewhere, 1.0)
+    assert done[7:] == [(2, "stage1"), (2, "stage2"), (2, "other")] and written == [4, 7, 7, 7, 10]
+    for folder in (tmp_path, elsewhere):
+        with pytest.raises(SystemExit, match=r"seed0\.json is of a run with other arguments"):
+            tables.run_all([0], folder, 0.5)
+    recipe = tables.commands.read_recipe("miniature_stage1")
+    monkeypatch.setattr(tables.commands, "read_recipe", lambda name: recipe | {"learning_rate": 1.0})
+    with pytest.raises(SystemExit, match=r"seed0\.json is of a run with other arguments"):
+        tables.run_all([0], elsewhere, 1.0)
+    (tmp_path / "seed0.json").unlink()
+    with pytest.raises(SystemExit, match="stage1 is of a run with other arguments"):
+        tables.run_all([0], tmp_path, 1.0)
 
 
 @pytest.mark.slow
@@ -180,7 +216,7 @@ def test_a_failed_run_exits_with_its_title(tmp_path, monkeypatch):
         tables.train("stage1", 0, tmp_path, fraction=0.01)
 
 
-@pytest.mark.parametrize(("recipe", "warmup_steps"), [("miniature_stage1", 45), ("miniature_paper_stage1", 50)])
+@pytest.mark.parametrize(("recipe", "warmup_steps"), [("miniature_stage1", 50), ("miniature_paper_stage1", 50)])
 def test_short_runs_have_as_many_warmup_steps_as_the_recipe(recipe, warmup_steps, monkeypatch, tmp_path):
     started = []
     monkeypatch.setattr(commands, "run", lambda title, command: started.append(list(command)))

@@ -4,12 +4,14 @@ Trains and evaluates all variants of the miniature with several seeds, and write
     python -m samclip_hf.miniature_lab.tables
 
 Takes hours. Several processes with the same `--output_dir` share the work: one of them trains and evaluates each run.
-An interrupted command continues from the finished runs in `runs/tables`. After each seed it writes `tables.json`,
-`tables.md` and `tables.png` with the seeds that are complete.
+An interrupted command continues from the finished runs in `runs/tables`. After each seed it writes the seed's results
+to `seed<number>.json`, and `tables.json`, `tables.md` and `tables.png` with the seeds that are complete. A seed whose
+file is in the `--output_dir` is not run again.
 """
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -238,20 +240,36 @@ def evaluate_teachers(output_dir: Path, fraction: float) -> None:
 def run_all(seeds: Sequence[int], output_dir: Path, fraction: float) -> None:
     """Evaluates the teachers, trains and evaluates all runs of all seeds, except those that other processes with the
     same `output_dir` train and evaluate, and waits for these. Writes the tables after each seed."""
-    teachers, finished = output_dir / "teachers.done", set[int]()
-    while len(finished) < len(seeds):
-        do_once(teachers, {"fraction": fraction}, lambda: evaluate_teachers(output_dir, fraction))
-        for seed in seeds:
+    settings = {name: run_settings(name, fraction) for name in RUNS}
+    finished = {seed for seed in seeds if has_results(output_dir / f"seed{seed}.json", settings)}
+    teachers, of_teachers = output_dir / "teachers.json", {"fraction": fraction}
+    if finished and teachers.exists():
+        write_tables(output_dir, fraction)
+    while finished != {*seeds} or not teachers.exists():
+        if not has_results(teachers, of_teachers):
+            marker = output_dir / "teachers.done"
+            do_once(marker, of_teachers, lambda: evaluate_teachers(output_dir, fraction))
+            if marker.exists():
+                write_results(read_runs([output_dir / "teachers"]), of_teachers, teachers)
+        for seed in sorted({*seeds} - finished):
             folder = output_dir / f"seed{seed}"
-            if seed in finished:
-                continue
             for name in RUNS:
                 run_once(name, seed, folder, fraction)
             if teachers.exists() and all((folder / f"{name}.done").exists() for name in RUNS):
+                results = read_runs([folder / "evaluation" / name for name in RUNS])
+                write_results(results, settings, output_dir / f"seed{seed}.json")
                 write_tables(output_dir, fraction)
                 finished.add(seed)
-        if len(finished) < len(seeds):
+        if finished != {*seeds}:
             time.sleep(2)  # other processes are at work
+
+
+def run_settings(name: str, fraction: float) -> dict[str, Any]:
+    """Returns what determines the results of a run besides its seed: all training arguments, the run it starts from, and
+    the fraction of steps and scenes."""
+    run = RUNS[name]
+    arguments = commands.read_recipe(f"miniature_stage{run.stage}") | run.options
+    return {"fraction": fraction, "start": run.start, **arguments, "max_steps": run.steps or STEPS[run.stage]}
 
 
 def run_once(name: str, seed: int, folder: Path, fraction: float) -> None:
@@ -265,8 +283,7 @@ def run_once(name: str, seed: int, folder: Path, fraction: float) -> None:
         train(name, seed, folder, fraction)
         evaluate_run(name, folder, fraction)
 
-    settings = {"fraction": fraction, "steps": run.steps or STEPS[run.stage], **run.options}
-    do_once(folder / f"{name}.done", settings, train_and_evaluate)
+    do_once(folder / f"{name}.done", run_settings(name, fraction), train_and_evaluate)
 
 
 def do_once(marker: Path, settings: Mapping[str, Any], work: Callable[[], None]) -> None:
@@ -278,10 +295,7 @@ def do_once(marker: Path, settings: Mapping[str, Any], work: Callable[[], None])
             work()
             marker.write_text(json.dumps(settings))
         elif marker.exists() and json.loads(marker.read_text()) != settings:
-            sys.exit(
-                f"{marker.with_suffix('')} is of a run with other arguments: {marker.read_text()}. Use another "
-                "--output_dir."
-            )
+            exit_of_other_arguments(marker.with_suffix(""))
 
 
 @contextmanager
@@ -301,17 +315,46 @@ def claim(path: Path) -> Iterator[bool]:
             yield True
 
 
-def read_seed(folder: Path) -> dict[str, Any]:
-    """Merges the results of all runs of a seed."""
+def has_results(path: Path, settings: Mapping[str, Any]) -> bool:
+    """Whether a file of results exists. Exits with a message if its settings differ."""
+    if not path.exists():
+        return False
+    if json.loads(path.read_text())["settings"] != settings:
+        exit_of_other_arguments(path)
+    return True
+
+
+def write_results(results: Mapping[str, Any], settings: Mapping[str, Any], path: Path) -> None:
+    """Writes results with the settings that they depend on. Other processes see the whole file or none."""
+    temporary = path.with_suffix(f".{os.getpid()}")
+    temporary.write_text(json.dumps({"settings": settings, **results}, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def exit_of_other_arguments(path: Path) -> NoReturn:
+    sys.exit(f"{path} is of a run with other arguments. Use another --output_dir, or delete it.")
+
+
+def read_runs(folders: Sequence[Path]) -> dict[str, Any]:
+    """Merges the results of `samclip evaluate` in several folders, without the metrics of single classes."""
     merged: dict[str, Any] = {"tasks": {}, "environment": {}}
-    for path in sorted(folder.glob("evaluation/*/results.json")):
-        content = read_results(path)
+    for folder in folders:
+        content = read_results(folder / "results.json")
         merged["environment"] = content["environment"]
         for task, entry in content["tasks"].items():
             known = merged["tasks"].setdefault(task, {"protocol": entry["protocol"], "models": {}})
             if known["protocol"] != entry["protocol"]:
                 exit_of_different_protocols(folder, task)
-            known["models"] |= entry["models"]
+            known["models"] |= {
+                model: {
+                    "metrics": {
+                        name: value
+                        for name, value in result["metrics"].items()
+                        if value is not None and not name.startswith(PER_CLASS_PREFIX)
+                    }
+                }
+                for model, result in entry["models"].items()
+            }
     return merged
 
 
@@ -329,15 +372,16 @@ def collect(output_dir: Path, fraction: float = 1.0) -> dict[str, Any]:
 
     Exits with a message if no seed is complete, or if the results are of different protocols or weights.
     """
-    folders = {int(path.name.removeprefix("seed")): path for path in output_dir.glob("seed*") if path.is_dir()}
-    complete = [(seed, read_seed(folder)) for seed, folder in sorted(folders.items())]
-    complete = [(seed, content) for seed, content in complete if is_complete(content)]
+    paths = {int(path.stem.removeprefix("seed")): path for path in output_dir.glob("seed*.json")}
+    complete = [(seed, json.loads(path.read_text())) for seed, path in sorted(paths.items())]
     if not complete:
         sys.exit(f"{output_dir} contains no complete seed.")
+    if any(content["settings"] != complete[0][1]["settings"] for _, content in complete):
+        exit_of_other_arguments(paths[complete[-1][0]])
     protocols = {task: entry["protocol"] for task, entry in complete[0][1]["tasks"].items()}
     metrics: dict[str, dict[str, list[float]]] = {}
     names = {*TEACHERS, *RUNS}
-    for content in [read_results(output_dir / "teachers" / "results.json"), *(c for _, c in complete)]:
+    for content in [json.loads((output_dir / "teachers.json").read_text()), *(c for _, c in complete)]:
         for task, entry in content["tasks"].items():
             # Names that samclip evaluate gives to a second protocol of a task, and to other weights of a run.
             if other := [name for name in (task, *entry["models"]) if "#" in name or name not in {task, *names}]:
@@ -349,8 +393,7 @@ def collect(output_dir: Path, fraction: float = 1.0) -> dict[str, Any]:
                 exit_of_different_protocols(output_dir, task)
             for model, result in entry["models"].items():
                 for metric, value in result["metrics"].items():
-                    if value is not None and not metric.startswith(PER_CLASS_PREFIX):
-                        metrics.setdefault(model, {}).setdefault(f"{task} | {metric}", []).append(value)
+                    metrics.setdefault(model, {}).setdefault(f"{task} | {metric}", []).append(value)
     return {
         "seeds": [seed for seed, _ in complete],
         "steps": {stage: scale_steps(steps, fraction) for stage, steps in STEPS.items()},
@@ -359,16 +402,6 @@ def collect(output_dir: Path, fraction: float = 1.0) -> dict[str, Any]:
         "environment": complete[0][1]["environment"],
         "metrics": metrics,
     }
-
-
-def is_complete(content: dict[str, Any]) -> bool:
-    """Whether the results of a seed contain all runs with the fast tasks, and the stages with the slow tasks."""
-    required: dict[str, tuple[str, ...]] = {task: STAGES for _, task, _, _ in ROWS if task not in CASCADES}
-    required |= dict.fromkeys(("composed:miniature@cluttered", "composed:miniature@cluttered-classes"), STAGES)
-    required |= dict.fromkeys(FAST_TASKS, tuple(RUNS))
-    return all(
-        set(models) <= content["tasks"].get(task, {"models": {}})["models"].keys() for task, models in required.items()
-    )
 
 
 def format_values(values: list[float] | None) -> str:
