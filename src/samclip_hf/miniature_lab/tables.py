@@ -265,8 +265,8 @@ def run_all(seeds: Sequence[int], output_dir: Path, fraction: float) -> None:
 
 
 def run_settings(name: str, fraction: float) -> dict[str, Any]:
-    """Returns what determines the results of a run besides its seed: all training arguments, the run it starts from, and
-    the fraction of steps and scenes."""
+    """Returns what determines the results of a run besides its seed: all training arguments, the run from which it
+    starts, and the fraction of steps and scenes."""
     run = RUNS[name]
     arguments = commands.read_recipe(f"miniature_stage{run.stage}") | run.options
     return {"fraction": fraction, "start": run.start, **arguments, "max_steps": run.steps or STEPS[run.stage]}
