@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import CLIPConfig, CLIPVisionConfig
+from transformers import CLIPConfig, CLIPVisionConfig, SamConfig
 
+from samclip_hf import miniature
 from samclip_hf.distillation import SamClipTrainer
 
 from .conftest import tiny_sam
@@ -92,6 +93,23 @@ def test_mask_generation_benchmark_finds_equal_masks_with_both_models(capsys):
     output = capsys.readouterr().out
     assert re.search(r"Equal masks: [1-9]\d* pairs, lowest IoU (1\.0|0\.99)", output), output
     assert output.count(" - ") == 3  # two rows, and the header
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe, parts", [("vit_b_stage2", 6), ("lite_region", 6)])
+def test_training_step_benchmark_prints_the_time_of_every_part(capsys, monkeypatch, recipe, parts):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    script = load_script(BENCHMARKS / "training_step.py")
+    arguments = ["--recipe", recipe, "--clip_resolution", "64", "--clip_batch_size", "2", "--repeats", "1"]
+    sam, clip = miniature.sam_teacher(), miniature.clip_teacher()
+    script.main(arguments, SamConfig.from_pretrained(sam), CLIPConfig.from_pretrained(clip))
+    _, variants, table = capsys.readouterr().out.split("\n\n")
+    assert [line.split(" | ")[0] for line in variants.splitlines()[2:]] == ["| sdpa", "| eager"]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines()]
+    assert len(rows) == 2 + parts
+    seconds = float(variants.splitlines()[2].split(" | ")[1])
+    assert sum(float(row[1]) for row in rows[2:]) == pytest.approx(seconds, rel=0.02)
+    assert ("SAM teacher" in table) == (recipe == "vit_b_stage2")
 
 
 @pytest.fixture
