@@ -97,10 +97,12 @@ docs: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/inference.py encoder
 	$(BIN)/python benchmarks/inference.py text_to_masks
+	$(BIN)/python benchmarks/training_step.py
 
 bench-gpu: $(VENV)/installed
 	$(BIN)/python benchmarks/inference.py encoder --device cuda --dtype bfloat16 --batch_sizes 1 8 32 --compile
 	$(BIN)/python benchmarks/inference.py text_to_masks --device cuda --dtype bfloat16
+	$(BIN)/python benchmarks/training_step.py --device cuda --clip_batch_size 64 --sam_batch_size 4 --compile
 
 .venv-lowest/installed: PINS = 'torch==2.11.*' 'torchvision==0.26.*' 'transformers==5.17.*' 'accelerate==1.15.*'
 $(VENV)/installed: pyproject.toml

@@ -94,6 +94,7 @@ RUNS = {
     "sam_batch_3": Run("3 images with masks per step, not 12", 2, "stage1", {"sam_batch_size": 3}, "stage2"),
     "lambda_0": Run("lambda 0", 2, "stage1", {"sam_loss_weight": 0.0}, "stage2"),
     "lambda_100": Run("lambda 100", 2, "stage1", {"sam_loss_weight": 100.0}, "stage2"),
+    "sam_mask_loss": Run("SAM's own mask loss", 2, "stage1", {"mask_loss": "sam"}, "stage2"),
     "rate_1": Run("encoder learning rate x1", 2, "stage1", {"encoder_lr_multiplier": 1.0}, "stage2"),
     "rate_1_lambda_0": Run(
         "encoder learning rate x1, lambda 0",
