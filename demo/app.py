@@ -34,7 +34,7 @@ from gradio.processing_utils import save_bytes_to_cache
 from gradio.utils import get_upload_folder
 from PIL import Image, ImageDraw, ImageFilter
 
-from samclip_cli import CommandError
+from samclip_cli import CommandError, log
 from samclip_cli.formats import coco_annotation
 from samclip_cli.models import LoadedModel, add_model_arguments, check_models, load_model, mask_generation_options
 from samclip_cli.vocabulary import format_labels, parse_labels
@@ -390,7 +390,16 @@ def read_review(path: str) -> Review:
         report = json.loads(Path(path).with_name("report.json").read_text())
         options, model = report["run"]["options"], report["run"]["model"]
         labels = options["labels"] or [[name] for name in report["annotations_by_label"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        review = Review(
+            images,
+            format_labels(labels),
+            format_labels([[text] for text in options["background"] or []]),
+            options["template"],
+            options["threshold"],
+            {key: value for key, value in model.items() if key in ("name", "sam", "clip")},
+        )
+        other = [name for name in ("examples", "multi_label", "tile") if options[name]]
+    except (AttributeError, OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"--review {path} must be the review.json of samclip annotate, beside its report.json."
         ) from error
@@ -399,18 +408,27 @@ def read_review(path: str) -> Review:
             f"--review {path}: {missing[0]} is not a file. Start the app in the folder in which samclip annotate ran. "
             "Images in tars and in data sets of the Hub cannot be opened."
         )
-    if other := [name for name in ("examples", "multi_label", "tile") if options[name]]:
+    if other:
         raise ValueError(
             f"--review {path}: the data set was annotated with --{other[0]}, which the app does not have."
         )
-    return Review(
-        images,
-        format_labels(labels),
-        format_labels([[text] for text in options["background"] or []]),
-        options["template"],
-        options["threshold"],
-        {key: value for key, value in model.items() if key in ("name", "sam", "clip")},
-    )
+    return review._replace(paths=without_unreadable(images, f"--review {path}"))
+
+
+def without_unreadable(paths: list[str], origin: str) -> list[str]:
+    """Returns the images that the app can open. The others are reported on standard error: the data set may contain
+    larger images and more formats. Raises `ValueError` if none is left."""
+    readable = []
+    for path in paths:
+        try:
+            read_image(path)
+        except (OSError, ValueError) as error:
+            log(f"{origin}: {path} is left out. {error}")
+        else:
+            readable.append(path)
+    if paths and not readable:
+        raise ValueError(f"{origin}: none of the {len(paths)} images can be opened.")
+    return readable
 
 
 def parse_texts(fields: Fields, examples: Sequence[Example]) -> tuple[list[list[str]], list[str], str]:
@@ -747,8 +765,8 @@ class App:
 
     def add_example(self, session: Session | None, name: str, *values):
         """Adds the mask of the points and the box as an example of a label, and segments the image. The last outputs
-        are the field of the name and the list of examples. If the mask or the name cannot be used, shows a warning and
-        changes nothing."""
+        are the field of the name and the list of examples. If the mask, the name or the texts cannot be used, shows a
+        warning and changes nothing."""
         fields, name = Fields(*values), name.strip()
         problem = None
         if session is None:
@@ -764,23 +782,37 @@ class App:
         if problem is None:
             with session.lock:
                 (segment,) = self.masks(session, session.by_prompts, session.picture.size)
-                if segment.mask.any():
-                    session.examples = (*session.examples, Example(session.picture, segment.mask, name))
-                    return *self._segment(session, fields), "", self.list_examples(session)
-            problem = "The mask has no pixels. Click again on the object."
+                if not segment.mask.any():
+                    problem = "The mask has no pixels. Click again on the object."
+                else:
+                    previous = session.examples
+                    session.examples = (*previous, Example(session.picture, segment.mask, name))
+                    try:
+                        self.embed_texts(session, fields)
+                    except ValueError as error:
+                        session.examples, problem = previous, str(error)
+                    else:
+                        return *self._segment(session, fields), "", self.list_examples(session)
         gr.Warning(problem, title="The example was not added")
         return gr.skip()
 
     def remove_examples(self, session: Session | None, *values):
-        """Removes all examples. The last output is their list."""
+        """Removes all examples and the results with their labels, and segments by the labels in words, if there are
+        any. The last output is the empty list of examples."""
         if session is None or not session.examples:
             return gr.skip()
         fields = Fields(*values)
         with session.lock:
             session.examples = ()
             if fields.labels.strip():
-                return *self._segment(session, fields), ""
-            session.by_text, session.used = None, None
+                shown = self._segment(session, fields)
+                if shown != gr.skip():
+                    return *shown, ""
+            session.by_text = session.used = session.classes = None
+            if session.by_prompts is not None:
+                session.by_prompts = replace(session.by_prompts, labels=None)
+            if session.everything is not None:
+                session.everything = replace(session.everything, labels=None)
             return *self.show(session, fields), ""
 
     @staticmethod

@@ -563,6 +563,25 @@ def test_an_example_without_a_mask_or_a_name_shows_a_warning(app, session, scene
     assert session.examples == ()
 
 
+def test_an_example_with_unusable_texts_changes_nothing(app, session, scene):
+    app.click(session, at(*center(scene.masks[0])), *fields())
+    with pytest.warns(UserWarning, match="must contain {} once"):
+        assert app.add_example(session, "part", *fields(template="x")) == gr.skip()
+    assert session.examples == ()
+
+
+@pytest.mark.parametrize("labels", ["", "cat,,"])
+def test_removed_examples_name_no_mask(app, session, scene, labels):
+    app.click(session, at(*center(scene.masks[0])), *fields())
+    app.add_example(session, "part", *fields())
+    app.segment_everything(session, *fields())
+    assert session.everything.labels is not None
+    changes = app.remove_examples(session, *fields(labels))
+    assert len(changes) == 8 and changes[-1] == ""
+    assert session.examples == () and session.by_text is None and session.classes is None
+    assert session.by_prompts.labels is None and session.everything.labels is None
+
+
 def test_the_number_of_examples_is_limited(app, session, scene, monkeypatch):
     monkeypatch.setattr(demo, "MAX_EXAMPLES", 1)
     app.click(session, at(*center(scene.masks[0])), *fields())
@@ -840,6 +859,27 @@ def test_uncertain_images_are_opened_with_the_options_of_the_data_set(app, annot
     assert [segment.mask.sum() for segment in found] == [segment["area"] for segment in expected]
     with Image.open(demo.thumbnail(annotated[0])) as thumbnail:
         assert thumbnail.size == (IMAGE_SIZE, IMAGE_SIZE)
+
+
+def test_images_of_a_review_that_the_app_cannot_open_are_left_out_and_named(annotated, monkeypatch, capsys):
+    Path(annotated[0]).write_bytes(b"no image")
+    assert demo.read_review("annotated/review.json").paths == annotated[1:]
+    assert f"{annotated[0]} is left out" in capsys.readouterr().err
+    monkeypatch.setattr(demo, "MAX_MEGAPIXELS", 0.001)
+    with pytest.raises(ValueError, match="none of the 2 images can be opened"):
+        demo.read_review("annotated/review.json")
+    assert "too large" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", [{"labels": 5}, {"template": None, "tile": None}])
+def test_an_incomplete_report_of_a_review_is_refused(annotated, option):
+    report = json.loads(Path("annotated/report.json").read_text())
+    report["run"]["options"] |= option
+    if "tile" in option:
+        del report["run"]["options"]["tile"]
+    Path("annotated/report.json").write_text(json.dumps(report))
+    with pytest.raises(ValueError, match=r"must be the review\.json"):
+        demo.read_review("annotated/review.json")
 
 
 def test_reviews_that_cannot_be_opened_are_refused(app, annotated):

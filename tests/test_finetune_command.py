@@ -159,6 +159,21 @@ class TestData:
         (tmp_path / "classes.txt").write_text("nothing\n\ncat\n")
         with pytest.raises(ValueError, match="has an empty line"):
             open_data(str(tmp_path), "train")
+        (tmp_path / "classes.txt").write_bytes(b"\xff\xfe")
+        with pytest.raises(ValueError, match=r"classes\.txt is not a text file in UTF-8"):
+            open_data(str(tmp_path), "train")
+
+    @pytest.mark.parametrize("content", ["[1, 2]", '{"names": 5}', "[[]]"])
+    def test_wrong_lists_of_classes_name_the_file(self, folder, tmp_path, content):
+        (tmp_path / "classes.json").write_text(content)
+        for name in ("images", "labels"):
+            (tmp_path / name).symlink_to(folder / name)
+        with pytest.raises(ValueError, match=r"classes\.json must contain a list of names"):
+            open_data(str(tmp_path), "train")
+
+    def test_a_file_in_place_of_the_folder_is_named(self, folder):
+        with pytest.raises(ValueError, match=r"0\.png is not a folder"):
+            open_data(str(folder / "images/0.png"), "train")
 
     def test_a_data_set_of_the_library_gives_the_same_label_maps(self, folder, tmp_path):
         datasets = pytest.importorskip("datasets")
@@ -425,7 +440,7 @@ def test_wrong_arguments_are_refused(folder, tmp_path, capsys, monkeypatch, chan
         ({"data": "same_tokens.json"}, "same tokens as another class.*BLUE SOLID"),
         ({"data": "broken.json", "eval_data": "coco.json"}, "annotation 0 .*do not add up to its size"),
         ({"data": "wrong_size.json"}, "annotations"),
-        ({"data": "outside.json"}, r"outside.json has no pixel of a class: all but"),
+        ({"data": "outside.json"}, r"outside.json has no pixel of a class: all but.* Pass eval_data"),
         ({"data": "crowds.json"}, "has no annotations of objects, only crowds"),
         ({"data": "two_categories.json"}, "two categories have the id 5"),
         ({"data": "two_images.json"}, "two images have the id 10"),

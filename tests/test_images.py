@@ -198,6 +198,14 @@ class TestRunLengths:
         with pytest.raises(ValueError):
             decode_mask({"size": [7, 9], "counts": counts})
 
+    @pytest.mark.parametrize(
+        "encoding",
+        [{"counts": [63]}, {"size": [7, 9]}, {"size": [63], "counts": [63]}, {"size": None, "counts": [63]}],
+    )
+    def test_incomplete_run_length_encodings_raise(self, encoding):
+        with pytest.raises(ValueError, match='has "counts" and a "size"'):
+            decode_mask(encoding)
+
     def test_polygons_need_the_size_of_the_image(self):
         pytest.importorskip("pycocotools", reason="needs the extra `train`")
         polygons = [[1, 1, 4, 1, 4, 3, 1, 3]]

@@ -419,6 +419,8 @@ def test_an_index_without_images_is_refused(capsys, folder):
         (["search", "index", "--image", "photos/1.png", "--box", "1,2,999,9"], "which is outside the image"),
         (["search", "index", "--image", "photos/1.png", "--box", "1,2,3,4", "--kind", "image"], "remove --kind"),
         (["search", "index", "--image", "photos/broken.png"], "--image photos/broken.png: not an image"),
+        (["search", "index", "--image", "photos/none.png"], "--image photos/none.png: no such file"),
+        (["search", "index", "--image", "photos"], "--image photos: no such file"),
         (["search", "index", "--image", "photos/1.png", "--template", "a {}"], "--template has no effect"),
         (["search", "index", "--text", "red", "--template", "a"], "--template must contain {} once"),
         (["search", "index", "--text", " "], "--text: "),

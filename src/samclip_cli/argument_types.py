@@ -56,6 +56,11 @@ def positive_int(text: str) -> int:
     return _number(text, int, lambda value: value >= 1, "an integer of 1 or more")
 
 
+def non_negative_int(text: str) -> int:
+    """An integer of 0 or more."""
+    return _number(text, int, lambda value: value >= 0, "an integer of 0 or more")
+
+
 def _number(text, convert, is_valid, description):
     try:
         value = convert(text)

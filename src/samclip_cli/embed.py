@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import CommandError
-from .argument_types import CommandParser, fraction, positive_int
+from .argument_types import CommandParser, fraction, non_negative_int, positive_int
 from .models import check_model
 from .outputs import check_writable
 
@@ -101,7 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--num_workers",
-        type=int,
+        type=non_negative_int,
         metavar="N",
         default=0,
         help="data loader workers per process (default: %(default)s)",
@@ -124,6 +124,12 @@ def run(argv: Sequence[str]) -> int:
         if getattr(arguments, option) not in (None, "miniature"):
             check_model(getattr(arguments, option), f"--{option}")
     check_writable(arguments.output_dir, "--output_dir")
+    for data in arguments.sam_data if with_regions else arguments.clip_data or ():
+        if Path(data).is_dir() and arguments.output_dir.resolve() == Path(data).resolve():
+            raise CommandError(
+                f"--output_dir {arguments.output_dir} contains the images: choose another folder, because files of "
+                "embeddings would be read as data."
+            )
 
     from accelerate import PartialState
     from tqdm import tqdm

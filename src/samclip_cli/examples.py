@@ -62,15 +62,14 @@ class ExampleImage:
         """The image in RGB, gray where a cut-out is transparent. Raises `ValueError` if it cannot be used."""
         from PIL import Image
 
+        if self.is_cutout:
+            cutout = _open(self.path, "RGBA")
+            image = Image.new("RGB", cutout.size, "gray")
+            image.paste(cutout, mask=cutout)
+            return image
         try:
-            if self.is_cutout:
-                with Image.open(self.path) as file:
-                    cutout = file.convert("RGBA")
-                image = Image.new("RGB", cutout.size, "gray")
-                image.paste(cutout, mask=cutout)
-                return image
             image = read_image(self.path, Image.MAX_IMAGE_PIXELS)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # Pillow's decoders raise many kinds of errors
             raise ValueError(f"{self.path}: {first_line(error)}") from error
         if self.size is not None and image.size != self.size:
             raise ValueError(
@@ -88,25 +87,38 @@ class ExampleImage:
 
     def _mask(self, index: int) -> "np.ndarray":
         import numpy as np
-        from PIL import Image
 
         from samclip_hf.images import decode_mask
 
-        try:
-            if self.mask is None:
-                size = None if self.size is None else self.size[::-1]
-                return decode_mask(self.segmentations[index], size)
-            with Image.open(self.mask) as file:
-                channel = file.convert("RGBA").getchannel("A") if self.is_cutout else file.convert("L")
-            values = np.asarray(channel)
-            if 0 < values.max() <= 127:  # such as a mask of 0 and 1
-                raise ValueError(
-                    f"the largest value is {values.max()}. The object must be "
-                    + ("opaque." if self.is_cutout else "white, 255, and the rest black, 0.")
-                )
-            return values > 127
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{self.mask or self.path}: {first_line(error)}") from error
+        if self.mask is None:
+            try:
+                return decode_mask(self.segmentations[index], None if self.size is None else self.size[::-1])
+            except (OSError, ValueError) as error:
+                raise ValueError(f"{self.path}: {first_line(error)}") from error
+        channel = _open(self.mask, "RGBA").getchannel("A") if self.is_cutout else _open(self.mask, "L")
+        values = np.asarray(channel)
+        if 0 < values.max() <= 127:  # such as a mask of 0 and 1
+            raise ValueError(
+                f"{self.mask}: the largest value is {values.max()}. The object must be "
+                + ("opaque." if self.is_cutout else "white, 255, and the rest black, 0.")
+            )
+        return values > 127
+
+
+def _open(path: Path, mode: str | None = None) -> "Image.Image":
+    """An image with its values as they are stored, converted to `mode`, or only its header. Raises `ValueError` if it
+    cannot be read."""
+    from PIL import Image, UnidentifiedImageError
+
+    from samclip_hf.images import open_undecoded
+
+    try:
+        with open_undecoded(path, max_pixels=Image.MAX_IMAGE_PIXELS) as file:
+            return file if mode is None else file.convert(mode)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path}: not an image, or a format that Pillow cannot read.") from error
+    except Exception as error:  # Pillow's decoders raise many kinds of errors
+        raise ValueError(f"{path}: {first_line(error)}") from error
 
 
 def add_examples_argument(parser: argparse.ArgumentParser) -> None:
@@ -184,7 +196,12 @@ def _list(counts: Counter[str]) -> str:
 def _read_folder(folder: Path) -> list[ExampleImage]:
     images = []
     for subfolder in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
-        files = {path.stem: path for path in sorted(subfolder.iterdir()) if path.suffix.lower() in IMAGE_EXTENSIONS}
+        files: dict[str, Path] = {}
+        for path in _images_in(subfolder):
+            if files.setdefault(path.stem, path) != path:
+                raise CommandError(
+                    f"--examples: {files[path.stem]} and {path} have the same name. Rename one of them."
+                )
         for stem, path in files.items():
             if stem.endswith(MASK_SUFFIX):
                 if stem.removesuffix(MASK_SUFFIX) not in files:
@@ -201,17 +218,24 @@ def _read_folder(folder: Path) -> list[ExampleImage]:
             raise CommandError(f"--examples: the folder {subfolder} has no images.")
     if not images:
         raise CommandError(f"--examples {folder} has no subfolders: create one for each label.")
+    if loose := _images_in(folder):
+        log(
+            f"--examples {folder}: skipping {len(loose)} images that are not in a subfolder of a label, such as "
+            f"{loose[0]}."
+        )
     return images
 
 
-def _is_transparent(path: Path) -> bool:
-    from PIL import Image
+def _images_in(folder: Path) -> list[Path]:
+    paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    return [path for path in paths if path.suffix.lower() in IMAGE_EXTENSIONS and path.is_file()]
 
+
+def _is_transparent(path: Path) -> bool:
     try:
-        with Image.open(path) as file:
-            return file.has_transparency_data
-    except OSError as error:
-        raise CommandError(f"--examples: {path} cannot be read: {first_line(error)}") from error
+        return _open(path).has_transparency_data
+    except ValueError as error:
+        raise CommandError(f"--examples: {path} cannot be read: {str(error).removeprefix(f'{path}: ')}") from error
 
 
 def _read_coco(path: Path) -> list[ExampleImage]:
@@ -232,7 +256,10 @@ def _read_coco(path: Path) -> list[ExampleImage]:
         has_masks = all(own.get("segmentation") for own in annotations)
         for own in annotations:
             image, label = images[own["image_id"]], names[own["category_id"]]
-            left, top, width, height = own["bbox"] if not has_masks else (0, 0, 1, 1)
+            box = (0, 0, 1, 1) if has_masks else own["bbox"]
+            if not isinstance(box, list | tuple) or len(box) != 4 or not all(isinstance(x, int | float) for x in box):
+                raise ValueError(f"bbox must be left, top, width and height, got {box!r}.")
+            left, top, width, height = box
             if not (width > 0 and height > 0):
                 skipped += 1
                 continue
@@ -240,8 +267,8 @@ def _read_coco(path: Path) -> list[ExampleImage]:
             if has_masks:
                 image.segmentations.append(own["segmentation"])
             else:
-                box = [left, top, left + width, top + height]
-                image.boxes.append(box if image.size is None else _round_to_image(box, image.size))
+                corners = [left, top, left + width, top + height]
+                image.boxes.append(corners if image.size is None else _round_to_image(corners, image.size))
     except OSError as error:
         raise CommandError(f"{origin}: {error.strerror}.") from error
     except KeyError as error:

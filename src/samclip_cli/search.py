@@ -132,6 +132,11 @@ def check_query(arguments: argparse.Namespace) -> None:
         raise CommandError("--box is a box in an image: pass --image, too.")
     if arguments.box is not None and arguments.kind == "image":
         raise CommandError("--box is an object, which is compared with segments: remove --kind image.")
+    if arguments.image is not None and not Path(arguments.image).is_file():
+        raise CommandError(
+            f"--image {arguments.image or repr('')}: no such file. Pass an image file; extract images of tars and "
+            "data sets first."
+        )
     if arguments.template is not None and arguments.text is None:
         raise CommandError("--template has no effect without --text.")
     if arguments.template is None:

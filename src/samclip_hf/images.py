@@ -228,9 +228,16 @@ def read_mask(segmentation: dict[str, Any] | list, size: tuple[int, int] | None 
     [`decode_mask`].
     """
     if isinstance(segmentation, dict):
-        counts = segmentation["counts"]
+        try:
+            shape, counts = segmentation["size"], segmentation["counts"]
+            height, width = map(operator.index, shape)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                'A run-length encoding has "counts" and a "size", height and width in pixels; got '
+                f"{str(segmentation)[:200]}."
+            ) from error
         counts = _decompress_counts(counts) if isinstance(counts, str | bytes) else counts
-        return RunLengthMask(segmentation["size"], counts)
+        return RunLengthMask((height, width), counts)
 
     from pycocotools import mask as coco_mask
 
@@ -258,9 +265,9 @@ def decode_mask(segmentation: dict[str, Any] | list, size: tuple[int, int] | Non
             Height and width of the image. Required for polygons.
 
     Raises:
-        ValueError: The run lengths do not add up to the size, a polygon is invalid, or polygons have no size.
-            `pycocotools` would return uninitialized memory for run lengths that are too short, ignore the last of an
-            odd number of coordinates, and not return for coordinates that are not finite.
+        ValueError: Run lengths are incomplete or do not add up to the size, a polygon is invalid, or polygons have no
+            size. `pycocotools` would return uninitialized memory for run lengths that are too short, ignore the last
+            of an odd number of coordinates, and not return for coordinates that are not finite.
     """
     return read_mask(segmentation, size).decode()
 

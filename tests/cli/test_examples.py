@@ -136,6 +136,14 @@ def test_cutouts_in_a_folder(capsys):
             "shown/shown.png, which is 128 wide and 128 high, contain [[100.0, 0.0], [160.0, 9.0]], which is outside",
         ),
         ({"categories": []}, "10 is missing or unknown"),
+        (
+            {"annotations": [{"image_id": 5, "category_id": 10, "bbox": ["1", 0, 6, 9]}]},
+            "bbox must be left, top, width and height, got ['1', 0, 6, 9]",
+        ),
+        (
+            {"annotations": [{"image_id": 5, "category_id": 10, "segmentation": {"counts": [9]}}]},
+            "shown/shown.png: A run-length encoding has",
+        ),
         ({"images": [{"id": 5, "file_name": "lost.png"}]}, "there is no image shown/lost.png"),
         (
             {"images": [{"id": 5, "file_name": "shown.png", "height": 64, "width": 128}]},
@@ -172,6 +180,26 @@ def test_wrong_folders_and_options_are_refused(capsys):
     assert "--template has no effect" in refuse("--examples", "parts", "--template", "a {}")
     Path("parts/one/photo.png").unlink()
     assert "there is no image for the mask" in refuse("--examples", "parts")
+
+
+def test_images_of_a_folder_that_are_not_used_are_reported(capsys, monkeypatch):
+    Path("parts/one").mkdir(parents=True)
+    IMAGE.save("parts/one/photo.png")
+    Image.fromarray(SCENE.masks[0]).save("parts/one/photo_mask.png")
+    IMAGE.save("parts/loose.png")
+    arguments = ["segment", "other.png", "--examples", "parts"]
+    assert main([*arguments, "--output", "out"]) == 0
+    assert "parts: skipping 1 images that are not in a subfolder of a label, such as parts/loose.png" in (
+        capsys.readouterr().err
+    )
+    IMAGE.rotate(90).save("parts/one/photo.jpg")
+    assert main(arguments) == 2
+    assert "parts/one/photo.jpg and parts/one/photo.png have the same name" in capsys.readouterr().err
+    for name in ("photo.jpg", "photo_mask.png"):
+        Path("parts/one", name).unlink()
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow raises an error at twice this number
+    assert main(arguments) == 2
+    assert "parts/one/photo.png cannot be read: " in capsys.readouterr().err
 
 
 def test_boxes_exceed_the_image_by_rounding_only():

@@ -268,6 +268,9 @@ class TestLabelMaps:
         (tmp_path / "labels/a.png").write_bytes(encode(GRADIENT)[:-30])
         with pytest.raises(ValueError, match=r"labels/a\.png cannot be read as a label map"):
             open_segmentation(str(tmp_path), "").samples[0].label_map()
+        (tmp_path / "images/a.png").write_bytes(b"no image")
+        with pytest.raises(ValueError, match=r"images/a\.png cannot be read as an image: unknown format"):
+            open_segmentation(str(tmp_path), "").samples[0].image()
         (tmp_path / "labels/a.png").rename(tmp_path / "labels/a.jpg")
         (tmp_path / "labels/a.jpg").write_bytes(encode(GRADIENT, "JPEG"))
         with pytest.raises(ValueError, match=r"a\.jpg cannot be read as a label map: .*Save label maps as PNG"):

@@ -170,6 +170,18 @@ def test_options_of_the_other_kind_of_cache_raise(tmp_path, options, message):
         embed([*options, "--output_dir", str(tmp_path / "cache")])
 
 
+def test_the_folder_of_the_images_is_not_the_output(tmp_path):
+    with pytest.raises(CommandError, match="contains the images: choose another folder"):
+        embed(["--clip_data", str(tmp_path), "--output_dir", str(tmp_path)])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_negative_number_of_workers_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        embed(["--num_workers", "-1", "--output_dir", str(tmp_path)])
+    assert "must be an integer of 0 or more" in capsys.readouterr().err
+
+
 def test_existing_shards_are_not_computed_again(arguments, tmp_path):
     embed(arguments)
     paths = [shard_path(tmp_path / "cache", 0, shard) for shard in range(3)]

@@ -18,6 +18,7 @@ from .layouts import (
     list_paths,
     parse_json,
     raise_missing,
+    read_text,
     require,
 )
 from .samples import DataSet, LabeledImage, read_image
@@ -131,7 +132,7 @@ def _open_places365(folder: Path, split: Split) -> DataSet[LabeledImage]:
 def _read_pairs(file: Path) -> list[tuple[str, int]]:
     """Reads a file with a name and a number in each line."""
     pairs = []
-    for line_number, line in enumerate(file.read_text().splitlines(), start=1):
+    for line_number, line in enumerate(read_text(file).splitlines(), start=1):
         fields = line.rsplit(maxsplit=1)
         if len(fields) != 2 or not fields[1].isdigit():
             raise ValueError(f"{file}, line {line_number}: expected a name and a number, got {line!r}.")

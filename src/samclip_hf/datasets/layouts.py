@@ -93,10 +93,13 @@ def raise_missing(path: str | Path, layout: str) -> NoReturn:
 
 
 def find_folder(name: str, root: str | Path, layout: str) -> Path:
-    """Returns the folder `name` or `root / name`."""
+    """Returns the folder `name` or `root / name`. Raises `FileNotFoundError` if there is none, and `ValueError` for a
+    file."""
     for folder in (Path(name), Path(root, name)):
         if folder.is_dir():
             return folder
+        if folder.exists():
+            raise ValueError(f"{folder} is not a folder. Expected: {layout}.")
     raise_missing(name, layout)
 
 
@@ -173,6 +176,14 @@ def list_images(folder: Path, layout: str) -> list[Path]:
 
 def read_json(file: Path) -> Any:
     return parse_json(file.read_bytes(), str(file))
+
+
+def read_text(file: Path) -> str:
+    """Reads a text file. Raises a `ValueError` that names it if it is not UTF-8."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not a text file in UTF-8: {error}.") from error
 
 
 def parse_json(content: bytes, source: str) -> Any:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from ..images import convert_to_rgb, open_undecoded
 
@@ -236,4 +236,6 @@ def name_errors(name: str, kind: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # Pillow's decoders raise many kinds of errors
-        raise ValueError(f"{name} cannot be read as {kind}: {error}") from error
+        # Pillow names an object in memory instead of the file.
+        cause = "unknown format or damaged header" if isinstance(error, UnidentifiedImageError) else error
+        raise ValueError(f"{name} cannot be read as {kind}: {cause}") from error

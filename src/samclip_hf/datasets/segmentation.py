@@ -25,6 +25,7 @@ from .layouts import (
     list_paths,
     raise_missing,
     read_json,
+    read_text,
     require,
 )
 from .samples import IGNORE_INDEX, DataSet, SegmentedImage, name_errors, read_image, read_sizes
@@ -79,7 +80,7 @@ def open_segmentation(name: str, root: str | Path, split: Split = "val") -> Data
             else ("VOC2010", "SegmentationContext", "SegmentationClassContext")
         )
         folder = root / "VOCdevkit" / year
-        stems = sorted(require(folder / f"ImageSets/{task}/{split}.txt", layout).read_text().split())
+        stems = sorted(read_text(require(folder / f"ImageSets/{task}/{split}.txt", layout)).split())
         pairs = [(folder / f"JPEGImages/{stem}.jpg", folder / f"{maps}/{stem}.png") for stem in stems]
     elif name in ("stuff171", "object81"):
         vocabulary = load_vocabulary(name)

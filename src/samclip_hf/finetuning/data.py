@@ -78,7 +78,8 @@ def check_labels(data: DataSet[SegmentedImage]) -> list[list[str]]:
     first = int(data.background is not None)
     missing = [names for label, names in enumerate(data.names) if label >= first and label not in found]
     if len(missing) == len(data.names) - first:
-        raise ValueError(f"{data.name} has no pixel of a class: {data.description.get('only', 'all images')}.")
+        advice = " Pass eval_data, or another eval_fraction." if "only" in data.description else ""
+        raise ValueError(f"{data.name} has no pixel of a class: {data.description.get('only', 'all images')}.{advice}")
     return missing
 
 

@@ -6,7 +6,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..layouts import get, read_json
+from ..layouts import get, read_json, read_text
 
 
 class Vocabulary(NamedTuple):
@@ -44,15 +44,18 @@ def read_vocabulary(file: Path) -> Vocabulary:
     Raises `ValueError` for other content, and if there are texts for the background and the first class is another.
     """
     if file.suffix == ".txt":
-        content: Any = [line.strip() for line in file.read_text(encoding="utf-8").rstrip().splitlines()]
+        content: Any = [line.strip() for line in read_text(file).rstrip().splitlines()]
         if not all(content):
             raise ValueError(f"{file} has an empty line. Line 1 is the name of value 0 in the label maps, and so on.")
     else:
         content = read_json(file)
     if isinstance(content, list):
         content = {"names": content}
-    names = [[name] if isinstance(name, str) else list(name) for name in get(content, "names", file)]
-    if not names or not all(name and all(isinstance(synonym, str) for synonym in name) for name in names):
+    given = get(content, "names", file)
+    names = [[name] if isinstance(name, str) else name for name in given] if isinstance(given, list) else []
+    if not names or not all(
+        isinstance(name, list) and name and all(isinstance(synonym, str) for synonym in name) for name in names
+    ):
         raise ValueError(f"{file} must contain a list of names or of lists of synonyms.")
     if unknown := sorted(content.keys() - Vocabulary._fields):
         raise ValueError(f"{file} has unknown entries: {', '.join(unknown)}. Known: {', '.join(Vocabulary._fields)}.")
