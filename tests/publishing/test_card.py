@@ -89,7 +89,7 @@ def test_the_provenance_of_the_shipped_miniature_is_complete(folder, tmp_path):
     card = create_model_card(folder, "me/miniature", stages, licenses=licenses)
     assert card.data.license == "apache-2.0"
     assert "**Stage 3:** 400 steps, 13,864 images" in card.content
-    assert "**Stage 3:** 500 steps, 25,211 images" in card.content
+    assert "**Stage 3:** 1600 steps, 89,444 images" in card.content
     assert "does not work on photographs" in card.content
     assert "SAM `miniature`, license apache-2.0; CLIP `miniature`" in card.content
 

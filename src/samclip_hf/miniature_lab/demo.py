@@ -31,7 +31,7 @@ from .report import (
 )
 
 # Optimizer steps by stage: a fraction of those of the recipes. Stage 1 is where a short training gains most.
-STEPS = {1: 900, 2: 15, 3: 60}
+STEPS = {1: 1000, 2: 10, 3: 40}
 
 USAGE = """\
 from transformers import pipeline
