@@ -11,10 +11,12 @@ The environment variable SAMCLIP_CHECKPOINT sets the default of --model.
 """
 
 import argparse
+import contextlib
 import functools
 import html
 import io
 import json
+import logging
 import math
 import os
 import tempfile
@@ -22,7 +24,7 @@ import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -498,6 +500,20 @@ def best_labels(scores: torch.Tensor, vocabulary: SamClipVocabulary, with_backgr
     return ", ".join(f"{vocabulary.id2label[label_id]} {float(scores[label_id]):.2f}" for label_id in best)
 
 
+@contextlib.contextmanager
+def logged_warnings(name: str) -> Iterator[list[str]]:
+    """Collects the messages of a logger, which are warnings or errors, in addition to its output."""
+    messages: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger(name)
+    logger.addHandler(handler)
+    try:
+        yield messages
+    finally:
+        logger.removeHandler(handler)
+
+
 class Timer:
     """Context manager that measures the duration of its block in milliseconds."""
 
@@ -603,9 +619,12 @@ class App:
             with self.tokenizer_lock:
                 vocabulary = None
                 if labels:
-                    vocabulary = self.model.embed_vocabulary(
-                        labels, background, [template], self.tokenizer, multi_label=True
-                    )
+                    with logged_warnings("samclip_hf.segmentation_samclip") as messages:
+                        vocabulary = self.model.embed_vocabulary(
+                            labels, background, [template], self.tokenizer, multi_label=True
+                        )
+                    for message in messages:  # about names with the same tokens
+                        gr.Warning(message, title="Some names are not used")
                 if session.examples:
                     vocabulary = self.embed_examples(session.examples, vocabulary, background)
             while len(session.vocabularies) >= MAX_VOCABULARIES:

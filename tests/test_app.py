@@ -226,6 +226,19 @@ def test_a_thin_image_works_everywhere(app, tmp_path):
     app.segment_everything(session, *fields("red solid shape"))
 
 
+@pytest.mark.parametrize("size", [(3000, 2), (2, 3000)])
+def test_an_example_in_a_thin_image_is_added(app, tmp_path, size):
+    Image.new("RGB", size, "red").save(tmp_path / "thin.png")
+    session = app.upload({"path": str(tmp_path / "thin.png")}, None, *fields())[0]
+    width, height = session.picture.image.size
+    app.click(session, at(width // 2, height // 2), *fields())
+    mask = shown(app, session)[0].mask
+    app.add_example(session, "part", *fields())
+    (example,) = session.examples
+    assert example.label == "part" and np.array_equal(example.mask, mask) and mask.any()
+    assert "part" in session.by_text.vocabulary.id2label.values()
+
+
 # ---- texts ----
 
 
@@ -317,6 +330,12 @@ def test_invalid_texts_show_a_warning_and_change_nothing(app, session, labels, b
     app.click(session, at(100, 100), *values)  # a click still gives a mask, without a label
     (segment,) = shown(app, session)
     assert segment.label == "" and segment.mask.any()
+
+
+def test_names_with_the_same_tokens_show_a_warning_on_the_page(app, session):
+    with pytest.warns(UserWarning, match="same tokens, so only the first of each is used: 'cat' and 'Cat'"):
+        app.segment(session, *fields("cat, Cat, sofa"))
+    assert list(session.by_text.vocabulary.id2label.values())[-3:] == ["cat", "Cat", "sofa"]
 
 
 def test_texts_are_segmented_when_a_field_loses_focus_only_if_they_have_changed(app, session, monkeypatch):

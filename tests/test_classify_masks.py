@@ -9,7 +9,7 @@ from transformers import SamModel, pipeline
 
 from samclip_hf import SamClipForImageSegmentation, SamClipProcessor, miniature
 from samclip_hf.miniature.scenes import BACKGROUND_PROMPTS, CLASS_NAMES, TEMPLATES, render
-from samclip_hf.segmentation_samclip import NEUTRAL_NAMES
+from samclip_hf.segmentation_samclip import NEUTRAL_NAMES, _check_masks
 
 SCENE = render(seed=0, index=8)  # a red fuzzy, a green zigzag and a red dotted shape
 MASKS = torch.from_numpy(np.stack(SCENE.masks))
@@ -135,6 +135,28 @@ def test_a_model_in_memory_finds_the_tokenizer_of_its_clip_teacher():
     assert torch.equal(
         vocabulary.class_embeds, unmerged.embed_vocabulary(["red fuzzy shape"], tokenizer=tokenizer).class_embeds
     )
+
+
+@pytest.mark.parametrize(
+    ("mask_size", "content_size", "is_accepted"),
+    [
+        ((1, 1024), (1, 128), True),  # rounded sizes of an image of 2 x 3000
+        ((1, 1024), (2, 3000), True),
+        ((1024, 1), (128, 1), True),
+        ((1, 1024), (8, 128), False),  # 1024 / 1.5 is more than 128.5 / 7.5
+        ((1024, 1), (1, 128), False),
+        ((100, 133), (96, 128), True),
+        ((100, 140), (96, 128), False),
+    ],
+)
+def test_rounded_sides_may_change_the_aspect_ratio_of_masks(mask_size, content_size, is_accepted):
+    """Sizes are height and width."""
+    masks = torch.ones(2, *mask_size, dtype=torch.bool)
+    if is_accepted:
+        assert torch.equal(_check_masks(masks, content_size), masks)
+    else:
+        with pytest.raises(ValueError, match="do not have the aspect ratio"):
+            _check_masks(masks, content_size)
 
 
 def test_masks_for_other_images_raise(model, processor):

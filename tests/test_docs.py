@@ -1,5 +1,7 @@
 """The documentation is correct: its code runs, its commands, links and names exist, its lists are complete."""
 
+import ast
+import builtins
 import dataclasses
 import importlib.util
 import io
@@ -183,6 +185,19 @@ def inline_commands(page: Path) -> list[list[str]]:
     return [
         shlex.split(span) for span in spans if re.match(r"(samclip [a-z-]|make [a-z]|python (-m )?\w+\S*[./])", span)
     ]
+
+
+def test_sections_about_other_tools_can_be_read_alone():
+    """Users of one tool do not run the code of another: every block imports and defines what it uses."""
+    for block in blocks(DOCS / "other_tools.md", "python"):
+        names = [node for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Name | ast.alias)]
+        defined = {
+            (node.asname or node.name).partition(".")[0] if isinstance(node, ast.alias) else node.id
+            for node in names
+            if isinstance(node, ast.alias) or isinstance(node.ctx, ast.Store)
+        }
+        used = {node.id for node in names if isinstance(node, ast.Name)}
+        assert used - defined - set(dir(builtins)) == set(), block
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page) or inline_commands(page)], ids=name_of)

@@ -17,6 +17,7 @@ from urllib.parse import parse_qsl, urlencode
 
 from . import CommandError, first_line, log
 from .argument_types import positive_int
+from .run_record import RecordedOutputs
 
 if TYPE_CHECKING:  # importing these takes seconds, see the docstring of the package
     from PIL import Image
@@ -33,7 +34,7 @@ images:
   IMAGE is one of
     photo.jpg              an image file
     photos/                a folder: the images in it, without subfolders, or its .tar files if it
-                           has no images
+                           has no images. Outputs of an earlier run beside images are skipped
     'photos/**/*.jpg'      a quoted pattern; '**' matches subfolders
     photos.tar             a tar in webdataset's layout, not compressed
     'hf://owner/name?split=test'
@@ -184,8 +185,19 @@ def add_batch_size(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def find_inputs(patterns: Sequence[str]) -> Inputs:
-    """Finds the images of all arguments `IMAGE`. Raises `CommandError` for an argument that matches no image."""
+def find_inputs(patterns: Sequence[str], output: str | None = None) -> Inputs:
+    """
+    Finds the images of all arguments `IMAGE`.
+
+    patterns (`Sequence[str]`):
+        The arguments.
+    output (`str`, *optional*):
+        The output folder. Images and tars that the run recorded in it has written are skipped and counted.
+
+    Raises `CommandError` for an argument that matches no image, or if all images are such outputs.
+    """
+    outputs = RecordedOutputs(output) if output is not None and os.path.isdir(output) else ()
+    written: set[str] = set()
     # By paths in which links of folders are resolved: '**' follows a link to a folder above up to 40 times.
     listed: dict[str, list[ImageInput]] = {}
     data_sets: dict[str, DataSetImages] = {}
@@ -196,9 +208,18 @@ def find_inputs(patterns: Sequence[str]) -> Inputs:
             continue
         for path in _find_files(pattern):
             resolved = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
+            if path in outputs:
+                written.add(resolved)
+                continue
             if resolved not in listed:
                 is_tar = path.lower().endswith(TAR_EXTENSION)
                 listed[resolved] = _images_of_tar(path) if is_tar else [_image_of_file(path)]
+    if written and not listed and not data_sets:
+        raise CommandError(
+            f"all images are outputs of an earlier run to --output {output}: pass other images, or another --output."
+        )
+    if written:
+        log(f"--output {output}: skipping {len(written)} outputs of an earlier run among the images.")
     return Inputs(list(itertools.chain.from_iterable(listed.values())), list(data_sets.values()))
 
 
@@ -237,7 +258,12 @@ def _files_of_folder(folder: str) -> list[str]:
         extensions = sorted({os.path.splitext(path)[1] or "no extension" for path in set(paths) - set(found)})
         skipped = len(paths) - len(found)
         log(f"{folder}: skipping {skipped} of {len(paths)} files, which are not images ({', '.join(extensions)}).")
-    return found
+    outputs = RecordedOutputs(folder)
+    originals = [path for path in found if path not in outputs]
+    if originals and len(originals) < len(found):
+        log(f"{folder}: skipping {len(found) - len(originals)} outputs of an earlier run among the images.")
+        return originals
+    return found  # a folder with outputs alone is meant
 
 
 def _image_of_file(path: str) -> ImageInput:

@@ -75,7 +75,7 @@ def prepare(arguments: argparse.Namespace, data_set_files: Sequence[str] = ()) -
     """Finds the images and checks the output and the model. Raises `CommandError` if one of them cannot be used.
     Imports torch and transformers for tars and data sets only. See [`Plan`] for `data_set_files`."""
     process = find_process()
-    inputs = find_inputs(arguments.images)
+    inputs = find_inputs(arguments.images, arguments.output)
     plan = plan_output(arguments, inputs, process, data_set_files)
     check_models(arguments)
     return plan

@@ -13,14 +13,47 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import CommandError
-from .formats import RESULTS
-from .inputs import ImageInput
+from .formats import RESULTS, file_names
+
+if TYPE_CHECKING:
+    from .inputs import ImageInput
 
 FOLDER = ".samclip"
 LONGEST_VALUE = 60  # of an option in messages, in characters
+
+
+class RecordedOutputs:
+    """
+    What the recorded run in a folder has written or begun to write, so that the outputs in a folder of images are not
+    taken for inputs. Empty without a record.
+
+    folder (`str`):
+        An output folder, or any other.
+    """
+
+    def __init__(self, folder: str):
+        self.folder = os.path.realpath(folder)
+        self.names: set[str] = set()  # files and folders (with a final "/"), relative to the folder
+        record = Path(folder, FOLDER)
+        # RunRecord reports a damaged record. That of another version may have other formats.
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            run = json.loads((record / "run.json").read_bytes())
+            self.names.update(run["files"])
+            for journal in record.glob("images-*.jsonl"):
+                self.names.add(_results_of(Path(), journal).name)
+                for line in journal.read_bytes().splitlines(keepends=True):
+                    if (entry := _parse(line)) is not None and "name" in entry:
+                        self.names.update(file_names(entry["name"], run["description"]["formats"]))
+
+    def __contains__(self, path: str) -> bool:
+        if not self.names:
+            return False
+        parent = os.path.realpath(os.path.dirname(path))
+        parts = Path(os.path.relpath(parent, self.folder), os.path.basename(path)).parts
+        return parts[0] in self.names if len(parts) == 1 else f"{parts[0]}/" in self.names
 
 
 class ResultLine(NamedTuple):
@@ -120,7 +153,7 @@ class RunRecord:
         if journal == self.journal:
             self._journal_size, self._journal_end, self._results_size = sum(map(len, content)), valid, end
 
-    def check_unchanged(self, images: Iterable[ImageInput]) -> None:
+    def check_unchanged(self, images: Iterable["ImageInput"]) -> None:
         """Raises `CommandError` if a file has changed since the outputs of its images were written."""
         changed = [
             image.key for image in images if image.key in self.done and _state(image) != self._states[image.key]
@@ -174,13 +207,13 @@ class RunRecord:
                 _results_of(self.output, journal).unlink(missing_ok=True)
                 journal.unlink()
 
-    def begin(self, image: ImageInput, name: str) -> None:
+    def begin(self, image: "ImageInput", name: str) -> None:
         """Records the output name of an image, before its outputs are written."""
         if image.key not in self.names:
             self.names[image.key], self._states[image.key] = name, _state(image)
             self._append({"image": image.key, "name": name, "file": self._states[image.key]})
 
-    def finish(self, image: ImageInput, result: str) -> None:
+    def finish(self, image: "ImageInput", result: str) -> None:
         """Writes the line of an image to the results, and records that its outputs are complete."""
         start = end = self._results_size
         if self._results_file is not None and image.key not in self.lines:
@@ -201,7 +234,7 @@ class RunRecord:
         if self._results_file is not None:
             self._results_file.close()
 
-    def join(self, images: Iterable[ImageInput]) -> None:
+    def join(self, images: Iterable["ImageInput"]) -> None:
         """
         Joins the results of several processes to `results.jsonl`, in the order of `images`, and deletes their files.
         Call it in a single process, after `close`.
@@ -275,7 +308,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         return None
 
 
-def _state(image: ImageInput) -> list[int] | None:
+def _state(image: "ImageInput") -> list[int] | None:
     """Size and time of modification of an image's file; `None` if it cannot be read or if it is not a local file."""
     try:
         status = None if image.file is None else os.stat(image.file)

@@ -493,6 +493,8 @@ class SamClipModel(SamClipPreTrainedModel):
     _tied_weights_keys = {
         "prompt_encoder.shared_embedding.positional_embedding": "shared_image_embedding.positional_embedding"
     }
+    # `Trainer` ties the weights after it has loaded a checkpoint without these keys, instead of a warning.
+    _keys_to_ignore_on_save = ("prompt_encoder.shared_embedding.positional_embedding",)
     _keys_to_ignore_on_load_missing = [r"^label_embeds$"]  # in checkpoints of version 0.1.0, see embed_label_tokens
     _parts_without_model = ("prompt_encoder_config", "mask_decoder_config", "clip_head_config")
     class_embeds: torch.Tensor | None  # buffers

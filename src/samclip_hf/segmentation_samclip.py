@@ -5,7 +5,6 @@ Segmentation and object detection by text: the vocabulary, and the composition o
 """
 
 import inspect
-import math
 import re
 import string
 from collections import Counter
@@ -1406,6 +1405,16 @@ def _stability(masks: torch.Tensor) -> torch.Tensor:
     return (masks > 1).sum(dim=(-2, -1)) / around.clamp_min(1)
 
 
+def _aspect_ratios(width: float, height: float) -> tuple[float, float]:
+    """The lowest and the highest ratio width / height of an image whose sides have been rounded to `width` and
+    `height`. A side of 1 may have been rounded up from any length."""
+
+    def shortest(side: float) -> float:
+        return side - 0.5 if side > 1 else 0.0
+
+    return shortest(width) / (height + 0.5), (width + 0.5) / max(shortest(height), 1e-6)
+
+
 def _check_masks(masks, content_size: Sequence[float]) -> torch.Tensor:
     """Masks of an image as a boolean tensor `(num_masks, height, width)`. `content_size` is height and width of the
     image without padding, in any unit. Raises `ValueError` for another shape or aspect ratio and for other values."""
@@ -1432,9 +1441,9 @@ def _check_masks(masks, content_size: Sequence[float]) -> torch.Tensor:
     if len(masks):
         height, width = masks.shape[1:]
         expected_height, expected_width = content_size
-        # Either size may be rounded to whole pixels.
-        tolerance = 1 / min(height, width) + 1 / min(expected_height, expected_width)
-        if abs(math.log(height / width * expected_width / expected_height)) > tolerance:
+        lowest, highest = _aspect_ratios(width, height)
+        expected_lowest, expected_highest = _aspect_ratios(expected_width, expected_height)
+        if lowest > expected_highest or highest < expected_lowest:
             raise ValueError(
                 f"Masks of {width} x {height} pixels do not have the aspect ratio of their image, width / height = "
                 f"{expected_width / expected_height:.3g}. Masks must cover the image without its padding, and "

@@ -183,6 +183,19 @@ def test_max_per_image_keeps_the_highest_scores(capsys, photos):
     assert report["annotations_left_out_by_max_per_image"] == left_out > 0
 
 
+def test_a_data_set_in_the_folder_of_its_images_is_not_annotated(capsys, folder):
+    """The contact sheet and tars are beside the images."""
+    save("photos/0.png", "photos/1.png")
+    command = ["annotate", "photos/**", *COMMAND[2:], "--output", "photos"]
+    samclip(capsys, *command)
+    before = Path("photos/annotations.json").read_bytes()
+    assert Path("photos/contact_sheet.png").exists() and Path("photos/webdataset/00000.tar").exists()
+    _, messages = samclip(capsys, *command)
+    assert "0 images processed; 2 skipped" in messages[-1] and Path("photos/annotations.json").read_bytes() == before
+    assert "2 images processed. " in samclip(capsys, *command, "--overwrite")[1][-1]
+    assert Path("photos/annotations.json").read_bytes() == before
+
+
 def test_two_processes_give_the_files_of_one(capsys, monkeypatch, photos):
     for number in (1, 0):
         status = run_process(monkeypatch, number, 2, *COMMAND, "--output", "out")

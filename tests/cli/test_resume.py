@@ -2,6 +2,7 @@
 interruptions at any moment, in several processes, and from tars and data sets."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -81,6 +82,32 @@ def test_a_run_continues_and_gives_the_results_of_an_uninterrupted_one(capsys, m
     _, messages = samclip(capsys, *COMMAND, "--output", "out")
     assert messages == ["samclip: 0 images processed; 5 skipped, which were complete. The results are in out."]
     assert contents("out") == photos
+
+
+def test_outputs_among_the_images_are_not_read_by_the_next_run(capsys, monkeypatch, folder):
+    """JPEG files, whose overlays are PNG files beside them; masks are in folders that '**' matches."""
+    save(*(f"photos/{number}.jpg" for number in range(3)))
+    command = [*COMMAND[2:], "--formats", "overlay,labelmap,masks"]
+    for images, output in (("photos", "photos"), ("photos/**", "photos"), ("photos/**", "photos/out")):
+        shutil.rmtree("photos/out", ignore_errors=True)
+        for path in [path for path in Path("photos").iterdir() if path.suffix != ".jpg"]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        run_until_killed(monkeypatch, "2", "segment", images, *command, "--output", output)
+        _, messages = samclip(capsys, "segment", images, *command, "--output", output)
+        assert messages[-1] == (
+            f"samclip: 1 image processed; 2 skipped, which were complete. The results are in {output}."
+        )
+        assert any(re.search(r"skipping \d+ outputs of an earlier run among the images", text) for text in messages)
+        written = {path.name for path in Path(output).iterdir() if path.suffix == ".png"}
+        assert written == {f"{number}{suffix}.png" for number in range(3) for suffix in ("", "_labels")}
+    # Other commands do not read them either, unless they are named, or if there is nothing else.
+    shutil.copytree("photos/out", "photos", dirs_exist_ok=True)
+    records, messages = samclip(capsys, "classify", "photos", "--labels", "cat, sofa")
+    assert [record["image"] for record in records] == [f"photos/{number}.jpg" for number in range(3)]
+    assert messages[0].endswith("skipping 6 outputs of an earlier run among the images.")
+    assert len(samclip(capsys, "classify", "photos/0.png", "photos/out", "--labels", "cat, sofa")[0]) == 7
+    message = samclip(capsys, "segment", "photos/0.png", *command, "--output", "photos", status=2)[1][-1]
+    assert "all images are outputs of an earlier run to --output photos" in message
 
 
 @pytest.mark.parametrize("lost", [0, 1, 30])
