@@ -487,6 +487,13 @@ def test_wrong_data_are_refused(folder, scenes, tmp_path, monkeypatch, changes, 
         run(tmp_path, folder, **changes)
 
 
+def test_an_empty_text_as_retention_turns_off_that_of_the_recipe(folder, tmp_path):
+    command = ["miniature", "--data", str(folder), "--output_dir", str(tmp_path), "--guard_weight", "0"]
+    assert parse_arguments(command, finetune.COMMAND).retention == ["composed:miniature", "prompts:miniature"]
+    args = parse_arguments([*command, "--retention", ""], finetune.COMMAND)
+    assert args.retention == [] and args.retention_limit is None
+
+
 def test_classes_without_a_pixel_are_reported(folder, scenes, tmp_path, capsys):
     content = coco_content(scenes)
     path = tmp_path / "more.json"

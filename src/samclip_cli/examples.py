@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import CommandError, first_line, log
+from .formats import CONTENT, CUTOUT
 from .inputs import IMAGE_EXTENSIONS, read_image
 from .models import LoadedModel
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:  # importing these takes seconds, see the docstring of the pac
 
     from samclip_hf import SamClipVocabulary
 
+MAX_TRANSPARENT = 127  # the largest value of alpha, or of a mask, outside the object
 MASK_SUFFIX = "_mask"  # photo_mask.png is the mask of photo.jpg
 EXAMPLES_HELP = """
 examples:
@@ -97,12 +99,12 @@ class ExampleImage:
                 raise ValueError(f"{self.path}: {first_line(error)}") from error
         channel = _open(self.mask, "RGBA").getchannel("A") if self.is_cutout else _open(self.mask, "L")
         values = np.asarray(channel)
-        if 0 < values.max() <= 127:  # such as a mask of 0 and 1
+        if 0 < values.max() <= MAX_TRANSPARENT:  # such as a mask of 0 and 1
             raise ValueError(
                 f"{self.mask}: the largest value is {values.max()}. The object must be "
                 + ("opaque." if self.is_cutout else "white, 255, and the rest black, 0.")
             )
-        return values > 127
+        return values > MAX_TRANSPARENT
 
 
 def _open(path: Path, mode: str | None = None) -> "Image.Image":
@@ -208,7 +210,7 @@ def _read_folder(folder: Path) -> list[ExampleImage]:
                     raise CommandError(f"--examples: there is no image for the mask {path}.")
                 continue
             mask = files.get(stem + MASK_SUFFIX)
-            if mask is None and not _is_transparent(path):
+            if mask is None and not _is_cutout(path):
                 raise CommandError(
                     f"--examples: {path} is neither a cut-out, which is transparent outside the object, nor is there "
                     f"a mask {stem}{MASK_SUFFIX}.png beside it."
@@ -231,9 +233,17 @@ def _images_in(folder: Path) -> list[Path]:
     return [path for path in paths if path.suffix.lower() in IMAGE_EXTENSIONS and path.is_file()]
 
 
-def _is_transparent(path: Path) -> bool:
+def _is_cutout(path: Path) -> bool:
+    """Whether an image is transparent outside an object, or was written as a cut-out, whose object may fill it. Others
+    with an alpha channel are images without a mask, such as screenshots."""
     try:
-        return _open(path).has_transparency_data
+        header = _open(path)
+        if not header.has_transparency_data:
+            return False
+        if header.info.get(CONTENT) == CUTOUT:
+            return True
+        alpha = _open(path, "RGBA").getchannel("A")
+        return bool(alpha.getextrema()[0] <= MAX_TRANSPARENT)  # type: ignore[operator]
     except ValueError as error:
         raise CommandError(f"--examples: {path} cannot be read: {str(error).removeprefix(f'{path}: ')}") from error
 

@@ -32,6 +32,7 @@ FORMATS = {
 WITHOUT_MASKS = ("overlay", "json", "jsonl")
 RESULTS = "results.jsonl"
 RUN_FILES = {"jsonl": [RESULTS], "coco": ["coco_results.json", "coco_dataset.json"]}
+CONTENT, CUTOUT = "Content", "cut-out"  # metadata of cut-outs, for those whose object fills them
 MAX_PALETTE_INDEX = 254  # 255 is "ignore" in the label maps of many datasets
 
 
@@ -251,6 +252,8 @@ def _png(image: "Image.Image", prediction: Prediction) -> bytes:
 
     metadata, file = PngInfo(), io.BytesIO()
     metadata.add_itxt("Comment", prediction.caption)
+    if image.mode == "RGBA":
+        metadata.add_itxt(CONTENT, CUTOUT)
     if image.mode in ("P", "I;16"):
         labels = [f"{number} {name}" for number, name in enumerate(prediction.names, start=1)]
         metadata.add_itxt("Labels", "\n".join(["0 no segment", *labels]))

@@ -9,7 +9,8 @@ from PIL import Image
 from transformers import pipeline
 
 from samclip_cli import main
-from samclip_cli.examples import _round_to_image
+from samclip_cli.examples import _read_folder, _round_to_image
+from samclip_cli.formats import Prediction, encode
 from samclip_hf import SamClipForImageSegmentation, SamClipProcessor, miniature
 from samclip_hf.images import encode_mask, mask_to_coco_box
 from samclip_hf.miniature.scenes import render
@@ -122,6 +123,34 @@ def test_cutouts_in_a_folder(capsys):
     check(found, expect(images=cutouts, labels=labels, masks=masks, background=["an empty scene"]))
     assert main(["segment", "other.png", "--examples", "parts"]) == 2
     assert "cut-outs, which have no surroundings" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("alpha", [255, 200])
+def test_an_image_with_alpha_that_is_transparent_nowhere_is_no_cutout(capsys, alpha):
+    """Such as a screenshot, which otherwise would be an example of the whole image."""
+    Path("parts/one").mkdir(parents=True)
+    image = IMAGE.copy()
+    image.putalpha(alpha)
+    image.save("parts/one/photo.png")
+    command = ["segment", "other.png", "--examples", "parts", "--multi_label"]
+    assert main(command) == 2
+    message = capsys.readouterr().err
+    assert "parts/one/photo.png is neither a cut-out, which is transparent outside the object" in message
+    Image.fromarray(SCENE.masks[0].astype(np.uint8) * 255).save("parts/one/photo_mask.png")
+    (example,) = _read_folder(Path("parts"))
+    assert not example.is_cutout and np.array_equal(example.masks()[0], SCENE.masks[0])
+
+
+def test_a_written_cutout_whose_object_fills_it_is_one():
+    mask = np.zeros(SCENE.label_map.shape, dtype=bool)
+    mask[20:60, 30:90] = True
+    prediction = Prediction({}, [], "a model", [mask], [1], ["one"])
+    [(name, content)] = encode(IMAGE, {}, prediction, ["cutouts"], "photo").items()
+    Path("parts/one").mkdir(parents=True)
+    Path("parts/one", Path(name).name).write_bytes(content)
+    (example,) = _read_folder(Path("parts"))
+    assert example.is_cutout and example.masks()[0].shape == (40, 60) and example.masks()[0].all()
+    assert np.array_equal(np.asarray(example.read()), np.asarray(IMAGE)[20:60, 30:90])
 
 
 @pytest.mark.parametrize(

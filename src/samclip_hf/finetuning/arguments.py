@@ -122,7 +122,8 @@ class FinetuningArguments(SamClipTrainingArguments):
         default_factory=list,
         metadata={
             "help": "Tasks of samclip evaluate for the retention table, such as composed:voc21 and prompts:coco. The "
-            "table has the results before and after, next to those on eval_data."
+            "table has the results before and after, next to those on eval_data. Pass an empty text to use none of a "
+            "recipe."
         },
     )
     retention_limit: int | None = field(
@@ -145,6 +146,8 @@ class FinetuningArguments(SamClipTrainingArguments):
             self._reset_guard()
         if self.other_names == [""]:  # a command line has no empty list
             self.other_names = []
+        if self.retention == [""]:  # turns off that of a recipe, whose limit then has no meaning
+            self.retention, self.retention_limit = [], None
         super().__post_init__()
         if self.data is None:
             raise ValueError(
