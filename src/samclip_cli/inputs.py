@@ -232,7 +232,7 @@ def _find_files(pattern: str) -> list[str]:
         raise CommandError(f"{pattern}: neither a file nor a folder.")
     if glob.has_magic(pattern):
         if found := sorted(match for match in glob.glob(pattern, recursive=True) if os.path.isfile(match)):
-            return found
+            return _without_outputs(pattern, found)
         raise CommandError(f"{pattern}: no file matches this pattern.")
     hint = ""
     if re.fullmatch(r"[\w.-]+/[\w.-]+", pattern) and not os.path.splitext(pattern)[1]:
@@ -258,12 +258,27 @@ def _files_of_folder(folder: str) -> list[str]:
         extensions = sorted({os.path.splitext(path)[1] or "no extension" for path in set(paths) - set(found)})
         skipped = len(paths) - len(found)
         log(f"{folder}: skipping {skipped} of {len(paths)} files, which are not images ({', '.join(extensions)}).")
-    outputs = RecordedOutputs(folder)
-    originals = [path for path in found if path not in outputs]
-    if originals and len(originals) < len(found):
-        log(f"{folder}: skipping {len(found) - len(originals)} outputs of an earlier run among the images.")
-        return originals
-    return found  # a folder with outputs alone is meant
+    return _without_outputs(folder, found)
+
+
+def _without_outputs(name: str, paths: list[str]) -> list[str]:
+    """Leaves out files that a recorded run has written to their folder or to the folder above it, and reports their
+    number. If there are no other files, the outputs are meant."""
+    records: dict[str, RecordedOutputs] = {}
+
+    def is_output(path: str) -> bool:
+        parent = os.path.dirname(path) or os.curdir
+        folders = (parent, os.path.join(parent, os.pardir))
+        for folder in folders:
+            if folder not in records:
+                records[folder] = RecordedOutputs(folder)
+        return any(path in records[folder] for folder in folders)
+
+    originals = [path for path in paths if not is_output(path)]
+    if not originals or len(originals) == len(paths):
+        return paths
+    log(f"{name}: skipping {len(paths) - len(originals)} outputs of an earlier run among the images.")
+    return originals
 
 
 def _image_of_file(path: str) -> ImageInput:

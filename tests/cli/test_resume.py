@@ -97,7 +97,8 @@ def test_outputs_among_the_images_are_not_read_by_the_next_run(capsys, monkeypat
         assert messages[-1] == (
             f"samclip: 1 image processed; 2 skipped, which were complete. The results are in {output}."
         )
-        assert any(re.search(r"skipping \d+ outputs of an earlier run among the images", text) for text in messages)
+        skips = [re.search(r"skipping \d+ outputs of an earlier run among the images", text) for text in messages]
+        assert sum(match is not None for match in skips) == 1
         written = {path.name for path in Path(output).iterdir() if path.suffix == ".png"}
         assert written == {f"{number}{suffix}.png" for number in range(3) for suffix in ("", "_labels")}
     # Other commands do not read them either, unless they are named, or if there is nothing else.
@@ -105,6 +106,10 @@ def test_outputs_among_the_images_are_not_read_by_the_next_run(capsys, monkeypat
     records, messages = samclip(capsys, "classify", "photos", "--labels", "cat, sofa")
     assert [record["image"] for record in records] == [f"photos/{number}.jpg" for number in range(3)]
     assert messages[0].endswith("skipping 6 outputs of an earlier run among the images.")
+    masks = sorted(map(str, Path("photos").glob("*_masks/*.png")))
+    for pattern, expected in (("photos/**", [record["image"] for record in records]), ("photos/*_masks/*.png", masks)):
+        found = samclip(capsys, "classify", pattern, "--labels", "cat, sofa")[0]
+        assert [record["image"] for record in found] == expected != []
     assert len(samclip(capsys, "classify", "photos/0.png", "photos/out", "--labels", "cat, sofa")[0]) == 7
     message = samclip(capsys, "segment", "photos/0.png", *command, "--output", "photos", status=2)[1][-1]
     assert "all images are outputs of an earlier run to --output photos" in message
