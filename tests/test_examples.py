@@ -111,13 +111,13 @@ def test_a_label_is_the_mean_of_its_examples_in_all_images(model, processor):
 def test_examples_are_found_in_another_image(model, processor):
     shown = {"images": [IMAGE], "labels": [NAMES], "masks": [MASKS]}
     vocabulary = model.embed_examples(**shown, processor=processor, background="surroundings")
-    image = Image.fromarray(np.ascontiguousarray(SCENE.image[::-1]))  # upside down
+    image = Image.fromarray(np.ascontiguousarray(SCENE.image[::-1, ::-1]))  # rotated by 180 degrees
     for composition in ("segments", "classes"):
         model.config.composition = composition
         outputs = model(**processor(image), vocabulary=vocabulary)
         model.config.composition = "segments"
         label_map = processor.post_process_semantic_segmentation(outputs, [(128, 128)])[0]
-        for label_id, mask in enumerate(torch.from_numpy(MASKS[:, ::-1].copy()), start=1):
+        for label_id, mask in enumerate(torch.from_numpy(MASKS[:, ::-1, ::-1].copy()), start=1):
             found = label_map == label_id
             # The composition by classes depends on the dense map, which is weak in the miniature.
             expected = 0.5 if composition == "segments" else 0.1

@@ -282,7 +282,7 @@ class TestGuard:
         assert {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.any()} == {
             *("vision_encoder", "mask_decoder", "clip_head")
         }
-        images = torch.randn(4, 3, 128, 128, generator=generator)
+        images = normalize(batch["images"], trainer.image_mean, trainer.image_std)
         with torch.no_grad():
             reference = before.get_image_features(images).pooler_output
 

@@ -574,7 +574,7 @@ def test_everything_mode_finds_objects_across_tiles():
 
 def test_composition_by_class_gives_one_segment_for_each_label(segmenter, monkeypatch):
     monkeypatch.setattr(segmenter.model.config, "composition", "classes")
-    image, _, names = draw_large_scene(150, 290, 4, POSITIONS)
+    image, _, names = draw_large_scene(150, 290, 6, POSITIONS)
     found = segmenter(image, tile=150, threshold=0.0, candidate_labels=names, hypothesis_template="a {}")
     assert sorted(segment["label"] for segment in found) == sorted(names)
 

@@ -91,7 +91,7 @@ def test_labels_default_to_those_of_the_checkpoint(capsys):
     )
     expected = [(segment["label"], pytest.approx(segment["score"], abs=1e-5)) for segment in expected]
     assert [(segment["label"], segment["score"]) for segment in record["segments"]] == expected
-    assert "red fuzzy shape" in dict(expected)
+    assert "green zigzag shape" in dict(expected)
 
 
 def test_the_template_changes_the_scores(capsys):

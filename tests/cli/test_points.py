@@ -77,7 +77,7 @@ def test_masks_equal_those_of_sam(capsys, photo):
 @pytest.mark.parametrize("model", [[], UNMERGED], ids=["merged", "unmerged"])
 def test_masks_get_the_names_of_classify_masks(capsys, photo, model, monkeypatch):
     monkeypatch.setattr("samclip_cli.points.MASK_MEMORY", SIZE[0] * SIZE[1])  # one mask in a call
-    prompts = ["--points", "40,30; 100,60", *model]
+    prompts = ["--points", "45,20; 100,60", *model]
     [plain], _ = samclip(capsys, "points", "photo.png", *prompts)
     [named], _ = samclip(capsys, "points", "photo.png", *prompts, *LABELS)
     if model:
@@ -144,7 +144,7 @@ def test_a_mask_with_a_score_below_the_threshold_has_no_label(capsys, photo, com
 
 def test_masks_of_the_background_are_not_in_the_overlay(capsys, photo):
     texts = ["--labels", "green zigzag shape", "--background", "red fuzzy shape, a photo of a red fuzzy shape"]
-    command = ["points", "--points", "40,30", "photo.png", *texts]
+    command = ["points", "--points", "45,20", "photo.png", *texts]
     [record], _ = samclip(capsys, *command)
     assert [mask["label_id"] for mask in record["masks"]] == [0]
     samclip(capsys, *command, "--output", "out.png")
