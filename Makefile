@@ -8,7 +8,7 @@ BIN = $(VENV)/bin
 
 help:
 	@echo 'make shell              a shell in which samclip, accelerate and python are those of .venv'
-	@echo 'make demo               train and evaluate the miniature, and draw the result (15 minutes)'
+	@echo 'make demo               train and evaluate the miniature, and draw the result (20 minutes)'
 	@echo 'make app                the app in the browser'
 	@echo 'make test               the tests, without the slow ones'
 	@echo 'make test-all           all tests'
@@ -33,7 +33,7 @@ demo: $(VENV)/installed
 	$(BIN)/python -m samclip_hf.miniature_lab.demo
 
 # Two processes with one thread each share the runs. Can be interrupted and restarted. Commit the result. The seeds whose
-# results are in docs/tables are not run again: `rm docs/tables/*.json` repeats them.
+# results are in docs/tables are not run again: `rm -r docs/tables/*.json runs/tables` repeats them.
 tables: export OMP_NUM_THREADS = 1
 tables: $(VENV)/installed
 	mkdir -p runs/tables docs/tables

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import transformers
+import yaml
 from inference import matrix_product
 from torch import nn
 from transformers import (
@@ -36,7 +37,7 @@ from transformers import (
 )
 
 from samclip_cli.cost import VIT_L_14, Costs
-from samclip_cli.train import build_trainer, parse_arguments, set_wait_policy
+from samclip_cli.train import build_trainer, parse_arguments, read_recipe, set_wait_policy
 from samclip_hf import miniature
 from samclip_hf.distillation import SamClipTrainer
 from samclip_hf.evaluation.cost import peak_memory, reset_peak_memory
@@ -126,10 +127,6 @@ def make_trainer(arguments, folder: Path, sam: Path, clip: Path) -> SamClipTrain
 
 def write_recipe(name: str, without: set[str], folder: Path) -> Path:
     """Writes a recipe of the package without some of its arguments."""
-    import yaml
-
-    from samclip_cli.train import read_recipe
-
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump({key: value for key, value in read_recipe(name).items() if key not in without}))
     return path

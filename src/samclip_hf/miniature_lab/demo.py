@@ -3,7 +3,7 @@ Distills the miniature SAM and CLIP into a SAM-CLIP with the recipes of the thre
 
     python -m samclip_hf.miniature_lab.demo
 
-The training takes about 10 minutes on two CPU cores, the evaluation about 4. Writes `model/`, `report.json`,
+The training takes 10 to 13 minutes on two CPU cores, the evaluation 3 to 5. Writes `model/`, `report.json`,
 `report.md` and `figure.png` to `runs/demo/`.
 """
 
