@@ -493,8 +493,6 @@ class SamClipModel(SamClipPreTrainedModel):
     _tied_weights_keys = {
         "prompt_encoder.shared_embedding.positional_embedding": "shared_image_embedding.positional_embedding"
     }
-    # `Trainer` ties the weights after it has loaded a checkpoint without these keys, instead of a warning.
-    _keys_to_ignore_on_save = ("prompt_encoder.shared_embedding.positional_embedding",)
     _keys_to_ignore_on_load_missing = [r"^label_embeds$"]  # in checkpoints of version 0.1.0, see embed_label_tokens
     _parts_without_model = ("prompt_encoder_config", "mask_decoder_config", "clip_head_config")
     class_embeds: torch.Tensor | None  # buffers
@@ -531,6 +529,8 @@ class SamClipModel(SamClipPreTrainedModel):
         num_neutral = config.vocabulary_num_neutral
         self.register_buffer("neutral_embeds", torch.zeros(num_neutral, projection_dim) if num_neutral else None)
         self.post_init()
+        # `Trainer` ties the weights after it has loaded a checkpoint without these keys, instead of a warning.
+        self._keys_to_ignore_on_save = set(self.all_tied_weights_keys)
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
