@@ -541,9 +541,9 @@ def test_an_example_of_one_image_is_found_in_another(app, session, scene, tmp_pa
     app.segment_changes(other, *fields())
     found = best_segment(app, other)
     assert found.label == "part <7>" and iou(shrink(found.mask), scene.masks[3][:, ::-1]) > 0.6
-    word = true_names(scene)[0]
-    app.segment_changes(other, *fields(word))
-    assert {segment.label for segment in shown(app, other)} == {"part <7>", word}
+    for word in true_names(scene)[:3]:
+        app.segment_changes(other, *fields(word))
+        assert {segment.label for segment in shown(app, other)} == {"part <7>", word}
 
     assert app.remove_examples(other, *fields())[-1] == "" and shown(app, other) == []
     app.segment(other, *fields(word))

@@ -10,7 +10,7 @@ from transformers import pipeline
 from samclip_hf import SamClipForImageSegmentation, SamClipForObjectDetection, SamClipProcessor, miniature
 from samclip_hf.examples_samclip import move_embeds
 from samclip_hf.images import mask_to_prompt_box
-from samclip_hf.miniature.scenes import CLASS_NAMES, render
+from samclip_hf.miniature.scenes import BACKGROUND_PROMPTS, CLASS_NAMES, TEMPLATES, render
 
 SCENE = render(seed=0, index=8)  # a red fuzzy, a green zigzag and a red dotted shape
 IMAGE = Image.fromarray(SCENE.image)
@@ -151,10 +151,12 @@ def test_examples_extend_a_vocabulary_of_words(model, processor):
     of_images = model.embed_masks(
         [[*MASKS, ~MASKS.any(axis=0), np.ones((128, 128), bool)]], processor(IMAGE)["pixel_values"]
     )[0]
+    neutral = model.embed_vocabulary(["x"], tokenizer=processor.tokenizer, multi_label=True).neutral_embeds
     texts = words.class_embeds
-    moved = move_embeds(of_images, of_images, texts)
-    as_images = F.normalize(move_embeds(texts[2:], texts, of_images), dim=-1)
-    means = move_embeds(F.normalize(as_images + of_images[0], dim=-1), of_images, texts)
+    places = of_images, torch.cat([texts, neutral])
+    moved = move_embeds(of_images, *places, weight=0.5)  # 1 / (1 + 1) for one image
+    as_images = F.normalize(move_embeds(texts[2:], *places[::-1], weight=0.5), dim=-1)
+    means = move_embeds(F.normalize(as_images + of_images[0], dim=-1), *places, weight=0.5)
     parts = [moved[3], *texts[:2], *means, *moved[1:3]]
     torch.testing.assert_close(both.class_embeds, torch.stack(parts), rtol=1e-4, atol=1e-4)
     scores = model.classify_masks([MASKS], **processor(IMAGE), vocabulary=both).scores[0]
@@ -171,6 +173,24 @@ def test_labels_with_texts_and_examples_alone_determine_where_images_and_texts_a
     torch.testing.assert_close(moved.mean(dim=0), images.mean(dim=0), rtol=1e-4, atol=1e-4)
     means = F.normalize(F.normalize(moved, dim=-1) + images, dim=-1)
     torch.testing.assert_close(both.class_embeds[2:], move_embeds(means, images, texts), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_one_word_and_one_example_are_both_found_in_another_image(model, processor, number):
+    """With one image and one word, the means of both modalities are known only roughly."""
+    words = model.embed_vocabulary(
+        [CLASS_NAMES[SCENE.class_ids[number]]], BACKGROUND_PROMPTS, TEMPLATES, tokenizer=processor.tokenizer
+    )
+    other, found = IMAGE.transpose(Image.Transpose.FLIP_LEFT_RIGHT), []
+    rest = [mask for index, mask in enumerate(MASKS) if index != number]
+    for example in rest:
+        both = model.embed_examples([IMAGE], [["part"]], masks=[[example]], processor=processor, vocabulary=words)
+        with torch.inference_mode():
+            outputs = model(**processor(other), vocabulary=both)
+        label_map = processor.post_process_semantic_segmentation(outputs, [(128, 128)])[0]
+        own = [torch.from_numpy(mask[:, ::-1].copy()) for mask in (MASKS[number], example)]
+        found.append([label_map[mask].mode().values.item() for mask in own])
+    assert found == [[1, 2]] * len(rest)
 
 
 def test_a_vocabulary_without_background_gets_that_of_the_surroundings(model, processor):
@@ -201,6 +221,7 @@ def test_move_embeds_gives_images_the_mean_and_deviation_of_texts():
     torch.testing.assert_close(deviation, expected)
     order, same_order = ((own - own[:1]).norm(dim=1).argsort() for own in (images, moved))
     assert torch.equal(order, same_order)
+    torch.testing.assert_close(move_embeds(images, images, texts, weight=0.25), 0.75 * images + 0.25 * moved)
     one_text = move_embeds(images, images, texts[:1])
     torch.testing.assert_close(one_text - one_text[0], images - images[0], rtol=1e-4, atol=1e-4)
 

@@ -100,7 +100,9 @@ def check_prompts(kind: str, prompts, index: int, height: int, width: int) -> li
     return examples
 
 
-def move_embeds(embeds: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def move_embeds(
+    embeds: torch.Tensor, source: torch.Tensor, target: torch.Tensor, weight: float = 1.0
+) -> torch.Tensor:
     r"""
     Moves embeddings of one modality to where those of the other are: from the mean of `source` to the mean of
     `target`, with distances scaled by the ratio of their standard deviations. In a contrastive model, two images are
@@ -113,12 +115,14 @@ def move_embeds(embeds: torch.Tensor, source: torch.Tensor, target: torch.Tensor
         Embeddings of the same modality as `embeds`.
     target (`torch.Tensor` of shape `(num_target, projection_dim)`):
         Embeddings of the other modality. If all embeddings of either are equal, distances are not scaled.
+    weight (`float`, *optional*, defaults to 1):
+        The fraction of the way that the embeddings are moved.
 
     Returns embeddings `(num_embeds, projection_dim)`, in general not of length 1.
     """
     deviations = [(own - own.mean(dim=0)).square().sum(dim=1).mean().sqrt() for own in (source, target)]
     scale = deviations[1] / deviations[0] if min(deviations) > 1e-6 else 1.0
-    return (embeds - source.mean(dim=0)) * scale + target.mean(dim=0)
+    return embeds.lerp((embeds - source.mean(dim=0)) * scale + target.mean(dim=0), weight)
 
 
 __all__ = ["check_examples", "check_prompts", "move_embeds"]

@@ -538,8 +538,10 @@ class SamClipForImageSegmentation(SamClipModel):
 
         In a vocabulary with texts, and with SigLIP's text tower, the embeddings of examples are moved to where texts
         are, see [`move_embeds`]: their length is then not 1. Where texts and images are is estimated from the labels
-        if all of them have texts and examples, and otherwise from all texts, examples, surroundings and images. In
-        other vocabularies, the embeddings of examples are not changed.
+        if all of them have texts and examples. Otherwise it is estimated from all texts, examples, surroundings and
+        images, and, if the processor has a tokenizer, from the neutral names of [`embed_vocabulary`]. This estimate is
+        uncertain for few images, so with N images the embeddings are moved N / (N + 1) of the way, except with SigLIP's
+        text tower, whose scores are absolute. In other vocabularies, the embeddings of examples are not changed.
 
         Object detection recognizes labels by their names. Names that the tokenizer does not know are not recognized.
 
@@ -604,24 +606,27 @@ class SamClipForImageSegmentation(SamClipModel):
             )
 
         text_embeds = vocabulary.class_embeds.float()
-        if multi_label or (self.config.has_siglip_text and tokenizer is not None):
+        with_texts = len(text_embeds) > 0 or multi_label or self.config.has_siglip_text
+        if with_texts and tokenizer is not None and self.text_model is not None:
             neutral = self._embed_neutral_names(DEFAULT_TEMPLATES, tokenizer)
             text_embeds = torch.cat([text_embeds, neutral.float()])
-            if not self.config.has_siglip_text:
+            if multi_label and not self.config.has_siglip_text:
                 vocabulary = replace(vocabulary, neutral_embeds=neutral)
         if len(text_embeds):
+            weight = 1.0 if self.config.has_siglip_text else len(whole_images) / (len(whole_images) + 1)
             class_embeds, texts_of = vocabulary.class_embeds.float().clone(), _rows_of_labels(vocabulary)
             rows = [texts_of.get(name, []) for name in names]
             if all(rows) and len(names) == len(vocabulary.id2label) - has_background > 1:
                 # Every label has texts and examples, so means and deviations are those of the same labels.
                 image_embeds, text_embeds = examples, torch.stack([class_embeds[own].mean(dim=0) for own in rows])
+                weight = 1.0
             for own, example in zip(rows, examples, strict=True):
-                moved = F.normalize(move_embeds(class_embeds[own], text_embeds, image_embeds), dim=-1)
+                moved = F.normalize(move_embeds(class_embeds[own], text_embeds, image_embeds, weight), dim=-1)
                 means = F.normalize(moved + example, dim=-1)
-                class_embeds[own] = move_embeds(means, image_embeds, text_embeds)
+                class_embeds[own] = move_embeds(means, image_embeds, text_embeds, weight)
             vocabulary = replace(vocabulary, class_embeds=class_embeds)
-            examples = move_embeds(examples, image_embeds, text_embeds)
-            around = move_embeds(around, image_embeds, text_embeds)
+            examples = move_embeds(examples, image_embeds, text_embeds, weight)
+            around = move_embeds(around, image_embeds, text_embeds, weight)
         added = [name for name in names if name not in vocabulary.id2label.values()]
         label_embeds = self._embed_label_names(added, tokenizer)
         if vocabulary.label_embeds is not None:
