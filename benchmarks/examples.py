@@ -3,6 +3,7 @@ Measures vocabularies of examples on scenes of the miniature, and prints one of 
 
     python benchmarks/examples.py segmentation  # mean IoU with 48 names: words, examples, and both
     python benchmarks/examples.py mixed         # masks named by 24 words and 24 examples in one vocabulary
+    python benchmarks/examples.py mixed --num_names 2 --num_splits 100  # by 1 word and 1 example
 
 The examples are boxes on scenes of another seed than those of the measurement.
 """
@@ -100,7 +101,9 @@ def print_segmentation(arguments: argparse.Namespace) -> None:
 
 def print_mixed(arguments: argparse.Namespace) -> None:
     generator = torch.Generator().manual_seed(0)
-    halves = [torch.randperm(NUM_NAMES, generator=generator) < NUM_NAMES // 2 for _ in range(arguments.num_splits)]
+    splits = [
+        torch.randperm(NUM_NAMES, generator=generator)[: arguments.num_names] for _ in range(arguments.num_splits)
+    ]
     print("| model | examples of each class | embeddings of examples | right | words | examples | named by a word |")
     print("|---|---|---|---|---|---|---|")
     for name in arguments.models:
@@ -110,10 +113,13 @@ def print_mixed(arguments: argparse.Namespace) -> None:
         class_ids = torch.tensor([class_id for drawn, _ in encoded for class_id in drawn.class_ids])
         for number in arguments.shots:
             values: dict[str, list] = {"unchanged": [], "moved to the texts": []}
-            for is_word in halves:
-                names = [own for own, is_one in zip(CLASS_NAMES, is_word.tolist(), strict=True) if is_one]
+            for split in splits:
+                of_words, of_examples = (part.tolist() for part in split.tensor_split(2))
+                is_word = torch.isin(torch.arange(NUM_NAMES), torch.tensor(of_words))
+                is_asked = torch.isin(class_ids, split)
+                names = [CLASS_NAMES[class_id] for class_id in of_words]
                 words = model.embed_vocabulary(names, (), TEMPLATES, PROCESSOR.tokenizer)
-                images, labels, boxes = find_examples(number, (~is_word).nonzero().flatten().tolist())
+                images, labels, boxes = find_examples(number, of_examples)
                 shown = {"images": images, "labels": labels, "boxes": boxes, "processor": PROCESSOR}
                 moved = model.embed_examples(**shown, vocabulary=words)
                 alone = model.embed_examples(**shown)
@@ -122,8 +128,8 @@ def print_mixed(arguments: argparse.Namespace) -> None:
                     ("unchanged", torch.cat([words.class_embeds, alone.class_embeds])),
                     ("moved to the texts", moved.class_embeds),
                 ):
-                    found = of_rows[(queries @ rows.T).argmax(dim=-1)]
-                    right, of_word = found == class_ids, is_word[class_ids]
+                    found = of_rows[(queries[is_asked] @ rows.T).argmax(dim=-1)]
+                    right, of_word = found == class_ids[is_asked], is_word[class_ids[is_asked]]
                     parts = (right, right[of_word], right[~of_word], is_word[found])
                     values[method].append([part.float().mean() for part in parts])
             for method, own in values.items():
@@ -139,7 +145,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--models", nargs="+", choices=["shipped", "unmerged"], default=["shipped", "unmerged"])
     parser.add_argument("--shots", type=int, nargs="+", default=[1, 3], help="examples of each class")
     parser.add_argument("--num_scenes", type=int, default=60, help="number of scenes of each seed")
-    parser.add_argument("--num_splits", type=int, default=10, help="of mixed: random choices of the 24 words")
+    parser.add_argument("--num_splits", type=int, default=10, help="of mixed: random choices of the names")
+    parser.add_argument(
+        "--num_names", type=int, default=NUM_NAMES, help="of mixed: number of names, half of them words (default: 48)"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[101, 201, 301])
     arguments = parser.parse_args(argv)
     tables[arguments.table](arguments)
