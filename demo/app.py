@@ -68,8 +68,12 @@ NEXT_STEPS = {
     BACKGROUND: "Click outside the object in the image.",
     BOX: "Click on a corner of the box in the image.",
 }
+REVIEW_SCENES = "Images to review, the most uncertain first. The data set is not changed."
 CORRECTION = "Click again on the object to add a part. To remove a part, select Background point."
-NO_IMAGE = "Open an image or choose an example first. Images are removed an hour after they were opened."
+NO_IMAGE = (
+    "Open an image or choose an example first. Images are removed an hour after they were opened, and when the app is "
+    "restarted."
+)
 EMPTY = {
     BY_TEXT: "Enter labels and press Segment, or add an example.",
     BY_PROMPTS: "Click on an object in the image.",
@@ -337,7 +341,12 @@ class Session:
 
 def read_image(path: str | None) -> Image.Image:
     """Reads an image in RGB. Raises `ValueError` with a message for the user if that fails."""
-    if path is None or not os.path.getsize(path):
+    try:
+        with open(os.devnull if path is None else path, "rb") as file:
+            is_empty = not file.read(1)
+    except OSError as error:  # such as a file that was deleted
+        raise ValueError(f"The file cannot be read: {error.strerror}.") from error
+    if is_empty:
         raise ValueError("The file is empty.")
     try:
         return open_image(path, max_pixels=MAX_MEGAPIXELS * 10**6, formats=FORMATS)
@@ -386,7 +395,7 @@ class Review(NamedTuple):
 
 def read_review(path: str) -> Review:
     """Reads the `review.json` of `samclip annotate` and the `report.json` next to it. Raises `ValueError` with a
-    message for the user if that fails, and for images that are no files."""
+    message for the user if that fails, if there are no images, and for images that are no files."""
     try:
         images = [entry["image"] for entry in json.loads(Path(path).read_text())["images"]]
         report = json.loads(Path(path).with_name("report.json").read_text())
@@ -405,6 +414,11 @@ def read_review(path: str) -> Review:
         raise ValueError(
             f"--review {path} must be the review.json of samclip annotate, beside its report.json."
         ) from error
+    if not images:
+        raise ValueError(
+            f"--review {path}: no image has annotations. Run samclip annotate with a lower --threshold, which finds "
+            "more."
+        )
     if missing := [name for name in images if not os.path.isfile(name)]:
         raise ValueError(
             f"--review {path}: {missing[0]} is not a file. Start the app in the folder in which samclip annotate ran. "
@@ -428,7 +442,7 @@ def without_unreadable(paths: list[str], origin: str) -> list[str]:
             log(f"{origin}: {path} is left out. {error}")
         else:
             readable.append(path)
-    if paths and not readable:
+    if not readable:
         raise ValueError(f"{origin}: none of the {len(paths)} images can be opened.")
     return readable
 
@@ -594,11 +608,20 @@ class App:
         return new, *self.show(new, fields)
 
     def upload(self, file: dict | None, session: Session | None, *fields):
+        """Opens a file that the browser has uploaded, and no other file of the server."""
         file = file or {"path": None}
-        return self.load(file["path"], file.get("orig_name") or "image.png", session, Fields(*fields))
+        path = file["path"]
+        # Without preprocessing, Gradio 6.31 checks this only for values with "meta", which a client can leave out.
+        if path is not None and not Path(path).resolve().is_relative_to(Path(get_upload_folder()).resolve()):
+            gr.Warning("The file was not uploaded. Open an image.", title="The image was not opened")
+            return session, *self.show(session, Fields(*fields), is_redrawn=True)
+        return self.load(path, file.get("orig_name") or "image.png", session, Fields(*fields))
 
     def choose(self, index: int, session: Session | None, *fields):
         """Opens an example. The last output is its labels."""
+        if not 0 <= index < len(self.scenes):  # a page of an earlier app, which had more images
+            gr.Warning("The app was restarted with other images. Reload the page.", title="The image was not opened")
+            return session, *self.show(session, Fields(*fields), is_redrawn=True), gr.skip()
         path, labels = self.scenes[index]
         return *self.load(path, Path(path).name, session, Fields(*fields)), labels
 
@@ -733,8 +756,12 @@ class App:
             return gr.skip()
         fields = Fields(*values)
         with session.lock:
+            x, y = event.index
+            if not (0 <= x <= session.picture.image.width and 0 <= y <= session.picture.image.height):
+                gr.Warning("The point is outside the image. Click in the image.", title="The point was not set")
+                return gr.skip()
             try:
-                prompts = session.prompts.click(fields.mode, *event.index)
+                prompts = session.prompts.click(fields.mode, x, y)
             except ValueError as error:
                 gr.Warning(str(error), title="The box was not drawn")
                 return gr.skip()
@@ -953,7 +980,7 @@ class App:
         if session is None:
             step = "Drop an image on the frame, paste one, or choose an example."
             step = step if self.scenes else "Drop a photograph on the frame, or paste one."
-            return None, gr.Image(None, alt_text=""), "", "", step, BY_TEXT, None
+            return gr.Image(None, label="Image"), gr.Image(None, alt_text=""), "", "", step, BY_TEXT, None
         if session.is_replaced:
             return [gr.skip()] * 7
         picture, view = session.picture, session.view
@@ -969,7 +996,7 @@ class App:
                 prompted = self.segments(session, BY_PROMPTS, picture.size, fields.threshold)
                 image = self.draw(picture.image, prompted, self.colors(picture.image, prompted), fields.opacity)
                 text = f"{picture.name}, {session.prompts.describe() or 'no points'}"
-                image = gr.Image(session.prompts.draw(image), alt_text=text)
+                image = gr.Image(session.prompts.draw(image), alt_text=text, label=picture.name)
         names = ", ".join(dict.fromkeys(segment.label or "unnamed" for segment in segments))
         count = f"{len(segments)} mask{'s' * (len(segments) > 1)}: {names}" if segments else "no masks"
         alt_text = f"{picture.name}, {count}"
@@ -1168,7 +1195,7 @@ class App:
                 components=[gr.Image(visible=False)],
                 samples=[[thumbnail(path)] for path, _ in self.scenes],
                 type="index",
-                label="Example scenes" if self.review is None else "Images to review, the most uncertain first",
+                label="Example scenes" if self.review is None else REVIEW_SCENES,
                 elem_id="scenes",
                 visible=bool(self.scenes),
             )
@@ -1354,14 +1381,17 @@ def main() -> None:
     except (CommandError, OSError, ValueError) as error:
         parser.error(str(error))
     folder = Path(__file__).parent
-    app.build().launch(
-        theme=build_theme(),
-        css_paths=folder / "page.css",
-        js=(folder / "keyboard.js").read_text(),
-        max_file_size="64mb",
-        state_session_capacity=MAX_SESSIONS,
-        footer_links=[],
-    )
+    try:
+        app.build().launch(
+            theme=build_theme(),
+            css_paths=folder / "page.css",
+            js=(folder / "keyboard.js").read_text(),
+            max_file_size="64mb",
+            state_session_capacity=MAX_SESSIONS,
+            footer_links=[],
+        )
+    except (OSError, ValueError) as error:  # no free port, no space for the thumbnails, or a server that is too slow
+        parser.error(f"the page cannot be opened: {error}")
 
 
 if __name__ == "__main__":

@@ -121,8 +121,10 @@ def shown(app, session, threshold: float = 0.5):
 
 
 @pytest.fixture(autouse=True)
-def images(monkeypatch):
-    """Replaces the images of the page by their arguments, because Gradio writes images to files."""
+def images(monkeypatch, tmp_path):
+    """Replaces the images of the page by their arguments, because Gradio writes images to files. Files in `tmp_path`
+    count as uploaded."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     monkeypatch.setattr(demo.gr, "Image", lambda value=None, **options: SimpleNamespace(value=value, **options))
 
 
@@ -167,7 +169,7 @@ def test_an_invalid_file_shows_a_warning_and_keeps_the_previous_image(app, sessi
     assert image.value.getpixel((106, 100)) == (0, 122, 31)  # the point
     with pytest.warns(UserWarning, match=message):
         none, image, *_ = app.upload({"path": str(tmp_path / name), "orig_name": name}, None, *fields())
-    assert none is None and image is None  # there is no previous image
+    assert none is None and image.value is None  # there is no previous image
 
 
 def test_a_large_image_is_rejected_before_it_is_decoded(tmp_path, monkeypatch):
@@ -175,6 +177,48 @@ def test_a_large_image_is_rejected_before_it_is_decoded(tmp_path, monkeypatch):
     monkeypatch.setattr(Image.Image, "load", lambda *_: pytest.fail("decoded"))
     with pytest.raises(ValueError, match="maximum is 50 megapixels"):
         demo.read_image(str(tmp_path / "large.png"))
+
+
+def test_an_example_that_was_deleted_shows_a_warning_and_keeps_the_previous_image(app, session, monkeypatch, tmp_path):
+    monkeypatch.setattr(app, "scenes", [(str(tmp_path / "deleted.png"), "red dotted shape")])
+    with pytest.warns(UserWarning, match="cannot be read: No such file or directory"):
+        assert app.choose(0, session, *fields())[0] is session
+
+
+def test_files_of_the_server_that_were_not_uploaded_are_not_opened(app, session, tmp_path):
+    uploads = tmp_path / "uploads"
+    uploads.mkdir()
+    Image.new("RGB", (60, 30)).save(tmp_path / "private.png")
+    (uploads / "link.png").symlink_to(tmp_path / "private.png")
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("GRADIO_TEMP_DIR", str(uploads))
+        for path in (tmp_path / "private.png", uploads / ".." / "private.png", uploads / "link.png"):
+            with pytest.warns(UserWarning, match="was not uploaded"):
+                assert app.upload({"path": str(path)}, session, *fields())[0] is session
+        shutil.copy(tmp_path / "private.png", uploads / "own.png")
+        assert app.upload({"path": str(uploads / "own.png")}, session, *fields())[0] is not session
+
+
+@pytest.mark.parametrize("place", [(-1, 5), (5, -1), (513, 5), (5, 1e9), (float("nan"), 5)])
+@pytest.mark.parametrize("mode", [demo.FOREGROUND, demo.BOX])
+def test_a_point_outside_the_image_shows_a_warning_and_is_not_set(app, session, place, mode):
+    with pytest.warns(UserWarning, match="outside the image"):
+        assert app.click(session, at(*place), *fields(mode=mode)) == gr.skip()
+    assert session.prompts == demo.Prompts()
+
+
+@pytest.mark.parametrize("index", [-1, len(demo.EXAMPLE_SCENES)])
+def test_an_image_that_a_restarted_app_does_not_have_shows_a_warning(app, session, index):
+    with pytest.warns(UserWarning, match="Reload the page"):
+        kept, *_, labels = app.choose(index, session, *fields())
+    assert kept is session and labels == gr.skip()
+
+
+def test_the_image_has_the_name_of_its_file(app, session):
+    _, image, *_ = app.choose(1, session, *fields())
+    assert image.label == f"scene{demo.EXAMPLE_SCENES[1]}.png"
+    _, image, *_ = app.remove(session, *fields())
+    assert image.label == "Image"
 
 
 def test_an_upload_without_a_file_shows_a_warning(app):
@@ -818,7 +862,7 @@ def test_models_of_the_command_line_are_described_in_the_page(app, tmp_path):
     other = start("--model", str(tmp_path))
     assert str(tmp_path) in other.describe() and "miniature" not in other.describe()
     assert other.scenes == [] and other.mask_generation == MASK_GENERATION_DEFAULTS
-    session = other.upload({"path": app.scenes[0][0]}, None, *fields())[0]  # in bfloat16
+    session = other.upload({"path": shutil.copy(app.scenes[0][0], tmp_path)}, None, *fields())[0]  # in bfloat16
     other.segment(session, *fields(app.scenes[0][1]))
     assert shown(other, session)
     other.click(session, at(99, 200), *fields(app.scenes[0][1]))
@@ -842,7 +886,7 @@ def test_a_model_without_a_text_tower_shows_a_warning_for_labels(app, tmp_path):
     SamClipForImageSegmentation.from_pretrained(miniature.checkpoint()).drop_text_tower().save_pretrained(tmp_path)
     SamClipProcessor.from_pretrained(miniature.checkpoint()).save_pretrained(tmp_path)
     other = start("--model", str(tmp_path))
-    session = other.upload({"path": app.scenes[0][0]}, None, *fields())[0]
+    session = other.upload({"path": shutil.copy(app.scenes[0][0], tmp_path)}, None, *fields())[0]
     with pytest.warns(UserWarning, match="no text tower"):
         assert other.segment(session, *fields("red dotted shape")) == gr.skip()
     other.click(session, at(99, 200), *fields("red dotted shape"))
@@ -899,6 +943,13 @@ def test_an_incomplete_report_of_a_review_is_refused(annotated, option):
     Path("annotated/report.json").write_text(json.dumps(report))
     with pytest.raises(ValueError, match=r"must be the review\.json"):
         demo.read_review("annotated/review.json")
+
+
+def test_a_review_without_images_is_refused(annotated):
+    review = Path("annotated/review.json")
+    review.write_text(json.dumps(json.loads(review.read_text()) | {"images": []}))
+    with pytest.raises(ValueError, match=r"no image has annotations.*lower --threshold"):
+        demo.read_review(str(review))
 
 
 def test_reviews_that_cannot_be_opened_are_refused(app, annotated):

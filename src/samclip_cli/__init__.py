@@ -7,6 +7,7 @@ must not wait for them.
 """
 
 import argparse
+import errno
 import json
 import logging
 import os
@@ -39,6 +40,8 @@ EXTRAS = dict.fromkeys(
 EXTRAS["export"] = "export"
 
 INTERRUPTED, BROKEN_PIPE = 130, 141  # exit status: 128 + signal number, as in shells
+# Errors of a disk that has become full or read-only after the outputs were checked.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 class CommandError(Exception):
@@ -118,6 +121,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of standard output, such as `head`, has closed it
         discard_standard_output()
         return BROKEN_PIPE
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        message = f"samclip {arguments.command}: the output cannot be written: {error}"
+        print(message, file=sys.stderr)
+        tell_launcher(message)
+        return 1
     finally:
         logger.removeHandler(handler)
 

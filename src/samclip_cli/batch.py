@@ -104,7 +104,7 @@ def process_images(
         except OSError as error:  # such as a full disk: the other images would fail as well
             if plan.output is None:
                 discard_standard_output()
-            work.stop(f"the output cannot be written: {_describe_error(error)}")
+            work.stop(f"the output cannot be written: {_describe_error(error)}.")
             return 1
         work.report()
     return status
