@@ -1315,23 +1315,26 @@ class App:
                 loads.append(first)
             else:
                 page.load(self.remove, inputs, [session, *shown])
-            long = [load.then(**segment_changes) for load in loads]
+            events = [load.then(**segment_changes) for load in loads]
             fields = (labels, background, template)
-            long.append(
+            events.append(
                 gr.on([segment.click, *(field.submit for field in fields)], self.segment, inputs, shown, **on_result)
             )
-            long.append(gr.on([field.blur for field in fields], **segment_changes))
+            events.append(gr.on([field.blur for field in fields], **segment_changes))
             with_name = {"inputs": [session, object_name, *inputs[1:]], "outputs": [*shown, object_name, examples]}
-            long.append(gr.on([add.click, object_name.submit], self.add_example, **with_name, **on_result))
-            long.append(forget.click(self.remove_examples, inputs, [*shown, examples], **on_result))
-            long.append(everything.click(self.segment_everything, inputs, shown, **on_result))
+            events.append(gr.on([add.click, object_name.submit], self.add_example, **with_name, **on_result))
+            events.append(forget.click(self.remove_examples, inputs, [*shown, examples], **on_result))
+            events.append(everything.click(self.segment_everything, inputs, shown, **on_result))
             quick = {"inputs": inputs, "outputs": shown, "show_progress": "hidden"}
-            image.select(self.click, trigger_mode="multiple", **quick)
-            undo.click(self.undo, trigger_mode="multiple", **quick)
-            clear.click(self.clear, **quick)
-            gr.on([threshold.release, opacity.release, mode.input], self.update, trigger_mode="always_last", **quick)
-            view.input(self.choose_view, **(quick | {"inputs": [session, view, *inputs[1:]]}))
-            cleared = image.clear(self.remove, inputs, [session, *shown], cancels=long)
+            sliders = [threshold.release, opacity.release, mode.input]
+            events += [
+                image.select(self.click, trigger_mode="multiple", **quick),
+                undo.click(self.undo, trigger_mode="multiple", **quick),
+                clear.click(self.clear, **quick),
+                gr.on(sliders, self.update, trigger_mode="always_last", **quick),
+                view.input(self.choose_view, **(quick | {"inputs": [session, view, *inputs[1:]]})),
+            ]
+            cleared = image.clear(self.remove, inputs, [session, *shown], cancels=events)
             for event in (*loads, cleared):
                 event.then(self.list_examples, session, examples)
             save = "() => setTimeout(() => document.querySelector('#file').click(), 200)"

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from samclip_hf.miniature.scenes import render
+
 from .test_app import Page, Server, demo
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
@@ -35,6 +37,18 @@ def main() -> None:
             try:
                 page.choose_scene(1)
                 save(page, "labels", "settings")
+                scene = render(seed=0, index=demo.EXAMPLE_SCENES[0])
+                page.choose_scene(0)
+                page.click_object(0, 3)
+                page.find("#find button").click()
+                page.until(lambda: page.find("#object_name :is(input, textarea)").is_displayed())
+                page.enter("object_name", "my object", "")
+                page.press("add_example")
+                page.until(lambda: "my object" in page.rows())
+                Image.fromarray(scene.image[:, ::-1]).save(Path(folder) / "mirrored.png")
+                page.upload(Path(folder) / "mirrored.png")
+                page.until(lambda: page.alt().startswith("mirrored.png") and "my object" in page.rows())
+                save(page, "find", "settings")
                 page.open(f"{server.url()}?__theme=dark")
                 page.choose_scene(1)
                 page.choose("mode", demo.BOX)

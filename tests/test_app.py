@@ -1486,6 +1486,17 @@ class TestPage:
         time.sleep(4)  # longer than everything mode takes
         assert not page.images("result") and not page.line()
 
+    def test_removing_the_image_cancels_all_events_that_draw_its_results(self, page):
+        config = page.driver.execute_script("return window.gradio_config")
+        (result,) = [one["id"] for one in config["components"] if one["props"].get("elem_id") == "result"]
+        (session,) = [one["id"] for one in config["components"] if one["type"] == "state"]
+        (cancelled,) = [event["cancels"] for event in config["dependencies"] if event["cancels"]]
+        drawing = [event for event in config["dependencies"] if result in event["outputs"]]
+        # Events that open or remove an image replace the session, so that results of the previous one are not shown.
+        left = [event["api_name"] for event in drawing if event["id"] not in cancelled]
+        assert len(left) < len(drawing)
+        assert left == [event["api_name"] for event in drawing if session in event["outputs"]]
+
     def test_the_page_says_where_to_click_next(self, page):
         page.until(lambda: "Click on an object" in page.next_step())
         page.choose("mode", demo.BACKGROUND)

@@ -21,7 +21,7 @@ from .outputs import check_writable
 
 if TYPE_CHECKING:
     from samclip_hf.datasets import DataSet
-    from samclip_hf.evaluation import Evaluator, Results
+    from samclip_hf.evaluation import Evaluator, ModelAdapter, Results
 
 DESCRIPTION = """\
 Evaluates models with the paper's protocols, all models on the same images.
@@ -381,6 +381,21 @@ def open_results(folder: Path, command: str, files: Iterable[str]) -> "Results":
     return results
 
 
+def write_tables(results: "Results", model: "ModelAdapter", model_name: str) -> None:
+    """Writes the tables of all results, and the index of a SAM-CLIP, next to `results.json`."""
+    from huggingface_hub import ModelCardData
+
+    from samclip_hf.evaluation import SamClipVisionAdapter, create_model_index
+    from samclip_hf.files import write_atomically
+
+    folder = results.path.parent
+    write_atomically(folder / "results.md", f"{results.markdown()}\n{results.protocols()}")
+    if isinstance(model, SamClipVisionAdapter):
+        card = ModelCardData(model_name=model_name, eval_results=create_model_index(results.content, model_name))
+        index = f"# weights {model.weights}, see docs/evaluate.md\n{card.to_yaml()}\n"
+        write_atomically(folder / index_name(model_name), index)
+
+
 def run(argv: Sequence[str]) -> int:
     arguments = build_parser().parse_args(argv)
     check_tasks(arguments)
@@ -392,17 +407,9 @@ def run(argv: Sequence[str]) -> int:
     import torch
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
-    from huggingface_hub import ModelCardData
 
     from samclip_hf import miniature
-    from samclip_hf.evaluation import (
-        SamClipVisionAdapter,
-        SampleEvaluator,
-        create_model_index,
-        load_adapter,
-        save_result_panel,
-    )
-    from samclip_hf.files import write_atomically
+    from samclip_hf.evaluation import SampleEvaluator, load_adapter, save_result_panel
 
     teachers = [miniature.sam_teacher(), miniature.clip_teacher()]
     models = list(dict.fromkeys(arguments.model or [miniature.checkpoint(), *teachers, "+".join(teachers)]))
@@ -432,6 +439,8 @@ def run(argv: Sequence[str]) -> int:
             task_name, model_name, is_done = broadcast_object_list([place])[0]
             if is_done:
                 state.print(f"{task_name}, {model_name}: already in {results.path}")
+                if state.is_main_process:  # an earlier run may have ended before it wrote them
+                    write_tables(results, model, model_name)
                 continue
             if task_name != key:
                 state.print(
@@ -448,16 +457,14 @@ def run(argv: Sequence[str]) -> int:
             except (ValueError, OSError) as error:
                 sys.exit(f"{key}, {model_name}: {error}")
             if result is not None:  # only the main process has the result
+                if (
+                    not results.path.exists()
+                ):  # without it, another run does not replace an image whose result was lost
+                    results.save()
                 if isinstance(evaluator, SampleEvaluator):  # before results.add, after which the task is not run again
                     save_result_panel(evaluator, model, result, output_dir / panel_name(task_name, model_name))
                 _, model_name = results.add(key, evaluator, model, result)
-                write_atomically(output_dir / "results.md", f"{results.markdown()}\n{results.protocols()}")
-                if isinstance(model, SamClipVisionAdapter):
-                    card = ModelCardData(
-                        model_name=model_name, eval_results=create_model_index(results.content, model_name)
-                    )
-                    index = f"# weights {model.weights}, see docs/evaluate.md\n{card.to_yaml()}\n"
-                    write_atomically(output_dir / index_name(model_name), index)
+                write_tables(results, model, model_name)
             state.wait_for_everyone()
     state.print(f"\n{results.markdown()}\nMetrics, protocols and images are in {output_dir}.")
     return 0

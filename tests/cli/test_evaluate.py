@@ -1,6 +1,8 @@
 """`samclip evaluate`: tasks, options and output files."""
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,7 +13,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from samclip_cli import CommandError, evaluate
+from samclip_cli import CommandError, evaluate, main
 from samclip_hf import SamClipForImageSegmentation, SamClipProcessor, miniature
 
 TRAINING = Path(__file__).parents[2] / "training"
@@ -63,6 +65,31 @@ def test_an_interrupted_task_is_run_again(tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {
         *("results.json", "results.md", "classification-miniature-64-clip.png")
     }
+
+
+@pytest.mark.parametrize("full_at", ["results.json", "results.md", "samclip-model-index.yaml"])
+def test_a_run_on_a_full_disk_is_completed_by_the_next_one(tmp_path, monkeypatch, full_at):
+    arguments = ["evaluate", "--model", miniature.checkpoint(), "--task", "classification:miniature@64"]
+    arguments += ["--share", "0.05", "--output_dir", str(tmp_path)]
+    panel = "classification-miniature-64-samclip.png"
+
+    replace = Path.replace
+
+    def fail(self, target):
+        if target.name == full_at and (tmp_path / panel).exists():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return replace(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", fail)  # the last step of an atomic write
+        assert main(arguments) == 1
+    assert (tmp_path / panel).exists()
+    assert main(arguments) == 0
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"results.json", "results.md", panel, "samclip-model-index.yaml"}
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert "classification:miniature@64" in content["tasks"]
+    assert "classification:miniature@64" in (tmp_path / "results.md").read_text()
 
 
 @pytest.mark.parametrize(

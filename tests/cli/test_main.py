@@ -1,6 +1,7 @@
 """The `samclip` command itself: names of commands, help texts, exit statuses, and what it imports."""
 
 import contextlib
+import errno
 import importlib
 import json
 import os
@@ -183,6 +184,27 @@ def test_ctrl_c_is_reported_without_a_traceback(capsys, monkeypatch):
     monkeypatch.setattr("samclip_cli.evaluate.run", interrupt)
     assert main(["evaluate"]) == 130
     assert capsys.readouterr().err == "samclip evaluate: interrupted.\n"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_a_disk_that_becomes_full_or_read_only_is_reported_without_a_traceback(capsys, monkeypatch, number):
+    def fail(argv):
+        raise OSError(number, os.strerror(number), "results.json")
+
+    monkeypatch.setattr("samclip_cli.evaluate.run", fail)
+    assert main(["evaluate"]) == 1
+    [message] = capsys.readouterr().err.splitlines()
+    assert message.startswith("samclip evaluate: the output cannot be written: ")
+    assert os.strerror(number) in message and "results.json" in message
+
+
+def test_other_errors_of_the_system_keep_their_traceback(monkeypatch):
+    def fail(argv):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "missing")
+
+    monkeypatch.setattr("samclip_cli.evaluate.run", fail)
+    with pytest.raises(FileNotFoundError):
+        main(["evaluate"])
 
 
 def test_torchrun_ends_its_report_with_the_message_of_the_command(tmp_path, monkeypatch, capsys):
