@@ -6,8 +6,9 @@ import time
 from pathlib import Path
 
 from PIL import Image
+from selenium.webdriver import Keys
 
-from samclip_hf.miniature.scenes import render
+from samclip_hf.miniature.scenes import CLASS_NAMES, render
 
 from .test_app import Page, Server, demo
 
@@ -39,6 +40,9 @@ def main() -> None:
                 save(page, "labels", "settings")
                 scene = render(seed=0, index=demo.EXAMPLE_SCENES[0])
                 page.choose_scene(0)
+                word = CLASS_NAMES[scene.class_ids[0]]
+                page.enter("labels", word, Keys.ENTER)
+                page.until(lambda: set(page.rows()) == {word})
                 page.click_object(0, 3)
                 page.find("#find button").click()
                 page.until(lambda: page.find("#object_name :is(input, textarea)").is_displayed())
