@@ -34,7 +34,7 @@ def main() -> None:
         server = Server(Path(folder))
         try:
             page = Page(server.url(), Path(folder))
-            page.resize(1280, 1300)  # the whole page
+            page.resize(1280, 1600)  # the whole page
             try:
                 page.choose_scene(1)
                 save(page, "labels", "settings")
@@ -52,7 +52,7 @@ def main() -> None:
                 Image.fromarray(scene.image[:, ::-1]).save(Path(folder) / "mirrored.png")
                 page.upload(Path(folder) / "mirrored.png")
                 page.until(lambda: page.alt().startswith("mirrored.png") and "my object" in page.rows())
-                save(page, "find", "settings")
+                save(page, "find", "find")
                 page.open(f"{server.url()}?__theme=dark")
                 page.choose_scene(1)
                 page.choose("mode", demo.BOX)
