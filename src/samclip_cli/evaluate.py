@@ -457,9 +457,7 @@ def run(argv: Sequence[str]) -> int:
             except (ValueError, OSError) as error:
                 sys.exit(f"{key}, {model_name}: {error}")
             if result is not None:  # only the main process has the result
-                if (
-                    not results.path.exists()
-                ):  # without it, another run does not replace an image whose result was lost
+                if not results.path.exists():  # without it, another run does not replace the image of a lost result
                     results.save()
                 if isinstance(evaluator, SampleEvaluator):  # before results.add, after which the task is not run again
                     save_result_panel(evaluator, model, result, output_dir / panel_name(task_name, model_name))
