@@ -540,8 +540,9 @@ class SamClipForImageSegmentation(SamClipModel):
         are, see [`move_embeds`]: their length is then not 1. Where texts and images are is estimated from the labels
         if all of them have texts and examples. Otherwise it is estimated from all texts, examples, surroundings and
         images, and, if the processor has a tokenizer, from the neutral names of [`embed_vocabulary`]. This estimate is
-        uncertain for few images, so with N images the embeddings are moved N / (N + 1) of the way, except with SigLIP's
-        text tower, whose scores are absolute. In other vocabularies, the embeddings of examples are not changed.
+        uncertain for few images, so with N images the embeddings are moved N / (N + 1) of the way, except with
+        SigLIP's text tower, whose scores are absolute. In other vocabularies, the embeddings of examples are not
+        changed.
 
         Object detection recognizes labels by their names. Names that the tokenizer does not know are not recognized.
 
