@@ -100,9 +100,7 @@ def check_prompts(kind: str, prompts, index: int, height: int, width: int) -> li
     return examples
 
 
-def move_embeds(
-    embeds: torch.Tensor, source: torch.Tensor, target: torch.Tensor, weight: float = 1.0
-) -> torch.Tensor:
+def move_embeds(embeds: torch.Tensor, source: torch.Tensor, target: torch.Tensor, weight: float = 1.0) -> torch.Tensor:
     r"""
     Moves embeddings of one modality to where those of the other are: from the mean of `source` to the mean of
     `target`, with distances scaled by the ratio of their standard deviations. In a contrastive model, two images are
