@@ -193,6 +193,12 @@ def test_one_word_and_one_example_are_both_found_in_another_image(model, process
     assert found == [[1, 2]] * len(rest)
 
 
+def test_independent_scores_of_examples_need_the_text_tower(processor):
+    model = SamClipForImageSegmentation.from_pretrained(miniature.checkpoint()).drop_text_tower()
+    with pytest.raises(ValueError, match="text tower"):
+        model.embed_examples([IMAGE], [NAMES], masks=[MASKS], processor=processor, multi_label=True)
+
+
 def test_a_vocabulary_without_background_gets_that_of_the_surroundings(model, processor):
     words = model.embed_vocabulary(["blue solid shape", "green shape"], tokenizer=processor.tokenizer)
     shown = {"images": [IMAGE], "labels": [["part 1"]], "masks": [MASKS[:1]], "processor": processor}

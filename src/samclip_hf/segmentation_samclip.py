@@ -607,8 +607,9 @@ class SamClipForImageSegmentation(SamClipModel):
             )
 
         text_embeds = vocabulary.class_embeds.float()
-        with_texts = len(text_embeds) > 0 or multi_label or self.config.has_siglip_text
-        if with_texts and tokenizer is not None and self.text_model is not None:
+        can_embed_names = tokenizer is not None and self.text_model is not None
+        needs_names = multi_label or (self.config.has_siglip_text and tokenizer is not None)
+        if needs_names or (len(text_embeds) and can_embed_names):
             neutral = self._embed_neutral_names(DEFAULT_TEMPLATES, tokenizer)
             text_embeds = torch.cat([text_embeds, neutral.float()])
             if multi_label and not self.config.has_siglip_text:
