@@ -1181,6 +1181,13 @@ class Page:
     def press(self, button: str) -> None:
         self.find(f"#{button}").click()
 
+    def add_example(self, name: str) -> None:
+        """Opens the section and adds the clicked object."""
+        self.find("#find button").click()
+        self.until(lambda: self.find("#object_name :is(input, textarea)").is_displayed())
+        self.enter("object_name", name, "")
+        self.press("add_example")
+
     def open_settings(self) -> None:
         self.find("#settings button").click()
         self.until(lambda: self.find("#background :is(input, textarea)").is_displayed())
@@ -1411,10 +1418,7 @@ class TestPage:
         page.enter("labels", word, Keys.ENTER)
         page.until(lambda: set(page.rows()) == {word})
         page.click_object(0, 3)
-        page.find("#find button").click()
-        page.until(lambda: page.find("#object_name :is(input, textarea)").is_displayed())
-        page.enter("object_name", "part 7", "")
-        page.press("add_example")
+        page.add_example("part 7")
         page.until(lambda: set(page.rows()) == {"part 7", word})
         page.until(lambda: page.texts("#examples p") == ["Examples: part 7 (1)"])
         Image.fromarray(render(seed=0, index=demo.EXAMPLE_SCENES[0]).image[:, ::-1]).save(tmp_path / "mirrored.png")
