@@ -296,6 +296,10 @@ def test_independent_scores_of_examples(models, processor):
         ({"background": "a wall"}, "background must be a list of texts"),
         ({"background": 2.0}, "between 0 and 1"),
         ({"background": ["a wall"], "labels": [["background", "a", "b"]]}, 'name of label 0 is "background"'),
+        ({"labels": [["a part", "A  Part", "b"]]}, "labels 'a part' and 'A  Part' differ in capitals or spaces only"),
+        ({"labels": [["caf\u00e9", "cafe\u0301", "b"]]}, "differ in capitals or spaces only"),
+        ({"background": ["A wall"], "labels": [["a wall", "a", "b"]]}, "describe the background and are labels"),
+        ({"boxes": [[BOXES[0], BOXES[1], BOXES[0]]]}, "examples of 'part 1' and 'part 3' are the same"),
     ],
 )
 def test_wrong_examples_are_refused(models, processor, changes, message):
@@ -313,6 +317,7 @@ def test_a_background_that_a_vocabulary_has_is_refused(models, processor):
         ({"background": "surroundings"}, "either a threshold or the surroundings"),
         ({"multi_label": True}, "pass multi_label to embed_vocabulary"),
         ({"labels": [["background", "a", "b"]]}, 'name of label 0 is "background"'),
+        ({"labels": [["Red shape", "a", "b"]]}, "labels 'red shape' and 'Red shape' differ in capitals or spaces"),
     ):
         with pytest.raises(ValueError, match=message):
             model.embed_examples(**(arguments | changes), vocabulary=words)

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from transformers import AutoImageProcessor, SamImageProcessor, SamImageProcessorPil, SegformerImageProcessor
 
 from samclip_hf import SamClipImageProcessor, SamClipImageProcessorPil
@@ -171,6 +171,20 @@ class TestSizes:
             assert labels[:, :21].equal(expected) and (labels[:, 21:] == 255).all()
         large = processor_class(**SIZES)(image, label_map.astype(np.uint16) * 1300, return_tensors="pt")["labels"]
         assert large[:, :21].equal(expected * 1300)
+
+    @BOTH_BACKENDS
+    def test_files_of_label_maps_are_rotated_as_those_of_images(self, processor_class, tmp_path):
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = 6
+        values = np.random.default_rng(0).integers(0, 5, (40, 40)).astype(np.uint8)
+        Image.fromarray(values * 50).convert("RGB").save(tmp_path / "image.png", exif=exif)
+        Image.fromarray(values).save(tmp_path / "labels.png", exif=exif)
+        upright = np.rot90(values, -1).copy()
+        processor = processor_class(**SIZES)
+        expected = processor(Image.fromarray(upright * 50).convert("RGB"), upright, return_tensors="pt")
+        inputs = processor(tmp_path / "image.png", tmp_path / "labels.png", return_tensors="pt")
+        assert inputs["labels"].equal(expected["labels"])
+        assert inputs["pixel_values"].equal(expected["pixel_values"])
 
     @BOTH_BACKENDS
     def test_labels_are_reduced_as_segformers(self, processor_class, tmp_path):

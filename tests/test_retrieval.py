@@ -465,6 +465,17 @@ def test_a_contact_sheet_outlines_the_segments(capsys, photos):
     assert "sheet.png would be overwritten" in messages[-1]
 
 
+def test_a_contact_sheet_never_replaces_an_image_of_the_index(capsys, photos):
+    before = Path("photos/1.png").read_bytes()
+    Path("link.png").symlink_to("photos/1.png")
+    for output in ("photos/1.png", "link.png"):
+        command = ["search", "index", "--text", "red", "--output", output, "--overwrite"]
+        _, messages = samclip(capsys, *command, status=2)
+        assert f"would overwrite the input image {output}" in messages[-1]
+    assert Path("photos/1.png").read_bytes() == before
+    assert main(["search", "index", "--text", "red", "--output", "photos/sheet.png", "--overwrite"]) == 0
+
+
 def test_images_of_a_contact_sheet_that_cannot_be_read_are_counted(capsys, photos):
     Path("photos/1.png").unlink()
     Image.new("RGB", (9, 9)).save("photos/2.png")

@@ -1,13 +1,14 @@
 """SAM-CLIP models, and other models, in transformers' own pipelines."""
 
 import base64
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from huggingface_hub.utils import httpx
 from PIL import Image
-from transformers import pipeline
+from transformers import AutoProcessor, pipeline
 from transformers.image_utils import load_image as load_image_of_transformers
 
 from samclip_hf import miniature
@@ -152,3 +153,14 @@ class TestZeroShotImageClassification:
         scores = classify_with_clip(Image.fromarray(gray), candidate_labels="ab", hypothesis_template="a photo")
         assert sorted(score["label"] for score in scores) == ["a", "b"]
         assert len(classify_with_clip(Image.fromarray(gray), candidate_labels=["a"], tile=64)) == 1
+
+
+@pytest.mark.parametrize("task", ["zero-shot-image-classification", "zero-shot-object-detection"])
+def test_a_tokenizer_without_vocabulary_is_refused(task, tmp_path):
+    """transformers makes one if tokenizer.json is missing. Object detection would find nothing."""
+    folder = shutil.copytree(miniature.checkpoint(), tmp_path / "model")
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="its vocabulary is empty"):
+        pipeline(task, model=str(folder))
+    with pytest.raises(ValueError, match="its vocabulary is empty"):
+        AutoProcessor.from_pretrained(folder)

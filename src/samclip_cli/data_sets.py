@@ -36,6 +36,7 @@ IMAGES_PER_SHARD = 1000
 ROWS_PER_GROUP = 100
 TILE_SIZE = 320  # longer side of an image of the contact sheet, in pixels
 KEPT_FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # other images are stored as PNG
+DEEP_MODES = ("I", "F")  # with these first letters, as in I;16, more than 8 bits per channel
 MARGIN = "the smallest difference between the score of an annotation of the image and the threshold"
 
 
@@ -359,7 +360,8 @@ class _TarFile:
 def _read_content(image: ImageInput, size: tuple[int, int]) -> tuple[bytes, str, bool]:
     """
     The file of an image, its extension, and whether it was converted to PNG: images in other formats than
-    `KEPT_FORMATS`, and images that their EXIF orientation rotates, to which readers would not apply it.
+    `KEPT_FORMATS`, images that their EXIF orientation rotates, to which readers would not apply it, and images with 16
+    bits per channel, which Pillow's conversion to RGB in readers makes white.
 
     Raises `CommandError` if the image cannot be read again, or if its size is not `size` (width and height).
     """
@@ -373,7 +375,7 @@ def _read_content(image: ImageInput, size: tuple[int, int]) -> tuple[bytes, str,
         content = source if isinstance(source, bytes) else Path(source).read_bytes()
         with open_undecoded(content, max_pixels=PillowImage.MAX_IMAGE_PIXELS) as header:
             is_upright = header.getexif().get(ExifTags.Base.Orientation, 1) == 1
-            extension = KEPT_FORMATS.get(header.format or "")
+            extension = KEPT_FORMATS.get(header.format or "") if not header.mode.startswith(DEEP_MODES) else None
             found = header.size
         if extension is not None and is_upright:
             data, is_converted = content, False

@@ -21,6 +21,8 @@ if TYPE_CHECKING:  # importing these takes seconds, see the docstring of the pac
     from samclip_hf import SamClipVocabulary
 
 MAX_TRANSPARENT = 127  # the largest value of alpha, or of a mask, outside the object
+MAX_SATURATION = 30  # the largest difference of the channels of gray: JPEG's compression adds some color
+GRAY_MODES = ("1", "L", "I", "I;16", "I;16B", "F")
 MASK_SUFFIX = "_mask"  # photo_mask.png is the mask of photo.jpg
 EXAMPLES_HELP = """
 examples:
@@ -97,14 +99,33 @@ class ExampleImage:
                 return decode_mask(self.segmentations[index], None if self.size is None else self.size[::-1])
             except (OSError, ValueError) as error:
                 raise ValueError(f"{self.path}: {first_line(error)}") from error
-        channel = _open(self.mask, "RGBA").getchannel("A") if self.is_cutout else _open(self.mask, "L")
-        values = np.asarray(channel)
+        values = np.asarray(_open(self.mask, "RGBA").getchannel("A") if self.is_cutout else _read_mask(self.mask))
         if 0 < values.max() <= MAX_TRANSPARENT:  # such as a mask of 0 and 1
             raise ValueError(
                 f"{self.mask}: the largest value is {values.max()}. The object must be "
                 + ("opaque." if self.is_cutout else "white, 255, and the rest black, 0.")
             )
         return values > MAX_TRANSPARENT
+
+
+def _read_mask(path: Path) -> "Image.Image":
+    """The gray values of a mask file. Raises `ValueError` for an image that is no mask: with colors, such as a
+    photograph or a map of several classes, or with an alpha channel, such as a cut-out, whose gray values are those of
+    the object."""
+    import numpy as np
+
+    if _open(path).has_transparency_data and _open(path, "RGBA").getchannel("A").getextrema()[0] != 255:
+        raise ValueError(
+            f"{path}: a mask must not be transparent: make it white inside the object and black outside, without an "
+            "alpha channel. A cut-out is an example without another image."
+        )
+    if _open(path).mode not in GRAY_MODES:
+        colors = np.asarray(_open(path, "RGB"), dtype=np.int16)
+        if (colors.max(axis=-1) - colors.min(axis=-1)).max() > MAX_SATURATION:
+            raise ValueError(
+                f"{path}: a mask must not have colors: make it white inside the object and black outside."
+            )
+    return _open(path, "L")
 
 
 def _open(path: Path, mode: str | None = None) -> "Image.Image":
@@ -163,6 +184,8 @@ def set_examples(arguments: argparse.Namespace, loaded: LoadedModel, images: lis
     vocabulary of the model then. Also sets `loaded.names`. Raises `CommandError` if the examples cannot be used."""
     words: SamClipVocabulary | None = loaded.model.vocabulary if arguments.labels is not None else None
     counts = Counter(label for image in images for label in image.labels)
+    for option, groups in (("labels", arguments.labels), ("background", [getattr(arguments, "background", None)])):
+        _check_labels(counts, option, [group for group in groups or () if group])
     log(f"{counts.total()} examples of {len(counts)} labels in {len(images)} images: {_list(counts)}.")
     if any(image.boxes for image in images):
         located: dict[str, list] = {"boxes": [image.boxes for image in images]}
@@ -188,6 +211,24 @@ def set_examples(arguments: argparse.Namespace, loaded: LoadedModel, images: lis
         raise CommandError(f"--examples {arguments.examples}: {message}") from error
     loaded.model.set_vocabulary(vocabulary)
     loaded.names = [name for index, name in vocabulary.id2label.items() if index != vocabulary.background_label_id]
+
+
+def _check_labels(counts: Counter[str], option: str, groups: Sequence[Sequence[str]]) -> None:
+    """Raises `CommandError` if a label of the examples is a further name of a label in `--labels`, or a text of
+    `--background`: the two would divide the probability of an object among them."""
+    from samclip_hf.examples_samclip import simplify_name
+
+    for names in groups:
+        of_label = {simplify_name(name): name for name in (names[1:] if option == "labels" else names)}
+        for label in counts:
+            if (name := of_label.get(simplify_name(label))) is None:
+                continue
+            if option == "labels":
+                raise CommandError(
+                    f"the label {label!r} of --examples is a synonym of {names[0]!r} in --labels: name the examples "
+                    f"{names[0]!r}, or make {name!r} a label of its own."
+                )
+            raise CommandError(f"{name!r} in --background is a label of --examples: remove one of them.")
 
 
 def _list(counts: Counter[str]) -> str:
@@ -263,7 +304,8 @@ def _read_coco(path: Path) -> list[ExampleImage]:
         }
         annotations = [own for own in content["annotations"] if not own.get("iscrowd")]
         skipped = len(content["annotations"]) - len(annotations)
-        has_masks = all(own.get("segmentation") for own in annotations)
+        num_masks = sum(bool(own.get("segmentation")) for own in annotations)
+        has_masks = num_masks == len(annotations)
         for own in annotations:
             image, label = images[own["image_id"]], names[own["category_id"]]
             box = (0, 0, 1, 1) if has_masks else own["bbox"]
@@ -287,6 +329,15 @@ def _read_coco(path: Path) -> list[ExampleImage]:
         raise CommandError(f"{origin} is not a COCO file of annotations: {first_line(error)}") from error
     if skipped:
         log(f"{origin}: {skipped} annotations of crowds or without area are skipped.")
+    if 0 < num_masks < len(annotations):
+        log(
+            f"{origin}: {len(annotations) - num_masks} of {len(annotations)} annotations have no mask, so the boxes "
+            "of all of them are used, and the masks are not."
+        )
+    used = {label for image in images.values() for label in image.labels}
+    if unused := [name for name in names.values() if name not in used]:
+        shown = ", ".join(unused[:10]) + (" ..." if len(unused) > 10 else "")
+        log(f"{origin}: {len(unused)} of {len(names)} categories have no examples, so they are no labels: {shown}.")
     if not any(image.labels for image in images.values()):
         raise CommandError(f"{origin} has no annotations.")
     if missing := next((image.path for image in images.values() if not image.path.is_file()), None):

@@ -104,6 +104,8 @@ def run(argv: Sequence[str]) -> int:
         if arguments.kind == "image" and arguments.max_per_image is not None:
             raise CommandError("--max_per_image has no effect on a search of images: pass --kind segment.")
         index = EmbeddingIndex(arguments.folder, arguments.kind)
+        if arguments.output is not None and arguments.overwrite:
+            check_sources(Path(arguments.output), index)
         loaded = load_model(arguments)
         index.check_model(loaded.model, loaded)
     except ValueError as error:
@@ -154,6 +156,13 @@ def check_query(arguments: argparse.Namespace) -> None:
         raise CommandError(f"--output {arguments.output}: the folder {path.parent} does not exist.")
     check_writable(path.parent, "--output")
     check_outputs([path], [] if arguments.image is None else [Path(arguments.image)], arguments.overwrite)
+
+
+def check_sources(output: Path, index: "EmbeddingIndex") -> None:
+    """Raises `CommandError` if the output is an image of the index, also by another name: images are never
+    replaced."""
+    if output.exists():
+        check_outputs([output], map(Path, index.table["source"].unique().to_pylist()), overwrite=True)
 
 
 def read_box(text: str) -> list[float]:

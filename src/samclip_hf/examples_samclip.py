@@ -3,9 +3,13 @@ Classes defined by examples: checks of the arguments of [`SamClipForImageSegment
 its prompts, and the step between image and text embeddings.
 """
 
+import unicodedata
+from collections.abc import Iterable
+
 import torch
 
 KINDS = ("boxes", "masks", "points")
+SAME_EXAMPLES = 0.99999  # cosine similarity; of equal embeddings, it differs from 1 by rounding only
 
 
 def check_examples(labels, boxes, masks, points) -> tuple[list[list[str]], str, list]:
@@ -46,7 +50,43 @@ def check_examples(labels, boxes, masks, points) -> tuple[list[list[str]], str, 
         checked.append(["".join(label) for label in own_labels])  # without subclasses of str
     if not any(checked):
         raise ValueError("There are no examples: pass at least one label.")
+    check_names(dict.fromkeys(label for own in checked for label in own))
     return checked, kind, list(located)
+
+
+def check_names(names: Iterable[str], others: Iterable[str] = ()) -> None:
+    """
+    Checks that labels of examples can be told apart from each other and from other names of a vocabulary. Labels with
+    nearly the same name would divide the probability of one object among them, and none of them would be found.
+
+    Raises `ValueError` for two names that differ in capitals, spaces or the encoding of accents only. An equal name
+    among `others` is the same label.
+    """
+    known = {simplify_name(other): other for other in others}
+    for name in names:
+        other = known.setdefault(simplify_name(name), name)
+        if other != name:
+            raise ValueError(
+                f"The labels {other!r} and {name!r} differ in capitals or spaces only, so they would divide the "
+                "probability of an object among them. Give both the same name, or different ones."
+            )
+
+
+def simplify_name(name: str) -> str:
+    """The name in lower case, with single spaces and composed accents."""
+    return " ".join(unicodedata.normalize("NFC", name).casefold().split())
+
+
+def check_distinct(names: list[str], embeds: torch.Tensor) -> None:
+    """Raises `ValueError` if the embeddings of two labels `(num_names, projection_dim)`, of length 1, are equal: their
+    examples show the same, and none of the two would be found."""
+    same = (embeds @ embeds.T > SAME_EXAMPLES).triu(diagonal=1).nonzero().tolist()
+    if same:
+        first, second = (names[number] for number in same[0])
+        raise ValueError(
+            f"The examples of {first!r} and {second!r} are the same, so that they cannot be told apart. Remove those "
+            "of the wrong label."
+        )
 
 
 def check_prompts(kind: str, prompts, index: int, height: int, width: int) -> list[torch.Tensor]:
@@ -123,4 +163,4 @@ def move_embeds(embeds: torch.Tensor, source: torch.Tensor, target: torch.Tensor
     return embeds.lerp((embeds - source.mean(dim=0)) * scale + target.mean(dim=0), weight)
 
 
-__all__ = ["check_examples", "check_prompts", "move_embeds"]
+__all__ = ["check_distinct", "check_examples", "check_names", "check_prompts", "move_embeds", "simplify_name"]

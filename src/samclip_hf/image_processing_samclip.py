@@ -59,7 +59,8 @@ class SamClipImageProcessorMixin:
         Four details differ from SAM's image processor. Passing `size` also sets the sizes that depend on it. Images of
         all modes and types are converted to 8 bits per channel and RGB, see [`convert_to_rgb`]; booleans and floats
         from 0 to 1 are scaled to 0 to 255 unless `do_rescale=False`. Arrays without a channel axis are grayscale
-        images. Image files are rotated according to their EXIF orientation; images in memory are not.
+        images. Files of images and label maps are rotated according to their EXIF orientation; images in memory are
+        not.
 
         Args:
             images (`ImageInput`):
@@ -374,7 +375,7 @@ def _standardize_maps(maps) -> list[np.ndarray]:
 def _standardize_map(label_map) -> np.ndarray:
     if isinstance(label_map, str | os.PathLike):
         with Image.open(label_map) as image:
-            return _standardize_map(image)
+            return _standardize_map(ImageOps.exif_transpose(image))  # as image files
     if isinstance(label_map, torch.Tensor):
         label_map = label_map.numpy(force=True)
     array = np.array(label_map)  # a copy: PyTorch warns of arrays that cannot be written

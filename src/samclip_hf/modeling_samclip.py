@@ -1319,13 +1319,18 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
         raise ValueError(
             f"There is no tokenizer in {folder!r}. Save the processor there, too, or pass the tokenizer."
         ) from error
-    # AutoTokenizer may make a tokenizer of special tokens alone if files are missing. All texts are then equal.
+    check_tokenizer(tokenizer, folder)
+    return tokenizer
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str) -> None:
+    """Raises `ValueError` for a tokenizer of special tokens alone, which AutoTokenizer makes if files are missing in
+    the folder or repository. All texts would be equal."""
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         raise ValueError(
             f"There is no tokenizer in {folder!r}: its vocabulary is empty. Copy the tokenizer's files there "
             "(tokenizer.json, or vocab.json and merges.txt)."
         )
-    return tokenizer
 
 
 __all__ = [

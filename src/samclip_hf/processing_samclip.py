@@ -10,7 +10,7 @@ from transformers.processing_utils import ProcessingKwargs, Unpack
 
 from .code_samclip import save_code
 from .image_processing_samclip import SamClipImageProcessor
-from .modeling_samclip import load_tokenizer
+from .modeling_samclip import check_tokenizer, load_tokenizer
 
 POINT_PADDING = -10  # label of a point that SAM's prompt encoder ignores
 
@@ -45,11 +45,15 @@ class SamClipProcessor(ProcessorMixin):
     tokenizer ([`PreTrainedTokenizerBase`]):
         The tokenizer of the CLIP or SigLIP teacher. A conversion to lower case is added to SigLIP 2's tokenizer, which
         is Gemma's, because SigLIP 2 was trained on texts in lower case.
+
+    Raises `ValueError` for a tokenizer without a vocabulary, which transformers makes if its files are missing.
     """
 
     valid_processor_kwargs = SamClipProcessorKwargs
 
     def __init__(self, image_processor=None, tokenizer=None):
+        if tokenizer is not None:
+            check_tokenizer(tokenizer, tokenizer.name_or_path)
         if isinstance(tokenizer, GemmaTokenizer):
             tokenizer = _with_lower_case(tokenizer)
         super().__init__(image_processor, tokenizer)

@@ -21,7 +21,7 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
-from .examples_samclip import check_examples, check_prompts, move_embeds
+from .examples_samclip import check_distinct, check_examples, check_names, check_prompts, move_embeds, simplify_name
 from .modeling_samclip import SamClipModel, _InputName, load_tokenizer, patches_of_masks, refuse_labels
 from .vision_encoder_samclip import SamClipVisionEncoderOutput
 
@@ -547,7 +547,8 @@ class SamClipForImageSegmentation(SamClipModel):
         Object detection recognizes labels by their names. Names that the tokenizer does not know are not recognized.
 
         Raises `ValueError` for wrong numbers of images, labels or examples, examples outside their image, masks
-        without pixels, and a background that does not fit the other arguments.
+        without pixels, a background that does not fit the other arguments, and labels that cannot be told apart:
+        their names differ in capitals or spaces only, or their examples are the same.
         """
         all_labels, kind, located = check_examples(labels, boxes, masks, points)
         if (images is None) == (vision_embeds is None) or (vision_embeds is None) != (reshaped_input_sizes is None):
@@ -568,6 +569,11 @@ class SamClipForImageSegmentation(SamClipModel):
             raise ValueError("The vocabulary has the texts or the threshold of the background: pass them there.")
         if vocabulary is not None and multi_label:
             raise ValueError("With a vocabulary, pass multi_label to embed_vocabulary.")
+        if vocabulary is not None:
+            check_names(names, vocabulary.id2label.values())
+        of_examples = {simplify_name(name) for name in names}
+        if described := [text for text in texts if simplify_name(text) in of_examples]:
+            raise ValueError(f"{described} describe the background and are labels of examples. Remove one of them.")
         if vocabulary is not None and vocabulary.background_threshold is not None and has_surroundings:
             raise ValueError(
                 "The background is either a threshold or the surroundings: embed the vocabulary without it."
@@ -584,6 +590,7 @@ class SamClipForImageSegmentation(SamClipModel):
             raise ValueError("The examples fill their images, so there are no surroundings. Pass another background.")
         image_embeds = torch.stack([embed for own in segments.values() for embed in own] + surroundings + whole_images)
         examples = torch.stack([F.normalize(torch.stack(segments[name]).mean(dim=0), dim=-1) for name in names])
+        check_distinct(names, examples)
         around = torch.stack(surroundings) if has_surroundings else examples[:0]
 
         tokenizer = getattr(processor, "tokenizer", None)

@@ -23,6 +23,7 @@ from transformers import (
 
 from .configuration_samclip import SamClipConfig, SamClipVisionConfig
 from .image_processing_samclip import load_image
+from .modeling_samclip import check_tokenizer
 from .segmentation_samclip import to_label_groups
 
 MODEL_TYPES = (SamClipConfig.model_type, SamClipVisionConfig.model_type)
@@ -33,6 +34,7 @@ STOCK_PIPELINES = (
     ZeroShotImageClassificationPipeline,
     ZeroShotObjectDetectionPipeline,
 )
+PIPELINES_OF_TEXTS = (ZeroShotImageClassificationPipeline, ZeroShotObjectDetectionPipeline)
 TILE_ARGUMENTS = ("tile", "overlap")  # of this package's pipelines
 PIPELINES_WITH_TILES = {
     ImageSegmentationPipeline: 'use pipeline("zero-shot-image-segmentation")',
@@ -122,13 +124,16 @@ def _without_table(check_model_type: Callable) -> Callable:
 
 
 def _with_checks(sanitize_parameters: Callable) -> Callable:
-    """`_sanitize_parameters`, with an error for tiles, which transformers would ignore, and in zero-shot image
-    classification with checks of labels and template: transformers would read a text as a list of characters and a
-    generator as no labels, and rank all labels equally in a template without `{}`."""
+    """`_sanitize_parameters`, with an error for tiles, which transformers would ignore, and for a tokenizer without a
+    vocabulary, which it makes if the tokenizer's files are missing. And in zero-shot image classification with checks
+    of labels and template: transformers would read a text as a list of characters and a generator as no labels, and
+    rank all labels equally in a template without `{}`."""
 
     def extended(self, *args, **kwargs):
         if _is_samclip(self):
             _refuse_tiles(self, kwargs)
+            if isinstance(self, PIPELINES_OF_TEXTS):
+                check_tokenizer(self.tokenizer, self.tokenizer.name_or_path)
         preprocess_params, *others = sanitize_parameters(self, *args, **kwargs)
         if _is_samclip(self) and isinstance(self, ZeroShotImageClassificationPipeline):
             template = preprocess_params.get("hypothesis_template", "{}")

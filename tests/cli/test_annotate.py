@@ -321,6 +321,18 @@ def test_rotated_and_other_images_are_stored_upright_as_png(capsys):
     assert json.loads(Path("out/report.json").read_text())["images_stored_as_png"] == 2
 
 
+def test_readers_see_images_with_16_bits_as_the_model_does(capsys):
+    """Pillow's conversion to RGB, as in readers, would make them white."""
+    gray = np.asarray(scene().convert("L"))
+    Path("in").mkdir()
+    Image.fromarray(gray.astype(np.uint16) * 257).save("in/1.png")
+    samclip(capsys, "annotate", "in", *LABEL_OPTIONS, "--formats", "webdataset", "--output", "out")
+    with tarfile.open("out/webdataset/00000.tar") as tar:
+        stored = Image.open(tar.extractfile("000000001.png")).convert("RGB")
+    assert np.array_equal(np.asarray(stored), np.repeat(gray[:, :, None], 3, axis=2))
+    assert json.loads(Path("out/report.json").read_text())["images_stored_as_png"] == 1
+
+
 @pytest.mark.parametrize(
     "options, part",
     [

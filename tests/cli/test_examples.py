@@ -110,6 +110,74 @@ def test_a_mask_of_0_and_1_is_refused(capsys):
     assert "photo_mask.png: the largest value is 1. The object must be white, 255, and the rest black, 0." in message
 
 
+@pytest.mark.parametrize(
+    "kind, message",
+    [
+        ("cutout", "a mask must not be transparent"),
+        ("alpha", "a mask must not be transparent"),
+        ("photo", "a mask must not have colors"),
+        ("classes", "a mask must not have colors"),
+    ],
+)
+def test_a_mask_that_is_another_image_is_refused(capsys, kind, message):
+    """Its gray values would be another mask than the object."""
+    Path("parts/one").mkdir(parents=True)
+    IMAGE.save("parts/one/photo.png")
+    mask = Image.fromarray(SCENE.masks[0].astype(np.uint8) * 255)
+    classes = Image.fromarray(SCENE.masks[0].astype(np.uint8) + 2 * SCENE.masks[1].astype(np.uint8)).convert("P")
+    classes.putpalette([0, 0, 0, 0, 255, 0, 255, 255, 0])
+    images = {
+        "cutout": Image.merge("RGBA", (*IMAGE.split(), mask)),
+        "alpha": Image.merge("LA", (Image.new("L", mask.size, 255), mask)),
+        "photo": IMAGE,
+        "classes": classes,
+    }
+    images[kind].save("parts/one/photo_mask.png")
+    assert main(["segment", "other.png", "--examples", "parts", "--background", "an empty scene"]) == 2
+    assert f"photo_mask.png: {message}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "RGB", "RGBA", "P", "I;16", "JPEG"])
+def test_masks_of_all_modes_are_equal(mode):
+    Path("parts/one").mkdir(parents=True)
+    IMAGE.save("parts/one/photo.png")
+    mask = Image.fromarray(SCENE.masks[0].astype(np.uint8) * 255)
+    if mode == "I;16":
+        mask = Image.fromarray(SCENE.masks[0].astype(np.uint16) * 65535)
+    elif mode == "JPEG":
+        mask.convert("RGB").save("parts/one/photo_mask.jpg", quality=95)
+    else:
+        mask = mask.convert(mode)
+    if mode != "JPEG":
+        mask.save("parts/one/photo_mask.png")
+    (example,) = _read_folder(Path("parts"))
+    assert np.array_equal(example.masks()[0], SCENE.masks[0])
+
+
+def test_names_of_words_are_no_other_labels_of_examples(capsys):
+    write_coco({"categories": [{"id": 10 * n, "name": name} for n, name in enumerate(["a cup", "mug", "jar"], 1)]})
+
+    def refuse(*arguments: str) -> str:
+        assert main(["segment", "other.png", "--examples", "shown/parts.json", *arguments]) == 2
+        return capsys.readouterr().err
+
+    background = ["--background", "an empty scene"]
+    assert "label 'mug' of --examples is a synonym of 'cup' in --labels" in refuse("--labels", "cup|Mug", *background)
+    assert "'A Cup' in --background is a label of --examples" in refuse("--labels", "lid", "--background", "A Cup")
+    assert "'A cup' in --background is a label of --examples" in refuse("--background", "A cup")
+    assert "labels 'Jar' and 'jar' differ in capitals" in refuse("--labels", "lid, Jar", *background)
+
+
+def test_annotations_that_are_not_used_are_reported(capsys):
+    content = write_coco(with_masks=True)
+    content["categories"].append({"id": 99, "name": "part 4"})
+    content["annotations"][1].pop("segmentation")
+    Path("shown/parts.json").write_text(json.dumps(content))
+    _, messages = segment(capsys, "--examples", "shown/parts.json")
+    assert "1 of 3 annotations have no mask, so the boxes of all of them are used" in messages
+    assert "1 of 4 categories have no examples, so they are no labels: part 4." in messages
+
+
 def test_cutouts_in_a_folder(capsys):
     cutouts = []
     for name, mask in zip(NAMES, SCENE.masks, strict=True):

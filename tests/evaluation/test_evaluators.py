@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -433,6 +434,15 @@ class TestMiniature:
             load_adapter(str(tmp_path))
         with pytest.raises(FileNotFoundError, match=r"There is no folder /.*nowhere"):
             load_adapter(str(tmp_path / "nowhere"))
+
+    @pytest.mark.parametrize("name", ["checkpoint", "clip_teacher"])
+    def test_a_model_without_its_tokenizers_vocabulary_is_refused(self, name, tmp_path):
+        """transformers makes a tokenizer of special tokens alone, with which all texts are equal."""
+        folder = shutil.copytree(getattr(miniature, name)(), tmp_path / "model")
+        for file in ("tokenizer.json", "vocab.json", "merges.txt"):
+            (folder / file).unlink(missing_ok=True)
+        with pytest.raises(ValueError, match="its vocabulary is empty"):
+            load_adapter(str(folder))
 
     def test_accuracy_equals_a_direct_computation(self, clip):
         metrics = tasks(fraction=0.1)["classification:miniature@64"].run(clip).metrics

@@ -31,7 +31,7 @@ from transformers import (
 from ..clip_tower_samclip import project_siglip_patches, replace_attention_by_values
 from ..identity import hash_configuration, hash_json, hash_weights
 from ..images import mask_to_box, mean_and_std, normalize
-from ..modeling_samclip import load_complete_model
+from ..modeling_samclip import check_tokenizer, load_complete_model
 from ..processing_samclip import SamClipProcessor
 from ..segmentation_samclip import SamClipForImageSegmentation, canonicalize_text
 
@@ -565,6 +565,8 @@ def load_adapter(
             load_complete_model(model_class, name, dtype=torch.float32),
             AutoProcessor.from_pretrained(name),
         )
+        if hasattr(processor, "tokenizer"):
+            check_tokenizer(processor.tokenizer, name)
     else:
         model = SamClipForImageSegmentation.from_teachers(name, clip, merged=False)
         processor, name = SamClipProcessor.from_teachers(name, clip), f"{name}+{clip}"
