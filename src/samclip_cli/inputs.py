@@ -101,6 +101,7 @@ class DataSetImages:
             choice = f"choose one with column=, such as column={columns[0]}" if columns else "it has none"
             raise CommandError(f"{name}: {len(columns)} image columns ({', '.join(columns)}): {choice}.")
         self.column = column or columns[0]
+        self.folder = Path(path) if os.path.isdir(path) else None  # of a data set that is not on the Hub
         parts = [path, options.get("config"), self.split.description["split"], column]
         self.key = HUB_PREFIX + "/".join(part for part in parts if part)
         self.stem = "-".join(part for part in (PurePosixPath(path).name, *parts[1:]) if part).replace("/", "-")
@@ -154,6 +155,11 @@ class Inputs:
     def files(self) -> set[Path]:
         """The local files that contain the images."""
         return {image.file for image in self.listed if image.file is not None}
+
+    @property
+    def folders(self) -> list[Path]:
+        """The local folders of data sets, with links resolved."""
+        return [own.folder.resolve() for own in self.data_sets if own.folder is not None]
 
 
 def add_input_arguments(parser: argparse.ArgumentParser) -> None:

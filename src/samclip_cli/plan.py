@@ -211,14 +211,22 @@ def check_plan(plan: Plan, names: OutputNames, record: RunRecord | None) -> None
     parents = {identity(file.parent) for file in plan.inputs.files}
     for files, replace in ((begun, True), (new, may_replace)):
         check_outputs([plan.output / name for name in files if not name.endswith("/")], plan.inputs.files, replace)
-        for folder in (plan.output / name for name in files if name.endswith("/")):
+        for name in (name for name in files if name.endswith("/")):
+            folder = plan.output / name
             if not os.path.lexists(folder):
                 continue
             if not folder.is_dir():
                 raise CommandError(f"--output: {folder} cannot be written, because it is not a folder.")
-            if identity(folder) in parents:
+            is_read = name in plan.data_set_files and any(_is_within(folder, own) for own in plan.inputs.folders)
+            if identity(folder) in parents or is_read:
                 raise CommandError(f"--output: {folder} has input images: pass another folder as --output.")
             if not replace and any(folder.iterdir()):
                 raise CommandError(
                     f"{folder} would be overwritten. Pass --overwrite to replace existing files, or another --output."
                 )
+
+
+def _is_within(folder: Path, other: Path) -> bool:
+    """Whether one of two folders is the other one or is in it. `other` has no links."""
+    resolved = folder.resolve()
+    return resolved.is_relative_to(other) or other.is_relative_to(resolved)

@@ -1,6 +1,7 @@
 """`samclip annotate`: its files agree with the masks and are the same after interruptions and with two processes."""
 
 import contextlib
+import io
 import json
 import os
 import shutil
@@ -319,6 +320,22 @@ def test_rotated_and_other_images_are_stored_upright_as_png(capsys):
         assert names == ["000000001.png", "000000002.png", "000000003.png"]
         assert Image.open(tar.extractfile(names[1])).size == (scene().height, scene().width)
     assert json.loads(Path("out/report.json").read_text())["images_stored_as_png"] == 2
+
+
+@pytest.mark.parametrize("source", ["hf://out/parquet", "hf://out", "hf://link"])
+def test_a_data_set_that_is_the_input_is_never_replaced(capsys, source):
+    file = io.BytesIO()
+    scene().save(file, "PNG")
+    table = datasets.Dataset.from_dict({"image": [{"bytes": file.getvalue(), "path": None}], "own": ["notes"]})
+    path = Path("out/parquet/00000.parquet")
+    path.parent.mkdir(parents=True)
+    table.cast_column("image", datasets.Image()).to_parquet(path)
+    Path("link").symlink_to("out/parquet")
+    before = path.read_bytes()
+    command = ["annotate", source, *LABEL_OPTIONS, "--formats", "parquet", "--output", "out", "--overwrite"]
+    _, messages = samclip(capsys, *command, status=2)
+    assert "out/parquet has input images: pass another folder as --output" in messages[-1]
+    assert path.read_bytes() == before
 
 
 def test_readers_see_images_with_16_bits_as_the_model_does(capsys):
