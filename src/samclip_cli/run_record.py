@@ -215,19 +215,26 @@ class RunRecord:
 
     def finish(self, image: "ImageInput", result: str) -> None:
         """Writes the line of an image to the results, and records that its outputs are complete."""
+        from samclip_hf.files import named_disk_errors
+
         start = end = self._results_size
         if self._results_file is not None and image.key not in self.lines:
             line = result.encode() + b"\n"
-            self._results_file.write(line)
-            self._results_file.flush()
+            results = _results_of(self.output, self.journal)
+            with named_disk_errors(results):
+                self._results_file.write(line)
+                self._results_file.flush()
             end = self._results_size = start + len(line)
-            self.lines[image.key] = ResultLine(_results_of(self.output, self.journal), start, end)
+            self.lines[image.key] = ResultLine(results, start, end)
         self._append({"image": image.key, "end": end})
         self.done.add(image.key)
 
     def _append(self, entry: dict[str, Any]) -> None:
-        self._journal_file.write(json.dumps(entry).encode() + b"\n")
-        self._journal_file.flush()
+        from samclip_hf.files import named_disk_errors
+
+        with named_disk_errors(self.journal):
+            self._journal_file.write(json.dumps(entry).encode() + b"\n")
+            self._journal_file.flush()
 
     def close(self) -> None:
         self._journal_file.close()

@@ -18,6 +18,7 @@ from PIL import Image
 from samclip_cli import batch, main
 from samclip_cli.inputs import ImageInput, Inputs
 from samclip_cli.plan import OutputNames, Plan
+from samclip_cli.run_record import RunRecord
 
 from . import test_image_commands
 from .test_image_commands import LABEL_OPTIONS, LABELS, samclip, save, scene
@@ -282,6 +283,29 @@ def test_a_full_disk_behind_standard_output_is_reported(capsys, monkeypatch):
         monkeypatch.setattr(sys, "stdout", full)
         assert main(["classify", "1.png", "2.png", "--labels", "a, b"]) == 1
     assert "stopped after 0 of 2 images: the output cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+@pytest.mark.parametrize(
+    "file, name", [("_journal_file", ".samclip/images-00000-of-00001.jsonl"), ("_results_file", "results.jsonl")]
+)
+def test_a_full_disk_is_reported_with_the_file_of_the_record(capsys, monkeypatch, file, name):
+    save("1.png", "2.png")
+    opened = RunRecord.open
+
+    def open_on_full_disk(record):
+        opened(record)
+        getattr(record, file).close()
+        setattr(record, file, full)
+
+    monkeypatch.setattr(RunRecord, "open", open_on_full_disk)
+    command = ["classify", "1.png", "2.png", "--labels", "a, b", "--output", "out", "--formats", "jsonl"]
+    with open("/dev/full", "wb", buffering=0) as full:
+        _, [message] = samclip(capsys, *command, status=1)
+    assert message == (
+        "samclip: stopped after 0 of 2 images: the output cannot be written: [Errno 28] No space left on device: "
+        f"'out/{name}'. Run the same command without --overwrite to continue."
+    )
 
 
 def test_ctrl_c_keeps_complete_outputs(capsys, monkeypatch):
