@@ -4,6 +4,7 @@ the Hub. Only names are collected before the work; images are read one by one.
 """
 
 import argparse
+import functools
 import glob
 import itertools
 import os
@@ -192,11 +193,13 @@ def find_inputs(patterns: Sequence[str], output: str | None = None) -> Inputs:
     patterns (`Sequence[str]`):
         The arguments.
     output (`str`, *optional*):
-        The output folder. Images and tars that the run recorded in it has written are skipped and counted.
+        The output folder. Images and tars that runs have written to it are skipped and counted. Those that runs have
+        written to other folders are skipped unless an argument matches nothing else.
 
     Raises `CommandError` for an argument that matches no image, or if all images are such outputs.
     """
-    outputs = RecordedOutputs(output) if output is not None and os.path.isdir(output) else ()
+    own = None if output is None else os.path.realpath(output)
+    recorded = functools.cache(RecordedOutputs)
     written: set[str] = set()
     # By paths in which links of folders are resolved: '**' follows a link to a folder above up to 40 times.
     listed: dict[str, list[ImageInput]] = {}
@@ -206,20 +209,22 @@ def find_inputs(patterns: Sequence[str], output: str | None = None) -> Inputs:
             data_set = DataSetImages(pattern)
             data_sets.setdefault(data_set.key, data_set)
             continue
-        for path in _find_files(pattern):
+        paths = _find_files(pattern)
+        folders = {path: folder for path in paths if (folder := _output_folder(path, recorded)) is not None}
+        are_meant = len(folders) == len(paths)  # such as an output that is named
+        for path in paths:
             resolved = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
-            if path in outputs:
+            if path in folders and (folders[path] == own or not are_meant):
                 written.add(resolved)
-                continue
-            if resolved not in listed:
+            elif resolved not in listed:
                 is_tar = path.lower().endswith(TAR_EXTENSION)
                 listed[resolved] = _images_of_tar(path) if is_tar else [_image_of_file(path)]
     if written and not listed and not data_sets:
         raise CommandError(
             f"all images are outputs of an earlier run to --output {output}: pass other images, or another --output."
         )
-    if written:
-        log(f"--output {output}: skipping {len(written)} outputs of an earlier run among the images.")
+    if skipped := written - listed.keys():
+        log(f"skipping {len(skipped)} outputs of an earlier run among the images.")
     return Inputs(list(itertools.chain.from_iterable(listed.values())), list(data_sets.values()))
 
 
@@ -232,7 +237,7 @@ def _find_files(pattern: str) -> list[str]:
         raise CommandError(f"{pattern}: neither a file nor a folder.")
     if glob.has_magic(pattern):
         if found := sorted(match for match in glob.glob(pattern, recursive=True) if os.path.isfile(match)):
-            return _without_outputs(pattern, found)
+            return found
         raise CommandError(f"{pattern}: no file matches this pattern.")
     hint = ""
     if re.fullmatch(r"[\w.-]+/[\w.-]+", pattern) and not os.path.splitext(pattern)[1]:
@@ -258,27 +263,15 @@ def _files_of_folder(folder: str) -> list[str]:
         extensions = sorted({os.path.splitext(path)[1] or "no extension" for path in set(paths) - set(found)})
         skipped = len(paths) - len(found)
         log(f"{folder}: skipping {skipped} of {len(paths)} files, which are not images ({', '.join(extensions)}).")
-    return _without_outputs(folder, found)
+    return found
 
 
-def _without_outputs(name: str, paths: list[str]) -> list[str]:
-    """Leaves out files that a recorded run has written to their folder or to the folder above it, and reports their
-    number. If there are no other files, the outputs are meant."""
-    records: dict[str, RecordedOutputs] = {}
-
-    def is_output(path: str) -> bool:
-        parent = os.path.dirname(path) or os.curdir
-        folders = (parent, os.path.join(parent, os.pardir))
-        for folder in folders:
-            if folder not in records:
-                records[folder] = RecordedOutputs(folder)
-        return any(path in records[folder] for folder in folders)
-
-    originals = [path for path in paths if not is_output(path)]
-    if not originals or len(originals) == len(paths):
-        return paths
-    log(f"{name}: skipping {len(paths) - len(originals)} outputs of an earlier run among the images.")
-    return originals
+def _output_folder(path: str, recorded: Callable[[str], RecordedOutputs]) -> str | None:
+    """The output folder of the run that has written a file: its folder or the folder above it. `None` for other files.
+    `recorded` returns the outputs in a folder."""
+    parent = os.path.dirname(path) or os.curdir
+    outputs = (recorded(folder) for folder in (parent, os.path.join(parent, os.pardir)))
+    return next((own.folder for own in outputs if path in own), None)
 
 
 def _image_of_file(path: str) -> ImageInput:

@@ -5,7 +5,8 @@ The record of a run over several images, with which the same command continues a
 The record is the folder `.samclip` in the output folder. `run.json` describes the options and the model. Each process
 has a journal, such as `images-00000-of-00002.jsonl`, with two lines for each image: one with its output name before
 outputs are written, and one when all of them are complete. Results of all images, one line of JSON each, are in
-`results.jsonl`, or in `results-00000-of-00002.jsonl` and so on for several processes.
+`results.jsonl`, or in `results-00000-of-00002.jsonl` and so on for several processes. `outputs-00000-of-00002.jsonl`
+has the names of all outputs, also of earlier runs and of runs on a single image, which have no other record.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import CommandError
-from .formats import RESULTS, file_names
+from .formats import RESULTS
 
 if TYPE_CHECKING:
     from .inputs import ImageInput
@@ -27,26 +28,34 @@ LONGEST_VALUE = 60  # of an option in messages, in characters
 
 class RecordedOutputs:
     """
-    What the recorded run in a folder has written or begun to write, so that the outputs in a folder of images are not
-    taken for inputs. Empty without a record.
+    What runs have written or begun to write to a folder, so that the outputs in a folder of images are not taken for
+    inputs. Each process appends names to a file of its own, which stays when a run is started again. Empty without
+    such files.
 
-    folder (`str`):
+    folder (`str` or `Path`):
         An output folder, or any other.
     """
 
-    def __init__(self, folder: str):
+    def __init__(self, folder: str | Path):
         self.folder = os.path.realpath(folder)
         self.names: set[str] = set()  # files and folders (with a final "/"), relative to the folder
-        record = Path(folder, FOLDER)
-        # RunRecord reports a damaged record. That of another version may have other formats.
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-            run = json.loads((record / "run.json").read_bytes())
-            self.names.update(run["files"])
-            for journal in record.glob("images-*.jsonl"):
-                self.names.add(_results_of(Path(), journal).name)
-                for line in journal.read_bytes().splitlines(keepends=True):
-                    if (entry := _parse(line)) is not None and "name" in entry:
-                        self.names.update(file_names(entry["name"], run["description"]["formats"]))
+        for path in Path(folder, FOLDER).glob("outputs-*.jsonl"):
+            with contextlib.suppress(OSError, TypeError):
+                self.names.update(_parse(line + b"\n") or "" for line in path.read_bytes().splitlines())
+        self.names.discard("")  # of lines that a killed process has not completed
+
+    def add(self, names: Iterable[str], process: tuple[int, int]) -> None:
+        """Records outputs, before a process writes them."""
+        from samclip_hf.files import named_disk_errors
+
+        if not (new := [name for name in names if name not in self.names]):
+            return
+        path = Path(self.folder, FOLDER, f"outputs-{_shard(process)}.jsonl")
+        path.parent.mkdir(exist_ok=True)
+        with named_disk_errors(path), open(path, "ab") as file:
+            # The line break is first, because the last line may be incomplete.
+            file.write(b"".join(b"\n" + json.dumps(name).encode() for name in new))
+        self.names.update(new)
 
     def __contains__(self, path: str) -> bool:
         if not self.names:
@@ -307,8 +316,8 @@ def results_name(process: tuple[int, int]) -> str:
     return _results_of(Path(), Path(f"images-{_shard(process)}.jsonl")).name
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
-    """The entry of a journal, or `None` if its line is incomplete."""
+def _parse(line: bytes) -> Any:
+    """The content of a line, or `None` if it is incomplete."""
     try:
         return json.loads(line) if line.endswith(b"\n") else None
     except ValueError:

@@ -163,7 +163,7 @@ def test_outputs_may_be_next_to_the_images(capsys):
     Path("dog.png").rename("dog.tif.png")
     scene().save("cat.jpg")
     samclip(capsys, "classify", "cat.jpg", "--labels", "a, b", "--output", ".")
-    assert sorted(os.listdir()) == ["cat.jpg", "cat.json", "cat.png", "dog.tif.png"]
+    assert sorted(os.listdir()) == [".samclip", "cat.jpg", "cat.json", "cat.png", "dog.tif.png"]
 
 
 def test_a_file_that_appears_during_the_work_is_not_replaced(capsys, monkeypatch):
