@@ -164,9 +164,8 @@ class RunRecord:
 
     def check_unchanged(self, images: Iterable["ImageInput"]) -> None:
         """Raises `CommandError` if a file has changed since the outputs of its images were written."""
-        changed = [
-            image.key for image in images if image.key in self.done and _state(image) != self._states[image.key]
-        ]
+        done = (image for image in images if image.key in self.done)
+        changed = [image.key for image in done if file_state(image.file) != self._states[image.key]]
         if changed:
             images_have = f" and {len(changed) - 1} more images have" if len(changed) > 1 else " has"
             raise CommandError(
@@ -219,7 +218,7 @@ class RunRecord:
     def begin(self, image: "ImageInput", name: str) -> None:
         """Records the output name of an image, before its outputs are written."""
         if image.key not in self.names:
-            self.names[image.key], self._states[image.key] = name, _state(image)
+            self.names[image.key], self._states[image.key] = name, file_state(image.file)
             self._append({"image": image.key, "name": name, "file": self._states[image.key]})
 
     def finish(self, image: "ImageInput", result: str) -> None:
@@ -324,13 +323,24 @@ def _parse(line: bytes) -> Any:
         return None
 
 
-def _state(image: "ImageInput") -> list[int] | None:
-    """Size and time of modification of an image's file; `None` if it cannot be read or if it is not a local file."""
+def file_state(path: str | Path | None) -> list[int] | None:
+    """Size and time of modification of a file; `None` if it cannot be read, or without a path."""
     try:
-        status = None if image.file is None else os.stat(image.file)
+        status = None if path is None else os.stat(path)
     except OSError:
         status = None
     return None if status is None else [status.st_size, status.st_mtime_ns]
+
+
+def recorded_states(output: Path) -> dict[str, list[int] | None]:
+    """The states of the files of images, see [`file_state`], when the run in a folder began to write their outputs, by
+    the keys of the images. Empty without a record."""
+    states = {}
+    for journal in sorted((output / FOLDER).glob("images-*.jsonl")):
+        for line in journal.read_bytes().splitlines(keepends=True):
+            if (entry := _parse(line)) is not None and "name" in entry:
+                states[entry["image"]] = entry["file"]
+    return states
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
