@@ -37,9 +37,9 @@ class RecordedOutputs:
     """
 
     def __init__(self, folder: str | Path):
-        self.folder = os.path.realpath(folder)
+        self.folder, self.record = os.path.realpath(folder), Path(folder, FOLDER)
         self.names: set[str] = set()  # files and folders (with a final "/"), relative to the folder
-        for path in Path(folder, FOLDER).glob("outputs-*.jsonl"):
+        for path in self.record.glob("outputs-*.jsonl"):
             with contextlib.suppress(OSError, TypeError):
                 self.names.update(_parse(line + b"\n") or "" for line in path.read_bytes().splitlines())
         self.names.discard("")  # of lines that a killed process has not completed
@@ -50,8 +50,8 @@ class RecordedOutputs:
 
         if not (new := [name for name in names if name not in self.names]):
             return
-        path = Path(self.folder, FOLDER, f"outputs-{_shard(process)}.jsonl")
-        path.parent.mkdir(exist_ok=True)
+        path = self.record / f"outputs-{_shard(process)}.jsonl"
+        self.record.mkdir(exist_ok=True)
         with named_disk_errors(path), open(path, "ab") as file:
             # The line break is first, because the last line may be incomplete.
             file.write(b"".join(b"\n" + json.dumps(name).encode() for name in new))

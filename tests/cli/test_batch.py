@@ -135,14 +135,14 @@ def test_existing_files_are_replaced_on_request(capsys):
     Path("out").mkdir()
     command = ["classify", "dog.png", "--labels", "a, b", "--output", "out"]
     samclip(capsys, *command)
-    results = {path: path.read_bytes() for path in Path("out").iterdir()}
+    results = {path: path.read_bytes() for path in Path("out").iterdir() if path.is_file()}
     assert len(results) == 2
     _, [message] = samclip(capsys, *command, status=2)
     assert "out/dog.png and 1 more of the outputs would be overwritten" in message
     for path in results:
         path.write_text("old")
     samclip(capsys, *command, "--overwrite")
-    assert {path: path.read_bytes() for path in Path("out").iterdir()} == results
+    assert {path: path.read_bytes() for path in Path("out").iterdir() if path.is_file()} == results
 
 
 @pytest.mark.parametrize("link", [os.symlink, os.link])
@@ -199,7 +199,7 @@ def test_names_of_any_length_are_written_or_refused_before_the_work(capsys):
         Path("in", os.listdir("in")[0]).rename(f"in/{name}.png")
         Path(f"out{length}").mkdir()
         _, messages = samclip(capsys, "classify", "in", "--labels", "a, b", "--output", f"out{length}", status=status)
-        written = [f"{name}.json", f"{name}.png"] if status == 0 else []
+        written = [".samclip", f"{name}.json", f"{name}.png"] if status == 0 else []
         assert sorted(os.listdir(f"out{length}")) == written
     assert "File name too long" in messages[0]
 
