@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import parse_qsl, urlencode
 
 from . import CommandError, first_line, log
@@ -21,7 +21,7 @@ from .argument_types import positive_int
 from .run_record import RecordedOutputs
 
 if TYPE_CHECKING:  # importing these takes seconds, see the docstring of the package
-    from PIL import Image
+    from PIL import ImageFile
 
     from samclip_hf.datasets.hub import HubSplit
 
@@ -332,7 +332,11 @@ def _count(pixels: int) -> str:
     return f"{pixels / 1e6:.0f} million" if pixels >= 1e7 else f"{pixels}"
 
 
-def read_image(source: Path | Callable[[], bytes | str], max_pixels: int | None) -> "Image.Image":
+def read_image(
+    source: Path | Callable[[], bytes | str],
+    max_pixels: int | None,
+    convert: "Callable[[ImageFile.ImageFile], Any] | None" = None,
+) -> Any:
     """
     The image in RGB, with its EXIF orientation applied.
 
@@ -340,18 +344,21 @@ def read_image(source: Path | Callable[[], bytes | str], max_pixels: int | None)
         See [`ImageInput`].
     max_pixels (`int`, *optional*):
         The largest accepted width times height. It must not exceed Pillow's own limit, `Image.MAX_IMAGE_PIXELS`.
+    convert (function of the opened image, *optional*):
+        What to return instead of the image in RGB. Pixels that it does not need are not decoded.
 
-    Raises `ValueError` if the image cannot be read.
+    Raises `ValueError` if the image cannot be read. Pillow's decoders raise other errors, too.
     """
     from PIL import Image, UnidentifiedImageError
 
-    from samclip_hf.images import open_image
+    from samclip_hf.images import convert_to_rgb, open_undecoded
 
     content = source() if callable(source) else source
     if (len(content) if isinstance(content, bytes) else os.path.getsize(content)) == 0:
         raise ValueError("the file is empty (0 bytes).")
     try:
-        return open_image(content, max_pixels=max_pixels)
+        with open_undecoded(content, max_pixels=max_pixels) as file:
+            return convert_to_rgb(file, apply_orientation=True) if convert is None else convert(file)
     except UnidentifiedImageError as error:
         raise ValueError("not an image, or a format that Pillow cannot read.") from error
     except Image.DecompressionBombError as error:
