@@ -24,7 +24,7 @@ import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -39,6 +39,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from samclip_cli import CommandError, log
 from samclip_cli.formats import coco_annotation
 from samclip_cli.models import LoadedModel, add_model_arguments, check_models, load_model, mask_generation_options
+from samclip_cli.run_record import file_state, recorded_states
 from samclip_cli.vocabulary import format_labels, parse_labels
 from samclip_hf.images import open_image
 from samclip_hf.mask_generation_samclip import decode_rle
@@ -94,6 +95,7 @@ class Picture:
         reshaped_input_sizes (`torch.Tensor` of shape `(1, 2)`): Height and width of the encoder's input, unpadded.
         vision_embeds (`SamClipVisionEncoderOutput`): Outputs of the image encoder, on the model's device.
         milliseconds (`float`): Duration of the image encoder.
+        state (`list[int]`, *optional*): The state of the file when it was read, see [`file_state`].
     """
 
     image: Image.Image
@@ -103,6 +105,7 @@ class Picture:
     reshaped_input_sizes: torch.Tensor
     vision_embeds: object
     milliseconds: float
+    state: list[int] | None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -383,6 +386,7 @@ class Review(NamedTuple):
         labels, background, template (`str`): Values of the fields.
         threshold (`float`): The score threshold.
         model (`dict`): The description of the model.
+        states (`dict`): The states of the files when they were annotated, see [`file_state`], by their paths.
     """
 
     paths: list[str]
@@ -391,6 +395,7 @@ class Review(NamedTuple):
     template: str
     threshold: float
     model: dict
+    states: dict[str, list[int] | None]
 
 
 def read_review(path: str) -> Review:
@@ -408,6 +413,7 @@ def read_review(path: str) -> Review:
             options["template"],
             options["threshold"],
             {key: value for key, value in model.items() if key in ("name", "sam", "clip")},
+            recorded_states(Path(path).parent),
         )
         other = [name for name in ("examples", "multi_label", "tile") if options[name]]
     except (AttributeError, OSError, ValueError, KeyError, TypeError) as error:
@@ -514,6 +520,28 @@ def best_labels(scores: torch.Tensor, vocabulary: SamClipVocabulary, with_backgr
     return ", ".join(f"{vocabulary.id2label[label_id]} {float(scores[label_id]):.2f}" for label_id in best)
 
 
+def check_values(component: gr.components.Component, is_valid: Callable, expected: str) -> None:
+    """
+    Makes a value that is not valid an error that names the field. Without a value, as of a number field that was
+    cleared, the field has its default. Gradio's own errors do not name the field, or are tracebacks in the terminal.
+    Not a subclass, for which Gradio would write a file `app.pyi`.
+    """
+    original, default = component.preprocess, component.value
+
+    def preprocess(value):
+        value = default if value is None else value
+        if not is_valid(value):
+            message = f'The value of "{component.label}" must be {expected}.'
+            raise gr.Error(message, title="The value was not used", print_exception=False)
+        return original(value)
+
+    component.preprocess = preprocess
+
+
+def is_fraction(value) -> bool:
+    return isinstance(value, int | float) and 0 <= value <= 1
+
+
 @contextlib.contextmanager
 def logged_warnings(name: str) -> Iterator[list[str]]:
     """Collects the messages of a logger, which are warnings or errors, in addition to its output."""
@@ -583,6 +611,7 @@ class App:
     @torch.inference_mode()
     def load(self, path: str | None, name: str, session: Session | None, fields: Fields):
         """Reads and encodes an image. If it cannot be read, shows a warning and keeps the previous one."""
+        state = file_state(path)
         try:
             original = read_image(path)
         except ValueError as error:
@@ -601,6 +630,7 @@ class App:
             inputs["reshaped_input_sizes"],
             vision_embeds,
             timer.milliseconds,
+            state,
         )
         new = Session(picture, session)
         if session is not None:
@@ -609,20 +639,27 @@ class App:
 
     def upload(self, file: dict | None, session: Session | None, *fields):
         """Opens a file that the browser has uploaded, and no other file of the server."""
-        file = file or {"path": None}
-        path = file["path"]
+        file = file if isinstance(file, dict) else {}
+        path, name = (value if isinstance(value, str) else None for value in map(file.get, ("path", "orig_name")))
         # Without preprocessing, Gradio 6.31 checks this only for values with "meta", which a client can leave out.
         if path is not None and not Path(path).resolve().is_relative_to(Path(get_upload_folder()).resolve()):
             gr.Warning("The file was not uploaded. Open an image.", title="The image was not opened")
             return session, *self.show(session, Fields(*fields), is_redrawn=True)
-        return self.load(path, file.get("orig_name") or "image.png", session, Fields(*fields))
+        return self.load(path, name or "image.png", session, Fields(*fields))
 
     def choose(self, index: int, session: Session | None, *fields):
         """Opens an example. The last output is its labels."""
-        if not 0 <= index < len(self.scenes):  # a page of an earlier app, which had more images
+        # A page of an earlier app, which had more images, or a request that is not the page's.
+        if not isinstance(index, int) or not 0 <= index < len(self.scenes):
             gr.Warning("The app was restarted with other images. Reload the page.", title="The image was not opened")
             return session, *self.show(session, Fields(*fields), is_redrawn=True), gr.skip()
         path, labels = self.scenes[index]
+        state = None if self.review is None else self.review.states.get(path)
+        if state is not None and os.path.exists(path) and file_state(path) != state:
+            gr.Warning(
+                "The file was changed after it was annotated, so the masks can differ from the data set.",
+                title=f"{Path(path).name} has changed",
+            )
         return *self.load(path, Path(path).name, session, Fields(*fields)), labels
 
     def remove(self, session: Session | None, *fields):
@@ -756,7 +793,10 @@ class App:
             return gr.skip()
         fields = Fields(*values)
         with session.lock:
-            x, y = event.index
+            try:
+                x, y = map(float, event.index)
+            except (TypeError, ValueError):  # of a request that is not the page's
+                x = y = math.nan
             if not (0 <= x <= session.picture.image.width and 0 <= y <= session.picture.image.height):
                 gr.Warning("The point is outside the image. Click in the image.", title="The point was not set")
                 return gr.skip()
@@ -1156,6 +1196,9 @@ class App:
                 except (ValueError, OSError):
                     gr.Warning("The image was removed from the server. Open it again.")
                     return None
+                if file_state(picture.path) != picture.state:
+                    gr.Warning("The file of the image has changed. Open it again.")
+                    return None
                 # The colors of the page, unless small segments exist in one of both sizes only.
                 colors = self.colors(picture.image, shown if len(shown) == len(segments) else segments)
                 result = self.draw(image, segments, colors, fields.opacity, caption=self.caption)
@@ -1298,6 +1341,14 @@ class App:
                     times = gr.Markdown(elem_id="times")
                     with gr.Accordion("Scores of the whole image", open=False, elem_id="whole"):
                         classes = gr.Label(num_top_classes=5, show_label=False, show_heading=False, elem_id="classes")
+
+            for slider in (threshold, opacity, pred_iou_thresh):
+                check_values(slider, is_fraction, "a number from 0 to 1")
+            for textbox in (labels, background, template, object_name):
+                check_values(textbox, lambda value: isinstance(value, str), "a text")
+            for radio in (mode, view):
+                names = [name for name, _ in radio.choices]
+                check_values(radio, names.__contains__, f"one of {', '.join(names)}")
 
             inputs = [session, mode, labels, background, template, threshold, opacity, pred_iou_thresh]
             shown = [image, result, table, times, next_step, view, classes]

@@ -179,6 +179,28 @@ def test_a_large_image_is_rejected_before_it_is_decoded(tmp_path, monkeypatch):
         demo.read_image(str(tmp_path / "large.png"))
 
 
+@pytest.mark.parametrize(
+    "name, default, wrong, message",
+    [
+        ("threshold", 0.5, ["0.5", 7, float("nan"), [1]], r'"Score threshold" must be a number from 0 to 1\.'),
+        ("opacity", 0.45, [-1, {}], r'"Opacity of the masks" must be a number from 0 to 1\.'),
+        ("labels", None, [5, ["cat"]], r'"Labels" must be a text\.'),
+        ("background", BACKGROUND, [5], r'"Background" must be a text\.'),
+        ("mode", demo.FOREGROUND, ["Line", [], 1], r'"A click in the image sets a" must be one of Foreground point, '),
+        ("view", demo.BY_TEXT, ["all"], r'"Result of" must be one of Labels, Points and box, Everything\.'),
+    ],
+)
+def test_a_wrong_value_of_a_request_is_an_error_that_names_the_field(app, monkeypatch, name, default, wrong, message):
+    monkeypatch.setattr(demo.gr, "Image", demo.gr.components.Image)
+    [field] = [block for block in app.build().blocks.values() if getattr(block, "elem_id", None) == name]
+    for value in wrong:
+        with pytest.raises(demo.gr.Error, match=message) as raised:
+            field.preprocess(value)
+        assert not raised.value.print_exception
+    if default is not None:
+        assert field.preprocess(None) == field.preprocess(default) == default
+
+
 def test_an_example_that_was_deleted_shows_a_warning_and_keeps_the_previous_image(app, session, monkeypatch, tmp_path):
     monkeypatch.setattr(app, "scenes", [(str(tmp_path / "deleted.png"), "red dotted shape")])
     with pytest.warns(UserWarning, match="cannot be read: No such file or directory"):
@@ -199,7 +221,7 @@ def test_files_of_the_server_that_were_not_uploaded_are_not_opened(app, session,
         assert app.upload({"path": str(uploads / "own.png")}, session, *fields())[0] is not session
 
 
-@pytest.mark.parametrize("place", [(-1, 5), (5, -1), (513, 5), (5, 1e9), (float("nan"), 5)])
+@pytest.mark.parametrize("place", [(-1, 5), (513, 5), (5, 1e9), (float("nan"), 5), ("a", 5), (None, 5)])
 @pytest.mark.parametrize("mode", [demo.FOREGROUND, demo.BOX])
 def test_a_point_outside_the_image_shows_a_warning_and_is_not_set(app, session, place, mode):
     with pytest.warns(UserWarning, match="outside the image"):
@@ -207,7 +229,7 @@ def test_a_point_outside_the_image_shows_a_warning_and_is_not_set(app, session, 
     assert session.prompts == demo.Prompts()
 
 
-@pytest.mark.parametrize("index", [-1, len(demo.EXAMPLE_SCENES)])
+@pytest.mark.parametrize("index", [-1, len(demo.EXAMPLE_SCENES), "0", 1.0, None])
 def test_an_image_that_a_restarted_app_does_not_have_shows_a_warning(app, session, index):
     with pytest.warns(UserWarning, match="Reload the page"):
         kept, *_, labels = app.choose(index, session, *fields())
@@ -219,6 +241,12 @@ def test_the_image_has_the_name_of_its_file(app, session):
     assert image.label == f"scene{demo.EXAMPLE_SCENES[1]}.png"
     _, image, *_ = app.remove(session, *fields())
     assert image.label == "Image"
+
+
+@pytest.mark.parametrize("file", ["image.png", ["image.png"], {"path": 5}, {}])
+def test_an_upload_of_another_type_shows_a_warning(app, session, file):
+    with pytest.warns(UserWarning):
+        assert app.upload(file, session, *fields())[0] is session
 
 
 def test_an_upload_without_a_file_shows_a_warning(app):
@@ -924,6 +952,23 @@ def test_uncertain_images_are_opened_with_the_options_of_the_data_set(app, annot
         assert thumbnail.size == (IMAGE_SIZE, IMAGE_SIZE)
 
 
+def test_an_image_of_a_review_that_was_changed_shows_a_warning(app, annotated, recwarn):
+    reviewing = demo.App(load_model(start_arguments()), app.mask_generation, demo.read_review("annotated/review.json"))
+    labels = fields("red fuzzy shape, green zigzag shape", threshold=0.0)
+    session = reviewing.choose(0, None, *labels)[0]
+    reviewing.segment(session, *labels)
+    assert reviewing.download(".png", session, *labels) is not None
+    assert not [warning for warning in recwarn if warning.category is UserWarning]
+    Image.fromarray(render(seed=0, index=9).image).save(annotated[0])
+    with pytest.warns(UserWarning, match=r"The file of the image has changed\. Open it again"):
+        assert reviewing.download(".png", session, *labels) is None
+    with pytest.warns(UserWarning, match=r"The file was changed after it was annotated"):
+        assert reviewing.choose(0, session, *labels)[0] is not session
+    Path(annotated[0]).unlink()
+    with pytest.warns(UserWarning, match="cannot be read: No such file"):
+        assert reviewing.choose(0, session, *labels)[0] is session
+
+
 def test_images_of_a_review_that_the_app_cannot_open_are_left_out_and_named(annotated, monkeypatch, capsys):
     Path(annotated[0]).write_bytes(b"no image")
     assert demo.read_review("annotated/review.json").paths == annotated[1:]
@@ -1412,6 +1457,15 @@ class TestPage:
         number.send_keys(Keys.CONTROL, "a")
         number.send_keys("0.3", Keys.ENTER)
         page.until(lambda: set(page.rows()) == set(image_names(0)))
+
+    def test_a_cleared_number_field_of_a_slider_has_its_default(self, page, server):
+        page.find("#threshold input[type=range]").send_keys(Keys.END)
+        page.until(lambda: "Lower the score threshold" in page.texts("#table")[0])
+        number = page.find("#threshold input[type=number]")
+        number.send_keys(Keys.CONTROL, "a")
+        number.send_keys(Keys.DELETE, Keys.ENTER)
+        page.until(lambda: set(page.rows()) == set(image_names(0)))
+        assert "Traceback" not in server.log.read_text()
 
     def test_a_clicked_object_is_found_in_another_image(self, page, tmp_path):
         word = true_names(render(seed=0, index=demo.EXAMPLE_SCENES[0]))[0]

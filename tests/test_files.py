@@ -1,5 +1,7 @@
 """Atomic writes."""
 
+import errno
+import os
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 
@@ -40,6 +42,29 @@ def test_without_overwriting_a_new_file_of_any_name_is_written(tmp_path):
     path = tmp_path / ("ü" * 127)  # 254 bytes, one less than most file systems accept
     write_atomically(path, "new", overwrite=False)
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_an_error_of_a_full_disk_names_the_file(tmp_path):
+    path = tmp_path / "file"
+    with pytest.raises(OSError) as raised, atomic_path(path) as temporary:
+        temporary.symlink_to("/dev/full")
+        temporary.write_text("new")
+    assert str(raised.value) == f"[Errno {errno.ENOSPC}] {os.strerror(errno.ENOSPC)}: {str(path)!r}"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_of_a_read_only_disk_names_the_file_and_not_the_temporary_one(tmp_path):
+    def fail(path):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    path, other = tmp_path / "file", tmp_path / "other"
+    with pytest.raises(OSError) as raised, atomic_path(path) as temporary:
+        fail(temporary)
+    assert (raised.value.errno, raised.value.filename) == (errno.EROFS, str(path))
+    with pytest.raises(OSError) as raised, atomic_path(path):
+        fail(other)
+    assert raised.value.filename == str(other)
 
 
 def test_an_error_before_anything_is_written_is_raised_as_it_is(tmp_path):

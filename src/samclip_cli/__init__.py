@@ -7,7 +7,6 @@ must not wait for them.
 """
 
 import argparse
-import errno
 import json
 import logging
 import os
@@ -40,8 +39,6 @@ EXTRAS = dict.fromkeys(
 EXTRAS["export"] = "export"
 
 INTERRUPTED, BROKEN_PIPE = 130, 141  # exit status: 128 + signal number, as in shells
-# Errors of a disk that has become full or read-only after the outputs were checked.
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 class CommandError(Exception):
@@ -122,7 +119,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         discard_standard_output()
         return BROKEN_PIPE
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
+        from samclip_hf.files import DISK_ERRORS
+
+        if error.errno not in DISK_ERRORS:  # the disk may have become full after the outputs were checked
             raise
         message = f"samclip {arguments.command}: the output cannot be written: {error}"
         print(message, file=sys.stderr)

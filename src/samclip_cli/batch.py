@@ -23,7 +23,7 @@ from .formats import RESULTS, Prediction, encode, file_names, write_coco
 from .inputs import ImageInput, InputError, read_image
 from .models import LoadedModel
 from .plan import OutputNames, Plan, check_plan
-from .run_record import RunRecord
+from .run_record import RecordedOutputs, RunRecord, results_name
 
 if TYPE_CHECKING:  # importing these takes seconds, see the docstring of the package
     from PIL import Image
@@ -207,6 +207,9 @@ class _Work:
                 record.open()
                 for path in self._begun_files():
                     remove_temporary_files(path)
+            self.outputs = RecordedOutputs(plan.output)
+            results = [results_name(plan.process)] if self.writes_results else []
+            self.outputs.add([*plan.run_files, *results], plan.process)
 
     def _begun_files(self) -> Iterator[Path]:
         """Files of the images of this process that an interrupted run has begun to write."""
@@ -301,6 +304,7 @@ class _Work:
             for path in itertools.chain(folders, (output / path for path in files)):
                 if not replaces and os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
                     raise FileExistsError(None, "exists", str(path))
+            self.outputs.add(file_names(name, self.plan.formats), self.plan.process)
             if record is not None:
                 record.begin(image, name)
             for folder in folders:

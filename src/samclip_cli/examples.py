@@ -4,7 +4,7 @@ import argparse
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from .models import LoadedModel
 
 if TYPE_CHECKING:  # importing these takes seconds, see the docstring of the package
     import numpy as np
-    from PIL import Image
+    from PIL import Image, ImageFile
 
     from samclip_hf import SamClipVocabulary
 
@@ -67,14 +67,11 @@ class ExampleImage:
         from PIL import Image
 
         if self.is_cutout:
-            cutout = _open(self.path, "RGBA")
+            cutout = _read(self.path, lambda file: file.convert("RGBA"))
             image = Image.new("RGB", cutout.size, "gray")
             image.paste(cutout, mask=cutout)
             return image
-        try:
-            image = read_image(self.path, Image.MAX_IMAGE_PIXELS)
-        except Exception as error:  # Pillow's decoders raise many kinds of errors
-            raise ValueError(f"{self.path}: {first_line(error)}") from error
+        image = _read(self.path)
         if self.size is not None and image.size != self.size:
             raise ValueError(
                 f"{self.path} has {image.width} x {image.height} pixels, but its annotations are for {self.size[0]} x "
@@ -99,7 +96,8 @@ class ExampleImage:
                 return decode_mask(self.segmentations[index], None if self.size is None else self.size[::-1])
             except (OSError, ValueError) as error:
                 raise ValueError(f"{self.path}: {first_line(error)}") from error
-        values = np.asarray(_open(self.mask, "RGBA").getchannel("A") if self.is_cutout else _read_mask(self.mask))
+        image = _read(self.mask, (lambda file: file.convert("RGBA")) if self.is_cutout else _to_mask)
+        values = np.asarray(image.split()[-1])
         if 0 < values.max() <= MAX_TRANSPARENT:  # such as a mask of 0 and 1
             raise ValueError(
                 f"{self.mask}: the largest value is {values.max()}. The object must be "
@@ -108,38 +106,30 @@ class ExampleImage:
         return values > MAX_TRANSPARENT
 
 
-def _read_mask(path: Path) -> "Image.Image":
+def _to_mask(file: "ImageFile.ImageFile") -> "Image.Image":
     """The gray values of a mask file. Raises `ValueError` for an image that is no mask: with colors, such as a
     photograph or a map of several classes, or with an alpha channel, such as a cut-out, whose gray values are those of
     the object."""
     import numpy as np
 
-    if _open(path).has_transparency_data and _open(path, "RGBA").getchannel("A").getextrema()[0] != 255:
+    if file.has_transparency_data and file.convert("RGBA").getchannel("A").getextrema()[0] != 255:
         raise ValueError(
-            f"{path}: a mask must not be transparent: make it white inside the object and black outside, without an "
-            "alpha channel. A cut-out is an example without another image."
+            "a mask must not be transparent: make it white inside the object and black outside, without an alpha "
+            "channel. A cut-out is an example without another image."
         )
-    if _open(path).mode not in GRAY_MODES:
-        colors = np.asarray(_open(path, "RGB"), dtype=np.int16)
+    if file.mode not in GRAY_MODES:
+        colors = np.asarray(file.convert("RGB"), dtype=np.int16)
         if (colors.max(axis=-1) - colors.min(axis=-1)).max() > MAX_SATURATION:
-            raise ValueError(
-                f"{path}: a mask must not have colors: make it white inside the object and black outside."
-            )
-    return _open(path, "L")
+            raise ValueError("a mask must not have colors: make it white inside the object and black outside.")
+    return file.convert("L")
 
 
-def _open(path: Path, mode: str | None = None) -> "Image.Image":
-    """An image with its values as they are stored, converted to `mode`, or only its header. Raises `ValueError` if it
-    cannot be read."""
-    from PIL import Image, UnidentifiedImageError
-
-    from samclip_hf.images import open_undecoded
+def _read(path: Path, convert: "Callable[[ImageFile.ImageFile], Any] | None" = None) -> Any:
+    """As `read_image`, but all errors are a `ValueError` that names the image."""
+    from PIL import Image
 
     try:
-        with open_undecoded(path, max_pixels=Image.MAX_IMAGE_PIXELS) as file:
-            return file if mode is None else file.convert(mode)
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{path}: not an image, or a format that Pillow cannot read.") from error
+        return read_image(path, Image.MAX_IMAGE_PIXELS, convert)
     except Exception as error:  # Pillow's decoders raise many kinds of errors
         raise ValueError(f"{path}: {first_line(error)}") from error
 
@@ -277,14 +267,17 @@ def _images_in(folder: Path) -> list[Path]:
 def _is_cutout(path: Path) -> bool:
     """Whether an image is transparent outside an object, or was written as a cut-out, whose object may fill it. Others
     with an alpha channel are images without a mask, such as screenshots."""
-    try:
-        header = _open(path)
-        if not header.has_transparency_data:
+
+    def is_cutout(file: "ImageFile.ImageFile") -> bool:
+        if not file.has_transparency_data:
             return False
-        if header.info.get(CONTENT) == CUTOUT:
+        if file.info.get(CONTENT) == CUTOUT:
             return True
-        alpha = _open(path, "RGBA").getchannel("A")
+        alpha = file.convert("RGBA").getchannel("A")
         return bool(alpha.getextrema()[0] <= MAX_TRANSPARENT)  # type: ignore[operator]
+
+    try:
+        return _read(path, is_cutout)
     except ValueError as error:
         raise CommandError(f"--examples: {path} cannot be read: {str(error).removeprefix(f'{path}: ')}") from error
 

@@ -4,6 +4,7 @@ the Hub. Only names are collected before the work; images are read one by one.
 """
 
 import argparse
+import functools
 import glob
 import itertools
 import os
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import parse_qsl, urlencode
 
 from . import CommandError, first_line, log
@@ -20,7 +21,7 @@ from .argument_types import positive_int
 from .run_record import RecordedOutputs
 
 if TYPE_CHECKING:  # importing these takes seconds, see the docstring of the package
-    from PIL import Image
+    from PIL import ImageFile
 
     from samclip_hf.datasets.hub import HubSplit
 
@@ -198,11 +199,13 @@ def find_inputs(patterns: Sequence[str], output: str | None = None) -> Inputs:
     patterns (`Sequence[str]`):
         The arguments.
     output (`str`, *optional*):
-        The output folder. Images and tars that the run recorded in it has written are skipped and counted.
+        The output folder. Images and tars that runs have written to it are skipped and counted. Those that runs have
+        written to other folders are skipped unless an argument matches nothing else.
 
     Raises `CommandError` for an argument that matches no image, or if all images are such outputs.
     """
-    outputs = RecordedOutputs(output) if output is not None and os.path.isdir(output) else ()
+    own = None if output is None else os.path.realpath(output)
+    recorded = functools.cache(RecordedOutputs)
     written: set[str] = set()
     # By paths in which links of folders are resolved: '**' follows a link to a folder above up to 40 times.
     listed: dict[str, list[ImageInput]] = {}
@@ -212,20 +215,22 @@ def find_inputs(patterns: Sequence[str], output: str | None = None) -> Inputs:
             data_set = DataSetImages(pattern)
             data_sets.setdefault(data_set.key, data_set)
             continue
-        for path in _find_files(pattern):
+        paths = _find_files(pattern)
+        folders = {path: folder for path in paths if (folder := _output_folder(path, recorded)) is not None}
+        are_meant = len(folders) == len(paths)  # such as an output that is named
+        for path in paths:
             resolved = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
-            if path in outputs:
+            if path in folders and (folders[path] == own or not are_meant):
                 written.add(resolved)
-                continue
-            if resolved not in listed:
+            elif resolved not in listed:
                 is_tar = path.lower().endswith(TAR_EXTENSION)
                 listed[resolved] = _images_of_tar(path) if is_tar else [_image_of_file(path)]
     if written and not listed and not data_sets:
         raise CommandError(
             f"all images are outputs of an earlier run to --output {output}: pass other images, or another --output."
         )
-    if written:
-        log(f"--output {output}: skipping {len(written)} outputs of an earlier run among the images.")
+    if skipped := written - listed.keys():
+        log(f"skipping {len(skipped)} outputs of an earlier run among the images.")
     return Inputs(list(itertools.chain.from_iterable(listed.values())), list(data_sets.values()))
 
 
@@ -238,7 +243,7 @@ def _find_files(pattern: str) -> list[str]:
         raise CommandError(f"{pattern}: neither a file nor a folder.")
     if glob.has_magic(pattern):
         if found := sorted(match for match in glob.glob(pattern, recursive=True) if os.path.isfile(match)):
-            return _without_outputs(pattern, found)
+            return found
         raise CommandError(f"{pattern}: no file matches this pattern.")
     hint = ""
     if re.fullmatch(r"[\w.-]+/[\w.-]+", pattern) and not os.path.splitext(pattern)[1]:
@@ -264,27 +269,15 @@ def _files_of_folder(folder: str) -> list[str]:
         extensions = sorted({os.path.splitext(path)[1] or "no extension" for path in set(paths) - set(found)})
         skipped = len(paths) - len(found)
         log(f"{folder}: skipping {skipped} of {len(paths)} files, which are not images ({', '.join(extensions)}).")
-    return _without_outputs(folder, found)
+    return found
 
 
-def _without_outputs(name: str, paths: list[str]) -> list[str]:
-    """Leaves out files that a recorded run has written to their folder or to the folder above it, and reports their
-    number. If there are no other files, the outputs are meant."""
-    records: dict[str, RecordedOutputs] = {}
-
-    def is_output(path: str) -> bool:
-        parent = os.path.dirname(path) or os.curdir
-        folders = (parent, os.path.join(parent, os.pardir))
-        for folder in folders:
-            if folder not in records:
-                records[folder] = RecordedOutputs(folder)
-        return any(path in records[folder] for folder in folders)
-
-    originals = [path for path in paths if not is_output(path)]
-    if not originals or len(originals) == len(paths):
-        return paths
-    log(f"{name}: skipping {len(paths) - len(originals)} outputs of an earlier run among the images.")
-    return originals
+def _output_folder(path: str, recorded: Callable[[str], RecordedOutputs]) -> str | None:
+    """The output folder of the run that has written a file: its folder or the folder above it. `None` for other files.
+    `recorded` returns the outputs in a folder."""
+    parent = os.path.dirname(path) or os.curdir
+    outputs = (recorded(folder) for folder in (parent, os.path.join(parent, os.pardir)))
+    return next((own.folder for own in outputs if path in own), None)
 
 
 def _image_of_file(path: str) -> ImageInput:
@@ -345,7 +338,11 @@ def _count(pixels: int) -> str:
     return f"{pixels / 1e6:.0f} million" if pixels >= 1e7 else f"{pixels}"
 
 
-def read_image(source: Path | Callable[[], bytes | str], max_pixels: int | None) -> "Image.Image":
+def read_image(
+    source: Path | Callable[[], bytes | str],
+    max_pixels: int | None,
+    convert: "Callable[[ImageFile.ImageFile], Any] | None" = None,
+) -> Any:
     """
     The image in RGB, with its EXIF orientation applied.
 
@@ -353,18 +350,21 @@ def read_image(source: Path | Callable[[], bytes | str], max_pixels: int | None)
         See [`ImageInput`].
     max_pixels (`int`, *optional*):
         The largest accepted width times height. It must not exceed Pillow's own limit, `Image.MAX_IMAGE_PIXELS`.
+    convert (function of the opened image, *optional*):
+        What to return instead of the image in RGB. Pixels that it does not need are not decoded.
 
-    Raises `ValueError` if the image cannot be read.
+    Raises `ValueError` if the image cannot be read. Pillow's decoders raise other errors, too.
     """
     from PIL import Image, UnidentifiedImageError
 
-    from samclip_hf.images import open_image
+    from samclip_hf.images import convert_to_rgb, open_undecoded
 
     content = source() if callable(source) else source
     if (len(content) if isinstance(content, bytes) else os.path.getsize(content)) == 0:
         raise ValueError("the file is empty (0 bytes).")
     try:
-        return open_image(content, max_pixels=max_pixels)
+        with open_undecoded(content, max_pixels=max_pixels) as file:
+            return convert_to_rgb(file, apply_orientation=True) if convert is None else convert(file)
     except UnidentifiedImageError as error:
         raise ValueError("not an image, or a format that Pillow cannot read.") from error
     except Image.DecompressionBombError as error:

@@ -5,7 +5,8 @@ The record of a run over several images, with which the same command continues a
 The record is the folder `.samclip` in the output folder. `run.json` describes the options and the model. Each process
 has a journal, such as `images-00000-of-00002.jsonl`, with two lines for each image: one with its output name before
 outputs are written, and one when all of them are complete. Results of all images, one line of JSON each, are in
-`results.jsonl`, or in `results-00000-of-00002.jsonl` and so on for several processes.
+`results.jsonl`, or in `results-00000-of-00002.jsonl` and so on for several processes. `outputs-00000-of-00002.jsonl`
+has the names of all outputs, also of earlier runs and of runs on a single image, which have no other record.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import CommandError
-from .formats import RESULTS, file_names
+from .formats import RESULTS
 
 if TYPE_CHECKING:
     from .inputs import ImageInput
@@ -27,26 +28,34 @@ LONGEST_VALUE = 60  # of an option in messages, in characters
 
 class RecordedOutputs:
     """
-    What the recorded run in a folder has written or begun to write, so that the outputs in a folder of images are not
-    taken for inputs. Empty without a record.
+    What runs have written or begun to write to a folder, so that the outputs in a folder of images are not taken for
+    inputs. Each process appends names to a file of its own, which stays when a run is started again. Empty without
+    such files.
 
-    folder (`str`):
+    folder (`str` or `Path`):
         An output folder, or any other.
     """
 
-    def __init__(self, folder: str):
-        self.folder = os.path.realpath(folder)
+    def __init__(self, folder: str | Path):
+        self.folder, self.record = os.path.realpath(folder), Path(folder, FOLDER)
         self.names: set[str] = set()  # files and folders (with a final "/"), relative to the folder
-        record = Path(folder, FOLDER)
-        # RunRecord reports a damaged record. That of another version may have other formats.
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-            run = json.loads((record / "run.json").read_bytes())
-            self.names.update(run["files"])
-            for journal in record.glob("images-*.jsonl"):
-                self.names.add(_results_of(Path(), journal).name)
-                for line in journal.read_bytes().splitlines(keepends=True):
-                    if (entry := _parse(line)) is not None and "name" in entry:
-                        self.names.update(file_names(entry["name"], run["description"]["formats"]))
+        for path in self.record.glob("outputs-*.jsonl"):
+            with contextlib.suppress(OSError, TypeError):
+                self.names.update(_parse(line + b"\n") or "" for line in path.read_bytes().splitlines())
+        self.names.discard("")  # of lines that a killed process has not completed
+
+    def add(self, names: Iterable[str], process: tuple[int, int]) -> None:
+        """Records outputs, before a process writes them."""
+        from samclip_hf.files import named_disk_errors
+
+        if not (new := [name for name in names if name not in self.names]):
+            return
+        path = self.record / f"outputs-{_shard(process)}.jsonl"
+        self.record.mkdir(exist_ok=True)
+        with named_disk_errors(path), open(path, "ab") as file:
+            # The line break is first, because the last line may be incomplete.
+            file.write(b"".join(b"\n" + json.dumps(name).encode() for name in new))
+        self.names.update(new)
 
     def __contains__(self, path: str) -> bool:
         if not self.names:
@@ -155,9 +164,8 @@ class RunRecord:
 
     def check_unchanged(self, images: Iterable["ImageInput"]) -> None:
         """Raises `CommandError` if a file has changed since the outputs of its images were written."""
-        changed = [
-            image.key for image in images if image.key in self.done and _state(image) != self._states[image.key]
-        ]
+        done = (image for image in images if image.key in self.done)
+        changed = [image.key for image in done if file_state(image.file) != self._states[image.key]]
         if changed:
             images_have = f" and {len(changed) - 1} more images have" if len(changed) > 1 else " has"
             raise CommandError(
@@ -210,24 +218,31 @@ class RunRecord:
     def begin(self, image: "ImageInput", name: str) -> None:
         """Records the output name of an image, before its outputs are written."""
         if image.key not in self.names:
-            self.names[image.key], self._states[image.key] = name, _state(image)
+            self.names[image.key], self._states[image.key] = name, file_state(image.file)
             self._append({"image": image.key, "name": name, "file": self._states[image.key]})
 
     def finish(self, image: "ImageInput", result: str) -> None:
         """Writes the line of an image to the results, and records that its outputs are complete."""
+        from samclip_hf.files import named_disk_errors
+
         start = end = self._results_size
         if self._results_file is not None and image.key not in self.lines:
             line = result.encode() + b"\n"
-            self._results_file.write(line)
-            self._results_file.flush()
+            results = _results_of(self.output, self.journal)
+            with named_disk_errors(results):
+                self._results_file.write(line)
+                self._results_file.flush()
             end = self._results_size = start + len(line)
-            self.lines[image.key] = ResultLine(_results_of(self.output, self.journal), start, end)
+            self.lines[image.key] = ResultLine(results, start, end)
         self._append({"image": image.key, "end": end})
         self.done.add(image.key)
 
     def _append(self, entry: dict[str, Any]) -> None:
-        self._journal_file.write(json.dumps(entry).encode() + b"\n")
-        self._journal_file.flush()
+        from samclip_hf.files import named_disk_errors
+
+        with named_disk_errors(self.journal):
+            self._journal_file.write(json.dumps(entry).encode() + b"\n")
+            self._journal_file.flush()
 
     def close(self) -> None:
         self._journal_file.close()
@@ -300,21 +315,32 @@ def results_name(process: tuple[int, int]) -> str:
     return _results_of(Path(), Path(f"images-{_shard(process)}.jsonl")).name
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
-    """The entry of a journal, or `None` if its line is incomplete."""
+def _parse(line: bytes) -> Any:
+    """The content of a line, or `None` if it is incomplete."""
     try:
         return json.loads(line) if line.endswith(b"\n") else None
     except ValueError:
         return None
 
 
-def _state(image: "ImageInput") -> list[int] | None:
-    """Size and time of modification of an image's file; `None` if it cannot be read or if it is not a local file."""
+def file_state(path: str | Path | None) -> list[int] | None:
+    """Size and time of modification of a file; `None` if it cannot be read, or without a path."""
     try:
-        status = None if image.file is None else os.stat(image.file)
+        status = None if path is None else os.stat(path)
     except OSError:
         status = None
     return None if status is None else [status.st_size, status.st_mtime_ns]
+
+
+def recorded_states(output: Path) -> dict[str, list[int] | None]:
+    """The states of the files of images, see [`file_state`], when the run in a folder began to write their outputs, by
+    the keys of the images. Empty without a record."""
+    states = {}
+    for journal in sorted((output / FOLDER).glob("images-*.jsonl")):
+        for line in journal.read_bytes().splitlines(keepends=True):
+            if (entry := _parse(line)) is not None and "name" in entry:
+                states[entry["image"]] = entry["file"]
+    return states
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -409,6 +409,8 @@ def save(trainer: "SamClipTrainer", metrics: dict[str, float]) -> None:
     are saved in the subfolder `adapter` and merged into the model."""
     from safetensors import SafetensorError
 
+    from samclip_hf.distillation import last_checkpoint
+
     try:
         if trainer.args.lora_r:
             if trainer.is_world_process_zero():
@@ -419,10 +421,16 @@ def save(trainer: "SamClipTrainer", metrics: dict[str, float]) -> None:
         trainer.save_provenance(metrics)
         trainer.save_metrics("train", metrics)  # last, because it marks the model as complete
     except (OSError, RuntimeError, SafetensorError) as error:  # a full disk raises either
+        output_dir = trainer.args.output_dir
+        if trainer.is_world_process_zero():
+            for name in ("train_results.json", "all_results.json"):  # incomplete
+                Path(output_dir, name).unlink(missing_ok=True)
+        continuation = "--resume_from_checkpoint true: it continues from the last checkpoint."
+        if last_checkpoint(output_dir) is None:
+            continuation = "another --output_dir: there is no checkpoint to continue from."
         sys.exit(
-            f"All steps are done, but the model could not be saved in {trainer.args.output_dir}: {error}\n"
-            "Free some space and run the same command with --resume_from_checkpoint true: it saves the model from the "
-            "last checkpoint."
+            f"All steps are done, but the model could not be saved in {output_dir}: {error}\n"
+            f"Free some space and run the same command with {continuation}"
         )
     if trainer.args.push_to_hub:
         try:

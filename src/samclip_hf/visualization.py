@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 
+from .files import atomic_path
+
 NO_LABEL = 255  # in 8-bit label maps: ignored pixels
 MIN_LEGEND_LENGTH = 48  # characters in a row of a legend below a narrow image
 # Fonts of Linux, Windows and macOS with many alphabets. The first one with all characters of a text is used.
@@ -328,5 +330,6 @@ def save_panel(path: Path, rows: Sequence[Sequence[tuple[str, np.ndarray]]], tit
             axis.set_title(caption, fontsize=8, parse_math=False)  # names may contain a dollar sign
     figure.suptitle(title, fontsize=10, parse_math=False)
     figure.tight_layout()
-    figure.savefig(path, dpi=100)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=100, format=path.suffix.removeprefix("."))
     plt.close(figure)

@@ -18,6 +18,7 @@ from PIL import Image
 from samclip_cli import batch, main
 from samclip_cli.inputs import ImageInput, Inputs
 from samclip_cli.plan import OutputNames, Plan
+from samclip_cli.run_record import RunRecord
 
 from . import test_image_commands
 from .test_image_commands import LABEL_OPTIONS, LABELS, samclip, save, scene
@@ -134,14 +135,14 @@ def test_existing_files_are_replaced_on_request(capsys):
     Path("out").mkdir()
     command = ["classify", "dog.png", "--labels", "a, b", "--output", "out"]
     samclip(capsys, *command)
-    results = {path: path.read_bytes() for path in Path("out").iterdir()}
+    results = {path: path.read_bytes() for path in Path("out").iterdir() if path.is_file()}
     assert len(results) == 2
     _, [message] = samclip(capsys, *command, status=2)
     assert "out/dog.png and 1 more of the outputs would be overwritten" in message
     for path in results:
         path.write_text("old")
     samclip(capsys, *command, "--overwrite")
-    assert {path: path.read_bytes() for path in Path("out").iterdir()} == results
+    assert {path: path.read_bytes() for path in Path("out").iterdir() if path.is_file()} == results
 
 
 @pytest.mark.parametrize("link", [os.symlink, os.link])
@@ -162,7 +163,7 @@ def test_outputs_may_be_next_to_the_images(capsys):
     Path("dog.png").rename("dog.tif.png")
     scene().save("cat.jpg")
     samclip(capsys, "classify", "cat.jpg", "--labels", "a, b", "--output", ".")
-    assert sorted(os.listdir()) == ["cat.jpg", "cat.json", "cat.png", "dog.tif.png"]
+    assert sorted(os.listdir()) == [".samclip", "cat.jpg", "cat.json", "cat.png", "dog.tif.png"]
 
 
 def test_a_file_that_appears_during_the_work_is_not_replaced(capsys, monkeypatch):
@@ -198,7 +199,7 @@ def test_names_of_any_length_are_written_or_refused_before_the_work(capsys):
         Path("in", os.listdir("in")[0]).rename(f"in/{name}.png")
         Path(f"out{length}").mkdir()
         _, messages = samclip(capsys, "classify", "in", "--labels", "a, b", "--output", f"out{length}", status=status)
-        written = [f"{name}.json", f"{name}.png"] if status == 0 else []
+        written = [".samclip", f"{name}.json", f"{name}.png"] if status == 0 else []
         assert sorted(os.listdir(f"out{length}")) == written
     assert "File name too long" in messages[0]
 
@@ -282,6 +283,29 @@ def test_a_full_disk_behind_standard_output_is_reported(capsys, monkeypatch):
         monkeypatch.setattr(sys, "stdout", full)
         assert main(["classify", "1.png", "2.png", "--labels", "a, b"]) == 1
     assert "stopped after 0 of 2 images: the output cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+@pytest.mark.parametrize(
+    "file, name", [("_journal_file", ".samclip/images-00000-of-00001.jsonl"), ("_results_file", "results.jsonl")]
+)
+def test_a_full_disk_is_reported_with_the_file_of_the_record(capsys, monkeypatch, file, name):
+    save("1.png", "2.png")
+    opened = RunRecord.open
+
+    def open_on_full_disk(record):
+        opened(record)
+        getattr(record, file).close()
+        setattr(record, file, full)
+
+    monkeypatch.setattr(RunRecord, "open", open_on_full_disk)
+    command = ["classify", "1.png", "2.png", "--labels", "a, b", "--output", "out", "--formats", "jsonl"]
+    with open("/dev/full", "wb", buffering=0) as full:
+        _, [message] = samclip(capsys, *command, status=1)
+    assert message == (
+        "samclip: stopped after 0 of 2 images: the output cannot be written: [Errno 28] No space left on device: "
+        f"'out/{name}'. Run the same command without --overwrite to continue."
+    )
 
 
 def test_ctrl_c_keeps_complete_outputs(capsys, monkeypatch):

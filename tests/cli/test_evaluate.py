@@ -67,26 +67,28 @@ def test_an_interrupted_task_is_run_again(tmp_path, monkeypatch):
     }
 
 
-@pytest.mark.parametrize("full_at", ["results.json", "results.md", "samclip-model-index.yaml"])
-def test_a_run_on_a_full_disk_is_completed_by_the_next_one(tmp_path, monkeypatch, full_at):
+PANEL = "classification-miniature-64-samclip.png"
+
+
+@pytest.mark.parametrize("full_at", [PANEL, "results.json", "results.md", "samclip-model-index.yaml"])
+def test_a_run_on_a_full_disk_names_the_file_and_is_completed_by_the_next_one(tmp_path, monkeypatch, capsys, full_at):
     arguments = ["evaluate", "--model", miniature.checkpoint(), "--task", "classification:miniature@64"]
     arguments += ["--share", "0.05", "--output_dir", str(tmp_path)]
-    panel = "classification-miniature-64-samclip.png"
-
     replace = Path.replace
 
     def fail(self, target):
-        if target.name == full_at and (tmp_path / panel).exists():
+        if target.name == full_at and (full_at == PANEL or (tmp_path / PANEL).exists()):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return replace(self, target)
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", fail)  # the last step of an atomic write
         assert main(arguments) == 1
-    assert (tmp_path / panel).exists()
+    assert f"{os.strerror(errno.ENOSPC)}: {str(tmp_path / full_at)!r}" in capsys.readouterr().err
+    assert (tmp_path / PANEL).exists() == (full_at != PANEL)
     assert main(arguments) == 0
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"results.json", "results.md", panel, "samclip-model-index.yaml"}
+    assert names == {"results.json", "results.md", PANEL, "samclip-model-index.yaml"}
     content = json.loads((tmp_path / "results.json").read_text())
     assert "classification:miniature@64" in content["tasks"]
     assert "classification:miniature@64" in (tmp_path / "results.md").read_text()

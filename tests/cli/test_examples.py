@@ -274,6 +274,8 @@ def test_wrong_folders_and_options_are_refused(capsys):
     assert "neither a cut-out" in refuse("--examples", "parts")
     Image.new("L", (128, 128)).save("parts/one/photo_mask.png")
     assert "has no pixels" in refuse("--examples", "parts")
+    Path("parts/one/photo_mask.png").write_bytes(b"")
+    assert "photo_mask.png: the file is empty (0 bytes)" in refuse("--examples", "parts")
     assert "--template has no effect" in refuse("--examples", "parts", "--template", "a {}")
     Path("parts/one/photo.png").unlink()
     assert "there is no image for the mask" in refuse("--examples", "parts")

@@ -14,6 +14,7 @@ import pytest
 
 from samclip_cli import batch, main, run_record
 from samclip_cli.plan import find_process
+from samclip_cli.run_record import RecordedOutputs
 
 from . import test_image_commands
 from .test_batch import before_writing
@@ -113,6 +114,39 @@ def test_outputs_among_the_images_are_not_read_by_the_next_run(capsys, monkeypat
     assert len(samclip(capsys, "classify", "photos/0.png", "photos/out", "--labels", "cat, sofa")[0]) == 7
     message = samclip(capsys, "segment", "photos/0.png", *command, "--output", "photos", status=2)[1][-1]
     assert "all images are outputs of an earlier run to --output photos" in message
+
+
+def test_outputs_of_a_single_image_and_of_other_formats_are_not_read_by_later_runs(capsys):
+    save("photos/0.jpg", "photos/1.jpg")
+    command = ["classify", "--labels", "cat, sofa", "--output", "photos"]
+    samclip(capsys, *command, "photos/0.jpg")
+    assert Path("photos/0.png").exists()
+    originals = ["photos/0.jpg", "photos/1.jpg"]
+    records, messages = samclip(capsys, "classify", "photos", "--labels", "cat, sofa")
+    assert [record["image"] for record in records] == originals
+    assert messages[-1].endswith("skipping 1 outputs of an earlier run among the images.")
+    samclip(capsys, *command, "photos", "--overwrite")
+    samclip(capsys, *command, "photos", "--overwrite", "--formats", "json")
+    assert Path("photos/0.png").exists() and Path("photos/1.png").exists()
+    records, messages = samclip(capsys, "classify", "photos", "--labels", "cat, sofa")
+    assert [record["image"] for record in records] == originals
+    assert messages[-1].endswith("skipping 2 outputs of an earlier run among the images.")
+
+
+def test_the_outputs_of_all_processes_are_recorded_once_also_after_a_line_that_was_not_completed(tmp_path):
+    RecordedOutputs(tmp_path).add(["a.png", "b_masks/"], (0, 2))
+    RecordedOutputs(tmp_path).add(["c.png"], (1, 2))
+    [file, _] = sorted((tmp_path / ".samclip").iterdir())
+    size = file.stat().st_size
+    RecordedOutputs(tmp_path).add(["c.png", "a.png"], (0, 2))
+    assert file.stat().st_size == size
+    os.truncate(file, size - 1)
+    outputs = RecordedOutputs(tmp_path)
+    assert outputs.names == {"a.png", "c.png"}
+    outputs.add(["line\nbreak.png"], (0, 2))
+    outputs = RecordedOutputs(tmp_path)
+    assert outputs.names == {"a.png", "c.png", "line\nbreak.png"}
+    assert str(tmp_path / "a.png") in outputs and str(tmp_path / "b.png") not in outputs
 
 
 @pytest.mark.parametrize("lost", [0, 1, 30])

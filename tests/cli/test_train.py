@@ -1,6 +1,8 @@
 """`samclip train` and `samclip cost`: arguments, recipes, and what a run leaves in its output folder."""
 
+import errno
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -345,6 +347,35 @@ def test_the_best_model_is_saved_after_an_interruption_between_training_and_savi
     assert all(torch.equal(value, best[name]) for name, value in load_file(run / "model.safetensors").items())
     (stage,) = json.loads((run / "provenance.json").read_text())["stages"]
     assert (stage["steps"], stage["best_step"]) == (2, state["best_global_step"]) and stage["images_seen"] > 0
+
+
+@pytest.mark.parametrize("save_strategy", ["steps", "no"])
+def test_a_disk_that_is_full_at_the_last_file_of_a_run_says_how_to_get_the_model(
+    train, recipe, tmp_path, monkeypatch, save_strategy
+):
+    settings = ["stage: 1", "max_steps: 1", "clip_resolutions: [64]", "clip_batch_size: 2", "shuffle_buffer: 2"]
+    path = recipe("\n".join([*settings, "report_to: none", f"save_strategy: '{save_strategy}'", "save_steps: 1"]))
+    run = tmp_path / "run"
+
+    def fail(self, split, metrics):
+        for name in ("train_results.json", "all_results.json"):  # `open` and `write` of Trainer.save_metrics
+            (run / name).touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SamClipTrainer, "save_metrics", fail)
+        with pytest.raises(SystemExit, match=r"could not be saved in .*/run: .*No space left") as stopped:
+            train.run([path])
+    if save_strategy == "no":
+        assert "another --output_dir: there is no checkpoint" in str(stopped.value)
+        return
+    assert "--resume_from_checkpoint true" in str(stopped.value)
+    saved = (run / "model.safetensors").read_bytes()
+    (run / "model.safetensors").unlink()
+    assert train.run([path, "--resume_from_checkpoint", "true"]) == 0
+    assert (run / "model.safetensors").read_bytes() == saved
+    for name in ("train_results.json", "all_results.json"):
+        json.loads((run / name).read_text())
 
 
 def test_stage_3_requires_a_model(train, recipe):

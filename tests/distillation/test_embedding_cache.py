@@ -214,7 +214,8 @@ def test_a_full_disk_keeps_complete_shards(arguments, tmp_path, monkeypatch):
         write(table, path)
 
     monkeypatch.setattr(embedding_cache.pq, "write_table", write_until_full)
-    with pytest.raises(SystemExit, match="No space left on device\nThe embeddings of complete shards are kept"):
+    message = r"No space left on device: '.*/cache/00/000001.parquet'\nThe embeddings of complete shards are kept"
+    with pytest.raises(SystemExit, match=message):
         embed(arguments)
     assert [path.name for path in (tmp_path / "cache" / "00").iterdir()] == ["000000.parquet"]
 

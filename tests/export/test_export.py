@@ -1,6 +1,7 @@
 """Exported ONNX files equal PyTorch at any size, and segment images by text without PyTorch."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -462,6 +463,22 @@ class TestFolder:
         monkeypatch.setattr(writer, "TOLERANCE", 0.0)
         with pytest.raises(RuntimeError, match=r"text_embeds of text_encoder.onnx differs from PyTorch"):
             export(checkpoint, tmp_path / "onnx", ["text_encoder"])
+        assert not list(tmp_path.iterdir())
+
+    @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+    @pytest.mark.parametrize("full_at", ["text_encoder.onnx", "tokenizer.json", "class_embeds.npy"])
+    def test_a_full_disk_is_reported_with_the_folder(self, checkpoint, tmp_path, monkeypatch, full_at):
+        def write(part, path, opset):
+            if path.name == full_at:
+                Path("/dev/full").write_bytes(b"graph")
+            else:
+                (path.parent / full_at).symlink_to("/dev/full")
+
+        monkeypatch.setattr(writer, "_write", write)
+        monkeypatch.setattr(writer, "_compare", lambda *arguments: 0.0)
+        arguments = ["--model", str(checkpoint), "--output_dir", str(tmp_path / "onnx"), "--parts", "text_encoder"]
+        with pytest.raises(SystemExit, match=r"samclip export: .*No space left on device: '.*/onnx'$"):
+            export_command(arguments)
         assert not list(tmp_path.iterdir())
 
     def test_folders_with_other_files_are_not_replaced(self, checkpoint, tmp_path):

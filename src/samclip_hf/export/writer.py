@@ -4,6 +4,7 @@ Writes the parts of a SAM-CLIP as ONNX files, compares each file with PyTorch, a
 `docs/export.md` shows how to combine the parts. Needs the extra `export`.
 """
 
+import io
 import json
 import os
 import tempfile
@@ -19,6 +20,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoProcessor, SiglipTokenizer
 from transformers.utils import logging
 
+from ..files import named_disk_errors
 from ..modeling_samclip import load_complete_model
 from ..segmentation_samclip import SamClipForImageSegmentation
 from .modules import MAX_PATCHES, PART_NAMES, Part, create_parts
@@ -109,7 +111,10 @@ def export(
         raise ValueError(f"parts is empty: choose from {', '.join(available)}.")
 
     output_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}-") as temporary:
+    with (
+        named_disk_errors(output_dir),
+        tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}-") as temporary,
+    ):
         folder = Path(temporary) / output_dir.name
         folder.mkdir()
         differences = {}
@@ -343,7 +348,9 @@ def _describe(
         }
         _write_tokenizer(tokenizer, folder / "tokenizer.json")
     if model.class_embeds is not None:
-        np.save(folder / "class_embeds.npy", model.class_embeds.numpy())
+        content = io.BytesIO()  # np.save raises an error without a number if the disk of a file is full
+        np.save(content, model.class_embeds.numpy())
+        (folder / "class_embeds.npy").write_bytes(content.getvalue())
         description["vocabulary"] = {
             "id2label": config.id2label,
             "label_ids": config.vocabulary_label_ids,
@@ -356,12 +363,12 @@ def _describe(
 def _write_tokenizer(tokenizer, path: Path) -> None:
     """Writes a tokenizer for the library `tokenizers`. Logs a warning if it cannot be converted."""
     if hasattr(tokenizer, "backend_tokenizer"):
-        tokenizer.backend_tokenizer.save(str(path))
+        path.write_text(tokenizer.backend_tokenizer.to_str(pretty=True), encoding="utf-8")
         return
     reason = f"a {type(tokenizer).__name__} cannot be converted"
     if isinstance(tokenizer, SiglipTokenizer):
         try:
-            convert_siglip_tokenizer(tokenizer).save(str(path))
+            path.write_text(convert_siglip_tokenizer(tokenizer).to_str(pretty=True), encoding="utf-8")
             return
         except ValueError as error:
             reason = str(error)
