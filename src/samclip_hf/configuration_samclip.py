@@ -98,6 +98,8 @@ class SamClipConfig(SamConfig):
         `pixel_values * clip_pixel_scale + clip_pixel_shift`.
     semantic_loss_ignore_index (`int`, *optional*, defaults to 255):
         The value of pixels in label maps that are ignored by the loss of [`SamClipForImageSegmentation`].
+    mask_loss_weight (`float`, *optional*, defaults to 1.0):
+        Weight of the SAM head in the loss of [`SamClipForImageSegmentation`] for masks. 0 turns it off.
     teachers (`dict[str, dict[str, str]]`, *optional*):
         The models that [`SamClipModel.from_teachers`] copied weights from, `"sam"` and `"clip"`, as returned by
         [`describe_teacher`]. The model card names them; no output depends on them.
@@ -149,6 +151,7 @@ class SamClipConfig(SamConfig):
     clip_pixel_scale: list[float] | None = None
     clip_pixel_shift: list[float] | None = None
     semantic_loss_ignore_index: int = 255
+    mask_loss_weight: float = 1.0
     teachers: dict[str, dict[str, str]] | None = None
 
     def __post_init__(self, **kwargs):
@@ -248,6 +251,8 @@ class SamClipConfig(SamConfig):
         """Part of `@strict`-powered validation."""
         if self.composition_points < 1:
             raise ValueError(f"composition_points must be 1 or more, got {self.composition_points}.")
+        if self.mask_loss_weight < 0:
+            raise ValueError(f"mask_loss_weight must be 0 or more, got {self.mask_loss_weight}.")
         if self.merged and self.segment_attention != "restricted":
             raise ValueError(
                 'segment_attention has an effect in unmerged models only; a merged model has "restricted".'

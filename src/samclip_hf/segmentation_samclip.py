@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ logger = logging.get_logger(__name__)
 POINTS_PER_CLASS = 3  # paper, section 5: one to three
 DEFAULT_TEMPLATES = ("a photo of a {}",)
 TEXTS_PER_BATCH = 256  # texts in one pass of the text tower: 1000 names in 80 templates do not fit at once
+MAX_LOSS_MASKS = 8  # of an image and a step, for the loss of the SAM head
 CLASSES_PER_CHUNK = 32  # classes in one pass of the mask decoder
 VALUES_PER_CHUNK = 2**17  # of a map of the points in one pass of the mask decoder on a CPU: 0.5 MB
 PATCHES_PER_CHUNK = 2**15  # patches of segments in one pass of the CLIP head: 100 MB for each map of 768 channels
@@ -302,6 +303,51 @@ def semantic_loss(
         negative = _without_background(resize(negative_logits[:, None]), labels[:, None], background_label_id)
         resized = torch.cat([resized, negative], dim=1)
     return _mean_cross_entropy(resized, labels, ignore_index)
+
+
+def focal_and_dice_losses(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""
+    The losses of masks in SAM's training (Kirillov et al. 2023, appendix A): the focal loss with alpha 0.25 and gamma
+    2 (Lin et al., arXiv 1708.02002), and the dice loss 1 - (2 sum(pt) + 1) / (sum(p) + sum(t) + 1), as in MaskFormer
+    (arXiv 2107.06278).
+
+    logits (`torch.Tensor` of shape `(..., height, width)`):
+        Mask logits.
+    targets (`torch.Tensor` of the same shape):
+        The masks: 0 and 1, or booleans.
+
+    Returns both losses of each mask, `(...)`, in float32.
+    """
+    logits, targets = logits.float(), targets.float()
+    probability = logits.sigmoid()
+    cross_entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    error = (targets - probability).abs()  # 1 - p_t
+    alpha = 0.75 - 0.5 * targets  # 0.25 inside, 0.75 outside
+    focal = (alpha * error.square() * cross_entropy).mean(dim=(-2, -1))
+    overlap, sizes = (probability * targets).sum(dim=(-2, -1)), (probability + targets).sum(dim=(-2, -1))
+    return focal, 1 - (2 * overlap + 1) / (sizes + 1)
+
+
+def mask_loss(pred_masks: torch.Tensor, iou_scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    r"""
+    SAM's loss (Kirillov et al. 2023, appendix A): 20 x focal + dice of the mask with the lowest loss, and the squared
+    error of the predicted IoUs.
+
+    pred_masks (`torch.Tensor` of shape `(num_prompts, num_masks, height, width)`):
+        Mask logits.
+    iou_scores (`torch.Tensor` of shape `(num_prompts, num_masks)`):
+        Predicted IoUs.
+    targets (`torch.Tensor` of shape `(num_prompts, height, width)`, `bool`):
+        The mask of the object of each prompt.
+
+    Returns the loss of each prompt, `(num_prompts,)`, in float32.
+    """
+    targets = targets[:, None].expand_as(pred_masks)
+    focal, dice = focal_and_dice_losses(pred_masks, targets)
+    with torch.no_grad():
+        found = pred_masks > 0
+        ious = (found & targets).sum(dim=(-2, -1)) / (found | targets).sum(dim=(-2, -1)).clamp_min(1)
+    return (20 * focal + dice).amin(dim=1) + (iou_scores.float() - ious).square().mean(dim=1)
 
 
 def _without_background(negative_logits: torch.Tensor, labels: torch.Tensor, background_label_id: int | None):
@@ -843,6 +889,7 @@ class SamClipForImageSegmentation(SamClipModel):
         mask_labels: Sequence | None = None,
         class_labels: Sequence[torch.Tensor] | None = None,
         negative_embeds: torch.Tensor | None = None,
+        mask_loss_weight: float | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> SamClipSegmentationOutput:
         r"""
@@ -854,8 +901,7 @@ class SamClipForImageSegmentation(SamClipModel):
             Not used. Accepted because `model(**inputs)` passes it. Post-processing takes it as `target_sizes`.
         both_heads (`bool`, *optional*):
             Whether to use the SAM head after the CLIP head (paper, section 5: "composing both CLIP and SAM heads"), or
-            the CLIP head alone. By default `True`, and `False` if a loss is computed, which does not depend on the SAM
-            head.
+            the CLIP head alone. By default `True`, and `False` if a loss is computed, which does not depend on it.
         vocabulary ([`SamClipVocabulary`], *optional*):
             From `embed_vocabulary`; by default the checkpoint's.
         vision_embeds ([`SamClipVisionEncoderOutput`], *optional*):
@@ -867,13 +913,17 @@ class SamClipForImageSegmentation(SamClipModel):
         mask_labels (`Sequence`), class_labels (`Sequence[torch.Tensor]`, *optional*):
             For each image, masks as in `classify_masks`, and their labels `(num_masks,)`. The loss is the mean cross
             entropy of the logits of `classify_masks` over the masks that have pixels and a label other than
-            `config.semantic_loss_ignore_index`. Unlike Mask2Former, the masks do not cover the padding, and the SAM
-            head is not trained. For an `eval_loss` without `labels`, `Trainer` needs
+            `config.semantic_loss_ignore_index`, and, for the SAM head, [`mask_loss`] of these masks without those of
+            the background: each is an object, and a point or a box of it is the prompt. Unlike Mask2Former, the masks
+            do not cover the padding. For an `eval_loss` without `labels`, `Trainer` needs
             `label_names=["mask_labels", "class_labels"]`.
         negative_embeds (`torch.Tensor` of shape `(num_texts, projection_dim)`, *optional*):
             Negative texts: embeddings, of length 1, of texts that describe none of the labels, such as the
             `class_embeds` of another vocabulary. In the losses, they are further classes without pixels or masks, so
             that the model also learns to distinguish the labels from them. They do not count for background.
+        mask_loss_weight (`float`, *optional*):
+            Weight of the loss of the SAM head. By default `config.mask_loss_weight`. 0 turns it off, for masks that
+            contain several objects.
 
         With points, boxes or masks as prompts, inputs and output are those of [`SamClipModel`], and no vocabulary is
         used. `classify_masks` labels the masks.
@@ -884,6 +934,8 @@ class SamClipForImageSegmentation(SamClipModel):
         has_loss = labels is not None or mask_labels is not None or class_labels is not None
         if negative_embeds is not None and not has_loss:
             raise ValueError("negative_embeds are for the loss: pass labels, or mask_labels and class_labels.")
+        if mask_loss_weight is not None and mask_labels is None:
+            raise ValueError("mask_loss_weight is for the loss of masks: pass mask_labels and class_labels.")
         if any(kwargs.get(name) is not None for name in ("input_points", "input_boxes", "input_masks")):
             if has_loss:
                 raise ValueError(
@@ -915,17 +967,18 @@ class SamClipForImageSegmentation(SamClipModel):
         content_sizes = self._content_sizes(image_grid, reshaped_input_sizes)
         loss = None
         if has_loss:
-            loss = self._loss(
-                dense_embeds,
-                logits,
-                vision_outputs,
-                reshaped_input_sizes,
-                vocabulary,
-                labels,
-                mask_labels,
-                class_labels,
-                negative_embeds,
-            )
+            self._check_targets(vocabulary, mask_labels, class_labels)
+            loss = logits.new_zeros((), dtype=torch.float32)
+            if labels is not None:
+                loss = loss + self._label_map_loss(logits, dense_embeds, labels, vocabulary, negative_embeds)
+            if mask_labels is not None and class_labels is not None:
+                embeds = self.embed_masks(mask_labels, None, reshaped_input_sizes, vision_outputs)
+                loss = loss + self._class_loss(embeds, class_labels, vocabulary, negative_embeds)
+                weight = self.config.mask_loss_weight if mask_loss_weight is None else mask_loss_weight
+                if weight > 0:
+                    loss = loss + weight * self._mask_loss(
+                        image_embeddings, content_sizes, mask_labels, class_labels, vocabulary
+                    )
         segments = {}
         if both_heads or (both_heads is None and not has_loss):
             content_mask = self._content_mask(image_grid, reshaped_input_sizes)
@@ -950,87 +1003,149 @@ class SamClipForImageSegmentation(SamClipModel):
             attentions=vision_outputs.attentions,
         )
 
-    def _loss(
-        self,
-        dense_embeds,
-        logits,
-        vision_outputs,
-        reshaped_input_sizes,
-        vocabulary,
-        labels,
-        mask_labels,
-        class_labels,
-        negative_embeds,
-    ) -> torch.Tensor:
-        """The sum of the losses of `forward` for the given labels. Raises as `forward` does."""
-        ignore_index = self.config.semantic_loss_ignore_index
-        known = {*vocabulary.label_ids}
+    def _check_targets(self, vocabulary: SamClipVocabulary, mask_labels, class_labels) -> None:
+        """Raises `ValueError` if there is no loss for a vocabulary, or if masks have no labels."""
         if vocabulary.background_threshold is not None:
             raise ValueError(
                 "The background of this vocabulary is a threshold, which cannot be trained: describe the background "
                 "by texts, such as background=['an empty scene'], or set it to None and train without background."
             )
-        if ignore_index in known:
+        if (ignore_index := self.config.semantic_loss_ignore_index) in vocabulary.label_ids:
             raise ValueError(
                 f"{ignore_index} is a label of the vocabulary and config.semantic_loss_ignore_index: use fewer "
                 "labels, or set another semantic_loss_ignore_index."
             )
         if (mask_labels is None) != (class_labels is None):
             raise ValueError("Pass both mask_labels and class_labels, or neither.")
+        if mask_labels is not None and [len(own) for own in mask_labels] != [len(own) for own in class_labels]:
+            raise ValueError("class_labels must have one label for each mask of mask_labels, for each image.")
 
-        def check(values: torch.Tensor, name: str) -> torch.Tensor:
-            if values.is_floating_point() or values.dtype == torch.bool:
-                raise ValueError(f"{name} must be integers, got {values.dtype}.")
-            if unknown := sorted({*values.unique().tolist()} - known - {ignore_index}):
-                raise ValueError(
-                    f"{name} contain {unknown[:10]}, but the vocabulary has texts for the labels {sorted(known)[:10]}"
-                    f"{'...' if len(known) > 10 else ''}, and {ignore_index} is ignored. In maps in which 0 has no "
-                    "label and the first label is 1, the image processor's do_reduce_labels=True changes the numbers."
-                )
-            return values.to(logits.device, torch.int64)
-
-        def negative_logits(embeds: torch.Tensor) -> torch.Tensor | None:
-            """Of embeddings `(..., projection_dim)`: `(...)`."""
-            if negative_embeds is None:
-                return None
-            similarity = embeds @ negative_embeds.to(embeds.device, embeds.dtype).T
-            return (similarity * self.logit_scale.exp()).logsumexp(dim=-1)
-
-        loss = logits.new_zeros((), dtype=torch.float32)
-        if labels is not None:
-            height, width = logits.shape[-2:]
-            if (
-                labels.ndim != 3
-                or len(labels) != len(logits)
-                or labels.shape[1] * width != labels.shape[2] * height
-                or labels.shape[1] == 0
-            ):
-                raise ValueError(
-                    f"labels must be (batch_size, height, width) for {len(logits)} images, with the proportions of "
-                    f"pixel_values, {height}:{width} patches; got {tuple(labels.shape)}. The image processor prepares "
-                    "them: processor(images, segmentation_maps=label_maps)."
-                )
-            loss = loss + semantic_loss(
-                logits,
-                check(labels, "labels"),
-                ignore_index,
-                negative_logits(dense_embeds.permute(0, 2, 3, 1)),
-                vocabulary.background_label_id,
+    def _check_labels(self, values: torch.Tensor, name: str, vocabulary: SamClipVocabulary) -> torch.Tensor:
+        """Returns labels as `int64`. Raises `ValueError` if they are not in the vocabulary."""
+        if values.is_floating_point() or values.dtype == torch.bool:
+            raise ValueError(f"{name} must be integers, got {values.dtype}.")
+        known, ignore_index = {*vocabulary.label_ids}, self.config.semantic_loss_ignore_index
+        if unknown := sorted({*values.unique().tolist()} - known - {ignore_index}):
+            raise ValueError(
+                f"{name} contain {unknown[:10]}, but the vocabulary has texts for the labels {sorted(known)[:10]}"
+                f"{'...' if len(known) > 10 else ''}, and {ignore_index} is ignored. In maps in which 0 has no "
+                "label and the first label is 1, the image processor's do_reduce_labels=True changes the numbers."
             )
-        if mask_labels is not None:
-            if [len(own) for own in mask_labels] != [len(own) for own in class_labels]:
-                raise ValueError("class_labels must have one label for each mask of mask_labels, for each image.")
-            embeds = self.embed_masks(mask_labels, None, reshaped_input_sizes, vision_outputs)
-            targets = torch.full(embeds.shape[:2], ignore_index, device=logits.device)
-            for row, own in zip(targets, class_labels, strict=True):
-                row[: len(own)] = check(torch.as_tensor(own), "class_labels")
-            targets = torch.where(embeds.detach().any(dim=-1), targets, ignore_index)
-            segment_logits = self.classify(embeds, vocabulary)
-            if (negative := negative_logits(embeds)) is not None:
-                negative = _without_background(negative, targets, vocabulary.background_label_id)
-                segment_logits = torch.cat([segment_logits, negative[..., None]], dim=-1)
-            loss = loss + _mean_cross_entropy(segment_logits.flatten(0, 1), targets.flatten(), ignore_index)
-        return loss
+        return values.to(torch.int64)
+
+    def _negative_logits(self, embeds: torch.Tensor, negative_embeds: torch.Tensor) -> torch.Tensor:
+        """The logarithm of the sum of the exponential logits of negative texts `(...)`, for embeddings `(...,
+        projection_dim)`."""
+        similarity = embeds @ negative_embeds.to(embeds.device, embeds.dtype).T
+        return (similarity * self.logit_scale.exp()).logsumexp(dim=-1)
+
+    def _label_map_loss(
+        self,
+        logits: torch.Tensor,
+        dense_embeds: torch.Tensor,
+        labels: torch.Tensor,
+        vocabulary: SamClipVocabulary,
+        negative_embeds: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The loss of `forward` for `labels`."""
+        height, width = logits.shape[-2:]
+        if (
+            labels.ndim != 3
+            or len(labels) != len(logits)
+            or labels.shape[1] * width != labels.shape[2] * height
+            or labels.shape[1] == 0
+        ):
+            raise ValueError(
+                f"labels must be (batch_size, height, width) for {len(logits)} images, with the proportions of "
+                f"pixel_values, {height}:{width} patches; got {tuple(labels.shape)}. The image processor prepares "
+                "them: processor(images, segmentation_maps=label_maps)."
+            )
+        negative = None
+        if negative_embeds is not None:
+            negative = self._negative_logits(dense_embeds.permute(0, 2, 3, 1), negative_embeds)
+        return semantic_loss(
+            logits,
+            self._check_labels(labels, "labels", vocabulary).to(logits.device),
+            self.config.semantic_loss_ignore_index,
+            negative,
+            vocabulary.background_label_id,
+        )
+
+    def _class_loss(
+        self,
+        embeds: torch.Tensor,
+        class_labels: Sequence[torch.Tensor],
+        vocabulary: SamClipVocabulary,
+        negative_embeds: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The loss of `forward` for `class_labels` and the embeddings of their masks."""
+        ignore_index = self.config.semantic_loss_ignore_index
+        targets = torch.full(embeds.shape[:2], ignore_index, device=embeds.device)
+        for row, own in zip(targets, class_labels, strict=True):
+            row[: len(own)] = self._check_labels(torch.as_tensor(own), "class_labels", vocabulary)
+        targets = torch.where(embeds.detach().any(dim=-1), targets, ignore_index)
+        logits = self.classify(embeds, vocabulary)
+        if negative_embeds is not None:
+            negative = self._negative_logits(embeds, negative_embeds)
+            negative = _without_background(negative, targets, vocabulary.background_label_id)
+            logits = torch.cat([logits, negative[..., None]], dim=-1)
+        return _mean_cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index)
+
+    def _mask_loss(
+        self,
+        image_embeddings: torch.Tensor,
+        content_sizes: torch.Tensor,
+        mask_labels: Sequence,
+        class_labels: Sequence[torch.Tensor],
+        vocabulary: SamClipVocabulary,
+    ) -> torch.Tensor:
+        """The mean of [`mask_loss`] over the objects of `mask_labels`, at most `MAX_LOSS_MASKS` of an image. The SAM
+        head gets a point or a box of each object, and in evaluation mode always a point."""
+        # Trainer makes the random numbers of the training reproducible. Those of the evaluation are always the same.
+        generator = None if self.training else torch.Generator(image_embeddings.device).manual_seed(0)
+        random: dict[str, Any] = {"generator": generator, "device": image_embeddings.device}
+        excluded = [self.config.semantic_loss_ignore_index, vocabulary.background_label_id]
+        mask_size = (4 * image_embeddings.shape[-2], 4 * image_embeddings.shape[-1])
+        losses = []
+        for image, (masks, labels) in enumerate(zip(mask_labels, class_labels, strict=True)):
+            content_size = content_sizes[image].tolist()
+            is_object = [label not in excluded for label in torch.as_tensor(labels).tolist()]
+            objects = _check_masks(masks, content_size)[is_object].to(image_embeddings.device)
+            objects = objects[objects.flatten(1).any(dim=1)]
+            if not len(objects):
+                continue
+            objects = objects[torch.randperm(len(objects), **random)[:MAX_LOSS_MASKS]]
+            targets = patches_of_masks(objects, [4 * side for side in content_size], mask_size)
+            with_box = self.training and bool(torch.rand((), **random) < 0.5)
+            outputs = super().forward(
+                image_embeddings=image_embeddings[image : image + 1],
+                input_points=None if with_box else self._random_points(targets, generator),
+                input_boxes=self._noisy_boxes(targets, random) if with_box else None,
+                multimask_output=not with_box,
+            )
+            losses.append(mask_loss(outputs.pred_masks[0], outputs.iou_scores[0], targets))
+        return torch.cat(losses).mean() if losses else image_embeddings.new_zeros((), dtype=torch.float32)
+
+    def _random_points(self, masks: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+        """A point in each of the masks `(num_masks, 4 * grid_height, 4 * grid_width)`, for `input_points`."""
+        cells = torch.multinomial(masks.flatten(1).float(), 1, generator=generator)
+        points = torch.stack([cells % masks.shape[-1], cells // masks.shape[-1]], dim=-1)
+        return ((points + 0.5) * (self.config.vision_config.patch_size / 4) - 0.5)[None]
+
+    def _noisy_boxes(self, masks: torch.Tensor, random: dict[str, Any]) -> torch.Tensor:
+        """The boxes of the masks `(num_masks, 4 * grid_height, 4 * grid_width)`, for `input_boxes`. Noise as in SAM's
+        training (Kirillov et al. 2023, appendix A): a standard deviation of a tenth of the side, at most 20 of 1024
+        pixels."""
+        ends = []
+        for marked in (masks.any(dim=-2), masks.any(dim=-1)):  # columns, rows
+            first = marked.int().argmax(dim=-1)
+            ends.append((first, marked.shape[-1] - marked.flip(-1).int().argmax(dim=-1)))
+        (left, right), (top, bottom) = ends
+        boxes = torch.stack([left, top, right, bottom], dim=-1) * (self.config.vision_config.patch_size / 4)
+        sides = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
+        limit = 20 / 1024 * self.config.vision_config.image_size
+        noise = torch.randn(boxes.shape, **random) * sides / 10
+        return (boxes - 0.5 + noise.clamp(-limit, limit))[None]
 
     def compose_heads(
         self,

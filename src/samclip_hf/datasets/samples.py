@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from ..images import convert_to_rgb, open_undecoded
+from ..images import RunLengthMask, convert_to_rgb, open_undecoded
 
 IGNORE_INDEX = 255  # in label maps: pixels that are not evaluated
 # A JPEG is decoded at a reduced size if this size is at least so many times that to which it is resized. Pixels then
@@ -61,9 +61,13 @@ class SegmentedImage(Sample):
     """
     label_map (`Callable[[], numpy.ndarray]`):
         Reads integers of shape `(height, width)`: indices in the dataset's `names`, or `IGNORE_INDEX`.
+    objects (`Callable[[], list[tuple[RunLengthMask, int]]]`, *optional*):
+        Reads the masks of the objects, which may overlap, and their labels. `None` for label maps, in which objects of
+        a class are not separate.
     """
 
     label_map: Callable[[], np.ndarray]
+    objects: Callable[[], list[tuple[RunLengthMask, int]]] | None = None
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import io
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from ..images import decode_mask
+from ..images import RunLengthMask, read_mask
 from .hub import HubSamples, image_source, open_hub, read_hub_image
 from .layouts import (
     HUB_PREFIX,
@@ -181,11 +181,13 @@ def open_coco_segmentation(
     for image in content["images"]:
         path = require(folder / get(image, "file_name", file), "the folder of the images")
         size = get(image, "height", file), get(image, "width", file)
+        objects = partial(_read_coco_objects, annotations[image["id"]], labels, size, path)
         samples.append(
             SegmentedImage(
                 image["file_name"],
                 partial(read_image, path, annotated_size=size),
-                partial(_draw_coco_map, annotations[image["id"]], labels, size, path, bool(background)),
+                partial(_draw_coco_map, objects, size, bool(background)),
+                objects,
             )
         )
     if all(own.get("iscrowd") for own in itertools.chain.from_iterable(annotations.values())):
@@ -194,23 +196,29 @@ def open_coco_segmentation(
     return DataSet(str(file), samples, names, list(background) or None, description)
 
 
-def _draw_coco_map(
-    annotations: list[dict], labels: Mapping[int, int], size: tuple[int, int], image: Path, has_background: bool
-) -> np.ndarray:
-    """Draws the annotations of an image as a label map of its size, the largest masks first."""
+def _read_coco_objects(
+    annotations: list[dict], labels: Mapping[int, int], size: tuple[int, int], image: Path
+) -> list[tuple[RunLengthMask, int]]:
+    """Reads the masks of the annotations of an image and their labels. The label of crowds is `IGNORE_INDEX`."""
     if size not in read_sizes(image):
         raise ValueError(f"{image} has the size {read_sizes(image)[0]}, its annotations {size} (height, width).")
-    label_map = np.full(size, 0 if has_background else IGNORE_INDEX, dtype=np.uint8)
-    masks = []
+    objects = []
     for annotation in annotations:
         with name_errors(f"{image}: annotation {annotation.get('id')}", "a mask"):
-            mask = decode_mask(annotation["segmentation"], size)
+            mask = read_mask(annotation["segmentation"], size)
         if mask.shape != size:
             raise ValueError(f"{image} has the size {size}, its annotation {annotation.get('id')} {mask.shape}.")
-        label = IGNORE_INDEX if annotation.get("iscrowd") else labels[annotation["category_id"]]
-        masks.append((label != IGNORE_INDEX, -int(mask.sum()), label, mask))
-    for _, _, label, mask in sorted(masks, key=lambda entry: entry[:2]):  # crowds first
-        label_map[mask] = label
+        objects.append((mask, IGNORE_INDEX if annotation.get("iscrowd") else labels[annotation["category_id"]]))
+    return objects
+
+
+def _draw_coco_map(
+    objects: Callable[[], list[tuple[RunLengthMask, int]]], size: tuple[int, int], has_background: bool
+) -> np.ndarray:
+    """Draws the objects of an image as a label map of its size, the largest masks first."""
+    label_map = np.full(size, 0 if has_background else IGNORE_INDEX, dtype=np.uint8)
+    for mask, label in sorted(objects(), key=lambda pair: (pair[1] != IGNORE_INDEX, -pair[0].area)):  # crowds first
+        label_map[mask.decode()] = label
     return label_map
 
 

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..segmentation_samclip import focal_and_dice_losses
+
 
 def cosine_distillation_loss(student_embeds: Tensor, teacher_embeds: Tensor) -> dict[str, Tensor]:
     r"""
@@ -90,8 +92,7 @@ def hard_mask_distillation_loss(
     truth: the teacher's mask (logit > 0) with the highest predicted IoU is the target, and only the student's mask
     with the lowest loss is back-propagated.
 
-    The focal loss has alpha 0.25 and gamma 2 (Lin et al., arXiv 1708.02002). The dice loss is 1 - (2 sum(pt) + 1) /
-    (sum(p) + sum(t) + 1), as in MaskFormer (arXiv 2107.06278). The IoU head learns the teacher's predictions, as in
+    Focal and dice loss are [`focal_and_dice_losses`]. The IoU head learns the teacher's predictions, as in
     [`mask_distillation_loss`].
 
     Unlike [`mask_distillation_loss`], focal and dice loss are not zero where the student equals the teacher: they make
@@ -109,15 +110,8 @@ def hard_mask_distillation_loss(
         `dict[str, torch.Tensor]`: `focal`, `dice` and `iou_head`, unweighted.
     """
     best = teacher_iou.argmax(dim=2, keepdim=True)[..., None, None]
-    target = teacher_logits.take_along_dim(best, dim=2).gt(0).float().expand_as(student_logits)
-    student_logits = student_logits.float()
-    probability = student_logits.sigmoid()
-    cross_entropy = F.binary_cross_entropy_with_logits(student_logits, target, reduction="none")
-    error = (target - probability).abs()  # 1 - p_t
-    alpha = 0.75 - 0.5 * target  # 0.25 inside, 0.75 outside
-    focal = (alpha * error.square() * cross_entropy).mean(dim=(-2, -1))
-    overlap, sizes = (probability * target).sum(dim=(-2, -1)), (probability + target).sum(dim=(-2, -1))
-    dice = 1 - (2 * overlap + 1) / (sizes + 1)
+    target = teacher_logits.take_along_dim(best, dim=2).gt(0).expand_as(student_logits)
+    focal, dice = focal_and_dice_losses(student_logits, target)
     lowest = (focal_weight * focal + dice_weight * dice).argmin(dim=2, keepdim=True)
     return {
         "focal": focal.take_along_dim(lowest, dim=2).mean(),

@@ -104,6 +104,13 @@ class FinetuningArguments(SamClipTrainingArguments):
         },
     )
     batch_size: int = field(default=4, metadata={"help": "Labelled images per process and micro-batch."})
+    mask_loss_weight: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of the loss of the SAM head: masks from a point or a box of each object. By default 1 for "
+            "COCO files, and 0 for label maps, in which objects of a class are not separate."
+        },
+    )
     guard_weight: float = field(
         default=1.0,
         metadata={
@@ -155,6 +162,8 @@ class FinetuningArguments(SamClipTrainingArguments):
             )
         if self.model is None:
             raise ValueError("Pass the SAM-CLIP to fine-tune as model.")
+        if self.mask_loss_weight is not None and not self.mask_loss_weight >= 0:
+            raise ValueError(f"mask_loss_weight must be 0 or more, got {self.mask_loss_weight}.")
         if not self.guard_weight >= 0:
             raise ValueError(f"guard_weight must be 0 or more, got {self.guard_weight}.")
         if self.guard_weight > 0 and not self.sam_data:

@@ -6,9 +6,19 @@ from typing import Any
 
 import numpy as np
 
-from ..datasets import DataError, DataSet, SegmentedImage, Stream, open_coco_segmentation, open_segmentation
+from ..datasets import (
+    IGNORE_INDEX,
+    DataError,
+    DataSet,
+    SegmentedImage,
+    Stream,
+    open_coco_segmentation,
+    open_segmentation,
+)
 from ..datasets.layouts import HUB_PREFIX, Split
+from ..distillation.crops import sample_rng
 from ..image_processing_samclip import SamClipImageProcessor
+from ..segmentation_samclip import MAX_LOSS_MASKS
 
 
 def open_data(
@@ -108,6 +118,17 @@ class _LabelledStream(Stream):
         return _LabelledStream(self.eval_data, self.data)
 
 
+def map_content_size(
+    content_size: Sequence[int], map_size: Sequence[int], image_size: Sequence[int]
+) -> tuple[int, int]:
+    """Returns height and width, without padding, of a padded map of an image whose content and padded sizes are
+    `content_size` and `image_size` (height, width)."""
+    height, width = (
+        max(1, round(side * size / full)) for side, size, full in zip(content_size, map_size, image_size, strict=True)
+    )
+    return height, width
+
+
 @dataclass
 class LabelMapBatches:
     """
@@ -120,6 +141,8 @@ class LabelMapBatches:
             The model's.
         batch_size (`int`):
             Images for each process and micro-batch.
+        with_objects (`bool`):
+            Whether to return the masks of objects, which all samples must have.
 
     `streams`, `weights` and `shuffle_buffer` are those of [`TaskBatches`].
     """
@@ -128,6 +151,7 @@ class LabelMapBatches:
     eval_data: DataSet[SegmentedImage]
     image_processor: SamClipImageProcessor
     batch_size: int
+    with_objects: bool = False
     streams: list[Stream] = field(default_factory=list)
     weights: list[float] = field(default_factory=lambda: [1.0])
     shuffle_buffer: int = 0
@@ -143,20 +167,36 @@ class LabelMapBatches:
 
     def sample(self, raw: dict[str, Any], seed: int, epoch: int) -> dict[str, np.ndarray]:
         """Returns `images`, the padded image, uint8 `(image_size, image_size, 3)`; `content_sizes` `(2,)`, its height
-        and width without padding; and `label_maps` `(map_size, map_size)`. Raises [`DataError`] if the image or its
-        label map cannot be read: labelled images are few, so none is skipped."""
+        and width without padding; and `label_maps` `(map_size, map_size)`. With objects, also `object_masks`, bool
+        `(MAX_LOSS_MASKS, map_size, map_size)`, and `object_labels` `(MAX_LOSS_MASKS,)`: a random choice of the
+        objects. Where there are fewer, masks are empty and labels are `IGNORE_INDEX`. Raises [`DataError`] if the
+        image or its labels cannot be read: labelled images are few, so none is skipped."""
         try:
             image, label_map = raw["sample"].image(), raw["sample"].label_map()
+            objects = raw["sample"].objects() if self.with_objects else []
             inputs = self.image_processor(
                 image, segmentation_maps=label_map, do_rescale=False, do_normalize=False, return_tensors="np"
             )
         except (OSError, ValueError) as error:
             raise DataError(f"{raw['key']} cannot be used: {error}") from error
-        return {
+        sample = {
             "images": np.rint(inputs["pixel_values"][0]).clip(0, 255).astype(np.uint8).transpose(1, 2, 0),
             "content_sizes": np.asarray(inputs["reshaped_input_sizes"][0], dtype=np.int64),
             "label_maps": np.asarray(inputs["labels"][0], dtype=np.int64),
         }
+        if self.with_objects:
+            map_size, image_size = sample["label_maps"].shape, sample["images"].shape[:2]
+            height, width = map_content_size(sample["content_sizes"].tolist(), map_size, image_size)
+            masks = np.zeros((MAX_LOSS_MASKS, *map_size), dtype=bool)
+            labels = np.full(MAX_LOSS_MASKS, IGNORE_INDEX, dtype=np.int64)
+            objects = [(mask, label) for mask, label in objects if label != IGNORE_INDEX and mask.area]
+            order = sample_rng(seed, epoch, raw["key"]).permutation(len(objects))
+            for number, index in enumerate(order[:MAX_LOSS_MASKS]):
+                mask, labels[number] = objects[index]
+                coverage = mask.coverage(width, height)
+                masks[number, :height, :width] = coverage >= min(0.5, coverage.max())  # small ones keep a cell
+            sample |= {"object_masks": masks, "object_labels": labels}
+        return sample
 
     def placeholder(self) -> dict[str, np.ndarray]:
         """Not used: no sample is skipped."""

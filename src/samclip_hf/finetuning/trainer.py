@@ -27,7 +27,7 @@ from ..modeling_samclip import SamClipModel, patches_of_masks
 from ..processing_samclip import SamClipProcessor
 from ..segmentation_samclip import SAME_TEXT, SamClipForImageSegmentation
 from .arguments import FinetuningArguments
-from .data import LabelMapBatches
+from .data import LabelMapBatches, map_content_size
 
 RETENTION_NAME = "retention.json"
 # The metrics of an evaluator that are rows of the retention table. By default the first one.
@@ -135,6 +135,14 @@ class FinetuningTrainer(SamClipTrainer):
         self.other_names = [*others]
         self._other_embeds = torch.stack([*others.values()]) if others else None
         self.data, self.eval_data = data, eval_data
+        has_objects = all(sample.objects is not None for own in (data, eval_data) for sample in own.samples)
+        if args.mask_loss_weight is None:
+            args.mask_loss_weight = float(has_objects)
+        if args.mask_loss_weight and not has_objects:
+            raise ValueError(
+                f"{data.name} or {eval_data.name} has label maps, in which objects of a class are not separate, so "
+                "the SAM head cannot be trained: set mask_loss_weight to 0, or pass COCO files."
+            )
         image_mean, image_std = mean_and_std(processing_class.image_processor)
         self._image_processor = processing_class.image_processor
         self._ignore_index: int = model.config.semantic_loss_ignore_index
@@ -155,7 +163,8 @@ class FinetuningTrainer(SamClipTrainer):
 
     def make_tasks(self, student: SamClipModel) -> dict[str, TaskBatches]:
         """Returns the labelled images ("own") and, with a guard, the general images ("sam")."""
-        own = LabelMapBatches(self.data, self.eval_data, self._image_processor, self.args.batch_size)
+        with_objects = bool(self.args.mask_loss_weight)
+        own = LabelMapBatches(self.data, self.eval_data, self._image_processor, self.args.batch_size, with_objects)
         tasks: dict[str, TaskBatches] = {"own": own}
         if self.args.has_sam_loss:
             tasks["sam"] = self.sam_batches(student, regions_per_image=self.args.masks_per_image)
@@ -165,20 +174,33 @@ class FinetuningTrainer(SamClipTrainer):
         """Returns the loss of each task."""
         return {"own": self.own_loss, "sam": self.guard_loss}
 
-    def own_loss(self, model: nn.Module, images: Tensor, content_sizes: Tensor, label_maps: Tensor) -> Tensor:
-        """Returns the model's loss for a micro-batch of [`LabelMapBatches`]: of its label maps, and of their classes
-        as masks, one for each class of an image, with the other names as negative texts."""
+    def own_loss(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        content_sizes: Tensor,
+        label_maps: Tensor,
+        object_masks: Tensor | None = None,
+        object_labels: Tensor | None = None,
+    ) -> Tensor:
+        """Returns the model's loss for a micro-batch of [`LabelMapBatches`]: of its label maps, and of masks, with the
+        other names as negative texts. The masks are the objects and the background, or, without objects, the regions
+        of the classes, for which the SAM head has no loss."""
         mask_labels, class_labels = [], []
-        for label_map, content_size in zip(label_maps, content_sizes.tolist(), strict=True):
-            height, width = (
-                max(1, round(side * size / full))
-                for side, size, full in zip(content_size, label_map.shape, images.shape[-2:], strict=True)
-            )
+        for number, (label_map, content_size) in enumerate(zip(label_maps, content_sizes.tolist(), strict=True)):
+            height, width = map_content_size(content_size, label_map.shape, images.shape[-2:])
             content = label_map[:height, :width]
             labels = content.unique()
-            labels = labels[labels != self._ignore_index]
-            mask_labels.append(content == labels[:, None, None])
-            class_labels.append(labels)
+            if object_masks is None or object_labels is None:
+                labels = labels[labels != self._ignore_index]
+                mask_labels.append(content == labels[:, None, None])
+                class_labels.append(labels)
+            else:
+                background = labels[labels == 0] if self.data.background is not None else labels[:0]
+                is_object = object_labels[number] != self._ignore_index
+                masks = object_masks[number][is_object, :height, :width]
+                mask_labels.append(torch.cat([masks, content == background[:, None, None]]))
+                class_labels.append(torch.cat([object_labels[number][is_object], background]))
         outputs = model(
             pixel_values=normalize(images, self.image_mean, self.image_std, content_sizes),
             reshaped_input_sizes=content_sizes,
@@ -186,6 +208,7 @@ class FinetuningTrainer(SamClipTrainer):
             mask_labels=mask_labels,
             class_labels=class_labels,
             negative_embeds=self._other_embeds,
+            mask_loss_weight=self.args.mask_loss_weight,
         )
         self.record({"own_loss": outputs.loss})
         return outputs.loss
