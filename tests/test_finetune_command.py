@@ -107,11 +107,16 @@ def first_batch(trainer: FinetuningTrainer) -> dict:
     return dict(next(iter(trainer.get_train_dataloader())))
 
 
+def mask_scale(mask: torch.Tensor) -> float:
+    """Pixels of an image of 128 x 128 for each cell of a mask."""
+    return 128 * 128 / mask.numel()
+
+
 class TestData:
     def test_coco_and_label_maps_give_the_same_loss(self, folder, coco, tmp_path):
         losses = []
         coco_options = {"images": folder / "images", "background": list(BACKGROUND_PROMPTS)}
-        for data, options in ((folder, {}), (coco, coco_options)):
+        for data, options in ((folder, {}), (coco, coco_options | {"mask_loss_weight": 0})):
             trainer = make_trainer(tmp_path, data, eval_data=data, **options)
             losses.append(trainer.own_loss(trainer.model.eval(), **first_batch(trainer)["own"]).item())
         assert losses[0] == losses[1] > 0
@@ -128,9 +133,44 @@ class TestData:
         masks = [own == label[:, None, None] for own, label in zip(inputs["labels"], labels, strict=True)]
         negative_embeds = model.embed_vocabulary(trainer.other_names, (), "a {}").class_embeds
         with torch.no_grad():
-            outputs = model(**inputs, mask_labels=masks, class_labels=labels, negative_embeds=negative_embeds)
+            outputs = model(
+                **inputs,
+                mask_labels=masks,
+                class_labels=labels,
+                negative_embeds=negative_embeds,
+                mask_loss_weight=0,
+            )
         expected = outputs.loss.item()
         assert loss == pytest.approx(expected, rel=2e-3)  # pixels are rounded to 8 bits
+
+    def test_objects_of_coco_train_the_sam_head(self, folder, scenes, tmp_path):
+        """Masks may overlap. The label map shows the smaller one, and the SAM head learns both."""
+        content = coco_content(scenes[:1])
+        small = np.zeros((128, 128), dtype=bool)
+        y, x = np.argwhere(scenes[0].masks[0]).mean(axis=0).astype(int) // 2 * 2
+        small[y - 6 : y + 6, x - 6 : x + 6] = True
+        other = {"id": 1, "category_id": content["categories"][0]["id"], "segmentation": encode_mask(small)}
+        crowd = {"id": 2, "iscrowd": 1, "segmentation": encode_mask(~scenes[0].masks[0])}
+        content["annotations"] += [content["annotations"][0] | other, content["annotations"][0] | crowd]
+        (tmp_path / "coco.json").write_text(json.dumps(content))
+        options = {"images": folder / "images", "batch_size": 1, "learning_rate": 1e-2, "decoder_lr_multiplier": 1}
+        trainer = make_trainer(tmp_path, tmp_path / "coco.json", eval_data=tmp_path / "coco.json", **options)
+        assert trainer.args.mask_loss_weight == 1
+        batch = first_batch(trainer)["own"]
+        masks, labels = batch["object_masks"][0], batch["object_labels"][0]
+        assert sorted(labels.tolist()) == [HELD_OUT.index(scenes[0].class_ids[0]), 7, *[255] * 6]
+        truth = {7: small, HELD_OUT.index(scenes[0].class_ids[0]): scenes[0].masks[0]}
+        for mask, label in zip(masks, labels.tolist(), strict=True):
+            area = 0 if label == 255 else truth[label].sum() / mask_scale(mask)
+            assert mask.sum().item() == pytest.approx(area, rel=0.05)
+        before = {name: value.clone() for name, value in trainer.model.mask_decoder.state_dict().items()}
+        trainer.train()
+        assert any(not value.equal(before[name]) for name, value in trainer.model.mask_decoder.state_dict().items())
+
+    def test_label_maps_have_no_objects(self, folder, tmp_path):
+        assert make_trainer(tmp_path, folder, eval_data=folder).args.mask_loss_weight == 0
+        with pytest.raises(ValueError, match=r"objects of a class are not separate.* set mask_loss_weight to 0"):
+            make_trainer(tmp_path, folder, eval_data=folder, mask_loss_weight=1)
 
     def test_coco_masks_are_drawn_by_size_and_crowds_are_ignored(self, scenes, folder, tmp_path):
         small, large, crowd = np.zeros((3, 128, 128), dtype=bool)

@@ -4,11 +4,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from PIL import Image
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalPrediction
 
-from samclip_hf import SamClipForImageSegmentation, SamClipForObjectDetection, SamClipProcessor, miniature
+from samclip_hf import (
+    SamClipForImageSegmentation,
+    SamClipForObjectDetection,
+    SamClipModel,
+    SamClipProcessor,
+    miniature,
+)
 from samclip_hf.miniature.scenes import BACKGROUND_PROMPTS, CLASS_NAMES, HELD_OUT, render
 from samclip_hf.segmentation_samclip import semantic_loss
 
@@ -164,7 +171,7 @@ class TestModel:
         labels[1][0] = 255
         inputs = processor(images, return_tensors="pt")
         with torch.no_grad():
-            loss = shared(**inputs, mask_labels=masks, class_labels=labels).loss
+            loss = shared(**inputs, mask_labels=masks, class_labels=labels, mask_loss_weight=0).loss
             logits = shared.classify_masks(masks, **inputs).logits
         terms = [
             -logits[image, number].log_softmax(dim=0)[label].item()
@@ -175,12 +182,76 @@ class TestModel:
         assert loss.item() == pytest.approx(np.mean(terms), rel=1e-4)
         both = batch(processor, 3)
         with torch.no_grad():
-            total = shared(**both, mask_labels=masks, class_labels=labels).loss
+            total = shared(**both, mask_labels=masks, class_labels=labels, mask_loss_weight=0).loss
             torch.testing.assert_close(total, loss + shared(**both).loss)
+
+    def test_loss_of_the_sam_head(self, shared, processor):
+        """An object that covers one cell of the mask logits has one possible point, the center of the cell."""
+        masks = torch.zeros(4, 128, 128, dtype=torch.bool)
+        masks[0, 60:62, 70:72] = masks[1, 2:4, 100:102] = True
+        masks[2], masks[3, 40:90, 40:90] = ~masks[0], True  # background and a mask whose label is ignored
+        labels = [torch.tensor([3, 5, 0, 255])]
+        inputs = processor(Image.fromarray(scenes(1)[0].image), return_tensors="pt")
+        points = torch.tensor([[[[70.5, 60.5]], [[100.5, 2.5]]]])
+        with torch.no_grad():
+            losses = [
+                shared(**inputs, mask_labels=[masks], class_labels=labels, mask_loss_weight=weight).loss
+                for weight in (0, 1, 3)
+            ]
+            default = shared(**inputs, mask_labels=[masks], class_labels=labels).loss
+            predicted = shared(**inputs, input_points=points)
+        expected = []
+        for own, mask_logits, scores in zip(masks, predicted.pred_masks[0], predicted.iou_scores[0], strict=False):
+            target = own[::2, ::2].double()
+            probability = mask_logits.double().sigmoid()
+            focal = torchvision.ops.sigmoid_focal_loss(mask_logits.double(), target.expand_as(mask_logits))
+            dice = 1 - (2 * (probability * target).sum((1, 2)) + 1) / (probability.sum((1, 2)) + target.sum() + 1)
+            found = mask_logits > 0
+            iou = (found & own[::2, ::2]).sum((1, 2)) / (found | own[::2, ::2]).sum((1, 2))
+            expected.append((20 * focal.mean((1, 2)) + dice).min() + (scores - iou).square().mean())
+        assert (losses[1] - losses[0]).item() == pytest.approx(torch.stack(expected).mean().item(), rel=1e-4)
+        assert (losses[2] - losses[0]).item() == pytest.approx(3 * (losses[1] - losses[0]).item(), rel=1e-4)
+        assert default == losses[1]
+
+    def test_prompts_of_the_training(self, segmenter, processor, monkeypatch):
+        """In training, the prompts are random points in the objects, or their boxes with noise."""
+        boxes = torch.tensor([[20.0, 30.0, 79.0, 49.0], [90.0, 8.0, 99.0, 107.0]])
+        masks = torch.zeros(2, 128, 128, dtype=torch.bool)
+        for mask, (x1, y1, x2, y2) in zip(masks, boxes.int().tolist(), strict=True):
+            mask[y1 : y2 + 1, x1 : x2 + 1] = True
+        inputs = processor(Image.fromarray(scenes(1)[0].image), return_tensors="pt")
+        prompts: dict[str, list[torch.Tensor]] = {"input_points": [], "input_boxes": []}
+        predict_masks = SamClipModel.predict_masks
+
+        def record(self, image_embeddings, **given):
+            for name in prompts:
+                prompts[name] += [] if given[name] is None else [*given[name][0]]
+            assert given["multimask_output"] == (given["input_boxes"] is None)
+            return predict_masks(self, image_embeddings, **given)
+
+        monkeypatch.setattr(SamClipModel, "predict_masks", record)
+        torch.manual_seed(0)
+        segmenter.train()
+        for _ in range(24):
+            loss = segmenter(**inputs, mask_labels=[masks], class_labels=[torch.tensor([1, 2])]).loss
+        loss.backward()
+        assert any(parameter.grad.any() for parameter in segmenter.mask_decoder.parameters())
+        points, found = torch.cat(prompts["input_points"]), torch.stack(prompts["input_boxes"])
+        assert 8 < len(points) < 40 and len(points) + len(found) == 48
+        x, y = points.round().int().unbind(dim=-1)
+        assert masks.any(dim=0)[y, x].all() and len({*map(tuple, points.tolist())}) > len(points) / 2
+        differences = (found[:, None] - boxes).abs().amax(dim=-1).amin(dim=-1)
+        assert differences.max() <= 20 / 1024 * 128 and differences.min() > 0
+        segmenter.eval()
+        losses = {
+            segmenter(**inputs, mask_labels=[masks], class_labels=[torch.tensor([1, 2])]).loss.item() for _ in range(3)
+        }
+        assert len(losses) == 1
 
     @pytest.mark.parametrize(
         ("change", "message"),
         [
+            ({"labels": torch.zeros(1, 8, 8).long(), "mask_loss_weight": 1.0}, "mask_loss_weight is for the loss of"),
             ({"labels": torch.full((1, 32, 32), 9)}, r"labels contain \[9\], but the vocabulary has texts for"),
             ({"labels": torch.zeros(1, 32, 31, dtype=torch.int64)}, "with the proportions of pixel_values, 16:16"),
             ({"labels": torch.zeros(2, 32, 32, dtype=torch.int64)}, "for 1 images"),

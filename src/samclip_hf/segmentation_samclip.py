@@ -1143,9 +1143,10 @@ class SamClipForImageSegmentation(SamClipModel):
         (left, right), (top, bottom) = ends
         boxes = torch.stack([left, top, right, bottom], dim=-1) * (self.config.vision_config.patch_size / 4)
         sides = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
+        boxes[:, 2:] -= 1  # the last pixel
         limit = 20 / 1024 * self.config.vision_config.image_size
         noise = torch.randn(boxes.shape, **random) * sides / 10
-        return (boxes - 0.5 + noise.clamp(-limit, limit))[None]
+        return (boxes + noise.clamp(-limit, limit))[None]
 
     def compose_heads(
         self,
