@@ -225,3 +225,13 @@ def test_region_variants_benchmark_prints_a_row_for_every_variant(capsys, monkey
     monkeypatch.setattr(script, "build_trainer", None)  # finished runs are not trained again
     script.main(command)
     assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")] == rows
+
+
+@pytest.mark.slow
+def test_object_masks_benchmark_has_a_column_for_each_weight(capsys):
+    benchmark = load_script(BENCHMARKS / "object_masks.py")
+    options = ["--max_steps", "1", "--guard_weight", "0", "--other_names", "", "--retention_limit", "4"]
+    benchmark.main(["--seeds", "1", "--num_images", "8", "--weights", "0", "2", "--", *options])
+    header, _, *rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert header == "|  | before | mask_loss_weight 0 | mask_loss_weight 2 |"
+    assert len(rows) == 7 and all(re.search(r"( \| 0\.\d{3}){3} \|$", row) for row in rows)
