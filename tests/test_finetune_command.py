@@ -397,6 +397,19 @@ class TestRun:
         results = [json.loads((path / "retention.json").read_text())["results"] for path in (output, complete)]
         assert results[0] == results[1]
 
+    @pytest.mark.slow
+    def test_a_resumed_run_draws_the_same_prompts(self, folder, coco, tmp_path):
+        options = {"images": folder / "images", "decoder_lr_multiplier": 1, "max_steps": 3}
+        complete = run(tmp_path, coco, **options, output_dir=tmp_path / "complete")
+        trainer = make_trainer(tmp_path, coco, **options)
+        trainer.add_callback(StopAfterFirstStep())
+        trainer.train()
+        resumed = run(tmp_path, coco, **options, resume_from_checkpoint="true")
+        record = json.loads((resumed / "provenance.json").read_text())["stages"][-1]
+        assert record["arguments"]["mask_loss_weight"] == 1
+        for name, value in load_file(resumed / "model.safetensors").items():
+            assert torch.equal(value, load_file(complete / "model.safetensors")[name]), name
+
     def test_nothing_is_overwritten(self, complete, folder, tmp_path):
         with pytest.raises(SystemExit, match="belongs to an earlier run"):
             run(tmp_path, folder, output_dir=complete)
