@@ -94,7 +94,7 @@ class FinetuningTrainer(SamClipTrainer):
 
     Raises:
         ValueError: As [`SamClipTrainer`], if the data have other classes or cannot be a vocabulary, if two classes
-            have the same tokens, and if one of `other_names` is a class.
+            have the same tokens, if one of `other_names` is a class, and if the SAM head is to learn from label maps.
     """
 
     args: FinetuningArguments
@@ -135,13 +135,13 @@ class FinetuningTrainer(SamClipTrainer):
         self.other_names = [*others]
         self._other_embeds = torch.stack([*others.values()]) if others else None
         self.data, self.eval_data = data, eval_data
-        has_objects = all(sample.objects is not None for own in (data, eval_data) for sample in own.samples)
+        label_maps = [own.name for own in (data, eval_data) if any(s.objects is None for s in own.samples)]
         if args.mask_loss_weight is None:
-            args.mask_loss_weight = float(has_objects)
-        if args.mask_loss_weight and not has_objects:
+            args.mask_loss_weight = 0.0 if label_maps else 1.0
+        if args.mask_loss_weight and label_maps:
             raise ValueError(
-                f"{data.name} or {eval_data.name} has label maps, in which objects of a class are not separate, so "
-                "the SAM head cannot be trained: set mask_loss_weight to 0, or pass COCO files."
+                f"{label_maps[0]} has label maps, in which objects of a class are not separate, so the SAM head "
+                "cannot be trained: set mask_loss_weight to 0, or pass COCO files."
             )
         image_mean, image_std = mean_and_std(processing_class.image_processor)
         self._image_processor = processing_class.image_processor
