@@ -522,9 +522,9 @@ def best_labels(scores: torch.Tensor, vocabulary: SamClipVocabulary, with_backgr
 
 def check_values(component: gr.components.Component, is_valid: Callable, expected: str) -> None:
     """
-    Makes a value that is not valid an error that names the field. Without a value, as of a number field that was
-    cleared, the field has its default. Gradio's own errors do not name the field, or are tracebacks in the terminal.
-    Not a subclass, for which Gradio would write a file `app.pyi`.
+    Makes a value that is not valid an error that names the field. Without a value, such as that of a number field that
+    was cleared, the field has its default. Gradio's own errors do not name the field, or are tracebacks in the
+    terminal. This is not a subclass of the component, because Gradio would write a file `app.pyi` for it.
     """
     original, default = component.preprocess, component.value
 
@@ -649,7 +649,7 @@ class App:
 
     def choose(self, index: int, session: Session | None, *fields):
         """Opens an example. The last output is its labels."""
-        # A page of an earlier app, which had more images, or a request that is not the page's.
+        # From a page of an earlier app, which had more images, or from another client.
         if not isinstance(index, int) or not 0 <= index < len(self.scenes):
             gr.Warning("The app was restarted with other images. Reload the page.", title="The image was not opened")
             return session, *self.show(session, Fields(*fields), is_redrawn=True), gr.skip()
@@ -795,7 +795,7 @@ class App:
         with session.lock:
             try:
                 x, y = map(float, event.index)
-            except (TypeError, ValueError):  # of a request that is not the page's
+            except (TypeError, ValueError):  # from another client than the page
                 x = y = math.nan
             if not (0 <= x <= session.picture.image.width and 0 <= y <= session.picture.image.height):
                 gr.Warning("The point is outside the image. Click in the image.", title="The point was not set")

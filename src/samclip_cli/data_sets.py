@@ -36,7 +36,7 @@ IMAGES_PER_SHARD = 1000
 ROWS_PER_GROUP = 100
 TILE_SIZE = 320  # longer side of an image of the contact sheet, in pixels
 KEPT_FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # other images are stored as PNG
-DEEP_MODES = ("I", "F")  # with these first letters, as in I;16, more than 8 bits per channel
+DEEP_MODES = ("I", "F")  # Pillow's modes with more than 8 bits per channel start with these letters, as I;16 does
 MARGIN = "the smallest difference between the score of an annotation of the image and the threshold"
 
 

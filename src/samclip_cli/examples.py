@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # importing these takes seconds, see the docstring of the pac
     from samclip_hf import SamClipVocabulary
 
 MAX_TRANSPARENT = 127  # the largest value of alpha, or of a mask, outside the object
-MAX_SATURATION = 30  # the largest difference of the channels of gray: JPEG's compression adds some color
+MAX_SATURATION = 30  # largest difference between the channels of a gray pixel: JPEG compression adds some color
 GRAY_MODES = ("1", "L", "I", "I;16", "I;16B", "F")
 MASK_SUFFIX = "_mask"  # photo_mask.png is the mask of photo.jpg
 EXAMPLES_HELP = """

@@ -22,6 +22,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
 from .examples_samclip import check_distinct, check_examples, check_names, check_prompts, move_embeds, simplify_name
+from .mask_generation_samclip import mask_to_box
 from .modeling_samclip import SamClipModel, _InputName, load_tokenizer, patches_of_masks, refuse_labels
 from .vision_encoder_samclip import SamClipVisionEncoderOutput
 
@@ -30,7 +31,7 @@ logger = logging.get_logger(__name__)
 POINTS_PER_CLASS = 3  # paper, section 5: one to three
 DEFAULT_TEMPLATES = ("a photo of a {}",)
 TEXTS_PER_BATCH = 256  # texts in one pass of the text tower: 1000 names in 80 templates do not fit at once
-MAX_LOSS_MASKS = 8  # of an image and a step, for the loss of the SAM head
+MAX_LOSS_MASKS = 8  # masks of an image in a training step, for the loss of the SAM head
 CLASSES_PER_CHUNK = 32  # classes in one pass of the mask decoder
 VALUES_PER_CHUNK = 2**17  # of a map of the points in one pass of the mask decoder on a CPU: 0.5 MB
 PATCHES_PER_CHUNK = 2**15  # patches of segments in one pass of the CLIP head: 100 MB for each map of 768 channels
@@ -1136,12 +1137,8 @@ class SamClipForImageSegmentation(SamClipModel):
         """The boxes of the masks `(num_masks, 4 * grid_height, 4 * grid_width)`, for `input_boxes`. Noise as in SAM's
         training (Kirillov et al. 2023, appendix A): a standard deviation of a tenth of the side, at most 20 of 1024
         pixels."""
-        ends = []
-        for marked in (masks.any(dim=-2), masks.any(dim=-1)):  # columns, rows
-            first = marked.int().argmax(dim=-1)
-            ends.append((first, marked.shape[-1] - marked.flip(-1).int().argmax(dim=-1)))
-        (left, right), (top, bottom) = ends
-        boxes = torch.stack([left, top, right, bottom], dim=-1) * (self.config.vision_config.patch_size / 4)
+        boxes = torch.tensor([mask_to_box(mask) for mask in masks.numpy(force=True)], device=masks.device)
+        boxes = boxes * (self.config.vision_config.patch_size / 4)
         sides = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
         boxes[:, 2:] -= 1  # the last pixel
         limit = 20 / 1024 * self.config.vision_config.image_size

@@ -125,8 +125,8 @@ def _without_table(check_model_type: Callable) -> Callable:
 
 def _with_checks(sanitize_parameters: Callable) -> Callable:
     """`_sanitize_parameters`, with an error for tiles, which transformers would ignore, and for a tokenizer without a
-    vocabulary, which it makes if the tokenizer's files are missing. And in zero-shot image classification with checks
-    of labels and template: transformers would read a text as a list of characters and a generator as no labels, and
+    vocabulary, which it makes if the tokenizer's files are missing. In zero-shot image classification, labels and
+    template are also checked: transformers would read a text as a list of characters and a generator as no labels, and
     rank all labels equally in a template without `{}`."""
 
     def extended(self, *args, **kwargs):
