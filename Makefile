@@ -47,7 +47,7 @@ app: $(VENV)/installed
 	$(BIN)/python demo/app.py
 
 # One process per core with one thread each: with more threads than cores, the tests take several times as long.
-PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 test test-all test-app: export OMP_NUM_THREADS = 1
 test: $(VENV)/installed
 	$(PYTEST) -m 'not browser and not slow' $(TESTS)

@@ -240,10 +240,18 @@ class TestParts:
 def unmerged(tmp_path_factory) -> Path:
     """The miniature's teachers as an unmerged model."""
     folder = tmp_path_factory.mktemp("unmerged")
-    sam, clip = miniature.sam_teacher(), miniature.clip_teacher()
-    SamClipForImageSegmentation.from_teachers(sam, clip, merged=False).save_pretrained(folder)
-    SamClipProcessor.from_teachers(sam, clip).save_pretrained(folder)
+    clip = miniature.clip_teacher()
+    SamClipForImageSegmentation.from_teachers(small_sam(), clip, merged=False).save_pretrained(folder)
+    SamClipProcessor.from_teachers(miniature.sam_teacher(), clip).save_pretrained(folder)
     return folder
+
+
+def small_sam() -> SamModel:
+    """The miniature's SAM with one windowed and one global layer, for speed."""
+    sam = SamModel.from_pretrained(miniature.sam_teacher())
+    sam.vision_encoder.layers = sam.vision_encoder.layers[2:4]
+    sam.config.vision_config.num_hidden_layers, sam.config.vision_config.global_attn_indexes = 2, [1]
+    return sam
 
 
 @torch.no_grad()
@@ -335,11 +343,8 @@ def test_an_exported_unmerged_model_segments_as_pytorch_does(unmerged, image_fol
     ("siglip_folder", "merged"), [("SigLIP", False), ("SigLIP 2", True)], indirect=["siglip_folder"]
 )
 def test_an_exported_model_with_siglip_segments_as_pytorch_does(siglip_folder, merged, image_folder, tmp_path):  # noqa: F811
-    sam = SamModel.from_pretrained(miniature.sam_teacher())
-    sam.vision_encoder.layers = sam.vision_encoder.layers[2:4]  # one windowed and one global, for speed
-    sam.config.vision_config.num_hidden_layers, sam.config.vision_config.global_attn_indexes = 2, [1]
     model = SamClipForImageSegmentation.from_teachers(
-        sam, siglip_folder, {"num_hidden_layers": 1} if merged else None, merged=merged
+        small_sam(), siglip_folder, {"num_hidden_layers": 1} if merged else None, merged=merged
     )
     processor = SamClipProcessor.from_teachers(miniature.sam_teacher(), siglip_folder)
     # The SigLIP is random and knows the letters of a few words only. Without centering, embeddings are almost equal.
@@ -516,8 +521,12 @@ class TestFolder:
 
 class TestQuantization:
     @pytest.mark.slow
-    def test_quantized_files_are_smaller_and_agree_with_those_in_float32(self, checkpoint, exported, tmp_path, capsys):
+    def test_quantized_files_are_smaller_and_agree_with_those_in_float32(
+        self, checkpoint, exported, tmp_path, capsys, monkeypatch
+    ):
         folder = tmp_path / "onnx"
+        # The parts are not traced again, for speed.
+        monkeypatch.setattr(writer, "_write", lambda part, path, opset: shutil.copy(exported / path.name, path))
         export_command(["--model", str(checkpoint), "--output_dir", str(folder), "--quantize"])
         lines = capsys.readouterr().out.splitlines()
         assert {path.name for path in folder.iterdir()} == {path.name for path in exported.iterdir()}
