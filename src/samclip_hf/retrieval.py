@@ -247,7 +247,8 @@ class EmbeddingIndex:
         except (OSError, pa.ArrowException) as error:
             raise ValueError(f"{path} cannot be read ({error}): index the images again.") from error
         if not has_all:
-            raise ValueError(f"{path} does not have the {shard['rows']} rows that {INDEX} lists: index the images again.")
+            rows = shard["rows"]
+            raise ValueError(f"{path} does not have the {rows} rows that {INDEX} lists: index the images again.")
         return table
 
     def check_model(self, model: SamClipForImageSegmentation, processor) -> None:
