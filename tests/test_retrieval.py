@@ -398,7 +398,7 @@ def test_an_index_without_images_is_refused(capsys, folder):
     Path("broken.png").write_bytes(b"no image")
     samclip(capsys, "index", "broken.png", "--output", "out", status=1)
     _, messages = samclip(capsys, "search", "out", "--text", "red", status=2)
-    assert messages == ["samclip search: out has no images: index images, with segments if you search them."]
+    assert messages == ["samclip search: out has no images: no image could be read."]
 
 
 @pytest.mark.parametrize(

@@ -225,7 +225,8 @@ class EmbeddingIndex:
         self.description = read_index(folder)
         total, dimension = self.description[f"num_{kind}s"], self.description["projection_dim"]
         if not total:
-            raise ValueError(f"{folder} has no {kind}s: index images, with segments if you search them.")
+            reason = "no image could be read" if kind == "image" else "it was made without them, or none were found"
+            raise ValueError(f"{folder} has no {kind}s: {reason}.")
         self.embeddings = np.empty((total, dimension), dtype=np.float32)
         tables, end = [], 0
         for shard in self.description["shards"]:
@@ -246,7 +247,8 @@ class EmbeddingIndex:
         except (OSError, pa.ArrowException) as error:
             raise ValueError(f"{path} cannot be read ({error}): index the images again.") from error
         if not has_all:
-            raise ValueError(f"{path} has not the {shard['rows']} rows of {INDEX}: index the images again.")
+            rows = shard["rows"]
+            raise ValueError(f"{path} does not have the {rows} rows that {INDEX} lists: index the images again.")
         return table
 
     def check_model(self, model: SamClipForImageSegmentation, processor) -> None:
