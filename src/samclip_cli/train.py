@@ -80,12 +80,16 @@ def parse_arguments(argv: Sequence[str], command: TrainingCommand = TRAIN) -> An
     words = collect_arguments(argv, command)
     from transformers import HfArgumentParser
 
+    from samclip_hf.distillation.arguments import check_names
+
     module, class_name = command.classes[-1]
     arguments_class = getattr(import_module(f"samclip_hf.{module}"), class_name)
     usage = command.help.partition("\n")[0].removeprefix("usage: ")
     parser = HfArgumentParser(arguments_class, prog=f"samclip {command.name}", usage=usage, allow_abbrev=False)
     try:
-        return parser.parse_args_into_dataclasses(words)[0]
+        args = parser.parse_args_into_dataclasses(words)[0]
+        check_names(args, {word[2:].partition("=")[0] for word in words if word.startswith("--")})
+        return args
     except ValueError as error:
         raise CommandError(str(error)) from error
 

@@ -552,3 +552,11 @@ def test_compiled_training_gives_the_same_weights(recipe, tmp_path):
     assert weights[0].keys() == weights[1].keys()
     for name, weight in weights[0].items():
         torch.testing.assert_close(weight, weights[1][name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("option", ["--num_train_epochs=3", "--per_device_train_batch_size=8"])
+def test_an_argument_without_effect_is_an_error_also_with_its_default_value(option):
+    name, value = option[2:].split("=")
+    assert float(value) == getattr(train_command.parse_arguments(["miniature_stage1"]), name)
+    with pytest.raises(CommandError, match=f"{name} has no effect. "):
+        train_command.parse_arguments(["miniature_stage1", option])

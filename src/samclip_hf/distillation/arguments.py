@@ -2,7 +2,7 @@
 
 import functools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
@@ -137,6 +137,14 @@ def check_effects(args: "SamClipTrainingArguments") -> None:
             value = getattr(args, name)
             if value != defaults[name] and not has_effect(args):
                 raise ValueError(f"{name} has no effect here, but is {value!r}. {remedy}")
+
+
+def check_names(args: "SamClipTrainingArguments", names: Collection[str]) -> None:
+    """Raises `ValueError` for one of the given arguments that never has an effect, also if its value is the default."""
+    for without_effect, has_effect, remedy in args.without_effect:
+        for name in without_effect:
+            if name in names and has_effect is _never:
+                raise ValueError(f"{name} has no effect. {remedy}")
 
 
 def check_reports(report_to: list[str]) -> None:
