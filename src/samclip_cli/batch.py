@@ -296,7 +296,9 @@ class _Work:
             tqdm.write(line)  # print would break the progress bar on a terminal
             sys.stdout.flush()
         elif not self.plan.is_folder:
-            [content] = files.values()
+            [(file_name, content)] = files.items()
+            if file_name.endswith(".png"):  # another command may find it in a folder of images
+                RecordedOutputs(output.parent).add([output.name], self.plan.process)
             write_atomically(output, content, self.replaces)
         else:
             replaces = self.replaces or (record is not None and image.key in record.names)

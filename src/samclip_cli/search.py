@@ -14,6 +14,7 @@ from .inputs import ImageInput, InputError, find_inputs, read_image
 from .models import MINIATURE_NAME, LoadedModel, add_model_arguments, check_models, load_model
 from .outputs import check_outputs, check_writable
 from .points import parse_boxes
+from .run_record import SINGLE_PROCESS, RecordedOutputs
 from .vocabulary import TEMPLATE, check_template
 
 if TYPE_CHECKING:  # importing these takes seconds, see the docstring of the package
@@ -262,7 +263,9 @@ def write_contact_sheet(arguments: argparse.Namespace, index: "EmbeddingIndex", 
         tiles.append(draw_tile(image, masks, [1] * len(masks), [(1 if masks else None, text)], key, 0))
     file = io.BytesIO()
     arrange(tiles).save(file, "PNG")
-    write_atomically(arguments.output, file.getvalue(), arguments.overwrite)
+    output = Path(arguments.output)
+    RecordedOutputs(output.parent).add([output.name], SINGLE_PROCESS)  # another command may find it among images
+    write_atomically(output, file.getvalue(), arguments.overwrite)
     if missing := len(results) - len(tiles):
         log(f"{missing} of {len(results)} results are not on {arguments.output}.")
     return 1 if missing else 0
