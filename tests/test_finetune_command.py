@@ -4,6 +4,7 @@ import copy
 import json
 import re
 import shlex
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,12 @@ from transformers import TrainerCallback
 from samclip_cli import CommandError, finetune, main
 from samclip_cli.train import parse_arguments, recipe_paths
 from samclip_hf import SamClipForImageSegmentation, SamClipProcessor, miniature
-from samclip_hf.datasets import open_coco_segmentation
+from samclip_hf.datasets import DataSet, ImageWithObjects, open_coco_segmentation, segmentation
 from samclip_hf.distillation import provenance
-from samclip_hf.finetuning import FinetuningTrainer, open_data
+from samclip_hf.evaluation import ZeroShotInstanceSegmentation
+from samclip_hf.finetuning import FinetuningTrainer, LabelMapBatches, open_data
 from samclip_hf.finetuning.trainer import NAMES_WEIGHT, RETENTION_NAME
-from samclip_hf.images import encode_mask, normalize
+from samclip_hf.images import encode_mask, normalize, read_mask
 from samclip_hf.miniature.scenes import BACKGROUND_PROMPTS, CLASS_NAMES, HELD_OUT, render
 from samclip_hf.publishing import create_model_card, publish_provenance
 
@@ -167,6 +169,18 @@ class TestData:
         trainer.train()
         assert any(not value.equal(before[name]) for name, value in trainer.model.mask_decoder.state_dict().items())
 
+    def test_a_mask_is_read_once_for_a_training_sample(self, scenes, folder, coco, monkeypatch):
+        read = []
+        monkeypatch.setattr(segmentation, "read_mask", lambda *mask: read.append(mask) or read_mask(*mask))
+        data = open_coco_segmentation(coco, folder / "images")
+        processor = SamClipProcessor.from_pretrained(miniature.checkpoint()).image_processor
+        for with_objects in (True, False):
+            batches = LabelMapBatches(data, data, processor, 1, with_objects)
+            sample = next(iter(data.samples))
+            found = batches.sample({"key": sample.key, "sample": sample}, seed=0, epoch=0)
+            assert ("object_masks" in found) == with_objects and len(read) == 1
+            read.clear()
+
     def test_label_maps_have_no_objects(self, folder, tmp_path):
         assert make_trainer(tmp_path, folder, eval_data=folder).args.mask_loss_weight == 0
         with pytest.raises(ValueError, match=r"objects of a class are not separate.* set mask_loss_weight to 0"):
@@ -188,7 +202,8 @@ class TestData:
             expected[crowd] = 255
             expected[large] = 1 + bool(texts)
             expected[small] = 0 + bool(texts)
-            assert (next(iter(data.samples)).label_map() == expected).all()
+            (sample,) = data.samples
+            assert (sample.label_map() == expected).all() and (sample.label_map(sample.objects()) == expected).all()
             assert data.names == [["background"]] * bool(texts) + [[name] for name in NAMES]
 
     def test_names_of_classes_can_be_a_text_file(self, folder, tmp_path):
@@ -382,6 +397,28 @@ class TestRun:
         assert "license: apache-2.0" in text
         assert re.search(r"\| prompts:miniature \| box_miou \| 0\.\d{3} \| 0\.\d{3} \|", text)
         assert "guard against forgetting on `miniature`, weight 1.0" in text
+
+    def test_a_result_that_cannot_be_measured_is_not_0(self, folder, tmp_path, monkeypatch, capsys, transformers_log):
+        """The average precision of images without objects."""
+        sample = ImageWithObjects("empty", partial(Image.new, "RGB", (128, 128)), list, image_info={"id": 1})
+        data = DataSet("empty", [sample], description={"categories": [{"id": 1, "name": "object"}]})
+        evaluator = ZeroShotInstanceSegmentation(data)
+        monkeypatch.setattr(finetune, "build_retention", lambda tasks, limit: {"instances:empty": evaluator})
+        output = run(tmp_path, folder)
+        assert transformers_log.text.count("The retention table has no AP of instances:empty") == 1
+        content = json.loads((output / "retention.json").read_text())
+        own, other = content["results"]
+        assert other == {"task": "instances:empty", "metric": "AP", "before": None, "after": None}
+        assert content["score"] == own["after"] > 0
+        assert "instances:empty, AP: none before, none after" in capsys.readouterr().out
+        history = json.loads((output / "checkpoint-2/trainer_state.json").read_text())["log_history"]
+        evaluated = [entry for entry in history if "eval_retention_score" in entry]
+        assert len(evaluated) == 2 and not any("instances" in name for entry in evaluated for name in entry)
+        stages, licenses = publish_provenance(output, tmp_path)
+        text = str(create_model_card(output, "me/adapted", stages, licenses=licenses))
+        assert re.search(
+            r"\| mean_iou \| 0\.\d{3} \| 0\.\d{3} \|\n\| instances:empty \| AP \| none \| none \|\n", text
+        )
 
     @pytest.mark.slow
     def test_a_resumed_run_equals_an_uninterrupted_one(self, complete, folder, tmp_path):

@@ -23,7 +23,7 @@ from samclip_hf.images import decode_mask
 from samclip_hf.miniature.scenes import CLASS_NAMES, render
 
 from .cli import test_image_commands
-from .cli.test_image_commands import samclip, scene
+from .cli.test_image_commands import samclip, save, scene
 from .cli.test_resume import contents, run_process, run_until_killed
 from .scripts import load_script
 
@@ -251,8 +251,10 @@ def test_the_highest_similarities_are_found_in_all_shards(tmp_path, monkeypatch,
             similarities, numbers = index.search(query, top_k)
             assert numbers.tolist() == expected[:top_k].tolist()
             assert similarities.tolist() == (index.embeddings @ query.T)[numbers, 0].tolist()
+    user_file = tmp_path / "parquet/00999.parquet"  # which index.json does not name
+    user_file.write_text("mine")
     write_index(tmp_path, rows[:10], {"model": {}})
-    assert len(list(tmp_path.glob("parquet/*.parquet"))) == -(-10 // rows_per_shard)
+    assert len(list(tmp_path.glob("parquet/*.parquet"))) == -(-10 // rows_per_shard) + 1 and user_file.exists()
     assert len(EmbeddingIndex(tmp_path, "image").embeddings) == 4
 
 
@@ -308,6 +310,24 @@ def test_a_run_that_was_killed_continues_and_gives_the_same_files(capsys, monkey
     ]
     samclip(capsys, *COMMAND, status=1)
     assert contents("out") == photos
+
+
+def test_overwrite_deletes_the_tables_of_an_earlier_run_and_no_others(capsys, monkeypatch, tmp_path):
+    """Also those of a run that was killed, whose index.json is missing."""
+    monkeypatch.chdir(tmp_path)
+    save("photos/0.png", "photos/1.png", "photos/2.png")
+    command = ["index", "--no_segments", "--output", "out"]
+    with monkeypatch.context() as context:
+        context.setattr(retrieval, "ROWS_PER_SHARD", 1)
+        samclip(capsys, *command, "photos")
+    Path("out/index.json").unlink()
+    Path("out/parquet/00003.parquet").write_text("mine")
+    _, messages = samclip(capsys, *command, "photos/0.png", "--overwrite", status=2)
+    assert "out/parquet/00003.parquet is not replaced or deleted" in messages[-1]
+    assert sorted(path.name for path in Path("out/parquet").iterdir()) == [f"0000{n}.parquet" for n in range(4)]
+    Path("out/parquet/00003.parquet").rename("out/parquet/mine.parquet")
+    samclip(capsys, *command, "photos/0.png", "--overwrite")
+    assert sorted(path.name for path in Path("out/parquet").iterdir()) == ["00000.parquet", "mine.parquet"]
 
 
 def test_a_run_that_was_killed_while_it_wrote_the_tables_is_not_searched(capsys, monkeypatch, photos):

@@ -17,7 +17,7 @@ from samclip_hf import (
     miniature,
 )
 from samclip_hf.miniature.scenes import BACKGROUND_PROMPTS, CLASS_NAMES, HELD_OUT, render
-from samclip_hf.segmentation_samclip import semantic_loss
+from samclip_hf.segmentation_samclip import add_box_noise, semantic_loss
 
 from .conftest import assert_same
 
@@ -347,3 +347,11 @@ class TestTrainer:
             losses.append(trainer.state.log_history[0])
         assert losses[1]["loss"] == pytest.approx(losses[0]["loss"], rel=1e-3)
         assert losses[1]["grad_norm"] == pytest.approx(losses[0]["grad_norm"], rel=1e-2)
+
+
+@pytest.mark.parametrize("convert", [np.array, torch.tensor])
+def test_the_noise_of_boxes_is_a_tenth_of_the_side_and_limited(convert):
+    boxes, sides = convert([[5.0, 7.0, 104.0, 16.0]]), convert([[100.0, 10.0, 100.0, 10.0]])
+    noise = convert([[1.0, -2.0, 3.0, -30.0]])
+    noisy = add_box_noise(boxes, sides, noise, 20.0)
+    assert type(noisy) is type(boxes) and noisy[0].tolist() == pytest.approx([15, 5, 124, -4])

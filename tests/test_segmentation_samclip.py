@@ -214,6 +214,19 @@ class TestImageSegmentation:
         with pytest.raises(ValueError, match="background and a label have the same tokens: 'cat' and 'Cat'"):
             segmenter.embed_vocabulary(["sofa", "Cat"], ["sky", "cat"], ["a {}"], tokenizer)
 
+    def test_names_in_id2label_are_shown_and_do_not_change_what_is_found(self, segmenter, tmp_path):
+        names = {0: "Hintergrund", 1: "Katze", 2: "Sofa", 3: "Baum"}
+        with torch.no_grad():
+            expected = segmenter(random_images(), both_heads=False).logits
+            segmenter.config.id2label = names
+            segmenter.save_pretrained(tmp_path)
+            loaded = SamClipForImageSegmentation.from_pretrained(tmp_path).eval()
+            for own in (segmenter, loaded):
+                assert own.vocabulary.id2label == names
+                assert torch.equal(own(random_images(), both_heads=False).logits, expected)
+            loaded.set_vocabulary([*names.values()][1:], ["a wall", "sky"], ["a {}", "one {}"], WordTokenizer())
+            assert not torch.allclose(loaded(random_images(), both_heads=False).logits, expected)
+
     def test_id2label_does_not_rename_the_labels(self, segmenter, tmp_path):
         segmenter.save_pretrained(tmp_path)
         own = dict(segmenter.config.id2label)

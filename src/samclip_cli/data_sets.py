@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import CommandError, first_line, log
 from .inputs import ImageInput, read_image
+from .run_record import SINGLE_PROCESS, RecordedOutputs
 from .vocabulary import label_legend
 
 if TYPE_CHECKING:  # importing these takes seconds, see the docstring of the package
@@ -96,8 +97,9 @@ class DataSetWriter:
 
         Raises `CommandError` if an image cannot be read again or has changed.
         """
-        from samclip_hf.files import remove_shards, remove_temporary_files, write_atomically
+        from samclip_hf.files import remove_temporary_files, write_atomically
 
+        self._outputs, self._shards = RecordedOutputs(self.folder), set[str]()
         for name in data_set_files(self.formats, self.num_review):
             remove_temporary_files(self.folder / name.rstrip("/"))
         counts: Counter[str] = Counter()
@@ -127,13 +129,12 @@ class DataSetWriter:
                             file.add(row)
                     if parquet is not None:
                         parquet.close()
-            num_shards = shard
             if coco is not None:
                 coco.close()
                 counts["masks_without_exact_polygons"] = coco.num_inexact
-        for name, extension in (("parquet", "parquet"), ("webdataset", "tar")):
+        for name in ("parquet", "webdataset"):
             if name in self.formats:
-                remove_shards(self.folder / name, extension, num_shards)
+                self._outputs.delete_others(f"{name}/", self._shards, SINGLE_PROCESS)
         write_atomically(self.folder / CONTACT_SHEET, _png(self._contact_sheet(tiles), compress_level=1))
         if self.num_review is not None:
             margins.sort()
@@ -198,9 +199,10 @@ class DataSetWriter:
     def _shard_path(self, stack: contextlib.ExitStack, name: str, shard: int, extension: str) -> Path:
         from samclip_hf.files import atomic_path, remove_temporary_files
 
-        folder = self.folder / name
-        folder.mkdir(exist_ok=True)
-        path = folder / f"{shard:05d}.{extension}"
+        path = self.folder / name / f"{shard:05d}.{extension}"
+        path.parent.mkdir(exist_ok=True)
+        self._shards.add(f"{name}/{path.name}")
+        self._outputs.add([f"{name}/{path.name}"], SINGLE_PROCESS)
         remove_temporary_files(path)
         return stack.enter_context(atomic_path(path))
 

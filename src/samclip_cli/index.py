@@ -12,12 +12,13 @@ from .image_arguments import add_everything_arguments
 from .inputs import INPUTS_HELP, ImageInput, add_batch_size, add_input_arguments
 from .models import EVERYTHING_OPTIONS, add_model_arguments, load_model, mask_generation_options
 from .plan import check_folder, prepare
+from .run_record import SINGLE_PROCESS, RecordedOutputs
 
 if TYPE_CHECKING:  # importing these takes seconds, see the docstring of the package
     import numpy as np
     from PIL import Image
 
-INDEX = "index.json"  # as in samclip_hf.retrieval, which imports torch
+INDEX, TABLES = "index.json", "parquet/"  # as in samclip_hf.retrieval, which imports torch
 
 DESCRIPTION = """\
 Embeds images and their segments, and writes them to files that 'samclip search' searches.
@@ -73,7 +74,7 @@ def run(argv: Sequence[str]) -> int:
         raise CommandError(f"{given[0]} has no effect with --no_segments.")
     check_folder(arguments.output)
     arguments.formats = ("jsonl",)
-    plan = prepare(arguments, [INDEX, "parquet/"])
+    plan = prepare(arguments, [INDEX, TABLES])
     import pyarrow  # noqa: F401  # a missing extra is reported before the work
 
     from samclip_hf import SamClipMaskGenerationPipeline
@@ -109,7 +110,14 @@ def run(argv: Sequence[str]) -> int:
             "failed": [{"image": key, "error": text} for key, text in errors.items()],
         }
         assert plan.output is not None
-        write_index(plan.output, _rows(result for _, result in results), content)
+        outputs = RecordedOutputs(plan.output)
+        written = write_index(
+            plan.output,
+            _rows(result for _, result in results),
+            content,
+            before_shard=lambda file: outputs.add([file], SINGLE_PROCESS),
+        )
+        outputs.delete_others(TABLES, {shard["file"] for shard in written["shards"]}, SINGLE_PROCESS)
 
     advice = "Lower --pred_iou_thresh and --stability_score_thresh find more segments."
     return process_images(plan, predict, loaded, None if arguments.no_segments else ("segments", advice), write)

@@ -206,8 +206,8 @@ def find_inputs(patterns: Sequence[str], output: str | None = None) -> Inputs:
     """
     own = None if output is None else os.path.realpath(output)
     recorded = functools.cache(RecordedOutputs)
-    written: set[str] = set()
     # By paths in which links of folders are resolved: '**' follows a link to a folder above up to 40 times.
+    written: dict[str, str] = {}
     listed: dict[str, list[ImageInput]] = {}
     data_sets: dict[str, DataSetImages] = {}
     for pattern in patterns:
@@ -221,7 +221,7 @@ def find_inputs(patterns: Sequence[str], output: str | None = None) -> Inputs:
         for path in paths:
             resolved = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
             if path in folders and (folders[path] == own or not are_meant):
-                written.add(resolved)
+                written[resolved] = path
             elif resolved not in listed:
                 is_tar = path.lower().endswith(TAR_EXTENSION)
                 listed[resolved] = _images_of_tar(path) if is_tar else [_image_of_file(path)]
@@ -229,8 +229,9 @@ def find_inputs(patterns: Sequence[str], output: str | None = None) -> Inputs:
         raise CommandError(
             f"all images are outputs of an earlier run to --output {output}: pass other images, or another --output."
         )
-    if skipped := written - listed.keys():
-        log(f"skipping {len(skipped)} outputs of an earlier run among the images.")
+    if skipped := [path for resolved, path in written.items() if resolved not in listed]:
+        count = f"{len(skipped)} output{'s' * (len(skipped) > 1)}"
+        log(f"skipping {count} of earlier runs among the images, such as {skipped[0]}.")
     return Inputs(list(itertools.chain.from_iterable(listed.values())), list(data_sets.values()))
 
 

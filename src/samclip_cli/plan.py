@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import os
+import re
 import sys
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -14,8 +15,9 @@ from .formats import RESULTS, file_names, run_files
 from .inputs import ImageInput, Inputs, find_inputs
 from .models import check_models
 from .outputs import check_outputs, check_writable, identity
-from .run_record import RunRecord, results_name
+from .run_record import RecordedOutputs, RunRecord, results_name
 
+SHARD_NAME = re.compile(r"\d{5,}\.(parquet|tar)")  # of the data sets that annotate and index write
 # Launchers of processes, and the variables of the environment in which they state the number of processes.
 OTHER_LAUNCHERS = (("mpirun", "OMPI_COMM_WORLD_SIZE"), ("mpirun", "PMI_SIZE"), ("srun", "SLURM_STEP_NUM_TASKS"))
 
@@ -223,6 +225,21 @@ def check_plan(plan: Plan, names: OutputNames, record: RunRecord | None) -> None
             if not replace and any(folder.iterdir()):
                 raise CommandError(
                     f"{folder} would be overwritten. Pass --overwrite to replace existing files, or another --output."
+                )
+    _check_shards(plan)
+
+
+def _check_shards(plan: Plan) -> None:
+    """Raises `CommandError` if a folder of the data set has a file with the name of a shard that no run has written:
+    shards are replaced, and deleted if there are fewer than before."""
+    assert plan.output is not None
+    recorded = RecordedOutputs(plan.output).names
+    for folder in (plan.output / name for name in plan.data_set_files if name.endswith("/")):
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            if SHARD_NAME.fullmatch(path.name) and f"{folder.name}/{path.name}" not in recorded:
+                raise CommandError(
+                    f"--output: {path} is not replaced or deleted, because it is not recorded as an output of a "
+                    "command. Move it to another folder, or pass another --output."
                 )
 
 

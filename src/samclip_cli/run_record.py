@@ -6,13 +6,14 @@ The record is the folder `.samclip` in the output folder. `run.json` describes t
 has a journal, such as `images-00000-of-00002.jsonl`, with two lines for each image: one with its output name before
 outputs are written, and one when all of them are complete. Results of all images, one line of JSON each, are in
 `results.jsonl`, or in `results-00000-of-00002.jsonl` and so on for several processes. `outputs-00000-of-00002.jsonl`
-has the names of all outputs, also of earlier runs and of runs on a single image, which have no other record.
+has the names of all outputs, also of earlier runs and of runs on a single image, which have no other record. A single
+PNG file as output is recorded in its folder.
 """
 
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,39 +24,57 @@ if TYPE_CHECKING:
     from .inputs import ImageInput
 
 FOLDER = ".samclip"
+SINGLE_PROCESS = (0, 1)  # its number, and the number of processes
 LONGEST_VALUE = 60  # of an option in messages, in characters
 
 
 class RecordedOutputs:
     """
     What runs have written or begun to write to a folder, so that the outputs in a folder of images are not taken for
-    inputs. Each process appends names to a file of its own, which stays when a run is started again. Empty without
-    such files.
+    inputs, and files of other origin are not deleted. Each process appends names to a file of its own, which stays
+    when a run is started again. Empty without such files.
 
     folder (`str` or `Path`):
         An output folder, or any other.
+
+    Attributes:
+        names (`set[str]`): Files and folders (with a final "/") in the folder, and, as "parquet/00000.parquet", the
+            shards of data sets.
     """
 
     def __init__(self, folder: str | Path):
         self.folder, self.record = os.path.realpath(folder), Path(folder, FOLDER)
-        self.names: set[str] = set()  # files and folders (with a final "/"), relative to the folder
+        self.names: set[str] = set()
         for path in self.record.glob("outputs-*.jsonl"):
-            with contextlib.suppress(OSError, TypeError):
-                self.names.update(_parse(line + b"\n") or "" for line in path.read_bytes().splitlines())
-        self.names.discard("")  # of lines that a killed process has not completed
+            with contextlib.suppress(OSError):
+                for line in path.read_bytes().splitlines():
+                    entry = _parse(line + b"\n")  # None if a killed process has not completed it
+                    if isinstance(entry, str):
+                        self.names.add(entry)
+                    elif isinstance(entry, dict):
+                        self.names.discard(entry.get("deleted", ""))
 
     def add(self, names: Iterable[str], process: tuple[int, int]) -> None:
         """Records outputs, before a process writes them."""
+        if new := [name for name in names if name not in self.names]:
+            self._append(new, process)
+            self.names.update(new)
+
+    def delete_others(self, folder: str, kept: Collection[str], process: tuple[int, int]) -> None:
+        """Deletes the recorded files in a folder, such as "parquet/", but `kept`. Only one process may call it."""
+        for name in sorted(name for name in self.names - set(kept) if name.startswith(folder) and name != folder):
+            Path(self.folder, name).unlink(missing_ok=True)
+            self._append([{"deleted": name}], process)
+            self.names.discard(name)
+
+    def _append(self, entries: Iterable[Any], process: tuple[int, int]) -> None:
         from samclip_hf.files import named_disk_errors
 
-        if not (new := [name for name in names if name not in self.names]):
-            return
         path = self.record / f"outputs-{_shard(process)}.jsonl"
         self.record.mkdir(exist_ok=True)
         with named_disk_errors(path), open(path, "ab") as file:
             # The line break is first, because the last line may be incomplete.
-            file.write(b"".join(b"\n" + json.dumps(name).encode() for name in new))
-        self.names.update(new)
+            file.write(b"".join(b"\n" + json.dumps(entry).encode() for entry in entries))
 
     def __contains__(self, path: str) -> bool:
         if not self.names:
@@ -285,7 +304,7 @@ class RunRecord:
             return
         with contextlib.suppress(FileNotFoundError):  # done before the process was killed
             os.replace(self.folder / RESULTS, self.output / RESULTS)
-        own = self.folder / f"images-{_shard((0, 1))}.jsonl"
+        own = self.folder / f"images-{_shard(SINGLE_PROCESS)}.jsonl"
         for journal in self.folder.glob("images-*.jsonl"):
             if journal != own:
                 _results_of(self.output, journal).unlink(missing_ok=True)
@@ -307,7 +326,7 @@ def _shard(process: tuple[int, int]) -> str:
 
 def _results_of(output: Path, journal: Path) -> Path:
     name = journal.name.replace("images-", "results-")
-    return output / (RESULTS if name == f"results-{_shard((0, 1))}.jsonl" else name)
+    return output / (RESULTS if name == f"results-{_shard(SINGLE_PROCESS)}.jsonl" else name)
 
 
 def results_name(process: tuple[int, int]) -> str:

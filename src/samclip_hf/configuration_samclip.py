@@ -66,6 +66,10 @@ class SamClipConfig(SamConfig):
         The label, a key of `id2label`, of each row of the checkpoint's `class_embeds`. Several rows may have the same
         label. Empty if the checkpoint has no vocabulary. Set by
         [`SamClipForImageSegmentation.set_vocabulary`].
+    id2label (`dict[int, str]`, *optional*):
+        The names of the labels in outputs. After loading, other names for the same number of labels, such as
+        translations, can be assigned and are saved. They do not change what the model finds, which the embeddings of
+        the names of [`SamClipForImageSegmentation.set_vocabulary`] define.
     vocabulary_num_labels (`int`, *optional*):
         The number of labels of the vocabulary, including background. A label may have no rows, see
         [`SamClipForImageSegmentation.embed_vocabulary`].

@@ -3,7 +3,6 @@
 import errno
 import glob
 import os
-import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -73,12 +72,3 @@ def write_atomically(path: str | os.PathLike[str], content: bytes | str, overwri
     """Writes a whole file, see [`atomic_path`]. Text is encoded as UTF-8."""
     with atomic_path(path, overwrite) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-
-
-def remove_shards(folder: Path, extension: str, num_shards: int) -> None:
-    """Deletes shards of an earlier run with more shards: `00007.parquet` for the extension "parquet" and `num_shards`
-    up to 7. Other files are kept. The folder need not exist."""
-    if folder.is_dir():
-        for path in folder.iterdir():
-            if re.fullmatch(rf"\d{{5,}}\.{extension}", path.name) and int(path.stem) >= num_shards:
-                path.unlink()

@@ -6,11 +6,12 @@ An index is a folder with `index.json` and tables `parquet/00000.parquet`, ..., 
 row is an image or a segment, see [`write_index`].
 """
 
+import contextlib
 import itertools
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from . import SamClipForImageSegmentation, SamClipImageProcessor, SamClipMaskGenerationPipeline
-from .files import atomic_path, remove_shards, remove_temporary_files, write_atomically
+from .files import atomic_path, remove_temporary_files, write_atomically
 from .identity import hash_configuration, hash_weights
 from .images import compress_rle, mask_to_coco_box
 
@@ -110,11 +111,14 @@ def describe_model(model: SamClipForImageSegmentation, processor) -> dict[str, s
 
 
 def write_index(
-    folder: str | os.PathLike[str], rows: Iterable[dict[str, Any]], description: dict[str, Any]
+    folder: str | os.PathLike[str],
+    rows: Iterable[dict[str, Any]],
+    description: dict[str, Any],
+    before_shard: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     r"""
-    Writes an index. An index in `folder` is replaced. `index.json` is deleted first and written last, so that a folder
-    with `index.json` is complete.
+    Writes an index. An index in `folder` is replaced: the shards that its `index.json` names are deleted if they are
+    not written again. `index.json` is deleted first and written last, so that a folder with `index.json` is complete.
 
     Args:
         folder (`str` or `PathLike`):
@@ -131,10 +135,15 @@ def write_index(
             - `embedding` (`numpy.ndarray` of shape `(projection_dim,)` and type float32): of length 1.
         description (`dict`):
             Further entries of `index.json`. `"model"` has those of [`describe_model`].
+        before_shard (`Callable[[str], None]`, *optional*):
+            Called with the name of each shard in `folder`, such as `"parquet/00000.parquet"`, before it is written.
 
     Returns the content of `index.json`.
     """
     folder = Path(folder)
+    num_old_shards = 0
+    with contextlib.suppress(ValueError):  # no index, or one that is not complete
+        num_old_shards = len(read_index(folder)["shards"])
     (folder / INDEX).unlink(missing_ok=True)
     (folder / SHARDS).mkdir(parents=True, exist_ok=True)
     remove_temporary_files(folder / INDEX)
@@ -146,11 +155,14 @@ def write_index(
             break
         dimension = dimension or len(first["embedding"])
         path = folder / SHARDS / f"{number:05d}.parquet"
+        if before_shard is not None:
+            before_shard(f"{SHARDS}/{path.name}")
         remove_temporary_files(path)
         own = itertools.chain([first], itertools.islice(remaining, ROWS_PER_SHARD - 1))
         num_rows = _write_shard(path, own, dimension, counts, with_segments)
         shards.append({"file": f"{SHARDS}/{path.name}", "rows": num_rows})
-    remove_shards(folder / SHARDS, "parquet", len(shards))
+    for number in range(len(shards), num_old_shards):
+        (folder / SHARDS / f"{number:05d}.parquet").unlink(missing_ok=True)
     content = {
         **description,
         "projection_dim": dimension,

@@ -31,6 +31,7 @@ logger = logging.get_logger(__name__)
 POINTS_PER_CLASS = 3  # paper, section 5: one to three
 DEFAULT_TEMPLATES = ("a photo of a {}",)
 TEXTS_PER_BATCH = 256  # texts in one pass of the text tower: 1000 names in 80 templates do not fit at once
+BOX_NOISE = 0.1  # standard deviation of the noise of box prompts, relative to the side of the box
 MAX_LOSS_MASKS = 8  # masks of an image in a training step, for the loss of the SAM head
 CLASSES_PER_CHUNK = 32  # classes in one pass of the mask decoder
 VALUES_PER_CHUNK = 2**17  # of a map of the points in one pass of the mask decoder on a CPU: 0.5 MB
@@ -329,6 +330,25 @@ def focal_and_dice_losses(logits: torch.Tensor, targets: torch.Tensor) -> tuple[
     return focal, 1 - (2 * overlap + 1) / (sizes + 1)
 
 
+def add_box_noise(boxes, sides, noise, max_noise: float):
+    r"""
+    Adds the noise of SAM's training to boxes (Kirillov et al. 2023, appendix A), with a standard deviation of a tenth
+    of the side. All are NumPy arrays or all are tensors, of shape `(..., 4)`.
+
+    boxes:
+        x1, y1, x2, y2 in pixels.
+    sides:
+        Width, height, width and height of the boxes in pixels.
+    noise:
+        Random numbers with the standard normal distribution.
+    max_noise (`float`):
+        Largest noise in pixels. SAM uses 20 at 1024 pixels.
+
+    Returns the noisy boxes, which may exceed the image.
+    """
+    return boxes + (noise * BOX_NOISE * sides).clip(-max_noise, max_noise)
+
+
 def mask_loss(pred_masks: torch.Tensor, iou_scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     r"""
     SAM's loss (Kirillov et al. 2023, appendix A): 20 x focal + dice of the mask with the lowest loss, and the squared
@@ -371,6 +391,9 @@ class SamClipForImageSegmentation(SamClipModel):
     checkpoint, so that the model labels segments without text input. It loads from any SAM-CLIP checkpoint. If the
     checkpoint has no vocabulary, call `set_vocabulary`. With prompts, it predicts masks as [`SamClipModel`] does. With
     label maps or labelled masks, it returns a loss.
+
+    `config.id2label` has the names that outputs show, such as translations. Other names in it do not change what the
+    model finds, which `class_embeds` defines: only `set_vocabulary` does.
     """
 
     # The loss is a mean over a batch. Otherwise, Trainer does not divide it by the number of accumulated batches.
@@ -1134,16 +1157,13 @@ class SamClipForImageSegmentation(SamClipModel):
         return ((points + 0.5) * (self.config.vision_config.patch_size / 4) - 0.5)[None]
 
     def _noisy_boxes(self, masks: torch.Tensor, random: dict[str, Any]) -> torch.Tensor:
-        """The boxes of the masks `(num_masks, 4 * grid_height, 4 * grid_width)`, for `input_boxes`. Noise as in SAM's
-        training (Kirillov et al. 2023, appendix A): a standard deviation of a tenth of the side, at most 20 of 1024
-        pixels."""
+        """The boxes of the masks `(num_masks, 4 * grid_height, 4 * grid_width)` with noise, for `input_boxes`."""
         boxes = torch.tensor([mask_to_box(mask) for mask in masks.numpy(force=True)], device=masks.device)
         boxes = boxes * (self.config.vision_config.patch_size / 4)
         sides = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
         boxes[:, 2:] -= 1  # the last pixel
-        limit = 20 / 1024 * self.config.vision_config.image_size
-        noise = torch.randn(boxes.shape, **random) * sides / 10
-        return (boxes + noise.clamp(-limit, limit))[None]
+        max_noise = 20 / 1024 * self.config.vision_config.image_size
+        return add_box_noise(boxes, sides, torch.randn(boxes.shape, **random), max_noise)[None]
 
     def compose_heads(
         self,

@@ -16,6 +16,7 @@ import psutil
 import pytest
 from PIL import Image
 
+from samclip_cli import data_sets
 from samclip_cli.data_sets import exact_polygons, mask_to_polygons
 from samclip_hf.images import decode_mask, encode_mask
 
@@ -195,6 +196,30 @@ def test_a_data_set_in_the_folder_of_its_images_is_not_annotated(capsys, folder)
     assert "0 images processed; 2 skipped" in messages[-1] and Path("photos/annotations.json").read_bytes() == before
     assert "2 images processed. " in samclip(capsys, *command, "--overwrite")[1][-1]
     assert Path("photos/annotations.json").read_bytes() == before
+
+
+def test_overwrite_deletes_the_shards_of_an_earlier_run_and_no_others(capsys, monkeypatch, folder):
+    monkeypatch.setattr(data_sets, "IMAGES_PER_SHARD", 1)
+    save("photos/0.png", "photos/1.png", "photos/2.png")
+    command = ["annotate", *LABEL_OPTIONS, "--formats", "parquet,webdataset", "--output", "out"]
+    samclip(capsys, *command, "photos")
+    assert sorted(os.listdir("out/parquet")) == ["00000.parquet", "00001.parquet", "00002.parquet"]
+    assert sorted(os.listdir("out/webdataset")) == ["00000.tar", "00001.tar", "00002.tar"]
+    for user_file in ("out/webdataset/00003.tar", "out/parquet/00003.parquet"):
+        Path(user_file).write_text("mine")
+        before = contents("out")
+        for options in (["photos"], ["photos/0.png", "--overwrite"]):
+            _, messages = samclip(capsys, *command, *options, status=2)
+            assert f"{user_file} is not replaced or deleted, because it is not recorded" in messages[-1]
+        assert contents("out") == before
+        Path(user_file).rename(user_file.replace("0000", "photos"))
+    samclip(capsys, *command, "photos/0.png", "--overwrite")
+    assert sorted(os.listdir("out/parquet")) == ["00000.parquet", "photos3.parquet"]
+    assert sorted(os.listdir("out/webdataset")) == ["00000.tar", "photos3.tar"]
+    # The names of deleted shards are free for files of the user.
+    Path("out/webdataset/00001.tar").write_text("mine")
+    _, messages = samclip(capsys, *command, "photos/0.png", "--overwrite", status=2)
+    assert "out/webdataset/00001.tar is not replaced or deleted" in messages[-1]
 
 
 def test_two_processes_give_the_files_of_one(capsys, monkeypatch, photos):

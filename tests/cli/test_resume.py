@@ -2,7 +2,6 @@
 interruptions at any moment, in several processes, and from tars and data sets."""
 
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -98,15 +97,16 @@ def test_outputs_among_the_images_are_not_read_by_the_next_run(capsys, monkeypat
         assert messages[-1] == (
             f"samclip: 1 image processed; 2 skipped, which were complete. The results are in {output}."
         )
-        skips = [re.search(r"skipping \d+ outputs of an earlier run among the images", text) for text in messages]
-        assert sum(match is not None for match in skips) == 1
+        start = "samclip: skipping "
+        skips = [text for text in messages if text.startswith(start) and "outputs of earlier runs" in text]
+        assert len(skips) == 1 and ", such as photos/" in skips[0]
         written = {path.name for path in Path(output).iterdir() if path.suffix == ".png"}
         assert written == {f"{number}{suffix}.png" for number in range(3) for suffix in ("", "_labels")}
     # Other commands do not read them either, unless they are named, or if there is nothing else.
     shutil.copytree("photos/out", "photos", dirs_exist_ok=True)
     records, messages = samclip(capsys, "classify", "photos", "--labels", "cat, sofa")
     assert [record["image"] for record in records] == [f"photos/{number}.jpg" for number in range(3)]
-    assert messages[0].endswith("skipping 6 outputs of an earlier run among the images.")
+    assert messages[0].endswith("skipping 6 outputs of earlier runs among the images, such as photos/0.png.")
     masks = sorted(map(str, Path("photos").glob("*_masks/*.png")))
     for pattern, expected in (("photos/**", [record["image"] for record in records]), ("photos/*_masks/*.png", masks)):
         found = samclip(capsys, "classify", pattern, "--labels", "cat, sofa")[0]
@@ -124,13 +124,30 @@ def test_outputs_of_a_single_image_and_of_other_formats_are_not_read_by_later_ru
     originals = ["photos/0.jpg", "photos/1.jpg"]
     records, messages = samclip(capsys, "classify", "photos", "--labels", "cat, sofa")
     assert [record["image"] for record in records] == originals
-    assert messages[-1].endswith("skipping 1 outputs of an earlier run among the images.")
+    assert messages[-1].endswith("skipping 1 output of earlier runs among the images, such as photos/0.png.")
     samclip(capsys, *command, "photos", "--overwrite")
     samclip(capsys, *command, "photos", "--overwrite", "--formats", "json")
     assert Path("photos/0.png").exists() and Path("photos/1.png").exists()
     records, messages = samclip(capsys, "classify", "photos", "--labels", "cat, sofa")
     assert [record["image"] for record in records] == originals
-    assert messages[-1].endswith("skipping 2 outputs of an earlier run among the images.")
+    assert messages[-1].endswith("skipping 2 outputs of earlier runs among the images, such as photos/0.png.")
+
+
+def test_deleted_outputs_are_not_in_the_record(tmp_path):
+    """A file that a user puts in their place is not deleted."""
+    names = [f"parquet/{number:05d}.parquet" for number in range(3)]
+    outputs = RecordedOutputs(tmp_path)
+    outputs.add(["parquet/", *names], (0, 1))
+    (tmp_path / "parquet").mkdir()
+    for name in [*names, "parquet/00003.parquet"]:
+        (tmp_path / name).write_text(name)
+    outputs.delete_others("parquet/", names[:1], (0, 1))
+    assert sorted(path.name for path in (tmp_path / "parquet").iterdir()) == ["00000.parquet", "00003.parquet"]
+    (tmp_path / names[1]).write_text("mine")
+    outputs = RecordedOutputs(tmp_path)
+    assert outputs.names == {"parquet/", names[0]}
+    outputs.delete_others("parquet/", [], (0, 1))
+    assert sorted(path.name for path in (tmp_path / "parquet").iterdir()) == ["00001.parquet", "00003.parquet"]
 
 
 def test_the_outputs_of_all_processes_are_recorded_once_also_after_a_line_that_was_not_completed(tmp_path):

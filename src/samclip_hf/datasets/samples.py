@@ -63,10 +63,10 @@ class SegmentedImage(Sample):
         Reads integers of shape `(height, width)`: indices in the dataset's `names`, or `IGNORE_INDEX`.
     objects (`Callable[[], list[tuple[RunLengthMask, int]]]`, *optional*):
         Reads the masks of the objects, which may overlap, and their labels. `None` for label maps, in which objects of
-        a class are not separate.
+        a class are not separate. `label_map(objects)` draws them without reading them again.
     """
 
-    label_map: Callable[[], np.ndarray]
+    label_map: Callable[..., np.ndarray]
     objects: Callable[[], list[tuple[RunLengthMask, int]]] | None = None
 
 

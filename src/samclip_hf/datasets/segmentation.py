@@ -186,7 +186,7 @@ def open_coco_segmentation(
             SegmentedImage(
                 image["file_name"],
                 partial(read_image, path, annotated_size=size),
-                partial(_draw_coco_map, objects, size, bool(background)),
+                partial(_read_coco_map, objects, size, bool(background)),
                 objects,
             )
         )
@@ -212,12 +212,17 @@ def _read_coco_objects(
     return objects
 
 
-def _draw_coco_map(
-    objects: Callable[[], list[tuple[RunLengthMask, int]]], size: tuple[int, int], has_background: bool
+def _read_coco_map(
+    read_objects: Callable[[], list[tuple[RunLengthMask, int]]],
+    size: tuple[int, int],
+    has_background: bool,
+    objects: list[tuple[RunLengthMask, int]] | None = None,
 ) -> np.ndarray:
-    """Draws the objects of an image as a label map of its size, the largest masks first."""
+    """Draws the objects of an image as a label map of its size, the largest masks first. Reads them if they are not
+    passed."""
+    objects = read_objects() if objects is None else objects
     label_map = np.full(size, 0 if has_background else IGNORE_INDEX, dtype=np.uint8)
-    for mask, label in sorted(objects(), key=lambda pair: (pair[1] != IGNORE_INDEX, -pair[0].area)):  # crowds first
+    for mask, label in sorted(objects, key=lambda pair: (pair[1] != IGNORE_INDEX, -pair[0].area)):  # crowds first
         label_map[mask.decode()] = label
     return label_map
 

@@ -6,8 +6,8 @@ SAM-CLIP's composition of both heads (paper, section 5).
 import numpy as np
 
 from ..images import RunLengthMask, mask_to_prompt_box
+from ..segmentation_samclip import add_box_noise
 
-BOX_NOISE = 0.1  # standard deviation, relative to the side of the box
 # Logits of a class at the patches of its objects: the mean differs between masks, the noise between patches. Similar
 # to the CLIP head of the miniature, which misses many of the patches of an object and has few errors outside.
 CLASS_LOGIT_RANGE = (-1.0, 9.0)
@@ -53,9 +53,9 @@ def box_from_mask(mask: np.ndarray | RunLengthMask, rng: np.random.Generator, ma
     """
     box = np.array(mask_to_prompt_box(mask), dtype=np.float32)
     sides = np.tile(box[2:] - box[:2], 2)
-    noise = np.clip(rng.standard_normal(4) * BOX_NOISE * sides, -max_noise, max_noise)
     height, width = mask.shape
-    noisy = np.clip(box + noise, 0, np.array([width - 1, height - 1] * 2)).astype(np.float32)
+    noisy = add_box_noise(box, sides, rng.standard_normal(4), max_noise)
+    noisy = np.clip(noisy, 0, np.array([width - 1, height - 1] * 2)).astype(np.float32)
     return np.concatenate([np.minimum(noisy[:2], noisy[2:]), np.maximum(noisy[:2], noisy[2:])])
 
 

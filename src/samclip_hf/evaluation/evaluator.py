@@ -158,9 +158,9 @@ def named(sample: SampleType) -> SampleType:
     """Returns the sample with functions that raise `ValueError` with the sample's key if a file cannot be read.
     Pillow's decoders raise many types of errors, and few of them name the file."""
 
-    def read(kind: str, function: Callable[[], Any]) -> Any:
+    def read(kind: str, function: Callable[..., Any], *arguments: Any) -> Any:
         try:
-            return function()
+            return function(*arguments)
         except Exception as error:
             raise ValueError(f"{sample.key}: the {kind} cannot be read: {error}") from error
 

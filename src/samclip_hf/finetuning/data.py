@@ -172,8 +172,9 @@ class LabelMapBatches:
         objects. Where there are fewer, masks are empty and labels are `IGNORE_INDEX`. Raises [`DataError`] if the
         image or its labels cannot be read: labelled images are few, so none is skipped."""
         try:
-            image, label_map = raw["sample"].image(), raw["sample"].label_map()
+            image = raw["sample"].image()
             objects = raw["sample"].objects() if self.with_objects else []
+            label_map = raw["sample"].label_map(objects) if self.with_objects else raw["sample"].label_map()
             inputs = self.image_processor(
                 image, segmentation_maps=label_map, do_rescale=False, do_normalize=False, return_tensors="np"
             )

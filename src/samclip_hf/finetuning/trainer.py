@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from .. import miniature
 from ..datasets import DataSet, SegmentedImage
@@ -28,6 +29,8 @@ from ..processing_samclip import SamClipProcessor
 from ..segmentation_samclip import SAME_TEXT, SamClipForImageSegmentation
 from .arguments import FinetuningArguments
 from .data import LabelMapBatches, map_content_size
+
+logger = logging.get_logger(__name__)
 
 RETENTION_NAME = "retention.json"
 # The metrics of an evaluator that are rows of the retention table. By default the first one.
@@ -158,8 +161,8 @@ class FinetuningTrainer(SamClipTrainer):
             raise ValueError("Fine-tuning is not supported with FSDP. Use DDP, and lora_r to save memory.")
         own: dict[str, Evaluator] = {OWN_CLASSES: ComposedSegmentation(eval_data, templates=args.templates)}
         self.retention = own | dict(retention or {})
-        self._before: dict[tuple[str, str], float] = {}
-        self._after: dict[tuple[str, str], float] = {}
+        self._before: dict[tuple[str, str], float | None] = {}
+        self._after: dict[tuple[str, str], float | None] = {}
 
     def make_tasks(self, student: SamClipModel) -> dict[str, TaskBatches]:
         """Returns the labelled images ("own") and, with a guard, the general images ("sam")."""
@@ -261,43 +264,58 @@ class FinetuningTrainer(SamClipTrainer):
 
     # The retention table.
 
-    def measure(self) -> dict[tuple[str, str], float]:
-        """Returns the results of the retention table, by task and metric. All processes call it."""
+    def measure(self) -> dict[tuple[str, str], float | None]:
+        """Returns the results of the retention table, by task and metric. Those that the data do not define, such as
+        the average precision without objects, are `None`. All processes call it."""
         model = self._segmenter().eval()
         adapter = SamClipAdapter(self.args.output_dir, model, self.processing_class)
-        values: dict[tuple[str, str], float] = {}
+        values: dict[tuple[str, str], float | None] = {}
         for task, evaluator in self.retention.items():
             result = evaluator.run(adapter)
             if result is not None:  # only in the main process
                 names = RETENTION_METRICS.get(evaluator.name, tuple(result.metrics)[:1])
-                values |= {(task, name): float(result.metrics[name] or 0.0) for name in names}
+                values |= {(task, name): _float(result.metrics[name]) for name in names}
         return broadcast_object_list([values])[0]
 
-    def score(self, values: Mapping[tuple[str, str], float]) -> float:
+    def score(self, values: Mapping[tuple[str, str], float | None]) -> float:
         """Returns `retention_score`: the mean IoU of the own classes, times the smallest ratio of another result to
-        its value before, if that is below 1."""
-        own, *others = values
-        ratios = [values[key] / self._before[key] for key in others if self._before[key] > 0]
-        return values[own] * min([1.0, *ratios])
+        its value before, if that is below 1. Results that are `None` or were 0 before do not count."""
+        own, *others = values.items()
+        pairs = [(value, self._before[key]) for key, value in others]
+        ratios = [value / before for value, before in pairs if value is not None and before is not None and before > 0]
+        assert own[1] is not None  # its evaluator raises an error if no pixel is labelled
+        return own[1] * min([1.0, *ratios])
+
+    def _measure_before(self) -> None:
+        self._before = self.measure()
+        for (task, metric), value in self._before.items():
+            if value is None and self.is_world_process_zero():
+                logger.warning(
+                    f"The retention table has no {metric} of {task}: its images have nothing that can be measured. It "
+                    "is not part of retention_score, so the choice of the best checkpoint does not depend on it. Pass "
+                    "another task as retention, or a larger retention_limit."
+                )
 
     def train(self, *args, **kwargs):
         """As in [`Trainer`]. Measures the retention table first."""
-        self._before = self.measure()
+        self._measure_before()
         return super().train(*args, **kwargs)
 
     def load_finished_run(self, checkpoint: Path) -> None:
         """As in [`SamClipTrainer`]. Measures the retention table first."""
-        self._before = self.measure()
+        self._measure_before()
         super().load_finished_run(checkpoint)
 
     def evaluation_metrics(self) -> dict[str, float]:
-        """Returns the retention table and its score."""
+        """Returns the retention table and its score. Results that are `None` are left out."""
         values = self.measure()
         names = {f"{task} {metric}".replace(" ", "_"): value for (task, metric), value in values.items()}
-        return names | ({"retention_score": self.score(values)} if self._before else {})
+        present = {name: value for name, value in names.items() if value is not None}
+        return present | ({"retention_score": self.score(values)} if self._before else {})
 
     def retention_table(self) -> list[dict[str, Any]]:
-        """Returns the rows of the table: `task`, `metric`, and the values `before` and, at the end, `after`."""
+        """Returns the rows of the table: `task`, `metric`, and the values `before` and, at the end, `after`, which are
+        `None` if they cannot be measured."""
         return [
             {"task": task, "metric": metric, "before": value, "after": self._after.get((task, metric))}
             for (task, metric), value in self._before.items()
@@ -322,6 +340,10 @@ class FinetuningTrainer(SamClipTrainer):
             text = json.dumps(content, indent=2, default=str) + "\n"
             write_atomically(Path(self.args.output_dir) / RETENTION_NAME, text)
         super().save_provenance(metrics)
+
+
+def _float(value: float | None) -> float | None:
+    return None if value is None else float(value)
 
 
 def _known_names(model: SamClipForImageSegmentation, evaluators: Iterable[Evaluator]) -> list[str]:
