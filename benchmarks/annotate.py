@@ -53,7 +53,7 @@ from samclip_hf import (
 from samclip_hf.clip_tower_samclip import SamClipTower
 from samclip_hf.miniature.scenes import BACKGROUND_PROMPTS, CLASS_NAMES, render
 
-LOADING, ENCODER, DECODER, WRITING = "loading the model", "image encoder", "mask decoder", "writing the data set"
+LOADING, ENCODER, DECODER, WRITING = "loading the model", "image encoder", "mask decoder", "writing the dataset"
 
 
 class Division:
@@ -154,7 +154,7 @@ def command_line(images: Path, arguments: argparse.Namespace, is_random: bool = 
 
 
 def run_processes(images: Path, arguments: argparse.Namespace) -> None:
-    """Runs the command in several processes, and then in one, which writes the data set. Prints the time and the peak
+    """Runs the command in several processes, and then in one, which writes the dataset. Prints the time and the peak
     memory."""
     import resource
 
@@ -165,7 +165,7 @@ def run_processes(images: Path, arguments: argparse.Namespace) -> None:
     print("| step | seconds | CPU seconds | GB, largest process so far |\n|---|---|---|---|")
     for step, words in (
         (f"{arguments.processes} processes", launcher),
-        ("one process, which writes the data set", []),
+        ("one process, which writes the dataset", []),
     ):
         before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
         done = subprocess.run([sys.executable, *words, "-m", "samclip_cli", *command], env=environment)

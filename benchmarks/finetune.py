@@ -4,7 +4,7 @@ Measures fine-tuning in the miniature, with the guard against forgetting and wit
     python benchmarks/finetune.py
 
 The new classes are the 8 classes that no caption names, and a pattern that neither teacher has seen, in 6 colors.
-Each run trains on 200 labelled scenes by `samclip finetune miniature`, with the names of the old classes as other
+Each run trains on 200 labeled scenes by `samclip finetune miniature`, with the names of the old classes as other
 names. The table has the results on other scenes, before and after: the mean IoU of text to masks with the old and the
 new names in one vocabulary, over the new and over the old classes; with the 48 names of the miniature on scenes of old
 classes; and with the new names only, on the scenes that the run holds out; zero-shot classification; and the mean IoU
@@ -52,7 +52,7 @@ def draw(seed: int, index: int, new_only: bool) -> tuple[np.ndarray, np.ndarray]
     A scene with one to four objects, the first one of a new class.
 
     new_only (`bool`):
-        Whether objects of old classes are not labelled.
+        Whether objects of old classes are not labeled.
 
     Returns the image `(128, 128, 3)` and its label map, 0 for background and indices in `NAMES` plus 1.
     """
@@ -82,7 +82,7 @@ def draw_rings(rng: np.random.Generator, image: np.ndarray, mask: np.ndarray, sc
 
 
 def write_data(folder: Path, seed: int, num_scenes: int) -> None:
-    """Writes labelled scenes as a folder that `samclip finetune` reads."""
+    """Writes labeled scenes as a folder that `samclip finetune` reads."""
     for name in ("images", "labels"):
         (folder / name).mkdir(parents=True)
     labels = np.full(256, IGNORED, dtype=np.uint8)
@@ -111,9 +111,9 @@ def count_pixels(model, processor, vocabulary: SamClipVocabulary, scenes: Sequen
 
 def mean_iou(counts: np.ndarray, class_ids: Sequence[int]) -> float:
     """The mean IoU over classes, the labels of which are their numbers plus 1."""
-    both, labelled, predicted = np.diag(counts), counts.sum(axis=1), counts.sum(axis=0)
-    found = [number + 1 for number in class_ids if labelled[number + 1]]
-    return float((both[found] / (labelled + predicted - both)[found]).mean())
+    both, labeled, predicted = np.diag(counts), counts.sum(axis=1), counts.sum(axis=0)
+    found = [number + 1 for number in class_ids if labeled[number + 1]]
+    return float((both[found] / (labeled + predicted - both)[found]).mean())
 
 
 @torch.inference_mode()
@@ -147,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[101, 201, 301], help="of scenes and training")
     parser.add_argument("--guard_weights", type=float, nargs="+", default=[10.0, 0.0])
-    parser.add_argument("--num_images", type=int, default=200, help="labelled scenes for training and evaluation")
+    parser.add_argument("--num_images", type=int, default=200, help="labeled scenes for training and evaluation")
     parser.add_argument("--num_scenes", type=int, default=200, help="scenes of each measurement")
     parser.add_argument(
         "--other_names", choices=["all", "half", "none"], default="all", help="names of old classes in the training"

@@ -1,5 +1,5 @@
 """
-Measures the loss of the SAM head when a model is fine-tuned on labelled objects, in the miniature:
+Measures the loss of the SAM head when a model is fine-tuned on labeled objects, in the miniature:
 
     python benchmarks/object_masks.py
 
@@ -24,7 +24,7 @@ RETENTION = ("composed:miniature@cluttered", "prompts:miniature@cluttered", "com
 
 
 def write_data(folder: Path, seed: int, num_images: int) -> Path:
-    """Writes labelled scenes and returns their COCO file."""
+    """Writes labeled scenes and returns their COCO file."""
     folder.mkdir()
     images, annotations = [], []
     for index in range(num_images):
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[101, 201, 301], help="of scenes and training")
     parser.add_argument("--weights", type=float, nargs="+", default=[0.0, 1.0], help="values of --mask_loss_weight")
-    parser.add_argument("--num_images", type=int, default=200, help="labelled scenes for training")
+    parser.add_argument("--num_images", type=int, default=200, help="labeled scenes for training")
     parser.add_argument("options", nargs="*", help="more arguments of samclip finetune, after --")
     arguments = parser.parse_args(argv)
     table: dict[str, list[dict[str, float]]] = {"before": []}

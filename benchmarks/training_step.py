@@ -118,7 +118,7 @@ def make_trainer(arguments, folder: Path, sam: Path, clip: Path) -> SamClipTrain
         "output_dir": folder / "output",
     }
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    # Data, caches and weights of data sets are those of the options.
+    # Data, caches and weights of datasets are those of the options.
     unused = {"clip_data_weights", "sam_data_weights", "sam_shard_fraction", "clip_embedding_cache"}
     unused |= {"region_embedding_cache", "sam_student", "sam_resolutions"}
     args = parse_arguments([str(write_recipe(arguments.recipe, unused, folder)), *words])

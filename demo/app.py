@@ -69,7 +69,7 @@ NEXT_STEPS = {
     BACKGROUND: "Click outside the object in the image.",
     BOX: "Click on a corner of the box in the image.",
 }
-REVIEW_SCENES = "Images to review, the most uncertain first. The data set is not changed."
+REVIEW_SCENES = "Images to review, the most uncertain first. The dataset is not changed."
 CORRECTION = "Click again on the object to add a part. To remove a part, select Background point."
 NO_IMAGE = (
     "Open an image or choose an example first. Images are removed an hour after they were opened, and when the app is "
@@ -379,7 +379,7 @@ def to_display(image: Image.Image) -> Image.Image:
 
 class Review(NamedTuple):
     """
-    Images of a data set to look at, and the options that it was annotated with.
+    Images of a dataset to look at, and the options that it was annotated with.
 
     Attributes:
         paths (`list[str]`): The files of the images.
@@ -428,17 +428,15 @@ def read_review(path: str) -> Review:
     if missing := [name for name in images if not os.path.isfile(name)]:
         raise ValueError(
             f"--review {path}: {missing[0]} is not a file. Start the app in the folder in which samclip annotate ran. "
-            "Images in tars and in data sets of the Hub cannot be opened."
+            "Images in tars and in datasets of the Hub cannot be opened."
         )
     if other:
-        raise ValueError(
-            f"--review {path}: the data set was annotated with --{other[0]}, which the app does not have."
-        )
+        raise ValueError(f"--review {path}: the dataset was annotated with --{other[0]}, which the app does not have.")
     return review._replace(paths=without_unreadable(images, f"--review {path}"))
 
 
 def without_unreadable(paths: list[str], origin: str) -> list[str]:
-    """Returns the images that the app can open. The others are reported on standard error: the data set may contain
+    """Returns the images that the app can open. The others are reported on standard error: the dataset may contain
     larger images and more formats. Raises `ValueError` if none is left."""
     readable = []
     for path in paths:
@@ -594,7 +592,7 @@ class App:
         self.review = review
         if review is not None and review.model.items() - self.description.items():
             names = " and ".join(f"--{'model' if key == 'name' else key} {name}" for key, name in review.model.items())
-            raise ValueError(f"The data set of --review was annotated by another model: pass {names}.")
+            raise ValueError(f"The dataset of --review was annotated by another model: pass {names}.")
         self.scenes: list[tuple[str, str]] = []  # path and labels
         if review is not None:
             self.scenes = [(path, review.labels) for path in review.paths]
@@ -657,7 +655,7 @@ class App:
         state = None if self.review is None else self.review.states.get(path)
         if state is not None and os.path.exists(path) and file_state(path) != state:
             gr.Warning(
-                "The file was changed after it was annotated, so the masks can differ from the data set.",
+                "The file was changed after it was annotated, so the masks can differ from the dataset.",
                 title=f"{Path(path).name} has changed",
             )
         return *self.load(path, Path(path).name, session, Fields(*fields)), labels

@@ -923,7 +923,7 @@ def test_a_model_without_a_text_tower_shows_a_warning_for_labels(app, tmp_path):
 
 @pytest.fixture
 def annotated(tmp_path, monkeypatch):
-    """A folder with a data set of `samclip annotate`, and the images to review in their order."""
+    """A folder with a dataset of `samclip annotate`, and the images to review in their order."""
     monkeypatch.chdir(tmp_path)
     Path("scenes").mkdir()
     for index in range(3):

@@ -1,4 +1,4 @@
-"""`samclip finetune`: labelled images, the guard against forgetting, the retention table, and what a run leaves."""
+"""`samclip finetune`: labeled images, the guard against forgetting, the retention table, and what a run leaves."""
 
 import copy
 import json
@@ -495,7 +495,7 @@ def test_every_recipe_can_be_parsed(path, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"data": None}, "Pass labelled images as data"),
+        ({"data": None}, "Pass labeled images as data"),
         ({"model": None}, "Pass the SAM-CLIP to fine-tune as model"),
         ({"model": "./nowhere"}, "./nowhere: no such folder"),
         ({"guard_weight": 1}, "needs general images with masks: pass them as sam_data"),
@@ -504,7 +504,7 @@ def test_every_recipe_can_be_parsed(path, tmp_path):
         ({"retention_limit": 5}, "retention_limit has no effect without retention"),
         ({"retention": "cost:64x64"}, "retention: cost:64x64 is not a task of one of classification"),
         ({"retention": "composed:nowhere"}, "composed:nowhere"),
-        ({"clip_data": "photos"}, "Pass labelled images as data, and general images as sam_data"),
+        ({"clip_data": "photos"}, "Pass labeled images as data, and general images as sam_data"),
         ({"clip_teacher": "a"}, "The model before fine-tuning is the only teacher"),
         ({"stage": 2}, "unknown argument 'stage'"),
         ({"num_train_epochs": 2}, "Set max_steps: images times epochs"),
@@ -609,7 +609,7 @@ def test_an_unknown_recipe_is_reported(capsys):
 
 @pytest.mark.slow
 def test_the_commands_of_the_documentation_adapt_the_miniature(tmp_path, monkeypatch, capsys):
-    """The first block of the page writes labelled scenes, and the first two commands use them."""
+    """The first block of the page writes labeled scenes, and the first two commands use them."""
     monkeypatch.chdir(tmp_path)
     page = (Path(__file__).parents[1] / "docs" / "finetune.md").read_text()
     code, shell = (

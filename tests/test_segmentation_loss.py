@@ -1,4 +1,4 @@
-"""The losses of `SamClipForImageSegmentation` for label maps and labelled masks, and the stock `Trainer`."""
+"""The losses of `SamClipForImageSegmentation` for label maps and labeled masks, and the stock `Trainer`."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""`samclip annotate`: annotates a data set by text or examples, and writes one data set."""
+"""`samclip annotate`: annotates a dataset by text or examples, and writes one dataset."""
 
 import argparse
 import textwrap
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 DESCRIPTION = """\
-Annotates a data set by text or examples, and writes one data set with the masks.
+Annotates a dataset by text or examples, and writes one dataset with the masks.
 
 examples:
   samclip annotate photos/ --sam facebook/sam-vit-base --clip openai/clip-vit-base-patch16 \\
@@ -41,12 +41,12 @@ output:
     review.json               with --review: the images whose scores are closest to --threshold
     report.json               options, counts, and images that failed with the cause
     results.jsonl             the result of each image; an interrupted run continues from it
-  The data set is written when a single process has completed all images. Existing files are
+  The dataset is written when a single process has completed all images. Existing files are
   replaced with --overwrite only, and input images never.
 
 exit status:
   0    success
-  1    some images failed and are not in the data set, or an output could not be written
+  1    some images failed and are not in the dataset, or an output could not be written
   2    wrong arguments; no image was processed
   130  interrupted by Ctrl-C; run the same command to continue"""
 
@@ -65,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_input_arguments(parser)
     add_model_arguments(parser)
-    parser.add_argument("--output", metavar="FOLDER", required=True, help="the folder of the data set")
+    parser.add_argument("--output", metavar="FOLDER", required=True, help="the folder of the dataset")
     parser.add_argument(
         "--formats",
         dest="data_set_formats",

@@ -63,7 +63,7 @@ def process_images(
     nothing_found (`tuple[str, str]`, *optional*):
         What masks are called, and a sentence about what finds more, for a message about images without masks.
     write_data_set (function of the results, the description of the run, and errors, *optional*):
-        Writes a data set of all images, `plan.data_set_files`, after a single process has completed them. It gets each
+        Writes a dataset of all images, `plan.data_set_files`, after a single process has completed them. It gets each
         image with its result in the order of the inputs, and messages by the keys of images that failed.
 
     Returns the exit status. With several processes, it does not depend on failed images. Raises `CommandError` if the

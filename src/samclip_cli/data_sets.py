@@ -1,5 +1,5 @@
 """
-The data sets that `samclip annotate` writes: a COCO file, parquet and webdataset shards, a contact sheet, a list of
+The datasets that `samclip annotate` writes: a COCO file, parquet and webdataset shards, a contact sheet, a list of
 uncertain images and a report. All of them are written in one pass over the images and their results.
 """
 
@@ -42,7 +42,7 @@ MARGIN = "the smallest difference between the score of an annotation of the imag
 
 
 def data_set_files(formats: Sequence[str], num_review: int | None) -> list[str]:
-    """Files and folders (with a final "/") of a data set in the output folder."""
+    """Files and folders (with a final "/") of a dataset in the output folder."""
     files = [DATA_SET_FORMATS[name][0] for name in formats]
     return [*files, CONTACT_SHEET, *([] if num_review is None else [REVIEW]), REPORT]
 
@@ -50,7 +50,7 @@ def data_set_files(formats: Sequence[str], num_review: int | None) -> list[str]:
 @dataclass
 class DataSetWriter:
     """
-    Writes a data set. Each file is written atomically, and the same results give the same bytes.
+    Writes a dataset. Each file is written atomically, and the same results give the same bytes.
 
     folder (`Path`):
         The output folder.
@@ -164,7 +164,7 @@ class DataSetWriter:
         write_atomically(self.folder / REPORT, json.dumps(report, indent=1) + "\n")
 
     def _rows(self, results: Iterator[tuple[ImageInput, dict]], counts: Counter[str]) -> "Iterator[_Row]":
-        """The images of the data set. Counts them, and those that are converted to PNG."""
+        """The images of the dataset. Counts them, and those that are converted to PNG."""
         from samclip_hf.images import compress_rle
 
         annotation_id = 0
@@ -215,7 +215,7 @@ class DataSetWriter:
         return _TarFile(stack.enter_context(tarfile.open(path, "w", format=tarfile.USTAR_FORMAT)), self.names)
 
     def _contact_sheet(self, tiles: list[tuple[int, int, bytes, dict]]) -> "Image.Image":
-        """Random images with their segments, labels and scores, in the order of the data set."""
+        """Random images with their segments, labels and scores, in the order of the dataset."""
         from samclip_hf.visualization import arrange
 
         return arrange([self._tile(content, result) for _, _, content, result in sorted(tiles, key=lambda t: t[1])])
@@ -254,7 +254,7 @@ def draw_tile(
 
 
 class _Row(NamedTuple):
-    """An image of a data set: its id, its line in `results.jsonl`, its annotations as in COCO, and its file."""
+    """An image of a dataset: its id, its line in `results.jsonl`, its annotations as in COCO, and its file."""
 
     image_id: int
     result: dict[str, Any]
@@ -386,7 +386,7 @@ def _read_content(image: ImageInput, size: tuple[int, int]) -> tuple[bytes, str,
             data, extension, is_converted, found = _png(upright), "png", True, upright.size
     except Exception as error:  # Pillow's decoders raise many kinds of errors
         raise CommandError(
-            f"{image.key} was annotated, but cannot be read again for the data set: {first_line(error)} Restore it, "
+            f"{image.key} was annotated, but cannot be read again for the dataset: {first_line(error)} Restore it, "
             "and run the same command again."
         ) from error
     if found != size:

@@ -1,4 +1,4 @@
-"""`samclip finetune`: fine-tunes a SAM-CLIP on labelled images."""
+"""`samclip finetune`: fine-tunes a SAM-CLIP on labeled images."""
 
 import json
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 HELP = """\
 usage: samclip finetune [RECIPE] [--argument value ...]
 
-Fine-tunes a SAM-CLIP on labelled images, and measures what it learns and what it forgets.
+Fine-tunes a SAM-CLIP on labeled images, and measures what it learns and what it forgets.
 
 examples:
   samclip finetune miniature --data scenes --output_dir runs/adapted

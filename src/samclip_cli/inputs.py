@@ -1,5 +1,5 @@
 """
-Inputs of `samclip segment`, `classify` and `masks`: image files, folders, patterns, webdataset tars, and data sets of
+Inputs of `samclip segment`, `classify` and `masks`: image files, folders, patterns, webdataset tars, and datasets of
 the Hub. Only names are collected before the work; images are read one by one.
 """
 
@@ -39,9 +39,9 @@ images:
     'photos/**/*.jpg'      a quoted pattern; '**' matches subfolders
     photos.tar             a tar in webdataset's layout, not compressed
     'hf://owner/name?split=test'
-                           a data set on the Hub, or a folder with parquet or image files instead
+                           a dataset on the Hub, or a folder with parquet or image files instead
                            of owner/name. Options, joined by '&': split, config, column
-  Tars and data sets need the extra train: pip install 'samclip-hf[train]'. Repeated images are
+  Tars and datasets need the extra train: pip install 'samclip-hf[train]'. Repeated images are
   processed once. The EXIF orientation is applied before prediction.
 
 many images:
@@ -75,12 +75,12 @@ class ImageInput(NamedTuple):
 
 
 class InputError(Exception):
-    """A data set cannot be read further."""
+    """A dataset cannot be read further."""
 
 
 class DataSetImages:
     """
-    The images of a data set of the Hub, streamed: rows are downloaded while they are read.
+    The images of a dataset of the Hub, streamed: rows are downloaded while they are read.
 
     name (`str`):
         "hf://owner/name" or "hf://folder", with the options `config`, `split` and `column`.
@@ -102,7 +102,7 @@ class DataSetImages:
             choice = f"choose one with column=, such as column={columns[0]}" if columns else "it has none"
             raise CommandError(f"{name}: {len(columns)} image columns ({', '.join(columns)}): {choice}.")
         self.column = column or columns[0]
-        self.folder = Path(path) if os.path.isdir(path) else None  # of a data set that is not on the Hub
+        self.folder = Path(path) if os.path.isdir(path) else None  # of a dataset that is not on the Hub
         parts = [path, options.get("config"), self.split.description["split"], column]
         self.key = HUB_PREFIX + "/".join(part for part in parts if part)
         self.stem = "-".join(part for part in (PurePosixPath(path).name, *parts[1:]) if part).replace("/", "-")
@@ -123,7 +123,7 @@ class DataSetImages:
 
     @property
     def count(self) -> int | None:
-        """The number of rows, if the data set states it."""
+        """The number of rows, if the dataset states it."""
         splits = self.split.rows.info.splits or {}
         split = splits.get(self.split.description["split"])
         return split.num_examples if split is not None else None
@@ -137,7 +137,7 @@ class Inputs:
     listed (`list[ImageInput]`):
         Images in files and tars.
     data_sets (`list[DataSetImages]`):
-        Data sets, whose images follow.
+        Datasets, whose images follow.
     """
 
     listed: list[ImageInput]
@@ -148,7 +148,7 @@ class Inputs:
 
     @property
     def count(self) -> int | None:
-        """The number of images, or `None` if a data set does not state it."""
+        """The number of images, or `None` if a dataset does not state it."""
         counts = [len(self.listed), *(data_set.count for data_set in self.data_sets)]
         return None if None in counts else sum(count or 0 for count in counts)
 
@@ -159,7 +159,7 @@ class Inputs:
 
     @property
     def folders(self) -> list[Path]:
-        """The local folders of data sets, with links resolved."""
+        """The local folders of datasets, with links resolved."""
         return [own.folder.resolve() for own in self.data_sets if own.folder is not None]
 
 
@@ -169,7 +169,7 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
         "images",
         nargs="+",
         metavar="IMAGE",
-        help="a file, a folder, a pattern such as 'a/*.jpg', a tar, or a data set",
+        help="a file, a folder, a pattern such as 'a/*.jpg', a tar, or a dataset",
     )
     parser.set_defaults(batch_size=1)
     parser.add_argument(
@@ -248,7 +248,7 @@ def _find_files(pattern: str) -> list[str]:
         raise CommandError(f"{pattern}: no file matches this pattern.")
     hint = ""
     if re.fullmatch(r"[\w.-]+/[\w.-]+", pattern) and not os.path.splitext(pattern)[1]:
-        hint = f" For a data set on the Hub, pass {HUB_PREFIX}{pattern}."
+        hint = f" For a dataset on the Hub, pass {HUB_PREFIX}{pattern}."
     raise CommandError(f"{pattern or repr(pattern)}: no such file or folder.{hint}")
 
 
@@ -331,7 +331,7 @@ def _open_hub(name: str, argument: str) -> "HubSplit":
 
 def _missing_extra(name: str, error: ModuleNotFoundError) -> CommandError:
     return CommandError(
-        f"{name}: {error}. Tars and data sets need the optional dependencies: pip install 'samclip-hf[train]'"
+        f"{name}: {error}. Tars and datasets need the optional dependencies: pip install 'samclip-hf[train]'"
     )
 
 

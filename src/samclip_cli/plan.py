@@ -17,7 +17,7 @@ from .models import check_models
 from .outputs import check_outputs, check_writable, identity
 from .run_record import RecordedOutputs, RunRecord, results_name
 
-SHARD_NAME = re.compile(r"\d{5,}\.(parquet|tar)")  # of the data sets that annotate and index write
+SHARD_NAME = re.compile(r"\d{5,}\.(parquet|tar)")  # of the datasets that annotate and index write
 # Launchers of processes, and the variables of the environment in which they state the number of processes.
 OTHER_LAUNCHERS = (("mpirun", "OMPI_COMM_WORLD_SIZE"), ("mpirun", "PMI_SIZE"), ("srun", "SLURM_STEP_NUM_TASKS"))
 
@@ -40,7 +40,7 @@ class Plan:
     process (`tuple[int, int]`):
         The number of this process, and the number of processes.
     data_set_files (`Sequence[str]`):
-        Files and folders (with a final "/") of a data set of all images in the output folder, which is written in
+        Files and folders (with a final "/") of a dataset of all images in the output folder, which is written in
         addition to the formats.
     """
 
@@ -54,7 +54,7 @@ class Plan:
 
     @property
     def has_record(self) -> bool:
-        """Whether the run is recorded: it writes the results of several images, or a data set, to a folder."""
+        """Whether the run is recorded: it writes the results of several images, or a dataset, to a folder."""
         return self.is_folder and (self.inputs.count != 1 or bool(self.data_set_files))
 
     @property
@@ -75,7 +75,7 @@ class Plan:
 
 def prepare(arguments: argparse.Namespace, data_set_files: Sequence[str] = ()) -> Plan:
     """Finds the images and checks the output and the model. Raises `CommandError` if one of them cannot be used.
-    Imports torch and transformers for tars and data sets only. See [`Plan`] for `data_set_files`."""
+    Imports torch and transformers for tars and datasets only. See [`Plan`] for `data_set_files`."""
     process = find_process()
     inputs = find_inputs(arguments.images, arguments.output)
     plan = plan_output(arguments, inputs, process, data_set_files)
@@ -197,7 +197,7 @@ def _normalize(name: str) -> str:
 
 def check_plan(plan: Plan, names: OutputNames, record: RunRecord | None) -> None:
     """Raises `CommandError` if an output of this process would replace an input image, or another file that may not be
-    replaced. Images of data sets are checked when they are written."""
+    replaced. Images of datasets are checked when they are written."""
     assert plan.output is not None
     may_replace = plan.arguments.overwrite or (record is not None and record.replaces)
     if not plan.is_folder:
@@ -230,7 +230,7 @@ def check_plan(plan: Plan, names: OutputNames, record: RunRecord | None) -> None
 
 
 def _check_shards(plan: Plan) -> None:
-    """Raises `CommandError` if a folder of the data set has a file with the name of a shard that no run has written:
+    """Raises `CommandError` if a folder of the dataset has a file with the name of a shard that no run has written:
     shards are replaced, and deleted if there are fewer than before."""
     assert plan.output is not None
     recorded = RecordedOutputs(plan.output).names

@@ -39,7 +39,7 @@ class RecordedOutputs:
 
     Attributes:
         names (`set[str]`): Files and folders (with a final "/") in the folder, and, as "parquet/00000.parquet", the
-            shards of data sets.
+            shards of datasets.
     """
 
     def __init__(self, folder: str | Path):

@@ -137,7 +137,7 @@ def check_query(arguments: argparse.Namespace) -> None:
     if arguments.image is not None and not Path(arguments.image).is_file():
         raise CommandError(
             f"--image {arguments.image or repr('')}: no such file. Pass an image file; extract images of tars and "
-            "data sets first."
+            "datasets first."
         )
     if arguments.template is not None and arguments.text is None:
         raise CommandError("--template has no effect without --text.")
@@ -269,7 +269,7 @@ def write_contact_sheet(arguments: argparse.Namespace, index: "EmbeddingIndex", 
 
 
 def find_sources(keys: set[str], patterns: Sequence[str]) -> dict[str, ImageInput]:
-    """The images of an index by their keys. Members of tars and rows of data sets are found through the inputs of
+    """The images of an index by their keys. Members of tars and rows of datasets are found through the inputs of
     'samclip index'. Images that are not found are left out."""
     found = {key: ImageInput(key, Path(key).stem, Path(key), Path(key)) for key in keys if Path(key).is_file()}
     for pattern in patterns if len(found) < len(keys) else ():

@@ -390,7 +390,7 @@ class SamClipForImageSegmentation(SamClipModel):
     SAM-CLIP with a vocabulary: labels (`config.id2label`) and their text embeddings (`class_embeds`) are part of the
     checkpoint, so that the model labels segments without text input. It loads from any SAM-CLIP checkpoint. If the
     checkpoint has no vocabulary, call `set_vocabulary`. With prompts, it predicts masks as [`SamClipModel`] does. With
-    label maps or labelled masks, it returns a loss.
+    label maps or labeled masks, it returns a loss.
 
     `config.id2label` has the names that outputs show, such as translations. Other names in it do not change what the
     model finds, which `class_embeds` defines: only `set_vocabulary` does.

@@ -185,7 +185,7 @@ def test_the_output_image_shows_masks_and_a_legend(capsys, command):
     assert (output[107:] < 128).any()  # text of the legend
 
 
-def test_a_mask_is_tinted_inside_and_outlined_in_its_colour():
+def test_a_mask_is_tinted_inside_and_outlined_in_its_color():
     gray = Image.new("RGB", (60, 40), (100, 100, 100))
     large, small = np.zeros((2, 40, 60), dtype=bool)
     large[10:, 5:40], small[20:30, 10:20] = True, True

@@ -1,4 +1,4 @@
-"""Inputs of the image commands: tars and data sets give the results of their images as files, and images are read one
+"""Inputs of the image commands: tars and datasets give the results of their images as files, and images are read one
 by one."""
 
 import builtins
@@ -170,7 +170,7 @@ def test_images_in_an_archive_of_a_data_set_are_read(capsys):
 
 def test_a_name_like_one_on_the_hub_gets_a_hint(capsys):
     _, [message] = samclip(capsys, *CLASSIFY, "owner/name", status=2)
-    assert message.endswith("no such file or folder. For a data set on the Hub, pass hf://owner/name.")
+    assert message.endswith("no such file or folder. For a dataset on the Hub, pass hf://owner/name.")
 
 
 @pytest.mark.parametrize("name", ["photos.tar", "hf://owner/name"])

@@ -1,5 +1,5 @@
 """Runs of the image commands over many images, of which the results equal those of one uninterrupted process: after
-interruptions at any moment, in several processes, and from tars and data sets."""
+interruptions at any moment, in several processes, and from tars and datasets."""
 
 import os
 import shutil

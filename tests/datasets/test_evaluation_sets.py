@@ -416,7 +416,7 @@ class TestSegmentation:
     @pytest.mark.parametrize(
         ("name", "expected"),
         [
-            # person, toothbrush, no class, banner, wood, unlabelled
+            # person, toothbrush, no class, banner, wood, unlabeled
             ("stuff171", [0, 79, IGNORE_INDEX, 80, 170, IGNORE_INDEX]),
             ("object81", [1, 80, 0, 0, 0, 0]),
         ],

@@ -140,7 +140,7 @@ def check_effects(args: "SamClipTrainingArguments") -> None:
 
 
 def check_names(args: "SamClipTrainingArguments", names: Collection[str]) -> None:
-    """Raises `ValueError` for one of the given arguments that never has an effect, also if its value is the default."""
+    """Raises `ValueError` if one of the given arguments never has an effect, also if its value is the default."""
     for without_effect, has_effect, remedy in args.without_effect:
         for name in without_effect:
             if name in names and has_effect is _never:

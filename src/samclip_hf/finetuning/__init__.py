@@ -1,4 +1,4 @@
-"""Fine-tuning of a SAM-CLIP on labelled images of a user. Requires `pip install samclip-hf[train]`."""
+"""Fine-tuning of a SAM-CLIP on labeled images of a user. Requires `pip install samclip-hf[train]`."""
 
 from .arguments import FinetuningArguments
 from .data import LabelMapBatches, check_labels, hold_out, open_data

@@ -46,7 +46,7 @@ FINETUNING_WITHOUT_EFFECT: tuple[tuple[tuple[str, ...], Callable[[SamClipTrainin
     (
         ("clip_data", "clip_data_weights", "clip_resolutions", "min_crop_scale", "shuffle_buffer"),
         _never,
-        "Pass labelled images as data, and general images as sam_data.",
+        "Pass labeled images as data, and general images as sam_data.",
     ),
 )
 
@@ -68,13 +68,13 @@ class FinetuningArguments(SamClipTrainingArguments):
     data: str | None = field(
         default=None,
         metadata={
-            "help": "Labelled images for training: a COCO file (.json); a folder with images/, labels/ and "
+            "help": "Labeled images for training: a COCO file (.json); a folder with images/, labels/ and "
             "classes.json or classes.txt; or hf://owner/name?split=train&classes=classes.json."
         },
     )
     eval_data: str | None = field(
         default=None,
-        metadata={"help": "Labelled images for evaluation, as data. By default eval_fraction of data is held out."},
+        metadata={"help": "Labeled images for evaluation, as data. By default eval_fraction of data is held out."},
     )
     eval_fraction: float = field(
         default=0.2,
@@ -99,11 +99,11 @@ class FinetuningArguments(SamClipTrainingArguments):
         default=None,
         metadata={
             "help": "Names that are not classes of the data, used as negative texts of the loss. The guard preserves "
-            "the model's predictions for them. By default, the names in the model's vocabulary and in the data sets "
+            "the model's predictions for them. By default, the names in the model's vocabulary and in the datasets "
             "of retention. Pass an empty text to use no names."
         },
     )
-    batch_size: int = field(default=4, metadata={"help": "Labelled images per process and micro-batch."})
+    batch_size: int = field(default=4, metadata={"help": "Labeled images per process and micro-batch."})
     mask_loss_weight: float | None = field(
         default=None,
         metadata={
@@ -157,9 +157,7 @@ class FinetuningArguments(SamClipTrainingArguments):
             self.retention, self.retention_limit = [], None
         super().__post_init__()
         if self.data is None:
-            raise ValueError(
-                "Pass labelled images as data: a COCO file, a folder with label maps, or hf://owner/name."
-            )
+            raise ValueError("Pass labeled images as data: a COCO file, a folder with label maps, or hf://owner/name.")
         if self.model is None:
             raise ValueError("Pass the SAM-CLIP to fine-tune as model.")
         if self.mask_loss_weight is not None and not self.mask_loss_weight >= 0:

@@ -1,4 +1,4 @@
-"""Labelled images as a task of the trainer."""
+"""Labeled images as a task of the trainer."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,14 +25,14 @@ def open_data(
     name: str, split: Split, images: str | None = None, background: Sequence[str] = ()
 ) -> DataSet[SegmentedImage]:
     """
-    Opens labelled images.
+    Opens labeled images.
 
     Args:
         name (`str`):
-            A COCO file, which ends in `.json`, or one of the other names of [`open_segmentation`]. Data sets that are
+            A COCO file, which ends in `.json`, or one of the other names of [`open_segmentation`]. Datasets that are
             known by name are in the folder `data`.
         split (`"train"` or `"val"`):
-            The split of a data set that is known by name.
+            The split of a dataset that is known by name.
         images (`str`, *optional*), background (`Sequence[str]`):
             For COCO files, see [`open_coco_segmentation`].
 
@@ -52,7 +52,7 @@ def open_data(
 
 
 def hold_out(data: DataSet[SegmentedImage], eval_fraction: float) -> tuple[DataSet[SegmentedImage], ...]:
-    """Splits a data set into one for training and one for evaluation, at random with a fixed seed. Raises `ValueError`
+    """Splits a dataset into one for training and one for evaluation, at random with a fixed seed. Raises `ValueError`
     if one of them is empty."""
     samples = list(data.samples)
     num_eval = round(eval_fraction * len(samples))
@@ -74,7 +74,7 @@ def check_labels(data: DataSet[SegmentedImage]) -> list[list[str]]:
     """
     Reads all images and label maps once, so that wrong ones are found before the training and not in the middle of it.
 
-    Returns the classes without a labelled pixel, as in `data.names`, without background.
+    Returns the classes without a labeled pixel, as in `data.names`, without background.
 
     Raises:
         OSError: A file cannot be read.
@@ -94,7 +94,7 @@ def check_labels(data: DataSet[SegmentedImage]) -> list[list[str]]:
 
 
 class _SampleShards:
-    """The samples of a data set as one shard, see [`Shards`]."""
+    """The samples of a dataset as one shard, see [`Shards`]."""
 
     is_remote = False
 
@@ -108,7 +108,7 @@ class _SampleShards:
 
 
 class _LabelledStream(Stream):
-    """A stream of labelled images whose complement is another data set."""
+    """A stream of labeled images whose complement is another dataset."""
 
     def __init__(self, data: DataSet[SegmentedImage], eval_data: DataSet[SegmentedImage]):
         super().__init__(_SampleShards(data))
@@ -170,7 +170,7 @@ class LabelMapBatches:
         and width without padding; and `label_maps` `(map_size, map_size)`. With objects, also `object_masks`, bool
         `(MAX_LOSS_MASKS, map_size, map_size)`, and `object_labels` `(MAX_LOSS_MASKS,)`: a random choice of the
         objects. Where there are fewer, masks are empty and labels are `IGNORE_INDEX`. Raises [`DataError`] if the
-        image or its labels cannot be read: labelled images are few, so none is skipped."""
+        image or its labels cannot be read: labeled images are few, so none is skipped."""
         try:
             image = raw["sample"].image()
             objects = raw["sample"].objects() if self.with_objects else []
@@ -201,4 +201,4 @@ class LabelMapBatches:
 
     def placeholder(self) -> dict[str, np.ndarray]:
         """Not used: no sample is skipped."""
-        raise AssertionError("a batch without labelled images")
+        raise AssertionError("a batch without labeled images")

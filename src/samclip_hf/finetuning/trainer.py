@@ -1,5 +1,5 @@
 """
-[`FinetuningTrainer`] fine-tunes a SAM-CLIP on labelled images, and guards against forgetting with the distillation
+[`FinetuningTrainer`] fine-tunes a SAM-CLIP on labeled images, and guards against forgetting with the distillation
 losses: on general images, the model is compared with itself before fine-tuning.
 """
 
@@ -76,8 +76,8 @@ class FrozenModel(nn.Module):
 class FinetuningTrainer(SamClipTrainer):
     """
     Fine-tunes a [`SamClipForImageSegmentation`], whose vocabulary becomes that of the data. A step has a micro-batch
-    of labelled images, with the loss of the model for `labels`, `mask_labels` and `class_labels`, and, with a guard,
-    one of general images. Both know `other_names`, by default those of the model's vocabulary and of the data sets of
+    of labeled images, with the loss of the model for `labels`, `mask_labels` and `class_labels`, and, with a guard,
+    one of general images. Both know `other_names`, by default those of the model's vocabulary and of the datasets of
     `retention` that are no classes of the data: the loss compares the classes with them, and the guard keeps the
     probabilities of all names.
 
@@ -87,7 +87,7 @@ class FinetuningTrainer(SamClipTrainer):
         args ([`FinetuningArguments`]):
             The arguments.
         data, eval_data (`DataSet`):
-            Labelled images for training and for evaluation, with the same classes.
+            Labeled images for training and for evaluation, with the same classes.
         processing_class ([`SamClipProcessor`]):
             The model's processor.
         retention (`Mapping[str, Evaluator]`, *optional*):
@@ -165,7 +165,7 @@ class FinetuningTrainer(SamClipTrainer):
         self._after: dict[tuple[str, str], float | None] = {}
 
     def make_tasks(self, student: SamClipModel) -> dict[str, TaskBatches]:
-        """Returns the labelled images ("own") and, with a guard, the general images ("sam")."""
+        """Returns the labeled images ("own") and, with a guard, the general images ("sam")."""
         with_objects = bool(self.args.mask_loss_weight)
         own = LabelMapBatches(self.data, self.eval_data, self._image_processor, self.args.batch_size, with_objects)
         tasks: dict[str, TaskBatches] = {"own": own}
@@ -283,7 +283,7 @@ class FinetuningTrainer(SamClipTrainer):
         own, *others = values.items()
         pairs = [(value, self._before[key]) for key, value in others]
         ratios = [value / before for value, before in pairs if value is not None and before is not None and before > 0]
-        assert own[1] is not None  # its evaluator raises an error if no pixel is labelled
+        assert own[1] is not None  # its evaluator raises an error if no pixel is labeled
         return own[1] * min([1.0, *ratios])
 
     def _measure_before(self) -> None:
@@ -347,7 +347,7 @@ def _float(value: float | None) -> float | None:
 
 
 def _known_names(model: SamClipForImageSegmentation, evaluators: Iterable[Evaluator]) -> list[str]:
-    """The names in the model's vocabulary and in the data sets of evaluators, without background."""
+    """The names in the model's vocabulary and in the datasets of evaluators, without background."""
     names: list[str] = []
     if model.class_embeds is not None:
         vocabulary = model.vocabulary
