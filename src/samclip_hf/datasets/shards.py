@@ -1,6 +1,6 @@
 """
-Sources of training samples, divided into shards that can be read from any row: tars, image files, and streaming datasets
-of `datasets`. [`open_shards`] finds the source that a name means.
+Sources of training samples, divided into shards that can be read from any row: tars, image files, and streaming
+datasets of `datasets`. [`open_shards`] finds the source that a name means.
 """
 
 import contextlib
