@@ -6,8 +6,7 @@ The record is the folder `.samclip` in the output folder. `run.json` describes t
 has a journal, such as `images-00000-of-00002.jsonl`, with two lines for each image: one with its output name before
 outputs are written, and one when all of them are complete. Results of all images, one line of JSON each, are in
 `results.jsonl`, or in `results-00000-of-00002.jsonl` and so on for several processes. `outputs-00000-of-00002.jsonl`
-has the names of all outputs, also of earlier runs and of runs on a single image, which have no other record. A single
-PNG file as output is recorded in its folder.
+has the names of all outputs, also of earlier runs and of runs on a single image, which have no other record.
 """
 
 import contextlib
